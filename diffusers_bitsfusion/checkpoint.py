@@ -1,0 +1,94 @@
+"""The file's tensors and the model's (docs/FORMAT.md): state dict to state dict, with every check on the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .codec.entropy import compress, decompress
+from .codec.radix import byte_width, bytes_from_dense, dense_from_bytes, largest_byte
+from .codec.time_table import decode_table, encode_table
+
+
+def encode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors of a quantized model to tensors of the file.
+
+    Args:
+        state_dict: tensors by name; packed layers have `codes` in the dense form.
+        config: content of a resolved `BitsFusionConfig`.
+    """
+    encoded = dict(state_dict)
+    for name, layer in config["layers"].items():
+        key = f"{name}.codes"
+        packed = bytes_from_dense(encoded[key].cpu(), layer["bits"], _columns(layer))
+        encoded[key] = compress(packed) if config["compression"] == "zstd" else packed
+    if config["time_embedding"]["type"] == "table":
+        encoded["time_proj.codes"] = encode_table(encoded["time_proj.codes"].cpu())
+    return encoded
+
+
+def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Inverse of `encode_state_dict`, for all of a file or one shard of it.
+
+    Raises:
+        ValueError: a tensor is damaged or of the wrong dtype or shape; the message names it.
+    """
+    decoded = dict(state_dict)
+    for name, layer in config["layers"].items():
+        rows, columns, bits = layer["shape"][0], _columns(layer), layer["bits"]
+        key = f"{name}.codes"
+        if key in decoded:
+            packed = _packed_bytes(key, decoded[key], (rows, byte_width(columns, bits)), config["compression"])
+            if packed.numel() and int(packed.max()) > largest_byte(bits):
+                raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
+            decoded[key] = dense_from_bytes(packed, bits, columns)
+        _check(decoded, f"{name}.scale", torch.int32, (rows,))
+    time = config["time_embedding"]
+    if time["type"] == "keep":
+        return decoded
+    features = sum(size for _, size in time["features"])
+    if time["type"] == "cache":
+        _check(decoded, "time_proj.values", torch.int16, (len(time["timesteps"]), features))
+        _check(decoded, "time_proj.timesteps", torch.int32, (len(time["timesteps"]),))
+        return decoded
+    _check(decoded, "time_proj.scale", torch.int32, (features,))
+    if "time_proj.codes" in decoded:
+        frame = _frame("time_proj.codes", decoded["time_proj.codes"])
+        try:
+            decoded["time_proj.codes"] = decode_table(frame, time["num_timesteps"] + 2, features)
+        except ValueError as error:
+            raise ValueError(f"time_proj.codes {error}.") from error
+    return decoded
+
+
+def _columns(layer: Mapping[str, Any]) -> int:
+    return torch.Size(layer["shape"][1:]).numel()
+
+
+def _packed_bytes(key: str, tensor: Tensor, shape: tuple[int, int], compression: str | None) -> Tensor:
+    if compression is None:
+        _check({key: tensor}, key, torch.uint8, shape)
+        return tensor
+    try:
+        return decompress(_frame(key, tensor), shape[0] * shape[1]).view(shape)
+    except ValueError as error:
+        raise ValueError(f"{key} {error}.") from error
+
+
+def _frame(key: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1:
+        raise ValueError(
+            f"{key} must be one zstd frame, uint8 of one dimension; it is {tensor.dtype}, {tensor.shape}."
+        )
+    return tensor.contiguous()
+
+
+def _check(state_dict: Mapping[str, Tensor], key: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    tensor = state_dict.get(key)
+    if tensor is not None and (tensor.dtype != dtype or tuple(tensor.shape) != shape):
+        raise ValueError(
+            f"{key} must be {dtype} of shape {shape}; the checkpoint has {tensor.dtype} of {tuple(tensor.shape)}."
+        )

@@ -1,0 +1,1 @@
+"""Numbers only: grids, scales, packed forms, entropy coding. Imports torch, numpy and zstandard, never diffusers."""

@@ -1,0 +1,57 @@
+"""Weights to packed codes and scales by the fastest way there is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .native import for_row_ranges, native_library
+from .radix import dense_width, pack_dense
+from .scales import GAUSSIAN_STEP, check_finite, quantize_rows
+
+_NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+
+def quantize_to_dense(
+    weight: Tensor, bits: int, *, scale_init: str = "alternating", iterations: int = 10, balance: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Like `scales.quantize_rows`, with the codes packed.
+
+    Compiled on a CPU for the alternation, else plain torch; the two sum in different orders, so that their scales
+    may differ in the last bits.
+
+    Returns:
+        dense uint8 [rows, dense_width(columns, bits)], scale fp32 [rows].
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    native = native_library() if weight.device.type == "cpu" and weight.dtype in _NATIVE_DTYPES else None
+    if native is None or scale_init != "alternating":
+        codes, scale = quantize_rows(weight, bits, scale_init=scale_init, iterations=iterations, balance=balance)
+        return pack_dense(codes, bits), scale
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8)
+    scale = torch.empty(rows, dtype=torch.float32)
+
+    def quantize_range(start: int, stop: int) -> None:
+        scratch = torch.empty(5 * columns + 512, dtype=torch.uint8)
+        native.quantize(
+            weight.data_ptr() + start * columns * weight.element_size(),
+            dense.data_ptr() + start * dense.shape[1],
+            scale.data_ptr() + start * scale.element_size(),
+            scratch.data_ptr(),
+            stop - start,
+            columns,
+            dense.shape[1],
+            _NATIVE_DTYPES[weight.dtype],
+            bits,
+            balance,
+            GAUSSIAN_STEP[balance][bits - 1],
+            iterations,
+        )
+
+    for_row_ranges(quantize_range, rows, columns)
+    check_finite(scale)
+    return dense, scale

@@ -1,0 +1,211 @@
+"""Codes to bytes and back: base-L digits, in the file's form and in memory's.
+
+A row (one output channel) of C codes k is written as digits k + h, where h is the largest code and L = 2h + 1 the
+number of levels. Digits are *planar*: with W words a row, digit j of word i belongs to column j*W + i, so that
+decoding is arithmetic on whole vectors. Columns past C hold the digit of zero.
+
+- **byte form** (the file, docs/FORMAT.md): 5, 3, 2 digits a byte at 1, 2, 3 bits, one a byte above.
+- **dense form** (memory): the byte form at 1 bit and above 4 bits; at 2 bits the 7-bit words of the byte form eight
+  to seven bytes; at 3 bits five digits to two bytes; at 4 bits two digits to nine bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .grid import half_range, levels
+
+_DIGITS_PER_BYTE = {1: 5, 2: 3, 3: 2}
+_DIGITS_PER_DENSE_WORD = {1: 5, 2: 3, 3: 5, 4: 2}
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def byte_width(columns: int, bits: int) -> int:
+    """Bytes a row of `columns` codes takes in the byte form."""
+    return _ceil_div(columns, _DIGITS_PER_BYTE.get(bits, 1))
+
+
+def dense_width(columns: int, bits: int) -> int:
+    """Bytes a row of `columns` codes takes in the dense form."""
+    words = _ceil_div(columns, _DIGITS_PER_DENSE_WORD.get(bits, 1))
+    if bits == 2:
+        return 7 * _ceil_div(words, 8)
+    if bits == 3:
+        return 2 * words
+    if bits == 4:
+        return words + _ceil_div(words, 8)
+    return words
+
+
+def _to_words(codes: Tensor, bits: int, per_word: int, dtype: torch.dtype) -> Tensor:
+    """Join `per_word` planar digits of each row; codes int8 [R, C] to words [R, ceil(C / per_word)] of `dtype`."""
+    rows, columns = codes.shape
+    half, base = half_range(bits), levels(bits)
+    width = _ceil_div(columns, per_word)
+    digits = torch.full((rows, per_word * width), half, dtype=dtype, device=codes.device)
+    digits[:, :columns].add_(codes)
+    planes = digits.view(rows, per_word, width)
+    words = planes[:, per_word - 1].clone()
+    for j in range(per_word - 2, -1, -1):
+        words.mul_(base).add_(planes[:, j])
+    return words
+
+
+def _from_words(words: Tensor, bits: int, per_word: int, columns: int) -> Tensor:
+    """Inverse of `_to_words`; int8 [R, columns]."""
+    half, base = half_range(bits), levels(bits)
+    rest = words.to(torch.int32)
+    planes = []
+    for _ in range(per_word - 1):
+        quotient = divide(rest, base)
+        planes.append(rest - quotient * base - half)
+        rest = quotient
+    planes.append(rest - half)
+    return torch.cat([plane.to(torch.int8) for plane in planes], dim=1)[:, :columns]
+
+
+def divide(words: Tensor, base: int) -> Tensor:
+    """Floor division of int32 `words` below 2**16 by an odd `base` below 2**9, exactly.
+
+    The half keeps every quotient at least 1 / (2 * base) away from an integer, far above fp32's rounding; unlike `//`
+    it compiles to plain vector arithmetic.
+    """
+    return ((words.to(torch.float32) + 0.5) * (1.0 / base)).to(torch.int32)
+
+
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Byte form of codes.
+
+    Args:
+        codes: int8 [rows, columns].
+        bits: 1 to 8.
+
+    Returns:
+        uint8 [rows, byte_width(columns, bits)].
+    """
+    return _to_words(codes, bits, _DIGITS_PER_BYTE.get(bits, 1), torch.uint8)
+
+
+def unpack_bytes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_bytes`: int8 [rows, columns]."""
+    return _from_words(packed, bits, _DIGITS_PER_BYTE.get(bits, 1), columns)
+
+
+def largest_byte(bits: int) -> int:
+    """The largest value a byte of the byte form can have; a larger one means a damaged file."""
+    return levels(bits) ** _DIGITS_PER_BYTE.get(bits, 1) - 1
+
+
+def pack_dense(codes: Tensor, bits: int) -> Tensor:
+    """Dense form of codes: int8 [rows, columns] to uint8 [rows, dense_width(columns, bits)]."""
+    if bits == 3:
+        words = _to_words(codes, bits, 5, torch.int32)
+        return torch.cat([words & 255, words >> 8], dim=1).to(torch.uint8)
+    if bits == 4:
+        words = _to_words(codes, bits, 2, torch.int32)
+        return torch.cat([(words & 255).to(torch.uint8), _pack_bit_plane(words >> 8)], dim=1)
+    return dense_from_bytes(pack_bytes(codes, bits), bits, codes.shape[1])
+
+
+def unpack_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_dense`: int8 [rows, columns]."""
+    codes = torch.empty(dense.shape[0], columns, dtype=torch.int8, device=dense.device)
+    for start, plane in code_planes(dense, bits, columns):
+        codes[:, start : start + plane.shape[1]] = plane
+    return codes
+
+
+def dense_from_bytes(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Byte form to dense form, both uint8 with a row per output channel."""
+    if bits in (3, 4):
+        return pack_dense(unpack_bytes(packed, bits, columns), bits)
+    if bits == 2:
+        groups = _pad_columns(packed, 8)
+        low, last = groups[:, :-1], groups[:, -1:]
+        bit = torch.arange(7, dtype=torch.uint8, device=packed.device).view(1, 7, 1)
+        return (low | (((last >> bit) & 1) << 7)).flatten(1)
+    return packed
+
+
+def bytes_from_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
+    """Dense form to byte form, both uint8 with a row per output channel."""
+    if bits in (3, 4):
+        return pack_bytes(unpack_dense(dense, bits, columns), bits)
+    if bits == 2:
+        return _seven_bit_groups(dense).flatten(1)[:, : byte_width(columns, bits)].contiguous()
+    return dense
+
+
+def code_planes(dense: Tensor, bits: int, columns: int) -> Iterator[tuple[int, Tensor]]:
+    """Decode dense rows plane by plane.
+
+    Yields:
+        (first column, int32 codes [rows, width]) with the planes covering columns 0 to `columns` once.
+    """
+    for start, digits in _digit_planes(dense, bits, columns):
+        if start < columns:
+            yield start, digits[:, : columns - start] - half_range(bits)
+
+
+def _digit_planes(dense: Tensor, bits: int, columns: int) -> Iterator[tuple[int, Tensor]]:
+    words = _ceil_div(columns, _DIGITS_PER_DENSE_WORD.get(bits, 1))
+    if bits == 1:
+        yield from _split_digits(dense.to(torch.int32), bits, 5, 0, words)
+    elif bits == 2:
+        groups = _seven_bit_groups(dense).to(torch.int32)
+        width = groups.shape[2]
+        for part in range(8):
+            group = groups[:, part, : max(words - part * width, 0)]
+            yield from _split_digits(group, bits, 3, part * width, words)
+    elif bits == 3:
+        low, high = dense[:, :words].to(torch.int32), dense[:, words:].to(torch.int32)
+        yield from _split_digits(low | (high << 8), bits, 5, 0, words)
+    elif bits == 4:
+        top = _unpack_bit_plane(dense[:, words:].to(torch.int32), words)
+        yield from _split_digits(dense[:, :words].to(torch.int32) | (top << 8), bits, 2, 0, words)
+    else:
+        yield 0, dense.to(torch.int32)
+
+
+def _split_digits(words: Tensor, bits: int, per_word: int, start: int, stride: int) -> Iterator[tuple[int, Tensor]]:
+    base = levels(bits)
+    for j in range(per_word - 1):
+        quotient = divide(words, base)
+        yield start + j * stride, words - quotient * base
+        words = quotient
+    yield start + (per_word - 1) * stride, words
+
+
+def _seven_bit_groups(dense: Tensor) -> Tensor:
+    """uint8 [R, 7V] to the eight groups of 7 bits, uint8 [R, 8, V]; group 7 is spread over the top bits."""
+    rows = dense.view(dense.shape[0], 7, -1)
+    last = rows[:, 0] >> 7
+    for i in range(1, 7):
+        last = last | ((rows[:, i] >> 7) << i)
+    return torch.cat([rows & 127, last.unsqueeze(1)], dim=1)
+
+
+def _pad_columns(packed: Tensor, parts: int) -> Tensor:
+    """[R, W] to [R, parts, ceil(W / parts)], padded with zeros."""
+    width = _ceil_div(packed.shape[1], parts)
+    padded = torch.nn.functional.pad(packed, (0, parts * width - packed.shape[1]))
+    return padded.view(packed.shape[0], parts, width)
+
+
+def _pack_bit_plane(bits: Tensor) -> Tensor:
+    """0/1 values [R, W] to uint8 [R, ceil(W / 8)]: bit p of byte v is value p*V + v."""
+    parts = _pad_columns(bits.to(torch.uint8), 8)
+    packed = parts[:, 0].clone()
+    for p in range(1, 8):
+        packed |= parts[:, p] << p
+    return packed
+
+
+def _unpack_bit_plane(packed: Tensor, words: int) -> Tensor:
+    return torch.cat([(packed >> p) & 1 for p in range(8)], dim=1)[:, :words]

@@ -1,0 +1,179 @@
+"""`BitsFusionConfig`: what the user asks for, and after quantizing what a checkpoint says it is."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+from diffusers import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+from .codec.grid import check_bits
+from .codec.scales import SCALE_INITS
+from .recipe import Recipe
+
+# Version of the file's layout (docs/FORMAT.md), raised when older readers could not read it.
+FORMAT_VERSION = 1
+
+TIME_EMBEDDINGS = ("auto", "table", "cache", "keep")
+COMPRESSIONS = ("zstd", None)
+
+
+class BitsFusionMethod(str, Enum):
+    """The name of this method in a checkpoint's `quant_method`; diffusers reads `.value`."""
+
+    BITSFUSION = "bitsfusion"
+
+
+class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
+    """Quantization to mixed precision of about 2 bits a weight, for a diffusers model or a whole pipeline.
+
+    Args:
+        recipe: bits per layer. "auto": the published recipe for models of the Stable Diffusion v1.5 shape, data-free
+            allocation to `target_bits` for others. Or a `Recipe`, a mapping of layer name to bits, a path or Hub id
+            of one, or an int for the same bits everywhere.
+        target_bits: average bits a weight that allocation aims at, by the paper's formula: log2(levels) of every
+            layer plus 16 bits for each time feature of 50 steps, over all Linear and Conv2d weights of the original.
+        scale_init: "alternating" (paper, section 3.2) or "minmax".
+        scale_iterations: rounds of the alternation.
+        balance: 2**n + 1 symmetric levels (paper, section 3.1); `False` for the plain grid of 2**n.
+        in_out_bits: bits of the first and last layer, and of the time embedding where it is kept.
+        time_embedding: "table": features of all training timesteps, for any scheduler; "cache": features of the
+            50 timesteps of the paper's sampling only, or of `{"type": "cache", "timesteps": [...]}`; "keep": the time
+            embedding stays, as quantized layers; "auto": the smaller of "table" and "keep" where a table is possible.
+        modules_to_not_convert: names (or dotted parts of names) of modules to leave as they are.
+        compression: "zstd", or `None` for plain packed bytes in the file.
+        components: names of the pipeline's components to quantize.
+        format_version: set by quantizing; the layout of the checkpoint.
+        layers: set by quantizing; bits and weight shape of every packed layer.
+
+    Raises:
+        ValueError: a value is impossible; the message names the argument.
+    """
+
+    quant_method = BitsFusionMethod.BITSFUSION
+
+    # What diffusers' pipeline loader reads of a `PipelineQuantizationConfig`; which components we take is decided in
+    # `_resolve_quant_config`.
+    quant_mapping = None
+    components_to_quantize = None
+
+    def __init__(
+        self,
+        recipe: str | os.PathLike[str] | int | Mapping[str, int] = "auto",
+        target_bits: float = 1.99,
+        scale_init: str = "alternating",
+        scale_iterations: int = 10,
+        balance: bool = True,
+        in_out_bits: int = 8,
+        time_embedding: str | Mapping[str, Any] = "auto",
+        modules_to_not_convert: Sequence[str] | None = None,
+        compression: str | None = "zstd",
+        components: Sequence[str] = ("unet", "transformer"),
+        format_version: int | None = None,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self.recipe = dict(recipe) if isinstance(recipe, Mapping) else recipe
+        self.target_bits = target_bits
+        self.scale_init = scale_init
+        self.scale_iterations = scale_iterations
+        self.balance = balance
+        self.in_out_bits = in_out_bits
+        self.time_embedding = dict(time_embedding) if isinstance(time_embedding, Mapping) else time_embedding
+        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.compression = compression
+        self.components = list(components)
+        self.format_version = format_version
+        self.layers = layers
+        self._check()
+
+    def _check(self) -> None:
+        if isinstance(self.recipe, os.PathLike):
+            self.recipe = os.fspath(self.recipe)
+        if isinstance(self.recipe, dict):
+            Recipe(self.recipe)
+        elif not isinstance(self.recipe, str):
+            check_bits(self.recipe, "recipe as an int")
+        if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
+            raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
+        if not (math.isfinite(self.target_bits) and self.target_bits > 0):
+            raise ValueError(f"target_bits must be positive, got {self.target_bits}")
+        if self.scale_init not in SCALE_INITS:
+            raise ValueError(f"scale_init must be one of {SCALE_INITS}, got {self.scale_init!r}")
+        if isinstance(self.scale_iterations, bool) or not isinstance(self.scale_iterations, int):
+            raise ValueError(f"scale_iterations must be an integer, got {self.scale_iterations!r}")
+        if self.scale_iterations < 0:
+            raise ValueError(f"scale_iterations must not be negative, got {self.scale_iterations}")
+        check_bits(self.in_out_bits, "in_out_bits")
+        if self.compression not in COMPRESSIONS:
+            raise ValueError(f"compression must be one of {COMPRESSIONS}, got {self.compression!r}")
+        if isinstance(self.time_embedding, dict):
+            self._check_cache(self.time_embedding)
+        elif self.time_embedding not in TIME_EMBEDDINGS:
+            raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
+
+    @staticmethod
+    def _check_cache(time_embedding: dict[str, Any]) -> None:
+        kind = time_embedding.get("type")
+        if kind not in ("cache", "table", "keep"):
+            raise ValueError(f'time_embedding["type"] must be "cache", "table" or "keep", got {kind!r}')
+        timesteps = time_embedding.get("timesteps")
+        if kind == "cache" and not (
+            isinstance(timesteps, (list, tuple))
+            and timesteps
+            and len(set(timesteps)) == len(timesteps)
+            and all(isinstance(t, (int, float)) and math.isfinite(t) for t in timesteps)
+        ):
+            raise ValueError(
+                'time_embedding["timesteps"] must be a list of distinct numbers, for example '
+                f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {timesteps!r}"
+            )
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether this describes a quantized checkpoint rather than a wish."""
+        return self.format_version is not None
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
+        """This config for the pipeline components it names, None for others (called by diffusers' loader)."""
+        return self if is_diffusers and module_name in self.components else None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key, or a checkpoint of a newer format version.
+        """
+        known = dict(config_dict)
+        known.pop("quant_method", None)
+        version = known.get("format_version")
+        if version is not None and version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has BitsFusion format version {version}, newer than the version {FORMAT_VERSION} "
+                "that this diffusers_bitsfusion reads. Upgrade with `pip install -U diffusers_bitsfusion`."
+            )
+        unknown = sorted(set(known) - set(cls().__dict__))
+        if unknown:
+            raise ValueError(
+                f"Unknown keys in the BitsFusion quantization config: {', '.join(unknown)}. Known are: "
+                f"{', '.join(cls().__dict__)}."
+            )
+        return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe content; `from_dict` reads it."""
+        content = copy.deepcopy(self.__dict__)
+        return {"quant_method": self.quant_method.value, **content}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        default = type(self)().to_dict()
+        return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+
+    def __repr__(self) -> str:
+        return QuantizationConfigMixin.__repr__(self)

@@ -1,0 +1,133 @@
+"""Time features looked up instead of computed (paper, section 3.3 "time embedding caching").
+
+A ResBlock uses the timestep only through F = time_emb_proj(silu(time_embedding(t))). `time_proj` becomes a look-up of
+all blocks' F side by side, `time_embedding` passes it on, and each `time_emb_proj` takes its slice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .packed import float_bits
+
+
+class TimeFeatures(nn.Module):
+    """Base of the look-ups: timesteps [batch], of any dtype, to features fp32 [batch, features]."""
+
+    def _require(self, known: Tensor, timesteps: Tensor, problem: str) -> None:
+        """Refuse timesteps where `known` is false: at once on a CPU, without a synchronisation elsewhere."""
+        if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
+            if not known.all():
+                missing = ", ".join(f"{t:g}" for t in timesteps[~known].unique().tolist())
+                raise ValueError(f"Timestep {missing}: {problem}")
+        else:
+            torch._assert_async(known.all(), problem)
+
+
+class TimeFeatureCache(TimeFeatures):
+    """Features of given timesteps only, as in the paper: lossless in fp16.
+
+    Attributes:
+        values (`nn.Parameter`): int16 [timesteps, features], the bits of the fp16 features.
+        timesteps (`nn.Parameter`): int32 [timesteps], the bits of the fp32 timesteps.
+        known_timesteps (`list[float]`): the same, for messages.
+    """
+
+    def __init__(self, timesteps: list[float], features: int):
+        super().__init__()
+        self.known_timesteps = timesteps
+        self.values = nn.Parameter(torch.empty(len(timesteps), features, dtype=torch.int16), requires_grad=False)
+        self.timesteps = float_bits(torch.tensor(timesteps, dtype=torch.float32))
+
+    def set_features(self, features: Tensor) -> None:
+        """Take features fp32 [timesteps, features] and keep them in fp16."""
+        self.values = nn.Parameter(features.to(torch.float16).view(torch.int16), requires_grad=False)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """(timesteps fp32 [T], features fp32 [T, features]) as kept."""
+        return self.timesteps.view(torch.float32), self.values.view(torch.float16).float()
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        match = timesteps.to(torch.float32).unsqueeze(1) == self.timesteps.view(torch.float32)
+        have = ", ".join(f"{t:g}" for t in self.known_timesteps)
+        self._require(
+            match.any(dim=1),
+            timesteps,
+            f"the time features of this model are cached for the timesteps {have} only. Use a scheduler with these "
+            'steps, or quantize with time_embedding="table" for any number of steps.',
+        )
+        return self.values.view(torch.float16)[match.to(torch.uint8).argmax(dim=1)].float()
+
+
+class TimeFeatureTable(TimeFeatures):
+    """Features of every training timestep as integers, with cubic interpolation between them.
+
+    Attributes:
+        codes (`nn.Parameter`): int16 [num_timesteps + 2, features]; row i is timestep i - 1.
+        scale (`nn.Parameter`): int32 [features], the bits of the fp32 scales.
+    """
+
+    def __init__(self, num_timesteps: int, features: int):
+        super().__init__()
+        self.num_timesteps = num_timesteps
+        self.codes = nn.Parameter(torch.empty(num_timesteps + 2, features, dtype=torch.int16), requires_grad=False)
+        self.scale = float_bits(torch.empty(features))
+
+    @property
+    def rows(self) -> Tensor:
+        """Timesteps of the rows, -1 to num_timesteps."""
+        return torch.arange(-1, self.num_timesteps + 1)
+
+    def set_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Take codes int16 [num_timesteps + 2, features] and scale fp32 [features]."""
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scale = float_bits(scale)
+
+    def features(self) -> tuple[Tensor, Tensor]:
+        """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps - 1."""
+        rows = slice(1, -1)
+        return self.rows[rows].float(), self.codes[rows].float() * self.scale.view(torch.float32)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        t = timesteps.to(torch.float32)
+        last = self.num_timesteps - 1
+        self._require(
+            (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
+        )
+        whole = t.floor()
+        f = (t - whole).unsqueeze(1)
+        # Lagrange's cubic through the rows at -1, 0, 1 and 2 from the whole step; exact on whole steps.
+        weights = torch.stack(
+            [
+                -f * (f - 1) * (f - 2) / 6,
+                (f + 1) * (f - 1) * (f - 2) / 2,
+                -(f + 1) * f * (f - 2) / 2,
+                (f + 1) * f * (f - 1) / 6,
+            ],
+            dim=1,
+        )
+        neighbours = whole.to(torch.int64).unsqueeze(1) + torch.arange(4, device=t.device)
+        rows = self.codes[neighbours.clamp(0, self.num_timesteps + 1)]
+        return (rows * weights).sum(dim=1) * self.scale.view(torch.float32)
+
+
+class TimeFeaturePassThrough(nn.Module):
+    """Stands where `time_embedding` was: the looked-up features need no MLP."""
+
+    def forward(self, features: Tensor, condition: None = None) -> Tensor:
+        return features
+
+
+class TimeFeatureSlice(nn.Module):
+    """Stands where a block's `time_emb_proj` was: features [batch, all] to the block's own [batch, stop - start]."""
+
+    def __init__(self, start: int, stop: int):
+        super().__init__()
+        self.start, self.stop = start, stop
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, self.start : self.stop]
+
+    def extra_repr(self) -> str:
+        return f"{self.start}, {self.stop}"

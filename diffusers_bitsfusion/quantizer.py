@@ -1,0 +1,253 @@
+"""`BitsFusionQuantizer`: diffusers' hooks for loading and saving, nothing else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from accelerate.utils import CustomDtype
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from .checkpoint import decode_state_dict, encode_state_dict
+from .config import BitsFusionConfig
+from .nn.convert import float_twin, packed_twin, replace_module
+from .nn.packed import PackedWeight
+from .nn.time_features import TimeFeatures
+from .nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
+from .packing import ModelPacker
+from .saving import as_plain_model, as_quantized_model
+
+logger = logging.get_logger(__name__)
+
+
+class BitsFusionQuantizer(DiffusersQuantizer):
+    """Quantizes a model while it loads, or loads and saves one that is packed."""
+
+    use_keep_in_fp32_modules = True
+    required_packages = ["zstandard"]
+
+    quantization_config: BitsFusionConfig
+
+    def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._dtype = torch.float32
+        self._packer: ModelPacker | None = None
+        self._leave_alone = False
+
+    # Before loading.
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what would bypass quantizing.
+
+        Raises:
+            ValueError: quantizing on the fly with a device map that puts modules on disk.
+        """
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        if on_disk and not self.pre_quantized:
+            raise ValueError(
+                'A device map with "disk" cannot be used while quantizing: those weights would stay unquantized. '
+                "Quantize and save the model first (`bitsfusion quantize SRC DST`), then load the result with it."
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self._dtype = torch_dtype or torch.float32
+        return torch_dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
+        # Packed parameters are integers, which device maps count at their own size; floats will shrink to 2 bits.
+        return torch_dtype if self.pre_quantized else CustomDtype.INT2
+
+    def get_cuda_warm_up_factor(self) -> int:
+        # Elements times the load dtype's 2 bytes over this factor: bytes when packed, about 2 bits before.
+        return 2 if self.pre_quantized else 16
+
+    def preprocess_model(self, model: nn.Module, **kwargs: Any) -> Any:
+        # A single-file pipeline hands its config to every model it loads.
+        self._leave_alone = (
+            ".autoencoders." in type(model).__module__ and "vae" not in self.quantization_config.components
+        )
+        return model if self._leave_alone else super().preprocess_model(model, **kwargs)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: nn.Module,
+        device_map: Any = None,
+        keep_in_fp32_modules: list[str] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # `from_single_file` says "pre-quantized" of everything: only the tensors tell.
+        if state_dict is not None:
+            self.pre_quantized = any(name.endswith(".codes") for name in state_dict)
+        if self.pre_quantized:
+            self._prepare_packed(model)
+        else:
+            exclude = [name for name in keep_in_fp32_modules or [] if name is not None]
+            self._packer = ModelPacker(model, self.quantization_config, self._dtype, exclude)
+
+    def _prepare_packed(self, model: nn.Module) -> None:
+        """Give the meta model the layers that the checkpoint describes.
+
+        Raises:
+            ValueError: the checkpoint's config does not fit the model.
+        """
+        config = self.quantization_config
+        if not config.is_resolved or not config.layers:
+            raise ValueError("The checkpoint's quantization_config lists no layers: its config.json is damaged.")
+        modules = dict(model.named_modules())
+        for name, layer in config.layers.items():
+            module = modules.get(name)
+            if not isinstance(module, (nn.Linear, nn.Conv2d)):
+                raise ValueError(f"The checkpoint's config packs {name}, which {type(model).__name__} does not have.")
+            if list(module.weight.shape) != list(layer["shape"]):
+                raise ValueError(
+                    f"The checkpoint's config gives {name} the shape {layer['shape']}; "
+                    f"{type(model).__name__} has {list(module.weight.shape)}."
+                )
+            replace_module(model, name, packed_twin(module, layer["bits"], self._dtype))
+        self._prepare_time_features(model)
+
+    def _prepare_time_features(self, model: nn.Module) -> None:
+        time = self.quantization_config.time_embedding
+        assert isinstance(time, dict)
+        if time["type"] == "keep":
+            return
+        obstacle = why_not_cacheable(model)
+        sizes = None if obstacle else TimePath.of(model).sizes
+        if sizes != [tuple(size) for size in time["features"]]:
+            raise ValueError(
+                f"The checkpoint's time features do not fit {type(model).__name__}: "
+                f"{obstacle or 'its blocks have other sizes'}."
+            )
+        with torch.device("meta"):
+            install(model, lookup_from_config(time), sizes)
+
+    # While loading.
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._leave_alone or not self.pre_quantized or not self.quantization_config.is_resolved:
+            return state_dict
+        return decode_state_dict(state_dict, self.quantization_config.to_dict())
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if missing_keys and not self._leave_alone:
+            _raise_missing(model, missing_keys)
+        return missing_keys
+
+    def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kw: Any):
+        return self._packer is not None and self._packer.wants(param_name)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
+        if tuple(current_param) != tuple(loaded_param.shape):
+            raise ValueError(
+                f"{param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, the model needs "
+                f"{tuple(current_param)}."
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str | int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        assert self._packer is not None
+        self._packer.take(param_name, param_value, target_device)
+
+    # After loading.
+
+    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> Any:
+        return model if self._leave_alone else super().postprocess_model(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        missing = [name for name, module in _modules_with_missing_weights(model)]
+        if missing:
+            _raise_missing(model, missing)
+        self.finish(model)
+        return model
+
+    def adopt(self, packer: ModelPacker) -> None:
+        """Take over a packer that has taken every weight, for `finish`."""
+        self._packer = packer
+
+    def finish(self, model: nn.Module) -> None:
+        """Set on a packed model whatever loading sets, so that one quantized in memory behaves alike."""
+        if self._packer is not None:
+            self.quantization_config = self._packer.finish()
+            self._packer = None
+            _warn_untrained()
+        _own_memory(model)
+        self.pre_quantized = True
+        model.is_quantized = True
+        model.quantization_method = self.quantization_config.quant_method
+        model.register_to_config(quantization_config=self.quantization_config)
+        as_quantized_model(model)
+
+    # Saving and undoing.
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self._leave_alone:
+            return state_dict, {}
+        return encode_state_dict(state_dict, self.quantization_config.to_dict()), {}
+
+    def _dequantize(self, model: nn.Module) -> nn.Module:
+        dtype = self._dtype
+        packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed]
+        for name, module in packed:
+            dtype = module.weight_dtype
+            replace_module(model, name, float_twin(module))
+        if isinstance(getattr(model, "time_proj", None), TimeFeatures):
+            restore(model, dtype)
+        as_plain_model(model)
+        del model.quantization_method
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _modules_with_missing_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with parameters on the meta device that no offloading hook will bring."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(p.is_meta for p in module.parameters(recurse=False)) and not _is_offloaded(module)
+    ]
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy what was not packed or decoded here: a single view would keep the whole file mapped into memory."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not name.endswith(".codes"):
+            parameter.data = parameter.data.clone()
+
+
+def _raise_missing(model: nn.Module, names: list[str]) -> None:
+    shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise ValueError(f"The checkpoint for {type(model).__name__} lacks {shown}. It is incomplete; download it again.")
+
+
+@functools.cache
+def _warn_untrained() -> None:
+    logger.warning(
+        "Layers were rounded after training. At about 2 bits a Stable Diffusion model then draws noise until it is "
+        "trained in this precision (quantization-aware training); see the README of diffusers_bitsfusion."
+    )

@@ -1,0 +1,140 @@
+"""Bits per layer: the `Recipe`, the one shipped, and loading others."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from torch import nn
+
+from .codec.grid import check_bits
+from .formula import IN_OUT_LAYERS, PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from .nn.time_path import TimePath, why_not_cacheable
+
+RECIPE_FILE = "recipe.json"
+PUBLISHED = "stable-diffusion-v1-5"
+
+
+class Recipe(Mapping[str, int]):
+    """Layer name to bits; a layer of n bits has 2**n + 1 levels (255 at 8).
+
+    Behaves as a read-only mapping: `len`, iteration, `recipe["conv_in"]`.
+
+    Args:
+        layers: bits by module name, each from 1 to 8.
+        source: where the bits come from, kept in the file.
+        shapes: weight shape by module name, where known; `fits` checks them.
+
+    Raises:
+        ValueError: bits outside 1 to 8; the message names the layer.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, int],
+        *,
+        source: str | None = None,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ):
+        self._layers = {name: check_bits(bits, f"bits of layer {name!r}") for name, bits in layers.items()}
+        self.source = source
+        self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
+
+    def __getitem__(self, name: str) -> int:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        histogram = ", ".join(f"{count} of {bits} bit" for bits, count in sorted(self.histogram().items()))
+        return f"Recipe({len(self)} layers: {histogram})"
+
+    def histogram(self) -> Counter[int]:
+        """Number of layers by bits."""
+        return Counter(self._layers.values())
+
+    def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        """Whether every layer of this recipe is in `shapes`, with the same shape where this recipe knows it."""
+        return all(name in shapes and self.shapes.get(name, shapes[name]) == tuple(shapes[name]) for name in self)
+
+    def average_bits(self, model: nn.Module) -> AverageBits:
+        """Average bits a weight of an unquantized `model` under this recipe, in both conventions.
+
+        First and last layers count 8 bits; a time embedding that can be cached counts as 50 cached steps.
+
+        Raises:
+            ValueError: the recipe names layers that the model lacks.
+        """
+        weights = {
+            name: module.weight.numel()
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, nn.Conv2d))
+        }
+        missing = [name for name in self if name not in weights]
+        if missing:
+            raise ValueError(f"The recipe names layers that the model lacks: {', '.join(missing[:5])}.")
+        removed, cached = 0, 0.0
+        if why_not_cacheable(model) is None:
+            path = TimePath.of(model)
+            removed = path.num_weights
+            cached = cached_bits(sum(size for _, size in path.sizes), len(PAPER_TIMESTEPS))
+            weights = {name: count for name, count in weights.items() if name not in path.layers}
+        bits = {name: 8 for name in weights if name in IN_OUT_LAYERS} | dict(self)
+        return average_bits(
+            {name: (bits[name], count) for name, count in weights.items() if name in bits},
+            other_weights=sum(count for name, count in weights.items() if name not in bits),
+            removed_weights=removed,
+            cached=cached,
+        )
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str], *, token: str | None = None) -> Recipe:
+        """A recipe by the name of a shipped one ("stable-diffusion-v1-5"), a JSON path, a folder, or a Hub id.
+
+        Raises:
+            FileNotFoundError: none of these exists.
+            ValueError: the file is not a recipe.
+        """
+        shipped = resources.files(__package__).joinpath("recipes", f"{name_or_path}.json")
+        path = Path(name_or_path)
+        if path.is_dir():
+            path = path / RECIPE_FILE
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+        elif shipped.is_file():
+            text = shipped.read_text(encoding="utf-8")
+        elif str(name_or_path).count("/") == 1 and path.suffix != ".json":
+            text = Path(hf_hub_download(str(name_or_path), RECIPE_FILE, token=token)).read_text(encoding="utf-8")
+        else:
+            raise FileNotFoundError(
+                f"No recipe {str(name_or_path)!r}: it is neither a shipped name ({PUBLISHED!r}), nor an existing JSON "
+                'file, nor a Hub id ("user/name").'
+            )
+        return cls._from_json(text, str(name_or_path))
+
+    @classmethod
+    def _from_json(cls, text: str, where: str) -> Recipe:
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
+            raise ValueError(f'{where} is not a recipe: it needs a "layers" object of module name to bits')
+        return cls(data["layers"], source=data.get("source"), shapes=data.get("shapes"))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the recipe as JSON; into a folder, as recipe.json."""
+        target = Path(path)
+        if target.is_dir():
+            target = target / RECIPE_FILE
+        data = {"source": self.source, "layers": self._layers, "shapes": self.shapes}
+        target.write_text(json.dumps({k: v for k, v in data.items() if v}, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,21 @@
+"""The only file that changes other packages: makes diffusers know this method. Listed in docs/ARCHITECTURE.md."""
+
+from __future__ import annotations
+
+from diffusers import DiffusionPipeline
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+from .config import BitsFusionConfig, BitsFusionMethod
+from .quantizer import BitsFusionQuantizer
+from .saving import saving_pipeline
+
+_METHOD = BitsFusionMethod.BITSFUSION.value
+
+
+def register() -> None:
+    """Enter the method in diffusers' tables and make pipelines with a packed model save all or nothing; once."""
+    if _METHOD in AUTO_QUANTIZER_MAPPING:
+        return
+    AUTO_QUANTIZER_MAPPING[_METHOD] = BitsFusionQuantizer
+    AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = BitsFusionConfig
+    DiffusionPipeline.save_pretrained = saving_pipeline(DiffusionPipeline.save_pretrained)
