@@ -177,9 +177,8 @@ def _read_header(file: Path) -> list[tuple[str, tuple[int, ...], int]]:
 
 
 def _memory_report(model: nn.Module) -> SizeReport:
-    config = getattr(model, "hf_quantizer", None)
-    config = getattr(config, "quantization_config", None)
-    if getattr(config, "layers", None) is None:
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if config is None or getattr(config, "layers", None) is None:
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
     tensors = [(name, tuple(t.shape), t.nbytes) for name, t in model.state_dict().items()]
     return _report("memory", tensors, config.to_dict(), 0)

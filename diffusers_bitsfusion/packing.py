@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
+from diffusers import ModelMixin
 from diffusers.utils import logging
-from torch import Tensor, nn
+from torch import Tensor
 
 from .codec.time_table import quantize_table
 from .config import FORMAT_VERSION, BitsFusionConfig
@@ -35,7 +36,7 @@ class ModelPacker:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: ModelMixin,
         config: BitsFusionConfig,
         dtype: torch.dtype,
         exclude: Iterable[str] = (),

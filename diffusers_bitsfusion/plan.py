@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import ModelMixin
+from diffusers.utils import logging
 from torch import nn
 
 from .analysis.allocation import allocate_data_free
@@ -17,7 +18,7 @@ from .nn.packed import PackedWeight
 from .nn.time_path import TimePath, why_not_cacheable
 from .recipe import PUBLISHED, Recipe
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 # A table of 1002 timesteps takes about 5.4 bits an entry in the file, a projection of the time embedding in_out_bits
 # a weight: the table is smaller where the embedding is wider than this many bits over in_out_bits.
@@ -48,7 +49,7 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(f".{pattern}." in f".{name}." for pattern in patterns)
 
 
-def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Module]:
+def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
     """Linear and Conv2d layers by name, those matching `exclude` left out."""
     patterns = list(exclude)
     return {
@@ -58,7 +59,7 @@ def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[st
     }
 
 
-def make_plan(model: nn.Module, config: BitsFusionConfig, exclude: Iterable[str] = ()) -> Plan:
+def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str] = ()) -> Plan:
     """Decide on every layer of an unquantized model; its parameters may be on the meta device.
 
     Args:
@@ -89,26 +90,25 @@ def make_plan(model: nn.Module, config: BitsFusionConfig, exclude: Iterable[str]
     return plan
 
 
-def _time_names(layers: Mapping[str, nn.Module]) -> set[str]:
+def _time_names(layers: Iterable[str]) -> set[str]:
     """Layers of a time embedding that must stay, by the names that diffusers gives them."""
     return {name for name in layers if matches(name, ("time_embedding", "time_emb_proj", "add_embedding"))}
 
 
-def _plan_time(model: nn.Module, config: BitsFusionConfig) -> tuple[str, list[float]]:
+def _plan_time(model: ModelMixin, config: BitsFusionConfig) -> tuple[str, list[float]]:
     """(what becomes of the time embedding, timesteps to cache)."""
     asked = config.time_embedding
     kind = asked["type"] if isinstance(asked, dict) else asked
     timesteps = list(asked["timesteps"] if isinstance(asked, dict) and kind == "cache" else PAPER_TIMESTEPS)
     obstacle = why_not_cacheable(model)
-    path = None if obstacle else TimePath.of(model)
-    if path is not None and matches_any(path.layers, config.modules_to_not_convert):
+    if obstacle is None and matches_any(TimePath.of(model).layers, config.modules_to_not_convert):
         obstacle = "modules_to_not_convert names a part of it"
     if obstacle is not None:
         if kind in ("table", "cache"):
             logger.warning('The time embedding is kept, not replaced by a "%s": %s.', kind, obstacle)
         return "keep", timesteps
     if kind == "auto":
-        width = path.layers["time_embedding.linear_2"].out_features
+        width = TimePath.of(model).layers["time_embedding.linear_2"].out_features
         kind = "table" if width * config.in_out_bits > _TABLE_BITS_PER_FEATURE else "keep"
     return kind, timesteps
 
@@ -120,7 +120,7 @@ def matches_any(names: Iterable[str], patterns: Iterable[str]) -> bool:
 
 
 def _ordinary_bits(
-    model: nn.Module,
+    model: ModelMixin,
     config: BitsFusionConfig,
     plan: Plan,
     sizes: dict[str, int],
@@ -157,10 +157,10 @@ def _check_recipe(recipe: Recipe, model: nn.Module, sizes: dict[str, int], shape
             raise ValueError(f"The recipe {problem}: {shown}.")
 
 
-def _allocate(model: nn.Module, config: BitsFusionConfig, plan: Plan, sizes: dict[str, int]) -> dict[str, int]:
+def _allocate(model: ModelMixin, config: BitsFusionConfig, plan: Plan, sizes: dict[str, int]) -> dict[str, int]:
     all_layers = quantizable_layers(model, config.modules_to_not_convert)
     all_weights = sum(layer.weight.numel() for layer in all_layers.values())
-    fixed = sum(cost_in_bits(bits) * all_layers[name].weight.numel() for name, bits in plan.bits.items())
+    fixed: float = sum(cost_in_bits(bits) * all_layers[name].weight.numel() for name, bits in plan.bits.items())
     if plan.time_embedding != "keep":
         features = sum(size for _, size in TimePath.of(model).sizes)
         fixed += cached_bits(features, len(plan.timesteps))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
+from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
@@ -64,7 +65,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         # Elements times the load dtype's 2 bytes over this factor: bytes when packed, about 2 bits before.
         return 2 if self.pre_quantized else 16
 
-    def preprocess_model(self, model: nn.Module, **kwargs: Any) -> Any:
+    def preprocess_model(self, model: ModelMixin, **kwargs: Any) -> Any:
         # A single-file pipeline hands its config to every model it loads.
         self._leave_alone = (
             ".autoencoders." in type(model).__module__ and "vae" not in self.quantization_config.components
@@ -73,7 +74,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(
         self,
-        model: nn.Module,
+        model: ModelMixin,
         device_map: Any = None,
         keep_in_fp32_modules: list[str] | None = None,
         state_dict: dict[str, Tensor] | None = None,
@@ -88,7 +89,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             exclude = [name for name in keep_in_fp32_modules or [] if name is not None]
             self._packer = ModelPacker(model, self.quantization_config, self._dtype, exclude)
 
-    def _prepare_packed(self, model: nn.Module) -> None:
+    def _prepare_packed(self, model: ModelMixin) -> None:
         """Give the meta model the layers that the checkpoint describes.
 
         Raises:
@@ -110,7 +111,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             replace_module(model, name, packed_twin(module, layer["bits"], self._dtype))
         self._prepare_time_features(model)
 
-    def _prepare_time_features(self, model: nn.Module) -> None:
+    def _prepare_time_features(self, model: ModelMixin) -> None:
         time = self.quantization_config.time_embedding
         assert isinstance(time, dict)
         if time["type"] == "keep":
@@ -132,12 +133,12 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             return state_dict
         return decode_state_dict(state_dict, self.quantization_config.to_dict())
 
-    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         if missing_keys and not self._leave_alone:
             _raise_missing(model, missing_keys)
         return missing_keys
 
-    def check_if_quantized_param(self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kw: Any):
+    def check_if_quantized_param(self, model: ModelMixin, param_value: Tensor, param_name: str, *args: Any, **kw: Any):
         return self._packer is not None and self._packer.wants(param_name)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
@@ -150,7 +151,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     def create_quantized_param(
         self,
-        model: nn.Module,
+        model: ModelMixin,
         param_value: Tensor,
         param_name: str,
         target_device: torch.device | str | int,
@@ -162,10 +163,10 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     # After loading.
 
-    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> Any:
+    def postprocess_model(self, model: ModelMixin, **kwargs: Any) -> Any:
         return model if self._leave_alone else super().postprocess_model(model, **kwargs)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         missing = [name for name, module in _modules_with_missing_weights(model)]
         if missing:
             _raise_missing(model, missing)
@@ -176,7 +177,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         """Take over a packer that has taken every weight, for `finish`."""
         self._packer = packer
 
-    def finish(self, model: nn.Module) -> None:
+    def finish(self, model: ModelMixin) -> None:
         """Set on a packed model whatever loading sets, so that one quantized in memory behaves alike."""
         if self._packer is not None:
             self.quantization_config = self._packer.finish()
@@ -198,7 +199,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             return state_dict, {}
         return encode_state_dict(state_dict, self.quantization_config.to_dict()), {}
 
-    def _dequantize(self, model: nn.Module) -> nn.Module:
+    def _dequantize(self, model: ModelMixin) -> ModelMixin:
         dtype = self._dtype
         packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed]
         for name, module in packed:
@@ -219,7 +220,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         return True
 
 
-def _modules_with_missing_weights(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _modules_with_missing_weights(model: ModelMixin) -> list[tuple[str, nn.Module]]:
     """Modules with parameters on the meta device that no offloading hook will bring."""
     return [
         (name, module)
@@ -233,14 +234,14 @@ def _is_offloaded(module: nn.Module) -> bool:
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
 
-def _own_memory(model: nn.Module) -> None:
+def _own_memory(model: ModelMixin) -> None:
     """Copy what was not packed or decoded here: a single view would keep the whole file mapped into memory."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not name.endswith(".codes"):
             parameter.data = parameter.data.clone()
 
 
-def _raise_missing(model: nn.Module, names: list[str]) -> None:
+def _raise_missing(model: ModelMixin, names: list[str]) -> None:
     shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise ValueError(f"The checkpoint for {type(model).__name__} lacks {shown}. It is incomplete; download it again.")
 

@@ -9,17 +9,25 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
-from torch import nn
+
+from .card import write_card
+
+# Whether a pipeline is being saved: its one card replaces those of its models.
+_inside_pipeline: ContextVar[bool] = ContextVar("inside_pipeline", default=False)
 
 _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}(?P<end>\.(safetensors|bin))")
 
 
 class QuantizedModelMixin:
     """What a quantized model does otherwise than its class; its name stays that of the class."""
+
+    config: FrozenDict
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As `ModelMixin.save_pretrained`, but all or nothing: on an error the old checkpoint is untouched.
@@ -30,7 +38,9 @@ class QuantizedModelMixin:
         if kwargs.get("safe_serialization") is False:
             raise ValueError("A quantized model is saved as safetensors only; leave out `safe_serialization=False`.")
         with replacing(Path(save_directory)) as scratch:
-            super().save_pretrained(scratch, *args, **kwargs)
+            super().save_pretrained(scratch, *args, **kwargs)  # type: ignore[misc]
+            if not _inside_pipeline.get():
+                _write_card(scratch, Path(save_directory), type(self).__name__, self.config.get("_name_or_path"))
 
     def fuse_qkv_projections(self) -> None:
         """Refused: it would build float layers from the packed ones."""
@@ -39,20 +49,27 @@ class QuantizedModelMixin:
         )
 
 
+def _write_card(scratch: Path, directory: Path, kind: str, base_model: str | os.PathLike[str] | None) -> None:
+    """A card for what `scratch` holds, unless `directory` has one already: it may be the user's."""
+    if not (directory / "README.md").exists():
+        write_card(scratch, kind, base_model, title=directory.name)
+
+
 @functools.cache
-def _quantized_class(plain: type[nn.Module]) -> type[nn.Module]:
+def _quantized_class(plain: type) -> type:
     # Same name and module: diffusers writes them into config.json and model_index.json.
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
     return type(plain.__name__, (QuantizedModelMixin, plain), names)
 
 
-def as_quantized_model(model: nn.Module) -> None:
+def as_quantized_model(model: ModelMixin) -> None:
     """Give a model the mixin's behaviour, once."""
     if not isinstance(model, QuantizedModelMixin):
-        model.__class__ = _quantized_class(type(model))
+        plain: Any = type(model)
+        model.__class__ = _quantized_class(plain)
 
 
-def as_plain_model(model: nn.Module) -> None:
+def as_plain_model(model: ModelMixin) -> None:
     """Take the mixin and the quantization config from a model, so that it saves and loads without this package."""
     model.__class__ = type(model).__mro__[2]
     dropped = ("quantization_config", "_pre_quantization_dtype")
@@ -113,7 +130,12 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(component, QuantizedModelMixin) for component in self.components.values()):
             return original(self, save_directory, *args, **kwargs)
-        with replacing(Path(save_directory)) as scratch:
-            return original(self, str(scratch), *args, **kwargs)
+        token = _inside_pipeline.set(True)
+        try:
+            with replacing(Path(save_directory)) as scratch:
+                original(self, str(scratch), *args, **kwargs)
+                _write_card(scratch, Path(save_directory), type(self).__name__, self.config.get("_name_or_path"))
+        finally:
+            _inside_pipeline.reset(token)
 
     return save_pretrained

@@ -5,5 +5,4 @@ from .linear import BitsFusionLinear
 from .packed import PackedWeight
 from .time_features import TimeFeatures
 
-
 __all__ = ["BitsFusionConv2d", "BitsFusionLinear", "PackedWeight", "TimeFeatures"]

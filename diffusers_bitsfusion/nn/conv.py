@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input
 
 from .packed import PackedWeight, autocast, needs_grad
 
@@ -16,7 +17,7 @@ class _PackedConv2d(torch.autograd.Function):
     """y = x * W + b with numeric zero padding, keeping codes instead of W for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: BitsFusionConv2d, padding: tuple[int, int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: BitsFusionConv2d, padding: tuple[int, ...]) -> Tensor:
         ctx.layer, ctx.padding, ctx.input_shape = layer, padding, x.shape
         return layer.convolve(x, bias, padding)
 
@@ -27,7 +28,7 @@ class _PackedConv2d(torch.autograd.Function):
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             weight = layer.decode_for_call(grad.dtype)
-            grad_x = nn.grad.conv2d_input(
+            grad_x = conv2d_input(
                 ctx.input_shape, weight, grad, layer.stride, ctx.padding, layer.dilation, layer.groups
             )
         if ctx.needs_input_grad[1]:
@@ -53,12 +54,12 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
             return _PackedConv2d.apply(x, bias, self, padding)
         return self.convolve(x, bias, padding)
 
-    def convolve(self, x: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
+    def convolve(self, x: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
         """The convolution with zero padding of `padding` rows and columns."""
         weight = self.decode_for_call(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
 
-    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Padding that is not plain zeros of a given width, done ahead: (padded input, padding left to do)."""
         if self.padding_mode == "zeros" and not isinstance(self.padding, str):
             return x, self.padding

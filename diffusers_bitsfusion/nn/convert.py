@@ -18,7 +18,7 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, new)
 
 
-def packed_twin(layer: nn.Module, bits: int, dtype: torch.dtype) -> PackedWeight:
+def packed_twin(layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype) -> PackedWeight:
     """Packed layer for an `nn.Linear` or `nn.Conv2d`, codes still on the meta device."""
     kind = BitsFusionConv2d if isinstance(layer, nn.Conv2d) else BitsFusionLinear
     return kind.from_float(layer, bits, dtype)
@@ -46,8 +46,8 @@ def pack_weight(
 
 def float_twin(packed: PackedWeight) -> nn.Linear | nn.Conv2d:
     """Ordinary layer with the decoded weight in `packed.weight_dtype`, sharing the bias."""
-    kind = nn.Conv2d if isinstance(packed, BitsFusionConv2d) else nn.Linear
-    layer = kind.__new__(kind)
+    kind: type[nn.Linear | nn.Conv2d] = nn.Conv2d if isinstance(packed, BitsFusionConv2d) else nn.Linear
+    layer: nn.Linear | nn.Conv2d = kind.__new__(kind)
     nn.Module.__init__(layer)
     own = ("bits", "weight_shape", "weight_dtype")
     layer.__dict__.update({k: v for k, v in packed.__dict__.items() if k not in layer.__dict__ and k not in own})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,15 +37,12 @@ class PackedWeight(nn.Module):
     weight_dtype: torch.dtype
 
     @classmethod
-    def from_float(cls: type[LayerT], layer: nn.Module, bits: int, dtype: torch.dtype) -> LayerT:
+    def from_float(cls: type[LayerT], layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype) -> LayerT:
         """Packed twin of a Linear or Conv2d, with codes on the meta device and the layer's own bias."""
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
         # Every setting of the float layer (stride, padding, ...) and its bias, without its weight.
-        state = {key: value for key, value in layer.__dict__.items() if not key.startswith("_")}
-        packed.__dict__.update(state)
-        if hasattr(layer, "_reversed_padding_repeated_twice"):
-            packed._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
+        packed.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in packed.__dict__})
         packed.bits = bits
         packed.weight_shape = tuple(layer.weight.shape)
         packed.weight_dtype = dtype
@@ -55,7 +52,7 @@ class PackedWeight(nn.Module):
                 torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8), requires_grad=False
             )
             packed.scale = float_bits(torch.empty(rows))
-        packed.register_parameter("bias", layer.bias)
+        packed.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         return packed
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from diffusers import ControlNetModel, UNet2DConditionModel
+from diffusers import ControlNetModel, ModelMixin, UNet2DConditionModel
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ _RESTORED_SEED = 0
 _RESTORED_TOLERANCE = 0.01
 
 
-def why_not_cacheable(model: nn.Module) -> str | None:
+def why_not_cacheable(model: ModelMixin) -> str | None:
     """Why the model's time features depend on more than the timestep, or None when they do not."""
     if not isinstance(model, (UNet2DConditionModel, ControlNetModel)):
         return f"{type(model).__name__} has no ResBlock time projections"
@@ -61,11 +61,11 @@ def _is_plain_block(block: nn.Module) -> bool:
 class TimePath:
     """Modules that turn a timestep into the features of each ResBlock, in the order of `named_modules`."""
 
-    model: nn.Module
+    model: ModelMixin
     blocks: dict[str, ResnetBlock2D]
 
     @classmethod
-    def of(cls, model: nn.Module) -> TimePath:
+    def of(cls, model: ModelMixin) -> TimePath:
         """The time path of a model for which `why_not_cacheable` gives None."""
         return cls(model, {name: m for name, m in model.named_modules() if isinstance(m, ResnetBlock2D)})
 
@@ -101,7 +101,7 @@ class TimePath:
 
     @torch.no_grad()
     def compute(self, timesteps: Tensor) -> Iterator[Tensor]:
-        """Exact features of one block after another, fp32 [timesteps, size], computed in fp32 on the weights' device."""
+        """Exact features of one block after another, fp32 [timesteps, size], computed in fp32."""
         layers = self.layers
 
         def linear(name: str, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class TimePath:
             yield linear(f"{name}.time_emb_proj", hidden)
 
 
-def install(model: nn.Module, lookup: TimeFeatures, sizes: list[tuple[str, int]]) -> None:
+def install(model: ModelMixin, lookup: TimeFeatures, sizes: list[tuple[str, int]]) -> None:
     """Replace the time path of `model` by `lookup`, whose features belong to the blocks of `sizes` in order."""
     model.time_proj = lookup
     model.time_embedding = TimeFeaturePassThrough()
@@ -129,7 +129,7 @@ def install(model: nn.Module, lookup: TimeFeatures, sizes: list[tuple[str, int]]
 
 
 @torch.no_grad()
-def restore(model: nn.Module, dtype: torch.dtype) -> None:
+def restore(model: ModelMixin, dtype: torch.dtype) -> None:
     """Put an ordinary time path back in, fitted to the features that the look-up holds.
 
     The original MLP is gone, but a plain model needs one. A two-layer MLP of fixed random weights, as wide as the

@@ -1,0 +1,183 @@
+"""The command line `bitsfusion`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="bitsfusion",
+    help="Extremely low-bit diffusion models for diffusers.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+    add_completion=False,
+)
+
+_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps subcommands by name even while there are few."""
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline or a model.")],
+    destination: Annotated[Path, typer.Argument(help="Folder to write.")],
+    recipe: Annotated[str, typer.Option(help='"auto", a shipped name, a JSON file, a Hub id, or 1 to 8.')] = "auto",
+    target_bits: Annotated[float, typer.Option(help="Average bits a weight that allocation aims at.")] = 1.99,
+    time_embedding: Annotated[str, typer.Option(help='"auto", "table", "cache" or "keep".')] = "auto",
+    dtype: Annotated[str, typer.Option(help="dtype of what stays in floating point.")] = "float16",
+) -> None:
+    """Quantize a pipeline or model and save it packed."""
+    import torch
+
+    from . import BitsFusionConfig, size_report
+
+    if dtype not in _DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(_DTYPES)}", param_hint="--dtype")
+    with _user_errors():
+        config = BitsFusionConfig(
+            recipe=int(recipe) if recipe.isdecimal() else recipe,
+            target_bits=target_bits,
+            time_embedding=time_embedding,
+        )
+        loaded = _load(source, quantization_config=config, torch_dtype=getattr(torch, dtype))
+        loaded.save_pretrained(destination)
+        typer.echo(str(size_report(destination)))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print where the bytes are, bits a weight by each convention, and the histogram of bits."""
+    from . import size_report
+
+    with _user_errors():
+        report = size_report(path)
+        typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
+
+
+@app.command()
+def evaluate(
+    path: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline, packed or in full precision.")],
+    reference: Annotated[str | None, typer.Option(help="Full-precision pipeline to compare with.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="Tab-separated file with a Prompt, optionally a Category and a Spec column; "
+            "default: prompts.tsv in the folder of PATH or of the reference."
+        ),
+    ] = None,
+    scorer: Annotated[str | None, typer.Option(help="MODULE:FUNCTION that judges images by their Spec.")] = None,
+    clip: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a CLIP; default: clip/ in the folder of PATH or of the reference."),
+    ] = None,
+    num_images: Annotated[int | None, typer.Option(help="Draw so many of the prompts; default: all.")] = None,
+    steps: Annotated[int, typer.Option(help="Inference steps.")] = 50,
+    guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be repeated.  [default: 7.5]")] = None,
+    seed: Annotated[int, typer.Option(help="Base of the seeds of all images.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
+    scheduler: Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipeline's own.")] = None,
+    lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; needs the package lpips.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Keep the images here, and continue from them.")] = None,
+) -> None:
+    """Draw a prompt set and score the images: compositional score, CLIP score, distances to a reference."""
+    with _user_errors():
+        from . import evaluation
+
+        if prompts is None:
+            prompts = _default_prompts(path, reference)
+        if json_file is not None:
+            json_file.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of drawing
+        chosen = evaluation.sample_prompts(evaluation.read_prompts(prompts), num_images)
+        report = evaluation.evaluate(
+            path,
+            chosen,
+            reference=reference,
+            scorer=None if scorer is None else _load_scorer(scorer),
+            clip=clip,
+            sampling=evaluation.Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
+            guidance_scales=guidance_scale or (),
+            lpips=lpips,
+            images=images,
+        )
+        typer.echo(evaluation.format_report(report))
+        if json_file is not None:
+            json_file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+@app.command()
+def compare(
+    paths: Annotated[list[str], typer.Argument(metavar="A B...", help="Folders or Hub ids of pipelines.")],
+    prompts: Annotated[Path, typer.Option(help="Tab-separated file with a Prompt column.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write.")],
+    num_images: Annotated[int, typer.Option(help="Rows at most.")] = 8,
+    steps: Annotated[int, typer.Option(help="Inference steps.")] = 50,
+    guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 7.5,
+    seed: Annotated[int, typer.Option(help="Base of the seeds of all images.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
+) -> None:
+    """Draw the same prompts with several pipelines and put the images in one labelled grid."""
+    with _user_errors():
+        from .evaluation import Sampling, generate_images, image_grid, load_pipeline, read_prompts, sample_prompts
+        from .evaluation.grid import distinct_labels
+
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = read_prompts(prompts)
+        captions = [prompt.caption for prompt in sample_prompts(found, min(num_images, len(found)))]
+        sampling = Sampling(steps, guidance_scale, seed, batch_size)
+        columns = [generate_images(load_pipeline(path), captions, sampling) for path in paths]
+        image_grid(columns, distinct_labels(paths), captions).save(out, format="PNG")
+        typer.echo(f"{len(captions)} prompts by {len(paths)} pipelines: {out}")
+
+
+def _default_prompts(*folders: str | None) -> Path:
+    files = [Path(folder) / "prompts.tsv" for folder in folders if folder is not None]
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        raise ValueError("No prompts: give a file with --prompts.")
+    return found
+
+
+def _load_scorer(name: str):
+    from .evaluation import load_scorer
+
+    # An installed command lacks the working directory, where a scorer of one's own usually lies.
+    sys.path.insert(0, os.getcwd())
+    return load_scorer(name)
+
+
+def _load(source: str, **kwargs):
+    """A pipeline, or where `source` holds a model, that model by the class its config names."""
+    import diffusers
+
+    config = Path(source) / "config.json"
+    if not config.is_file():
+        return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)
+    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    if not name or not hasattr(diffusers, name):
+        raise ValueError(f"{config} names no diffusers class (_class_name is {name!r}).")
+    return getattr(diffusers, name).from_pretrained(source, **kwargs)
+
+
+class _user_errors:
+    """Turn errors of input and disk, and missing packages, into one line and exit code 1."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, (ValueError, OSError, ImportError)):
+            typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(1) from error

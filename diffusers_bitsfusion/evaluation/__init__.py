@@ -1,0 +1,36 @@
+"""How good are the pictures? Scores of prompts, distances to a reference model's pictures, one report of both.
+
+Imported on demand: `import diffusers_bitsfusion` alone loads nothing of it.
+"""
+
+from .clip import Clip, clip_score
+from .compositional import Estimate, bootstrap_mean, bootstrap_scores, load_scorer
+from .distribution import cmmd, frechet_distance
+from .figures import format_report
+from .generate import Sampling, generate_images
+from .grid import image_grid
+from .images import image_metrics
+from .pipeline import load_pipeline
+from .prompts import Prompt, read_prompts, sample_prompts
+from .report import evaluate
+
+__all__ = [
+    "Clip",
+    "Estimate",
+    "Prompt",
+    "Sampling",
+    "bootstrap_mean",
+    "bootstrap_scores",
+    "clip_score",
+    "cmmd",
+    "evaluate",
+    "format_report",
+    "frechet_distance",
+    "generate_images",
+    "image_grid",
+    "image_metrics",
+    "load_pipeline",
+    "load_scorer",
+    "read_prompts",
+    "sample_prompts",
+]

@@ -1,0 +1,102 @@
+"""Pictures for prompts, each from a seed of its own."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from tqdm.auto import tqdm
+
+from .store import ImageFolder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures are drawn.
+
+    Attributes:
+        steps: inference steps.
+        guidance_scale: of classifier-free guidance.
+        seed: base seed; the noise of a picture depends on it and on the picture's place in the list alone.
+        batch_size: pictures drawn at once.
+        scheduler: name of a diffusers scheduler; None keeps the pipeline's own.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    steps: int = 50
+    guidance_scale: float = 7.5
+    seed: int = 1024
+    batch_size: int = 8
+    scheduler: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("guidance_scale", 0), ("seed", 0), ("batch_size", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
+
+
+DEFAULT_SAMPLING = Sampling()
+
+
+def generate_images(
+    pipeline: DiffusionPipeline,
+    captions: Sequence[str],
+    sampling: Sampling,
+    folder: ImageFolder | None = None,
+    progress: bool = True,
+) -> np.ndarray:
+    """Draw one picture a caption.
+
+    Args:
+        pipeline: any text-to-image pipeline; its scheduler is used as it is.
+        captions: n prompts.
+        sampling: steps, guidance, seed, batch size.
+        folder: keeps the pictures; those that it holds already are not drawn again.
+        progress: whether to show a progress bar.
+
+    Returns:
+        (n, height, width, 3) uint8.
+
+    Raises:
+        ValueError: the pipeline takes no prompt, or draws NaN.
+    """
+    if "prompt" not in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(f"{type(pipeline).__name__} takes no prompt.")
+    images = {i: image for i in range(len(captions)) if folder and (image := folder.load(i)) is not None}
+    missing = [index for index in range(len(captions)) if index not in images]
+    with tqdm(total=len(captions), initial=len(images), desc="images", disable=not progress) as bar:
+        for start in range(0, len(missing), sampling.batch_size):
+            batch = missing[start : start + sampling.batch_size]
+            for index, image in zip(batch, _draw(pipeline, captions, batch, sampling), strict=True):
+                images[index] = image
+                if folder is not None:
+                    folder.save(index, image)
+            bar.update(len(batch))
+    return np.stack([images[index] for index in range(len(captions))])
+
+
+def _draw(pipeline, captions, indices, sampling):
+    """(len(indices), height, width, 3) uint8."""
+    images = pipeline(
+        prompt=[captions[index] for index in indices],
+        num_inference_steps=sampling.steps,
+        guidance_scale=sampling.guidance_scale,
+        generator=[_generator(sampling.seed, index) for index in indices],
+        output_type="np",
+    ).images
+    if not np.isfinite(images).all():
+        raise ValueError(f"The pipeline drew NaN for one of the prompts {[captions[index] for index in indices]}.")
+    return (images * 255).round().astype(np.uint8)
+
+
+def _generator(seed, index):
+    # A hash, not a sum: with `seed + index`, neighbouring base seeds would share most of their noise. On the CPU,
+    # so that the noise is the same on every device; its generator takes 32 bits.
+    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)
+    return torch.Generator().manual_seed(int(state[0]))

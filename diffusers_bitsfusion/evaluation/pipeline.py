@@ -1,0 +1,74 @@
+"""Pipelines to evaluate: loaded with their defects named, and told apart by their files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+_DENOISERS = ("unet", "transformer")
+
+
+def default_device() -> torch.device:
+    """CUDA where there is a device, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_pipeline(path: str | os.PathLike[str], scheduler: str | None = None) -> DiffusionPipeline:
+    """A pipeline, packed or in full precision, on the default device: float16 on CUDA, float32 on the CPU.
+
+    A safety checker is taken off: the black pictures that it puts in place would be measured as the model's.
+
+    Args:
+        path: folder or Hub id.
+        scheduler: name of a diffusers scheduler to use with the pipeline's own noise schedule.
+
+    Raises:
+        OSError: nothing to load there.
+        ValueError: no pipeline, or one without UNet or transformer; unknown scheduler.
+    """
+    path = os.fspath(path)
+    _check_folder(path)
+    device = default_device()
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    if getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.safety_checker = None
+    if scheduler is not None:
+        pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """Changes when a file of the local pipeline does; the id itself for one on the Hub."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return os.fspath(path)
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin"))
+    state = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(state).encode()).hexdigest()
+
+
+def _check_folder(path: str) -> None:
+    """Name what is wrong before diffusers lists every part that it did not get."""
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        raise ValueError(f"{path} holds no pipeline (no model_index.json).")
+    index = DiffusionPipeline.load_config(path)
+    names = [name for name in _DENOISERS if (index.get(name) or [None])[0]]
+    if not names:
+        raise ValueError(f"The pipeline {path} has neither a UNet nor a transformer.")
+    missing = [name for name in names if Path(path).is_dir() and not (Path(path) / name).is_dir()]
+    if missing:
+        raise ValueError(f"The pipeline {path} names a {missing[0]}, but its folder {missing[0]}/ is missing.")
+
+
+def _scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        raise ValueError(f"{name!r} is not a diffusers scheduler.")
+    return found

@@ -1,0 +1,144 @@
+"""Trains a small Stable Diffusion pipeline from scratch on captioned scenes of coloured shapes.
+
+    python -m examples.shapes.pretrain --work-dir runs/shapes --out pipeline --stage all
+
+Stages, each of which needs those before it: `vae`, `decoder`, `text`, `unet`, `clip`, `export`.
+"""
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .clip import train_clip
+from .dataset import build_dataset, load_dataset
+from .export import export_pipeline
+from .text import create_tokenizer, tokenize, train_text
+from .training import TrainOptions
+from .unet import train_unet
+from .vae import refine_decoder, store_latents, train_vae
+
+STAGES = ("vae", "decoder", "text", "unet", "clip", "export")
+DEFAULTS = {
+    "vae": TrainOptions(steps=1600, learning_rate=2e-3, batch_size=32, cooldown=600),
+    "decoder": TrainOptions(steps=600, learning_rate=1e-3, batch_size=32, cooldown=400),
+    "text": TrainOptions(steps=1000, learning_rate=1e-3, batch_size=128, cooldown=400),
+    "unet": TrainOptions(steps=30_000, learning_rate=1e-3, batch_size=32, cooldown=6000, warmup=500, ema_decay=0.9995),
+    "clip": TrainOptions(steps=1500, learning_rate=1e-3, batch_size=64, cooldown=500),
+}
+
+
+def run_vae(work: Path, options: TrainOptions) -> None:
+    images = load_dataset(work / "data")[0]
+    vae = train_vae(images, work / "vae.pt", options)
+    if PartialState().is_main_process:
+        vae.save_pretrained(work / "vae")
+    store_latents(vae, images, work / "latents.npy")
+
+
+def run_decoder(work: Path, options: TrainOptions) -> None:
+    vae = refine_decoder(
+        AutoencoderKL.from_pretrained(work / "vae"),
+        images=load_dataset(work / "data")[0],
+        latents=np.load(work / "latents.npy", mmap_mode="r"),
+        path=work / "decoder.pt",
+        options=options,
+    )
+    if PartialState().is_main_process:
+        vae.save_pretrained(work / "vae_final")
+
+
+def run_text(work: Path, options: TrainOptions) -> None:
+    captions = load_dataset(work / "data")[1]
+    tokenizer = create_tokenizer(captions)
+    text = train_text(tokenizer, len(captions), work / "text.pt", options)
+    if PartialState().is_main_process:
+        tokenizer.save_pretrained(work / "tokenizer")
+        text.save_pretrained(work / "text")
+
+
+def run_unet(work: Path, options: TrainOptions) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    unet, text = train_unet(
+        latents=torch.from_numpy(np.load(work / "latents.npy")),
+        token_ids=tokenize(tokenizer, load_dataset(work / "data")[1]),
+        empty_ids=tokenize(tokenizer, [""])[0],
+        text=CLIPTextModelWithProjection.from_pretrained(work / "text"),
+        path=work / "unet.pt",
+        options=options,
+    )
+    if PartialState().is_main_process:
+        unet.save_pretrained(work / "unet")
+        text.save_pretrained(work / "text_final")
+
+
+def run_clip(work: Path, options: TrainOptions) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    images, captions, foils = load_dataset(work / "data")
+    clip = train_clip(
+        images=images,
+        token_ids=tokenize(tokenizer, captions),
+        foil_ids=tokenize(tokenizer, foils),
+        text=CLIPTextModelWithProjection.from_pretrained(work / "text_final"),
+        path=work / "clip.pt",
+        options=options,
+    )
+    if PartialState().is_main_process:
+        clip.save_pretrained(work / "clip")
+
+
+def run_export(work: Path, out: Path) -> None:
+    if PartialState().is_main_process:
+        export_pipeline(
+            out,
+            vae=AutoencoderKL.from_pretrained(work / "vae_final"),
+            clip=CLIPModel.from_pretrained(work / "clip"),
+            tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
+            unet=UNet2DConditionModel.from_pretrained(work / "unet"),
+        )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--work-dir", type=Path, required=True, help="training set, checkpoints, trained parts")
+    parser.add_argument("--out", type=Path, default=Path("pipeline"), help="where `export` writes the pipeline")
+    parser.add_argument("--images", type=int, default=120_000, help="size of the training set, rendered once")
+    parser.add_argument("--resume", action="store_true", default=None, help="continue from the stage's checkpoint")
+    parser.add_argument("--steps", type=int, help="last step of the stage, steps before a resume counted in")
+    parser.add_argument("--cooldown", type=int, help="steps at the end over which the learning rate decays to zero")
+    parser.add_argument("--minutes", type=float, help="end the stage after this time, at a checkpoint")
+    parser.add_argument("--batch-size", type=int, help="samples a step, over all processes")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"))
+    parser.add_argument("--seed", type=int)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process and not (args.work_dir / "data" / "captions.json").exists():
+        build_dataset(args.work_dir / "data", args.images)
+    state.wait_for_everyone()
+    given = {f.name: getattr(args, f.name, None) for f in fields(TrainOptions)}
+    given = {name: value for name, value in given.items() if value is not None}
+    runs = {"vae": run_vae, "decoder": run_decoder, "text": run_text, "unet": run_unet, "clip": run_clip}
+    for stage in STAGES if args.stage == "all" else (args.stage,):
+        if stage == "export":
+            run_export(args.work_dir, args.out)
+        else:
+            options = replace(DEFAULTS[stage], **given)
+            torch.manual_seed(options.seed)  # all processes start from the same weights
+            runs[stage](args.work_dir, options)
+        state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

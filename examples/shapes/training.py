@@ -1,0 +1,159 @@
+"""What the stages of pretraining share: a resumable training loop."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+
+@dataclass
+class TrainOptions:
+    """How a stage trains: the learning rate warms up, stays, and decays to zero over the last `cooldown` steps.
+
+    A run without cool-down can be continued for any number of steps; a cool-down branches off from it.
+    `batch_size` counts the samples of all processes. `minutes` ends the run early, at a checkpoint.
+    """
+
+    steps: int
+    learning_rate: float
+    batch_size: int
+    cooldown: int = 0
+    warmup: int = 100
+    minutes: float | None = None
+    save_every: int = 250
+    ema_decay: float = 0.999
+    mixed_precision: str = "no"
+    resume: bool = False
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step`, counted from 0."""
+        left = (self.steps - step) / self.cooldown if self.cooldown else 1.0
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+
+
+class Run:
+    """Models in training, with all that an exact continuation needs.
+
+    Every step seeds itself from its number, so no generator state has to be stored. Several processes (started by
+    `torchrun` or `accelerate launch`) share a batch and average their gradients. `rates` scales the learning rate of
+    single models.
+    """
+
+    def __init__(
+        self,
+        models: dict[str, torch.nn.Module],
+        options: TrainOptions,
+        path: Path,
+        rates: dict[str, float] | None = None,
+    ):
+        self.options, self.path, self.step = options, path, 0
+        self.accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=not torch.cuda.is_available())
+        self.models = {name: model.to(self.accelerator.device) for name, model in models.items()}
+        groups = [
+            {"params": [p for p in model.parameters() if p.requires_grad], "scale": (rates or {}).get(name, 1.0)}
+            for name, model in self.models.items()
+        ]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99))
+        self.emas = {
+            name: EMAModel(model.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
+            for name, model in self.models.items()
+        }
+
+        if self.accelerator.device.type == "cpu":
+            for model in self.models.values():
+                if hasattr(model, "set_attn_processor"):
+                    model.set_attn_processor(AttnProcessor())  # the fused one's backward is slow in bfloat16 there
+        if options.resume and path.exists():
+            self._load()
+
+    def save(self) -> None:
+        """Write everything beside `path`, then rename: an interruption leaves the previous checkpoint whole."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "models": {name: model.state_dict() for name, model in self.models.items()},
+            "emas": {name: ema.state_dict() for name, ema in self.emas.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
+
+    def train(self, loss_of_batch: Callable[[torch.Tensor], torch.Tensor], n_samples: int) -> None:
+        """Minimise `loss_of_batch(indices of samples)` until the steps or the minutes are used up; then save."""
+        started = time.monotonic()
+        bar = tqdm(
+            initial=self.step,
+            total=self.options.steps,
+            desc=self.path.stem,
+            mininterval=10,
+            disable=not self.accelerator.is_main_process,
+        )
+        average = None
+        while self.step < self.options.steps and not self._out_of_time(started):
+            loss = self._train_step(loss_of_batch, n_samples)
+            average = loss if average is None else 0.99 * average + 0.01 * loss
+            bar.update()
+            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+            if self.step % self.options.save_every == 0:
+                self.save()
+        bar.close()
+        self.save()
+
+    def averaged(self, name: str) -> torch.nn.Module:
+        """The model with its averaged weights, ready for inference."""
+        self.emas[name].copy_to(self.models[name].parameters())
+        return self.models[name].eval()
+
+    def _load(self):
+        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        for name, model in self.models.items():
+            model.load_state_dict(state["models"][name])
+            self.emas[name].load_state_dict(state["emas"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def _train_step(self, loss_of_batch, n_samples):
+        processes = self.accelerator.num_processes
+        torch.manual_seed((self.options.seed + self.step) * processes + self.accelerator.process_index)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["scale"] * self.options.rate(self.step)
+        loss = loss_of_batch(torch.randint(n_samples, (self.options.batch_size // processes,)))
+        loss.backward()
+        self._average_gradients()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        for name, model in self.models.items():
+            self.emas[name].step(model.parameters())
+        self.step += 1
+        return loss.item()
+
+    def _average_gradients(self):
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in gradients]), "mean")
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def _out_of_time(self, started):
+        """Whether the minutes are over; the processes agree on it, or one would wait for the others for ever."""
+        if self.options.minutes is None:
+            return False
+        over = torch.tensor(float(time.monotonic() - started > 60 * self.options.minutes))
+        return self.accelerator.reduce(over.to(self.accelerator.device), "sum").item() > 0

@@ -1,0 +1,71 @@
+"""Stage 3: the UNet on latents, and the text tower along with it at a lower rate."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModelWithProjection
+
+from .text import WIDTH
+from .training import Run, TrainOptions
+
+TEXT_RATE = 0.3  # learning rate of the text tower, relative to the UNet's
+DROP_TEXT = 0.1  # share of samples trained on the empty prompt, for classifier-free guidance
+SNR_GAMMA = 5.0  # min-SNR weighting: less weight on steps with little noise, which train themselves
+NOISE_SCHEDULE = {
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+}
+
+
+def create_unet() -> UNet2DConditionModel:
+    """Every kind of layer of Stable Diffusion 1.5 on two levels, 16×16 and 8×8."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=WIDTH,
+        norm_num_groups=16,
+    )
+
+
+def train_unet(
+    latents: torch.Tensor,
+    token_ids: torch.Tensor,
+    empty_ids: torch.Tensor,
+    text: CLIPTextModelWithProjection,
+    path: Path,
+    options: TrainOptions,
+) -> tuple[UNet2DConditionModel, CLIPTextModelWithProjection]:
+    """Predict the noise on scaled latents (n, 4, 16, 16), given token ids (n, 16); `empty_ids` (16,) are no text.
+
+    Returns the averaged UNet and text tower.
+    """
+    models = {"unet": create_unet(), "text": text.train()}
+    run = Run(models, options, path, rates={"text": TEXT_RATE})
+    unet, device = run.models["unet"], run.accelerator.device
+    noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
+    snr = noise_scheduler.alphas_cumprod / (1 - noise_scheduler.alphas_cumprod)
+    weights = (snr.clamp(max=SNR_GAMMA) / snr).to(device)
+
+    def loss_of_batch(indices):
+        clean = latents[indices].float().to(device)
+        ids = torch.where(torch.rand(len(indices), 1) < DROP_TEXT, empty_ids, token_ids[indices]).to(device)
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(len(snr), (len(indices),), device=device)
+        noisy = noise_scheduler.add_noise(clean, noise, timesteps)
+        with run.accelerator.autocast():
+            states = text.text_model(ids).last_hidden_state
+            predicted = unet(noisy, timesteps, states).sample
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
+        return (weights[timesteps] * error).mean()
+
+    run.train(loss_of_batch, len(latents))
+    return run.averaged("unet"), run.averaged("text")

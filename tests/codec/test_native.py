@@ -1,0 +1,194 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_bitsfusion.codec import native
+from diffusers_bitsfusion.codec.grid import half_range
+from diffusers_bitsfusion.codec.quantize import quantize_to_dense
+from diffusers_bitsfusion.codec.radix import dense_width, pack_dense, unpack_dense
+from diffusers_bitsfusion.codec.scales import quantize_rows
+from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+all_bits = pytest.mark.parametrize("bits", range(1, 9))
+
+
+@pytest.fixture
+def fresh_library():
+    """Forget the compiled library before and after, for tests that change how it is found."""
+    native.native_library.cache_clear()
+    yield
+    native.native_library.cache_clear()
+
+
+@pytest.fixture
+def no_compiler(fresh_library, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+
+
+def random_packed(rows, columns, bits, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    half = half_range(bits)
+    codes = torch.randint(-half, half + 1, (rows, columns), generator=generator).to(torch.int8)
+    scale = torch.randn(rows, generator=generator).exp() * 0.01
+    return codes, pack_dense(codes, bits), scale
+
+
+def squared_errors(weight, dense, scale, bits):
+    codes = unpack_dense(dense, bits, weight.shape[1])
+    return (codes.double() * scale.double()[:, None] - weight.double()).square().sum(1)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_this_machine_compiles_the_library():
+    assert native.native_library() is not None
+
+
+@all_bits
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 2, 7, 64, 1001])
+def test_compiled_decoding_equals_the_reference_bit_for_bit(bits, dtype, columns):
+    _, dense, scale = random_packed(5, columns, bits, seed=columns)
+    expected = decode_reference(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype))
+    assert same_bits(decode(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+def test_rows_of_several_blocks_decode_like_short_ones(bits):
+    columns = 5 * 4096 * 2 + 13
+    codes, dense, scale = random_packed(2, columns, bits)
+    decoded = decode(dense, scale, bits, columns, torch.empty(2, columns))
+    assert torch.equal(decoded, codes * scale[:, None])
+
+
+@given(bits=st.integers(1, 8), rows=st.integers(1, 9), columns=st.integers(1, 400), seed=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=100)
+def test_every_shape_decodes_to_scale_times_code(bits, rows, columns, seed):
+    codes, dense, scale = random_packed(rows, columns, bits, seed)
+    assert torch.equal(decode(dense, scale, bits, columns, torch.empty(rows, columns)), codes * scale[:, None])
+
+
+def test_bf16_weights_are_rounded_to_the_nearest_even():
+    scale = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20])
+    dense = pack_dense(torch.ones(3, 1, dtype=torch.int8), 1)
+    decoded = decode(dense, scale, 1, 1, torch.empty(3, 1, dtype=torch.bfloat16))
+    assert decoded.flatten().tolist() == [1.0, 1 + 2.0**-6, 1 + 2.0**-7]
+
+
+@all_bits
+@pytest.mark.parametrize("balance", [True, False])
+def test_compiled_quantizing_is_as_good_as_the_reference(bits, balance):
+    torch.manual_seed(0)
+    weight = torch.cat([torch.randn(4, 1501), torch.rand(4, 1501) - 0.5, torch.randn(4, 1501) ** 3])
+    dense, scale = quantize_to_dense(weight, bits, balance=balance)
+    codes, reference_scale = quantize_rows(weight, bits, balance=balance)
+    torch.testing.assert_close(scale, reference_scale, rtol=2e-3, atol=0)
+    found = squared_errors(weight, dense, scale, bits)
+    expected = squared_errors(weight, pack_dense(codes, bits), reference_scale, bits)
+    assert (found <= expected * 1.001).all()
+
+
+@all_bits
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_read_exactly(bits, dtype):
+    torch.manual_seed(1)
+    weight = torch.randn(6, 333).to(dtype)
+    weight[2] *= 2.0**-20  # subnormal in fp16
+    weight[3] *= 2.0**10
+    for found, wanted in zip(quantize_to_dense(weight, bits), quantize_to_dense(weight.float(), bits), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(threads):
+    torch.manual_seed(2)
+    weight = torch.randn(37, 1 << 14)
+    expected = [quantize_to_dense(row.unsqueeze(0), 2) for row in weight]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        dense, scale = quantize_to_dense(weight, 2)
+        decoded = decode(dense, scale, 2, 1 << 14, torch.empty(37, 1 << 14))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(dense, torch.cat([d for d, _ in expected]))
+    assert torch.equal(scale, torch.cat([s for _, s in expected]))
+    assert torch.equal(decoded, unpack_dense(dense, 2, 1 << 14) * scale[:, None])
+
+
+@given(st.integers(0, 50), st.integers(1, 1 << 20))
+@settings(deadline=None, max_examples=60)
+def test_row_ranges_cover_every_row_once(rows, columns):
+    ranges = []
+    native.for_row_ranges(lambda start, stop: ranges.append((start, stop)), rows, columns)
+    assert sorted(row for start, stop in ranges for row in range(start, stop)) == list(range(rows))
+
+
+@pytest.mark.parametrize("bad_row", [0, 9])
+def test_an_error_in_any_range_reaches_the_caller(bad_row):
+    def fail(start, stop):
+        if start <= bad_row < stop:
+            raise RuntimeError(f"row {bad_row}")
+
+    with pytest.raises(RuntimeError, match=f"row {bad_row}"):
+        native.for_row_ranges(fail, 10, 1 << 20)
+
+
+def test_without_a_compiler_there_is_no_library(no_compiler):
+    assert native.native_library() is None
+
+
+@all_bits
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_without_a_compiler_gives_the_same_bits(no_compiler, monkeypatch, bits, dtype):
+    _, dense, scale = random_packed(6, 8 * 9, bits)
+    plain = decode_weight(dense, scale, bits, (6, 8, 3, 3), dtype)
+    monkeypatch.undo()
+    native.native_library.cache_clear()
+    assert native.native_library() is not None
+    assert same_bits(decode_weight(dense, scale, bits, (6, 8, 3, 3), dtype), plain)
+
+
+@all_bits
+def test_quantizing_without_a_compiler_is_the_reference(no_compiler, bits):
+    torch.manual_seed(3)
+    weight = torch.randn(5, 301)
+    dense, scale = quantize_to_dense(weight, bits)
+    codes, expected_scale = quantize_rows(weight, bits)
+    assert dense.shape == (5, dense_width(301, bits))
+    assert torch.equal(dense, pack_dense(codes, bits))
+    assert torch.equal(scale, expected_scale)
+
+
+def test_a_compiler_that_fails_is_like_none(fresh_library, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: "/bin/false")
+    assert native.native_library() is None
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_a_cache_that_cannot_be_written_is_like_no_compiler(fresh_library, monkeypatch, tmp_path):
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert native.native_library() is None
+
+
+def test_the_library_is_built_once_and_then_found(fresh_library, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.native_library() is not None
+    (built,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert built.suffix == ".so"
+    stamp = built.stat().st_mtime_ns
+    native.native_library.cache_clear()
+    assert native.native_library() is not None
+    assert [path for path in Path(tmp_path).rglob("*") if path.is_file()] == [built]
+    assert built.stat().st_mtime_ns == stamp

@@ -1,0 +1,102 @@
+"""What the integration tests share: offline, quiet, tiny pipelines saved once, a fresh process."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import logging
+from tiny import tiny_pipeline, tiny_unet
+from torch import Tensor, nn
+
+from diffusers_bitsfusion import BitsFusionConfig, quantize_model
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+# The default of 1.99 needs wider models: here the layers outside the recipe weigh too much.
+TARGET_BITS = 2.6
+
+logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny operations gain nothing from threads, and wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def make_config() -> Callable[..., BitsFusionConfig]:
+    """A config whose target tiny models reach, with any argument changed."""
+
+    def make(**changes) -> BitsFusionConfig:
+        return BitsFusionConfig(**({"target_bits": TARGET_BITS} | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def source_folder(tmp_path_factory) -> Path:
+    """An unquantized pipeline as `save_pretrained` wrote it."""
+    folder = tmp_path_factory.mktemp("source")
+    tiny_pipeline(tmp_path_factory.mktemp("tokenizer")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_folders(tmp_path_factory, source_folder, make_config) -> dict[str, Path]:
+    """Quantized pipelines as saved, by what became of the time embedding."""
+    folders = {}
+    for kind in ("keep", "table", "cache"):
+        folders[kind] = tmp_path_factory.mktemp(f"packed-{kind}")
+        pipe = StableDiffusionPipeline.from_pretrained(source_folder)
+        quantize_model(pipe, make_config(time_embedding=kind), progress=False).save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def call_unet() -> Callable[..., Tensor]:
+    """The output of a UNet on fixed random inputs, at a timestep that every time embedding has."""
+
+    def call(unet: nn.Module, timestep: float = 501) -> Tensor:
+        generator = torch.Generator().manual_seed(7)
+        sample = torch.randn(2, unet.config.in_channels, 8, 8, generator=generator)
+        states = torch.randn(2, 5, unet.config.cross_attention_dim, generator=generator)
+        with torch.no_grad():
+            return unet(sample.to(unet.dtype), timestep, states.to(unet.dtype)).sample
+
+    return call
+
+
+@pytest.fixture
+def packed_unet(make_config):
+    """A quantized UNet in memory, for tests that change it."""
+    return quantize_model(tiny_unet(), make_config(), progress=False)
+
+
+@pytest.fixture(scope="session")
+def run_python() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs code in a fresh Python that finds this package, with `arguments` in sys.argv[1:]."""
+
+    def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    return run

@@ -1,0 +1,224 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from tiny import tiny_controlnet, tiny_unet
+from torch import nn
+
+from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
+from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
+from diffusers_bitsfusion.nn import PackedWeight
+from diffusers_bitsfusion.nn import packed as packed_module
+from diffusers_bitsfusion.nn.convert import pack_weight, packed_twin, replace_module
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+FLOAT_LAYERS = [(BitsFusionLinear, nn.Linear, (10, 6)), (BitsFusionConv2d, nn.Conv2d, (4, 6, 3))]
+
+every_kind = pytest.mark.parametrize(("kind", "base", "sizes"), FLOAT_LAYERS)
+
+
+def packed_layer(base, sizes, bits=2, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    layer = base(*sizes, **options)
+    packed = packed_twin(layer, bits, dtype)
+    return pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
+
+
+def example_input(base):
+    return torch.randn(2, 10) if base is nn.Linear else torch.randn(2, 4, 7, 7)
+
+
+@pytest.fixture
+def decodes(monkeypatch):
+    """Counts of the weight's decodings: by reading `weight`, and by a call."""
+    counts = {"read": 0, "call": 0}
+
+    def counting(name, kind):
+        function = getattr(packed_module, name)
+
+        def count(*args):
+            counts[kind] += 1
+            return function(*args)
+
+        monkeypatch.setattr(packed_module, name, count)
+
+    counting("decode_weight", "read")
+    counting("decode_to_scratch", "call")
+    return counts
+
+
+@every_kind
+def test_the_packed_layer_is_still_the_layer_that_others_look_for(kind, base, sizes):
+    layer = packed_layer(base, sizes)
+    assert type(layer) is kind
+    assert isinstance(layer, base) and isinstance(layer, PackedWeight)
+    assert layer.is_packed
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+def test_reading_the_weight_decodes_it(kind, base, sizes, dtype, bits):
+    layer = packed_layer(base, sizes, bits, dtype)
+    shape = base(*sizes).weight.shape
+    codes = unpack_dense(layer.codes, bits, shape[1:].numel())
+    expected = (codes * layer.scale.view(torch.float32)[:, None]).view(shape).to(dtype)
+    assert layer.weight.dtype == dtype
+    assert torch.equal(layer.weight, expected)
+
+
+@every_kind
+def test_every_read_is_a_decode_into_new_memory(kind, base, sizes, decodes):
+    layer = packed_layer(base, sizes)
+    first = layer.weight
+    before = first.clone()
+    layer.weight.zero_()
+    assert decodes == {"read": 2, "call": 0}
+    assert torch.equal(first, before)
+
+
+@every_kind
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameters_and_state_hold_codes_and_scale_but_no_weight(kind, base, sizes, bias, decodes):
+    layer = packed_layer(base, sizes, bias=bias)
+    names = {"codes", "scale"} | ({"bias"} if bias else set())
+    assert set(layer.state_dict()) == names
+    assert {name for name, _ in layer.named_parameters()} == names
+    assert not list(layer.buffers())
+    assert decodes == {"read": 0, "call": 0}
+
+
+@every_kind
+def test_codes_and_scale_are_integers_that_need_no_gradient(kind, base, sizes):
+    layer = packed_layer(base, sizes, bits=2)
+    columns = base(*sizes).weight[0].numel()
+    assert layer.codes.dtype == torch.uint8 and layer.codes.shape == (6, dense_width(columns, 2))
+    assert layer.scale.dtype == torch.int32 and layer.scale.shape == (6,)
+    assert not layer.codes.requires_grad and not layer.scale.requires_grad
+
+
+@every_kind
+def test_the_scale_is_kept_to_the_last_bit_through_casts(kind, base, sizes):
+    layer = packed_layer(base, sizes)
+    weight, codes, scale = layer.weight, layer.codes.clone(), layer.scale.clone()
+    layer.half().float().bfloat16().to(torch.float64)
+    assert torch.equal(layer.codes, codes) and torch.equal(layer.scale, scale)
+    assert torch.equal(layer.weight, weight)
+    assert layer.bias.dtype == torch.float64
+
+
+@every_kind
+def test_asking_for_gradients_of_the_codes_raises(kind, base, sizes):
+    with pytest.raises(RuntimeError, match="floating point"):
+        packed_layer(base, sizes).requires_grad_(True)
+
+
+@every_kind
+def test_a_layer_constructed_directly_is_an_ordinary_float_layer(kind, base, sizes):
+    torch.manual_seed(0)
+    layer = kind(*sizes)
+    torch.manual_seed(0)
+    plain = base(*sizes)
+    assert not layer.is_packed
+    assert isinstance(layer.weight, nn.Parameter)
+    assert set(layer.state_dict()) == {"weight", "bias"}
+    x = example_input(base)
+    assert torch.equal(layer(x), plain(x))
+    layer(x).sum().backward()
+    plain(x).sum().backward()
+    assert torch.equal(layer.weight.grad, plain.weight.grad)
+
+
+@every_kind
+def test_an_attribute_that_does_not_exist_is_an_attribute_error(kind, base, sizes):
+    for layer in (kind(*sizes), packed_layer(base, sizes)):
+        with pytest.raises(AttributeError, match="no_such_thing"):
+            layer.no_such_thing  # noqa: B018
+
+
+@every_kind
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_call_decodes_once_and_never_reads_the_weight(kind, base, sizes, grad, decodes):
+    layer = packed_layer(base, sizes)
+    x = example_input(base).requires_grad_(grad)
+    with torch.set_grad_enabled(grad):
+        y = layer(x)
+    assert decodes == {"read": 0, "call": 1}
+    if grad:
+        y.sum().backward()
+        assert decodes == {"read": 0, "call": 2}
+
+
+@pytest.mark.parametrize("model", ["unet", "controlnet"])
+def test_a_whole_model_decodes_each_layer_once_a_call(model, decodes):
+    net = tiny_unet() if model == "unet" else tiny_controlnet()
+    quantize_model(net, BitsFusionConfig(recipe=2, time_embedding="keep"), progress=False)
+    called = []
+    for module in net.modules():
+        if isinstance(module, PackedWeight):
+            module.register_forward_hook(lambda *_: called.append(1))
+    image, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, 32)
+    extra = {} if model == "unet" else {"controlnet_cond": torch.randn(1, 3, 16, 16), "return_dict": False}
+    decodes.update(read=0, call=0)
+    with torch.no_grad():
+        net(image, torch.tensor(5), encoder_hidden_states=text, **extra)
+    assert len(called) > 20
+    assert decodes == {"read": 0, "call": len(called)}
+
+
+@every_kind
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_computes_the_same_and_shares_nothing(kind, base, sizes, copier):
+    layer = packed_layer(base, sizes)
+    twin = copier(layer)
+    x = example_input(base)
+    expected = layer(x)
+    assert type(twin) is kind
+    assert torch.equal(twin(x), expected)
+    assert twin.codes.data_ptr() != layer.codes.data_ptr()
+    layer.codes.data.zero_()
+    assert torch.equal(twin(x), expected)
+
+
+@every_kind
+def test_the_state_dict_carries_the_layer_to_another(kind, base, sizes):
+    layer, other = packed_layer(base, sizes), packed_layer(base, sizes)
+    other.codes.data.zero_()
+    other.scale.data.zero_()
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.weight, layer.weight)
+
+
+@every_kind
+def test_a_twin_waits_for_its_codes_on_the_meta_device_with_the_bias_of_the_layer(kind, base, sizes):
+    layer = base(*sizes)
+    twin = packed_twin(layer, 3, torch.float16)
+    assert twin.codes.is_meta and twin.scale.is_meta
+    assert twin.bias is layer.bias
+    assert twin.weight_shape == tuple(layer.weight.shape)
+
+
+@every_kind
+@pytest.mark.parametrize("training", [True, False])
+def test_a_replaced_layer_keeps_its_place_and_mode(kind, base, sizes, training):
+    model = nn.Sequential(nn.Identity(), nn.Sequential(base(*sizes))).train(training)
+    packed = packed_layer(base, sizes)
+    replace_module(model, "1.0", packed)
+    assert model[1][0] is packed
+    assert packed.training is training
+
+
+@every_kind
+def test_a_weight_that_is_not_finite_is_not_packed(kind, base, sizes):
+    layer = base(*sizes)
+    layer.weight.data[3].fill_(float("nan"))
+    with pytest.raises(ValueError, match="output channel 3 holds NaN or infinite values"):
+        pack_weight(
+            packed_twin(layer, 2, torch.float32),
+            layer.weight,
+            scale_init="alternating",
+            scale_iterations=10,
+            balance=True,
+        )

@@ -1,0 +1,470 @@
+"""Bad input: every error names what is wrong and where, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from tiny import tiny_unet
+from torch import Tensor, nn
+
+from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LAYER = "down_blocks.0.resnets.0.conv1"
+
+
+# The config.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"target_bits": -1.0}, "target_bits must be positive, got -1.0"),
+        ({"target_bits": 0}, "target_bits must be positive, got 0"),
+        ({"target_bits": math.nan}, "target_bits must be positive, got nan"),
+        ({"target_bits": math.inf}, "target_bits must be positive, got inf"),
+        ({"target_bits": "two"}, "target_bits must be a number, got 'two'"),
+        ({"in_out_bits": 0}, "in_out_bits.*0"),
+        ({"in_out_bits": 17}, "in_out_bits.*17"),
+        ({"recipe": 0}, "recipe.*0"),
+        ({"recipe": 17}, "recipe.*17"),
+        ({"recipe": {"mid_block.resnets.0.conv1": 17}}, "mid_block.resnets.0.conv1.*17"),
+        ({"recipe": {"conv_in": 2.5}}, "conv_in.*2.5"),
+        ({"scale_init": "best"}, "scale_init.*'best'"),
+        ({"scale_iterations": -1}, "scale_iterations.*-1"),
+        ({"scale_iterations": 2.5}, "scale_iterations.*2.5"),
+        ({"compression": "gzip"}, "compression.*'gzip'"),
+        ({"time_embedding": "sometimes"}, "time_embedding.*'sometimes'"),
+        ({"time_embedding": {"type": "caches"}}, "time_embedding.*'caches'"),
+        ({"time_embedding": {"type": "cache", "timesteps": []}}, r"timesteps.*\[\]"),
+        ({"time_embedding": {"type": "cache", "timesteps": [1, 1]}}, r"timesteps.*distinct.*\[1, 1\]"),
+        ({"time_embedding": {"type": "cache", "timesteps": [math.nan]}}, "timesteps.*nan"),
+    ],
+)
+def test_an_impossible_value_is_named_with_its_argument(arguments, named):
+    with pytest.raises(ValueError, match=named):
+        BitsFusionConfig(**arguments)
+
+
+def test_an_unknown_argument_is_named():
+    with pytest.raises(TypeError, match="target_bit"):
+        BitsFusionConfig(target_bit=2)
+
+
+def test_an_unknown_key_of_a_saved_config_is_named_with_the_known_ones():
+    content = BitsFusionConfig().to_dict() | {"target_bit": 2}
+    with pytest.raises(ValueError, match=r"Unknown keys.*: target_bit\. Known are: .*target_bits"):
+        BitsFusionConfig.from_dict(content)
+
+
+def test_one_name_is_a_list_of_one_name():
+    assert BitsFusionConfig(components="unet").components == ["unet"]
+    assert BitsFusionConfig(modules_to_not_convert="conv_in").modules_to_not_convert == ["conv_in"]
+
+
+# The recipe and the target.
+
+
+@pytest.fixture
+def recipe() -> dict[str, int]:
+    """A recipe that fits the tiny UNet."""
+    return {name: 3 for name, m in tiny_unet().named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+
+
+def test_a_recipe_that_fits_is_taken(recipe):
+    unet = quantize_model(tiny_unet(), BitsFusionConfig(recipe=recipe), progress=False)
+    assert unet.get_submodule(LAYER).bits == 3
+
+
+def test_layers_of_a_recipe_that_the_model_lacks_are_named(recipe):
+    config = BitsFusionConfig(recipe=recipe | {"down_blocks.7.conv": 2})
+    with pytest.raises(ValueError, match=r"recipe names layers that the model lacks: down_blocks\.7\.conv\."):
+        quantize_model(tiny_unet(), config, progress=False)
+
+
+def test_names_of_a_recipe_that_are_no_layers_are_named(recipe):
+    config = BitsFusionConfig(recipe=recipe | {"down_blocks.0": 2})
+    with pytest.raises(ValueError, match=r"layers that the model lacks: down_blocks\.0\."):
+        quantize_model(tiny_unet(), config, progress=False)
+
+
+def test_layers_that_a_recipe_misses_are_named(recipe):
+    del recipe[LAYER]
+    with pytest.raises(ValueError, match=rf"misses layers that the model has .*: {LAYER}\."):
+        quantize_model(tiny_unet(), BitsFusionConfig(recipe=recipe), progress=False)
+
+
+def test_a_recipe_for_other_shapes_names_the_layer(recipe, tmp_path):
+    Recipe(recipe, shapes={LAYER: (320, 320, 3, 3)}).save(tmp_path / "recipe.json")
+    config = BitsFusionConfig(recipe=tmp_path / "recipe.json")
+    with pytest.raises(ValueError, match=f"layers of another shape: {LAYER}"):
+        quantize_model(tiny_unet(), config, progress=False)
+
+
+def test_a_recipe_that_is_nowhere_is_named():
+    with pytest.raises(FileNotFoundError, match=r"No recipe '/nowhere/recipe\.json'"):
+        quantize_model(tiny_unet(), BitsFusionConfig(recipe="/nowhere/recipe.json"), progress=False)
+
+
+@pytest.mark.parametrize("target", [0.5, 1.99, 12.0])
+def test_a_target_that_no_assignment_reaches_is_named_with_what_can_be(target):
+    with pytest.raises(ValueError, match=rf"target_bits={target} cannot be reached.*they take 1\.585 to 7\.011"):
+        quantize_model(tiny_unet(), BitsFusionConfig(target_bits=target), progress=False)
+
+
+def test_a_refused_recipe_or_target_leaves_the_model_untouched(recipe, call_unet):
+    unet = tiny_unet()
+    expected = call_unet(unet)
+    for config in (BitsFusionConfig(target_bits=0.5), BitsFusionConfig(recipe=recipe | {"nothing": 2})):
+        with pytest.raises(ValueError, match="cannot be reached|lacks"):
+            quantize_model(unet, config, progress=False)
+    assert torch.equal(call_unet(unet), expected)
+    assert not getattr(unet, "is_quantized", False)
+
+
+def test_a_pipeline_without_the_components_names_them(source_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder)
+    with pytest.raises(ValueError, match=r"none of the components \['unett'\]"):
+        quantize_model(pipe, BitsFusionConfig(components=["unett"]), progress=False)
+
+
+# The source weights.
+
+NOT_FINITE = [
+    (f"{LAYER}.weight", math.nan, "keep"),
+    ("conv_out.weight", math.inf, "keep"),
+    ("time_embedding.linear_1.weight", math.nan, "keep"),
+    ("time_embedding.linear_2.weight", -math.inf, "table"),
+    ("time_embedding.linear_1.bias", math.nan, "cache"),
+    ("mid_block.resnets.1.time_emb_proj.weight", math.nan, "table"),
+]
+
+
+def poisoned_unet(parameter: str, value: float) -> UNet2DConditionModel:
+    unet = tiny_unet()
+    with torch.no_grad():
+        unet.get_parameter(parameter).view(-1)[3] = value
+    return unet
+
+
+@pytest.mark.parametrize(("parameter", "value", "time_embedding"), NOT_FINITE)
+def test_a_weight_that_is_not_finite_is_named(make_config, parameter, value, time_embedding):
+    config = make_config(time_embedding=time_embedding)
+    with pytest.raises(ValueError, match=rf"Cannot quantize.*{parameter}.*(NaN|infinite)"):
+        quantize_model(poisoned_unet(parameter, value), config, progress=False)
+
+
+def test_a_weight_that_is_not_finite_is_named_while_loading(make_config, tmp_path):
+    poisoned_unet(f"{LAYER}.weight", math.nan).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"Cannot quantize {LAYER}\.weight.*NaN"):
+        UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=make_config())
+
+
+def test_a_source_that_lacks_a_tensor_is_refused_by_name(make_config, tmp_path):
+    tiny_unet().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    del tensors[f"{LAYER}.weight"]
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"UNet2DConditionModel lacks {LAYER}\.weight"):
+        UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=make_config())
+
+
+def test_a_source_tensor_of_another_shape_is_refused_by_name(make_config, tmp_path):
+    tiny_unet().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    tensors[f"{LAYER}.weight"] = tensors[f"{LAYER}.weight"][:, :, :1].contiguous()
+    save_file(tensors, tmp_path / WEIGHTS, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{LAYER}\.weight"):
+        UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=make_config())
+
+
+# A damaged checkpoint.
+
+
+def load_damaged(source: Path, folder: Path, damage: Callable[[dict[str, Tensor]], object], **arguments):
+    """Load a copy of a saved UNet after `damage` has changed its tensors."""
+    shutil.copytree(source / "unet", folder / "unet")
+    file = folder / "unet" / WEIGHTS
+    tensors = load_file(file)
+    damage(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return UNet2DConditionModel.from_pretrained(folder / "unet", **arguments)
+
+
+def test_the_damaging_helper_itself_does_no_damage(packed_folders, tmp_path):
+    unet = load_damaged(packed_folders["keep"], tmp_path, lambda tensors: None)
+    assert unet.is_quantized
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("keep", f"{LAYER}.codes"), ("keep", "conv_in.codes"), ("table", "time_proj.codes")]
+)
+@pytest.mark.parametrize("keep", [0.7, 0.0])
+def test_a_truncated_tensor_is_named(packed_folders, tmp_path, kind, name, keep):
+    def truncate(tensors):
+        tensors[name] = tensors[name][: int(keep * tensors[name].numel())].clone()
+
+    with pytest.raises(ValueError, match=rf"^{name} .*(damaged|cut short|bytes)"):
+        load_damaged(packed_folders[kind], tmp_path, truncate)
+
+
+@pytest.mark.parametrize("where", [0, 5, 0.5, -1])
+@pytest.mark.parametrize(("kind", "name"), [("keep", f"{LAYER}.codes"), ("table", "time_proj.codes")])
+def test_a_corrupted_tensor_is_named(packed_folders, tmp_path, kind, name, where):
+    def corrupt(tensors):
+        position = where if isinstance(where, int) else int(where * tensors[name].numel())
+        tensors[name][position] ^= 255
+
+    with pytest.raises(ValueError, match=rf"^{name} "):
+        load_damaged(packed_folders[kind], tmp_path, corrupt)
+
+
+def test_impossible_bytes_without_compression_are_named(make_config, tmp_path):
+    unet = quantize_model(tiny_unet(), make_config(recipe=1, compression=None), progress=False)
+    unet.save_pretrained(tmp_path / "source" / "unet")
+
+    def corrupt(tensors):
+        tensors[f"{LAYER}.codes"][4, 2] = 243  # five ternary digits end at 242
+
+    with pytest.raises(ValueError, match=rf"{LAYER}\.codes is damaged.*1-bit"):
+        load_damaged(tmp_path / "source", tmp_path, corrupt)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("keep", f"{LAYER}.codes"),
+        ("keep", f"{LAYER}.scale"),
+        ("keep", f"{LAYER}.bias"),
+        ("keep", "conv_norm_out.weight"),
+        ("table", "time_proj.codes"),
+        ("table", "time_proj.scale"),
+        ("cache", "time_proj.values"),
+        ("cache", "time_proj.timesteps"),
+    ],
+)
+def test_a_missing_tensor_is_named(packed_folders, tmp_path, kind, name):
+    with pytest.raises(ValueError, match=rf"UNet2DConditionModel lacks {name}"):
+        load_damaged(packed_folders[kind], tmp_path, lambda tensors: tensors.pop(name))
+
+
+def test_a_missing_tensor_is_named_with_a_disk_device_map(packed_folders, tmp_path):
+    with pytest.raises(ValueError, match=rf"lacks {LAYER}\.scale"):
+        load_damaged(
+            packed_folders["keep"],
+            tmp_path,
+            lambda tensors: tensors.pop(f"{LAYER}.scale"),
+            device_map={"": "disk"},
+            offload_folder=tmp_path / "offload",
+        )
+
+
+WRONG = [
+    ("keep", f"{LAYER}.scale", lambda t: t[:-1], rf"{LAYER}\.scale must be torch.int32 of shape \(32,\)"),
+    ("keep", f"{LAYER}.scale", lambda t: t.float(), rf"{LAYER}\.scale must be torch.int32 .* has torch.float32"),
+    ("keep", f"{LAYER}.codes", lambda t: t.view(1, -1), rf"{LAYER}\.codes must be one zstd frame"),
+    ("keep", f"{LAYER}.codes", lambda t: t.int(), rf"{LAYER}\.codes must be one zstd frame.*int32"),
+    ("keep", f"{LAYER}.bias", lambda t: t[:-1], rf"{LAYER}\.bias"),
+    ("table", "time_proj.scale", lambda t: t[:-1], r"time_proj\.scale must be torch.int32"),
+    ("table", "time_proj.codes", lambda t: t.view(1, -1), r"time_proj\.codes must be one zstd frame"),
+    ("cache", "time_proj.values", lambda t: t[:-1], r"time_proj\.values must be torch.int16 of shape \(50, "),
+    ("cache", "time_proj.values", lambda t: t.view(torch.float16), r"time_proj\.values must be torch.int16"),
+    ("cache", "time_proj.timesteps", lambda t: t[:-1], r"time_proj\.timesteps must be torch.int32 of shape \(50,\)"),
+]
+
+
+@pytest.mark.parametrize(("kind", "name", "change", "message"), WRONG)
+def test_a_tensor_of_wrong_shape_or_dtype_is_named(packed_folders, tmp_path, kind, name, change, message):
+    def damage(tensors):
+        tensors[name] = change(tensors[name]).clone()
+
+    with pytest.raises(ValueError, match=message):
+        load_damaged(packed_folders[kind], tmp_path, damage)
+
+
+def test_the_codes_of_another_layer_are_refused_by_name(packed_folders, tmp_path):
+    def swap(tensors):
+        tensors[f"{LAYER}.codes"] = tensors["conv_in.codes"].clone()
+
+    with pytest.raises(ValueError, match=rf"^{LAYER}\.codes holds \d+ bytes where \d+ are expected"):
+        load_damaged(packed_folders["keep"], tmp_path, swap)
+
+
+def test_a_damaged_shard_is_refused_by_tensor_name(packed_unet, tmp_path):
+    packed_unet.save_pretrained(tmp_path, max_shard_size="60KB")
+    where = json.loads((tmp_path / f"{WEIGHTS}.index.json").read_text())["weight_map"]
+    shard = tmp_path / where[f"{LAYER}.codes"]
+    tensors = load_file(shard)
+    tensors[f"{LAYER}.codes"][20] ^= 255
+    save_file(tensors, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"^{LAYER}\.codes "):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_a_missing_shard_is_named(packed_unet, tmp_path):
+    packed_unet.save_pretrained(tmp_path, max_shard_size="60KB")
+    shard = sorted(tmp_path.glob("*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises((OSError, ValueError), match=shard.name):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+def test_a_file_cut_short_is_named(packed_unet, tmp_path):
+    packed_unet.save_pretrained(tmp_path)
+    file = tmp_path / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(OSError, match=WEIGHTS):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+# A damaged or foreign config.json.
+
+
+def load_with_config(packed_unet, folder: Path, change: Callable[[dict], object]):
+    packed_unet.save_pretrained(folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+    return UNet2DConditionModel.from_pretrained(folder)
+
+
+def test_a_newer_format_version_says_how_to_read_it(packed_unet, tmp_path):
+    with pytest.raises(ValueError, match=r"format version 99, newer than .*pip install -U diffusers_bitsfusion"):
+        load_with_config(packed_unet, tmp_path, lambda config: config.update(format_version=99))
+
+
+def test_an_unknown_key_in_a_checkpoint_is_named(packed_unet, tmp_path):
+    with pytest.raises(ValueError, match="Unknown keys.*: colour"):
+        load_with_config(packed_unet, tmp_path, lambda config: config.update(colour="red"))
+
+
+def test_a_config_without_layers_is_damaged(packed_unet, tmp_path):
+    with pytest.raises(ValueError, match="lists no layers"):
+        load_with_config(packed_unet, tmp_path, lambda config: config.update(layers={}))
+
+
+def test_a_layer_of_the_config_that_the_model_lacks_is_named(packed_unet, tmp_path):
+    layer = {"bits": 2, "shape": [4, 4]}
+    with pytest.raises(ValueError, match=r"packs mid_block\.gone, which UNet2DConditionModel does not have"):
+        load_with_config(packed_unet, tmp_path, lambda config: config["layers"].update({"mid_block.gone": layer}))
+
+
+def test_a_layer_of_the_config_with_another_shape_is_named(packed_unet, tmp_path):
+    with pytest.raises(ValueError, match=rf"gives {LAYER} the shape \[64, 32, 3, 3\]"):
+        load_with_config(packed_unet, tmp_path, lambda config: config["layers"][LAYER].update(shape=[64, 32, 3, 3]))
+
+
+@pytest.mark.parametrize("bits", [0, 17, "two"])
+def test_impossible_bits_in_the_config_are_named(packed_unet, tmp_path, bits):
+    with pytest.raises(ValueError, match=rf"{LAYER}.*integer from 1 to 8, got {bits!r}"):
+        load_with_config(packed_unet, tmp_path, lambda config: config["layers"][LAYER].update(bits=bits))
+
+
+def test_other_bits_than_the_file_holds_are_refused_by_layer(packed_unet, tmp_path):
+    bits = packed_unet.get_submodule(LAYER).bits
+    with pytest.raises(ValueError, match=rf"{LAYER}\.codes"):
+        load_with_config(
+            packed_unet, tmp_path, lambda config: config["layers"][LAYER].update(bits=1 if bits > 1 else 2)
+        )
+
+
+# Timesteps.
+
+
+def test_an_uncached_timestep_is_named_with_those_there_are(packed_folders, call_unet):
+    unet = UNet2DConditionModel.from_pretrained(packed_folders["cache"], subfolder="unet")
+    with pytest.raises(ValueError, match=r"Timestep 500: .*cached for the timesteps 1, 21, .*981 only"):
+        call_unet(unet, timestep=500)
+    assert call_unet(unet, timestep=501).isfinite().all()
+
+
+def test_another_number_of_steps_than_cached_names_the_first_missing_one(packed_folders):
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["cache"])
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    with pytest.raises(ValueError, match=r"Timestep 853: .*Use a scheduler with these steps"):
+        pipe("ab", num_inference_steps=7, height=16, width=16)
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000, 999.5])
+def test_a_timestep_beyond_the_table_is_named_with_its_ends(packed_folders, call_unet, timestep):
+    unet = UNet2DConditionModel.from_pretrained(packed_folders["table"], subfolder="unet")
+    with pytest.raises(ValueError, match=rf"Timestep {timestep}: .*0 to 999"):
+        call_unet(unet, timestep=timestep)
+
+
+# Loading without this package, quantizing twice, the wrong device map.
+
+WITHOUT_THE_PACKAGE = """
+import sys
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+for load, arguments in ((StableDiffusionPipeline, {}), (UNet2DConditionModel, {"subfolder": "unet"})):
+    try:
+        load.from_pretrained(sys.argv[1], **arguments)
+    except ValueError as error:
+        print(error)
+assert "diffusers_bitsfusion" not in sys.modules
+"""
+
+
+def test_loading_without_the_import_says_that_the_method_is_unknown(packed_folders, run_python):
+    result = run_python(WITHOUT_THE_PACKAGE, packed_folders["keep"])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Unknown quantization type, got bitsfusion") == 2
+
+
+def test_quantizing_a_quantized_model_is_refused(packed_unet, make_config, call_unet):
+    expected = call_unet(packed_unet)
+    with pytest.raises(ValueError, match=r"This UNet2DConditionModel is quantized already\. Call `dequantize\(\)`"):
+        quantize_model(packed_unet, make_config(), progress=False)
+    assert torch.equal(call_unet(packed_unet), expected)
+
+
+@pytest.mark.parametrize("kind", ["keep", "table"])
+def test_quantizing_a_quantized_pipeline_is_refused(packed_folders, make_config, kind):
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders[kind])
+    with pytest.raises(ValueError, match="quantized already"):
+        quantize_model(pipe, make_config(), progress=False)
+
+
+def test_a_config_given_for_a_quantized_checkpoint_yields_to_its_own(packed_folders, make_config, call_unet):
+    expected = UNet2DConditionModel.from_pretrained(packed_folders["keep"], subfolder="unet")
+    with pytest.warns(UserWarning, match="already has a `quantization_config` attribute"):
+        unet = UNet2DConditionModel.from_pretrained(
+            packed_folders["keep"], subfolder="unet", quantization_config=make_config(recipe=4)
+        )
+    assert unet.config.quantization_config.to_dict() == expected.config.quantization_config.to_dict()
+    assert torch.equal(call_unet(unet), call_unet(expected))
+
+
+def test_quantizing_onto_the_disk_is_refused_with_the_way_out(source_folder, make_config, tmp_path):
+    arguments = {"subfolder": "unet", "quantization_config": make_config(), "offload_folder": tmp_path}
+    children = dict.fromkeys((name for name, _ in tiny_unet().named_children()), "cpu")
+    with pytest.raises(ValueError, match=r'device map with "disk".*Quantize and save the model first'):
+        UNet2DConditionModel.from_pretrained(source_folder, device_map=children | {"mid_block": "disk"}, **arguments)
+    with pytest.raises(ValueError, match='device map with "disk"'):
+        UNet2DConditionModel.from_pretrained(source_folder, device_map={"": "disk"}, **arguments)
+
+
+def test_an_automatic_device_map_that_spills_to_disk_is_refused(source_folder, make_config, tmp_path):
+    with pytest.raises(ValueError, match='device map with "disk"'):
+        UNet2DConditionModel.from_pretrained(
+            source_folder,
+            subfolder="unet",
+            quantization_config=make_config(),
+            device_map="auto",
+            max_memory={"cpu": "20KB"},
+            offload_folder=tmp_path,
+        )
