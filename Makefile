@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml examples/shapes/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[dev]" -r examples/shapes/requirements.txt
+	$(BIN)/pip install --quiet -e ".[dev,eval]" -r examples/shapes/requirements.txt
 	touch $@
 
 clean:

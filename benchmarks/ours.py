@@ -26,7 +26,7 @@ FORMAT_PAGE = Path(__file__).parent.parent / "docs" / "FORMAT.md"
 def quantize(source: Path, out: Path, name: str) -> dict[str, Any]:
     """Quantize the fp16 UNet at `source` while loading it, and save it to `out`."""
     start = time.perf_counter()
-    unet = UNet2DConditionModel.from_pretrained(source, torch_dtype=torch.float16, quantization_config=CONFIGS[name])
+    unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float16, quantization_config=CONFIGS[name])
     quantized = time.perf_counter()
     unet.save_pretrained(out)
     report = size_report(out)
@@ -44,7 +44,7 @@ def read_back(out: Path) -> dict[str, Any]:
     """Compare the page's own reader with `dequantize()` of the loaded model, layer by layer."""
     scope: dict[str, Any] = {}
     exec(re.search(r"```python\n(.*?)```", FORMAT_PAGE.read_text(encoding="utf-8"), re.DOTALL)[1], scope)
-    plain = UNet2DConditionModel.from_pretrained(out, torch_dtype=torch.float32).dequantize()
+    plain = UNet2DConditionModel.from_pretrained(out, dtype=torch.float32).dequantize()
     equal = [
         np.array_equal(weight, plain.get_submodule(name).weight.detach().numpy())
         for name, weight in scope["read_layers"](out)
@@ -55,7 +55,7 @@ def read_back(out: Path) -> dict[str, Any]:
 @torch.no_grad()
 def time_features(source: Path, out: Path) -> dict[str, Any]:
     """Largest relative RMS error over timesteps of the looked-up features, at whole and at half steps."""
-    exact = TimePath.of(UNet2DConditionModel.from_pretrained(source, torch_dtype=torch.float32))
+    exact = TimePath.of(UNet2DConditionModel.from_pretrained(source, dtype=torch.float32))
     lookup = UNet2DConditionModel.from_pretrained(out).time_proj
     errors = {}
     for name, steps in (("whole", torch.arange(1000.0)), ("half", torch.arange(999) + 0.5)):
@@ -72,7 +72,7 @@ def time_features(source: Path, out: Path) -> dict[str, Any]:
 def call_ratio(source: Path, out: Path, dtype: str, repeats: int) -> dict[str, Any]:
     """Time of one UNet call, packed over unquantized, interleaved; batch 2 at 64x64 latents."""
     kind = getattr(torch, dtype)
-    models = [UNet2DConditionModel.from_pretrained(path, torch_dtype=kind) for path in (source, out)]
+    models = [UNet2DConditionModel.from_pretrained(path, dtype=kind) for path in (source, out)]
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(2, 4, 64, 64, generator=generator).to(kind)
     text = torch.randn(2, 77, 768, generator=generator).to(kind)

@@ -98,7 +98,7 @@ def quantize(source: Path, out: Path, peer: Peer) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     start = time.perf_counter()
-    unet = UNet2DConditionModel.from_pretrained(source, torch_dtype=torch.float16, quantization_config=peer.config())
+    unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float16, quantization_config=peer.config())
     quantized = time.perf_counter()
     unet.save_pretrained(out)
     return {
@@ -116,7 +116,7 @@ def load(source: Path) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     start = time.perf_counter()
-    unet = UNet2DConditionModel.from_pretrained(source, torch_dtype=torch.float16)
+    unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float16)
     loaded = time.perf_counter()
     read_weights(unet)
     return {

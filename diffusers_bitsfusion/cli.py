@@ -48,7 +48,7 @@ def quantize(
             target_bits=target_bits,
             time_embedding=time_embedding,
         )
-        loaded = _load(source, quantization_config=config, torch_dtype=getattr(torch, dtype))
+        loaded = _load(source, quantization_config=config, dtype=getattr(torch, dtype))
         loaded.save_pretrained(destination)
         typer.echo(str(size_report(destination)))
 

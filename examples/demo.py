@@ -1,4 +1,4 @@
-"""Quantize the embedded pipeline, report its size, save it, reload it in a fresh process, and draw with both.
+"""Quantize a pipeline, report its size, save it, reload it in a fresh process, and draw with both.
 
     python examples/demo.py --out demo
 
@@ -10,16 +10,17 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from tiny import tiny_pipeline
 
 import diffusers_bitsfusion
 from diffusers_bitsfusion import BitsFusionConfig, size_report
 
-PIPELINE = Path(__file__).parent / "shapes" / "pipeline"
 PROMPTS = [
     "a red circle",
     "a blue square and a green triangle",
@@ -29,9 +30,16 @@ PROMPTS = [
 SCALE = 3
 
 
+def build_tiny_pipeline(folder: Path) -> Path:
+    """Save a Stable Diffusion pipeline of random weights: its pictures are noise, its files and steps are real."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tiny_pipeline(Path(scratch), block_out_channels=(64, 128)).save_pretrained(folder)
+    return folder
+
+
 def draw(path: Path, target: Path, steps: int) -> None:
     """Write the pipeline's pictures of all prompts side by side."""
-    pipe = StableDiffusionPipeline.from_pretrained(path, torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(1024 + i) for i in range(len(PROMPTS))]
     images = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=7.5, generator=generators).images
@@ -54,7 +62,7 @@ def stack(above: Path, below: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the packed pipeline and the pictures")
-    parser.add_argument("--pipeline", type=Path, default=PIPELINE, help="full-precision pipeline to start from")
+    parser.add_argument("--pipeline", type=Path, help="full-precision pipeline; without it a tiny random one is built")
     parser.add_argument("--target-bits", type=float, default=3.0, help="average bits a weight to aim at")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)  # the fresh process: draw with this pipeline
@@ -65,15 +73,16 @@ def main() -> None:
         return
 
     out.mkdir(parents=True, exist_ok=True)
-    print(f"diffusers_bitsfusion {diffusers_bitsfusion.__version__}: quantizing {arguments.pipeline}")
+    source = arguments.pipeline or build_tiny_pipeline(out / "full")
+    print(f"diffusers_bitsfusion {diffusers_bitsfusion.__version__}: quantizing {source}")
     config = BitsFusionConfig(target_bits=arguments.target_bits)
     pipe = StableDiffusionPipeline.from_pretrained(
-        arguments.pipeline, quantization_config=config, torch_dtype=torch.float16
+        source, quantization_config=config, dtype=torch.float16
     )
     pipe.save_pretrained(out / "packed")
     print(size_report(out / "packed"))
 
-    draw(arguments.pipeline, out / "full.png", arguments.steps)
+    draw(source, out / "full.png", arguments.steps)
     command = [sys.executable, __file__, "--out", str(out), "--draw", str(out / "packed")]
     subprocess.run([*command, "--steps", str(arguments.steps)], check=True)
     stack(out / "full.png", out / "packed.png", out / "side_by_side.png")

@@ -35,7 +35,7 @@ def load_pipeline(path: str | os.PathLike[str], scheduler: str | None = None) ->
     _check_folder(path)
     device = default_device()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipeline = DiffusionPipeline.from_pretrained(path, torch_dtype=dtype)
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None
     if scheduler is not None:

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, built in seconds: they test behaviour, never quality."""
+"""Tiny models with random weights, built in seconds: they show behaviour, never quality."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     tokens = [*letters, *(letter + "</w>" for letter in letters), "ab", "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
-    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
 
 
 def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes) -> StableDiffusionPipeline:
@@ -61,7 +61,7 @@ def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes) -> StableDiffusio
             intermediate_size=64,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=16,
+            max_position_embeddings=77,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
