@@ -14,6 +14,7 @@ from torch import nn
 
 from .codec.grid import levels
 from .formula import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from .weight_files import stem, weight_files
 
 MB = 1e6
 
@@ -156,12 +157,11 @@ def _file_report(path: Path) -> SizeReport:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if not _is_ours(config):
         raise ValueError(f"The model in {path} is not quantized by diffusers_bitsfusion.")
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"{path} holds no .safetensors file.")
+    files = weight_files(path)
     tensors = [tensor for file in files for tensor in _read_header(file)]
     overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)
-    overhead += sum(file.stat().st_size for file in path.glob("*.json"))
+    indices = [file for file in path.glob("*.index.json") if stem(file.name) == stem(files[0].name)]
+    overhead += sum(file.stat().st_size for file in [path / "config.json", *indices])
     return _report("file", tensors, config["quantization_config"], overhead)
 
 

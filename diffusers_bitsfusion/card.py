@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -37,15 +37,25 @@ of about 2 bits a weight draws noise.
 """
 
 
-def write_card(folder: Path, kind: str, base_model: str | os.PathLike[str] | None, title: str) -> None:
-    """Write `README.md` into `folder`, unless the user keeps one of their own there.
+# In a card that diffusers or this package generated, and in no card of a user's own.
+_GENERATED = ("This model card has been automatically generated", "as implemented in `diffusers_bitsfusion`")
+
+
+def is_users_own(folder: Path) -> bool:
+    """Whether `folder` has a card that nobody generated, which must not be replaced."""
+    card = folder / _CARD_FILE
+    return card.exists() and not any(mark in card.read_text(encoding="utf-8") for mark in _GENERATED)
+
+
+def write_card(folder: Path, saved: Any, title: str) -> None:
+    """Write the card of a saved model or pipeline.
 
     Args:
-        folder: a saved model or pipeline.
-        kind: name of its class.
-        base_model: Hub id or folder name of the original, where known.
-        title: what the card calls the model.
+        folder: where it was saved.
+        saved: the model or pipeline itself.
+        title: what the card calls it, a folder name or Hub id.
     """
+    kind, base_model = type(saved).__name__, saved.config.get("_name_or_path")
     report = size_report(folder)
     reports = report.quantized if isinstance(report, PipelineSizeReport) else {kind: report}
     hub_id = base_model if isinstance(base_model, str) and base_model.count("/") == 1 else None

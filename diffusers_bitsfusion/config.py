@@ -20,7 +20,11 @@ from .recipe import Recipe
 FORMAT_VERSION = 1
 
 TIME_EMBEDDINGS = ("auto", "table", "cache", "keep")
+DEFAULT_COMPONENTS = ("unet", "transformer")
 COMPRESSIONS = ("zstd", None)
+
+# Bounds the memory that a checkpoint's own word can ask for; third differences of more would outgrow int16 besides.
+_MAX_TIMESTEPS = 3800
 
 
 class BitsFusionMethod(str, Enum):
@@ -45,7 +49,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         time_embedding: "table": features of all training timesteps, for any scheduler; "cache": features of the
             50 timesteps of the paper's sampling only, or of `{"type": "cache", "timesteps": [...]}`; "keep": the time
             embedding stays, as quantized layers; "auto": the smaller of "table" and "keep" where a table is possible.
-        modules_to_not_convert: names (or dotted parts of names) of modules to leave as they are.
+        modules_to_not_convert: names (or dotted parts of names) of modules to leave as they are; they do not count for
+            `target_bits`.
         compression: "zstd", or `None` for plain packed bytes in the file.
         components: names of the pipeline's components to quantize.
         format_version: set by quantizing; the layout of the checkpoint.
@@ -60,7 +65,6 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
     # What diffusers' pipeline loader reads of a `PipelineQuantizationConfig`; which components we take is decided in
     # `_resolve_quant_config`.
     quant_mapping = None
-    components_to_quantize = None
 
     def __init__(
         self,
@@ -73,65 +77,52 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         time_embedding: str | Mapping[str, Any] = "auto",
         modules_to_not_convert: Sequence[str] | None = None,
         compression: str | None = "zstd",
-        components: Sequence[str] = ("unet", "transformer"),
+        components: Sequence[str] = DEFAULT_COMPONENTS,
         format_version: int | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        self.recipe = dict(recipe) if isinstance(recipe, Mapping) else recipe
+        self.recipe = _as_recipe(recipe)
         self.target_bits = target_bits
         self.scale_init = scale_init
         self.scale_iterations = scale_iterations
         self.balance = balance
-        self.in_out_bits = in_out_bits
+        self.in_out_bits = check_bits(in_out_bits, "in_out_bits")
         self.time_embedding = dict(time_embedding) if isinstance(time_embedding, Mapping) else time_embedding
-        self.modules_to_not_convert = list(modules_to_not_convert or [])
+        self.modules_to_not_convert = _as_names(modules_to_not_convert or [], "modules_to_not_convert")
         self.compression = compression
-        self.components = list(components)
+        self.components = _as_names(components, "components")
         self.format_version = format_version
         self.layers = layers
         self._check()
 
     def _check(self) -> None:
-        if isinstance(self.recipe, os.PathLike):
-            self.recipe = os.fspath(self.recipe)
-        if isinstance(self.recipe, dict):
-            Recipe(self.recipe)
-        elif not isinstance(self.recipe, str):
-            check_bits(self.recipe, "recipe as an int")
         if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
             raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
         if not (math.isfinite(self.target_bits) and self.target_bits > 0):
             raise ValueError(f"target_bits must be positive, got {self.target_bits}")
         if self.scale_init not in SCALE_INITS:
             raise ValueError(f"scale_init must be one of {SCALE_INITS}, got {self.scale_init!r}")
-        if isinstance(self.scale_iterations, bool) or not isinstance(self.scale_iterations, int):
-            raise ValueError(f"scale_iterations must be an integer, got {self.scale_iterations!r}")
-        if self.scale_iterations < 0:
-            raise ValueError(f"scale_iterations must not be negative, got {self.scale_iterations}")
-        check_bits(self.in_out_bits, "in_out_bits")
+        if not _is_count(self.scale_iterations):
+            raise ValueError(f"scale_iterations must be an integer from 0, got {self.scale_iterations!r}")
+        if not isinstance(self.balance, bool):
+            raise ValueError(f"balance must be True or False, got {self.balance!r}")
         if self.compression not in COMPRESSIONS:
             raise ValueError(f"compression must be one of {COMPRESSIONS}, got {self.compression!r}")
-        if isinstance(self.time_embedding, dict):
-            self._check_cache(self.time_embedding)
-        elif self.time_embedding not in TIME_EMBEDDINGS:
+        if not isinstance(self.time_embedding, dict) and self.time_embedding not in TIME_EMBEDDINGS:
             raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
+        if isinstance(self.time_embedding, dict):
+            _check_time_embedding(self.time_embedding)
+        if self.format_version is None:
+            return
+        if not _is_count(self.format_version):
+            raise ValueError(f"format_version must be an integer, got {self.format_version!r}")
+        _check_layers(self.layers)
+        _check_resolved_time_embedding(self.time_embedding)
 
-    @staticmethod
-    def _check_cache(time_embedding: dict[str, Any]) -> None:
-        kind = time_embedding.get("type")
-        if kind not in ("cache", "table", "keep"):
-            raise ValueError(f'time_embedding["type"] must be "cache", "table" or "keep", got {kind!r}')
-        timesteps = time_embedding.get("timesteps")
-        if kind == "cache" and not (
-            isinstance(timesteps, (list, tuple))
-            and timesteps
-            and len(set(timesteps)) == len(timesteps)
-            and all(isinstance(t, (int, float)) and math.isfinite(t) for t in timesteps)
-        ):
-            raise ValueError(
-                'time_embedding["timesteps"] must be a list of distinct numbers, for example '
-                f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {timesteps!r}"
-            )
+    @property
+    def components_to_quantize(self) -> list[str] | None:
+        """Components that diffusers warns of when the pipeline lacks them; the defaults are alternatives."""
+        return None if self.components == list(DEFAULT_COMPONENTS) else self.components
 
     @property
     def is_resolved(self) -> bool:
@@ -152,7 +143,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         known = dict(config_dict)
         known.pop("quant_method", None)
         version = known.get("format_version")
-        if version is not None and version > FORMAT_VERSION:
+        if _is_count(version) and version > FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has BitsFusion format version {version}, newer than the version {FORMAT_VERSION} "
                 "that this diffusers_bitsfusion reads. Upgrade with `pip install -U diffusers_bitsfusion`."
@@ -168,6 +159,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe content; `from_dict` reads it."""
         content = copy.deepcopy(self.__dict__)
+        if isinstance(self.recipe, Recipe):
+            content["recipe"] = dict(self.recipe)
         return {"quant_method": self.quant_method.value, **content}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -177,3 +170,80 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
 
     def __repr__(self) -> str:
         return QuantizationConfigMixin.__repr__(self)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_recipe(recipe: Any) -> Recipe | str | int:
+    """A recipe as the config keeps it: names and paths as text, mappings as `Recipe`."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe(recipe)
+    if isinstance(recipe, (str, os.PathLike)):
+        return os.fspath(recipe)
+    return check_bits(recipe, "recipe as an int")
+
+
+def _as_names(names: Any, argument: str) -> list[str]:
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{argument} must be a list of names, got {names!r}")
+    return list(names)
+
+
+def _check_time_embedding(time_embedding: Mapping[str, Any]) -> None:
+    kind, timesteps = time_embedding.get("type"), time_embedding.get("timesteps")
+    if kind not in ("cache", "table", "keep"):
+        raise ValueError(f'time_embedding["type"] must be "cache", "table" or "keep", got {kind!r}')
+    if kind == "cache" and not (
+        isinstance(timesteps, (list, tuple))
+        and timesteps
+        and all(_is_number(t) for t in timesteps)
+        and len(set(timesteps)) == len(timesteps)
+    ):
+        raise ValueError(
+            'time_embedding["timesteps"] must be a list of distinct numbers, for example '
+            f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {timesteps!r}"
+        )
+
+
+def _check_layers(layers: Any) -> None:
+    """Refuse what a damaged or hostile config.json may hold in place of the packed layers."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError("The checkpoint's quantization_config lists no layers: its config.json is damaged.")
+    for name, layer in layers.items():
+        if not isinstance(layer, Mapping) or set(layer) != {"bits", "shape"}:
+            raise ValueError(f"layers[{name!r}] must have exactly the keys bits and shape, got {layer!r}")
+        check_bits(layer["bits"], f"bits of layer {name!r}")
+        shape = layer["shape"]
+        if not isinstance(shape, (list, tuple)) or not shape or not all(_is_count(size) and size for size in shape):
+            raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shape!r}")
+
+
+def _check_resolved_time_embedding(time_embedding: Any) -> None:
+    if not isinstance(time_embedding, dict):
+        raise ValueError(f"time_embedding of a checkpoint must be an object, got {time_embedding!r}")
+    if time_embedding["type"] == "keep":
+        return
+    features = time_embedding.get("features")
+    if not isinstance(features, list) or not all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_count(entry[1])
+        for entry in features
+    ):
+        raise ValueError('time_embedding["features"] must list a block name and a number of features for each block')
+    counts = ["removed_weights", "removed_parameters"]
+    if time_embedding["type"] == "table":
+        counts.append("num_timesteps")
+    for key in counts:
+        if not _is_count(time_embedding.get(key)):
+            raise ValueError(f'time_embedding["{key}"] must be a number from 0, got {time_embedding.get(key)!r}')
+    if time_embedding.get("num_timesteps", 0) > _MAX_TIMESTEPS:
+        raise ValueError(f'time_embedding["num_timesteps"] must be at most {_MAX_TIMESTEPS}')

@@ -126,6 +126,13 @@ class ModelPacker:
         install(self.model, lookup, path.sizes)
 
     def finish(self) -> BitsFusionConfig:
-        """Close the progress bar; the config that describes the packed model."""
+        """Close the progress bar; the config that describes the packed model.
+
+        Raises:
+            ValueError: a parameter that was not quantized holds NaN or infinite values.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
+                raise ValueError(f"Cannot quantize: {name} holds NaN or infinite values.")
         self._bar.close()
         return self.config

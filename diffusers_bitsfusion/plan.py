@@ -73,7 +73,8 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     """
     if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
-    layers = quantizable_layers(model, [*config.modules_to_not_convert, *exclude])
+    exclude = [*config.modules_to_not_convert, *exclude]
+    layers = quantizable_layers(model, exclude)
     plan = Plan({}, *_plan_time(model, config))
     time_layers = set(TimePath.of(model).layers) if why_not_cacheable(model) is None else _time_names(layers)
     if plan.time_embedding != "keep":
@@ -85,7 +86,7 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     plan.bits = {name: config.in_out_bits for name in special}
     ordinary = {name: layer.weight.numel() for name, layer in layers.items() if name not in plan.bits}
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
-    plan.bits |= _ordinary_bits(model, config, plan, ordinary, shapes)
+    plan.bits |= _ordinary_bits(model, config, plan, ordinary, shapes, exclude)
     plan.bits = {name: plan.bits[name] for name in layers}
     return plan
 
@@ -103,6 +104,7 @@ def _plan_time(model: ModelMixin, config: BitsFusionConfig) -> tuple[str, list[f
     obstacle = why_not_cacheable(model)
     if obstacle is None and matches_any(TimePath.of(model).layers, config.modules_to_not_convert):
         obstacle = "modules_to_not_convert names a part of it"
+        kind = "table" if kind == "auto" else kind  # what it would have been: worth a word
     if obstacle is not None:
         if kind in ("table", "cache"):
             logger.warning('The time embedding is kept, not replaced by a "%s": %s.', kind, obstacle)
@@ -125,6 +127,7 @@ def _ordinary_bits(
     plan: Plan,
     sizes: dict[str, int],
     shapes: dict[str, tuple[int, ...]],
+    exclude: Iterable[str],
 ) -> dict[str, int]:
     """Bits of all layers that are neither first, last nor time embedding; a recipe may name those too."""
     if config.recipe == "auto":
@@ -134,10 +137,10 @@ def _ordinary_bits(
         present = shapes | {name: published.shapes[name] for name in skipped}
         if default_target and published.fits(present) and set(sizes) <= set(published):
             return {name: published[name] for name in sizes}
-        return _allocate(model, config, plan, sizes)
+        return _allocate(model, config, plan, sizes, exclude)
     if isinstance(config.recipe, int):
         return dict.fromkeys(sizes, config.recipe)
-    recipe = Recipe(config.recipe) if isinstance(config.recipe, dict) else Recipe.load(config.recipe)
+    recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe.load(config.recipe)
     _check_recipe(recipe, model, sizes, shapes)
     return {name: bits for name, bits in recipe.items() if name in shapes}
 
@@ -157,8 +160,10 @@ def _check_recipe(recipe: Recipe, model: nn.Module, sizes: dict[str, int], shape
             raise ValueError(f"The recipe {problem}: {shown}.")
 
 
-def _allocate(model: ModelMixin, config: BitsFusionConfig, plan: Plan, sizes: dict[str, int]) -> dict[str, int]:
-    all_layers = quantizable_layers(model, config.modules_to_not_convert)
+def _allocate(
+    model: ModelMixin, config: BitsFusionConfig, plan: Plan, sizes: dict[str, int], exclude: Iterable[str]
+) -> dict[str, int]:
+    all_layers = quantizable_layers(model, exclude)
     all_weights = sum(layer.weight.numel() for layer in all_layers.values())
     fixed: float = sum(cost_in_bits(bits) * all_layers[name].weight.numel() for name, bits in plan.bits.items())
     if plan.time_embedding != "keep":

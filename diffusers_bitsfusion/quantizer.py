@@ -66,9 +66,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         return 2 if self.pre_quantized else 16
 
     def preprocess_model(self, model: ModelMixin, **kwargs: Any) -> Any:
-        # A single-file pipeline hands its config to every model it loads.
+        # A single-file pipeline hands its config to every model it loads; only that loader passes the tensors here.
         self._leave_alone = (
-            ".autoencoders." in type(model).__module__ and "vae" not in self.quantization_config.components
+            "state_dict" in kwargs
+            and ".autoencoders." in type(model).__module__
+            and "vae" not in self.quantization_config.components
         )
         return model if self._leave_alone else super().preprocess_model(model, **kwargs)
 
@@ -96,8 +98,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             ValueError: the checkpoint's config does not fit the model.
         """
         config = self.quantization_config
-        if not config.is_resolved or not config.layers:
-            raise ValueError("The checkpoint's quantization_config lists no layers: its config.json is damaged.")
+        if not config.is_resolved:
+            raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
         modules = dict(model.named_modules())
         for name, layer in config.layers.items():
             module = modules.get(name)
@@ -200,13 +202,12 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         return encode_state_dict(state_dict, self.quantization_config.to_dict()), {}
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
-        dtype = self._dtype
         packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed]
-        for name, module in packed:
-            dtype = module.weight_dtype
-            replace_module(model, name, float_twin(module))
+        dtype = packed[-1][1].weight_dtype if packed else self._dtype
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
-            restore(model, dtype)
+            restore(model, dtype)  # first: it may refuse, and then nothing has changed
+        for name, module in packed:
+            replace_module(model, name, float_twin(module))
         as_plain_model(model)
         del model.quantization_method
         return model

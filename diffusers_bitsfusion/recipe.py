@@ -109,26 +109,29 @@ class Recipe(Mapping[str, int]):
         if path.is_dir():
             path = path / RECIPE_FILE
         if path.is_file():
-            text = path.read_text(encoding="utf-8")
+            content = path.read_bytes()
         elif shipped.is_file():
-            text = shipped.read_text(encoding="utf-8")
+            content = shipped.read_bytes()
         elif str(name_or_path).count("/") == 1 and path.suffix != ".json":
-            text = Path(hf_hub_download(str(name_or_path), RECIPE_FILE, token=token)).read_text(encoding="utf-8")
+            content = Path(hf_hub_download(str(name_or_path), RECIPE_FILE, token=token)).read_bytes()
         else:
             raise FileNotFoundError(
                 f"No recipe {str(name_or_path)!r}: it is neither a shipped name ({PUBLISHED!r}), nor an existing JSON "
                 'file, nor a Hub id ("user/name").'
             )
-        return cls._from_json(text, str(name_or_path))
+        return cls._from_json(content, str(name_or_path))
 
     @classmethod
-    def _from_json(cls, text: str, where: str) -> Recipe:
+    def _from_json(cls, content: bytes, where: str) -> Recipe:
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
+            data = json.loads(content)
+        except ValueError as error:  # neither JSON nor, before that, UTF-8
             raise ValueError(f"{where} is not JSON: {error}") from error
         if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
             raise ValueError(f'{where} is not a recipe: it needs a "layers" object of module name to bits')
+        shapes = data.get("shapes", {})
+        if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
+            raise ValueError(f'{where} is not a recipe: "shapes" must be an object of module name to a list of sizes')
         return cls(data["layers"], source=data.get("source"), shapes=data.get("shapes"))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -7,7 +7,7 @@ from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUA
 
 from .config import BitsFusionConfig, BitsFusionMethod
 from .quantizer import BitsFusionQuantizer
-from .saving import saving_pipeline
+from .saving import saving_pipeline, uploading_pipeline
 
 _METHOD = BitsFusionMethod.BITSFUSION.value
 
@@ -19,3 +19,4 @@ def register() -> None:
     AUTO_QUANTIZER_MAPPING[_METHOD] = BitsFusionQuantizer
     AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = BitsFusionConfig
     DiffusionPipeline.save_pretrained = saving_pipeline(DiffusionPipeline.save_pretrained)
+    DiffusionPipeline._upload_folder = uploading_pipeline(DiffusionPipeline._upload_folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,12 +15,11 @@ from typing import Any
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
-from .card import write_card
+from .card import is_users_own, write_card
+from .weight_files import stem
 
 # Whether a pipeline is being saved: its one card replaces those of its models.
 _inside_pipeline: ContextVar[bool] = ContextVar("inside_pipeline", default=False)
-
-_SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}(?P<end>\.(safetensors|bin))")
 
 
 class QuantizedModelMixin:
@@ -29,30 +27,53 @@ class QuantizedModelMixin:
 
     config: FrozenDict
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        save_function: Callable[..., Any] | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
         """As `ModelMixin.save_pretrained`, but all or nothing: on an error the old checkpoint is untouched.
+
+        The arguments are written out because a pipeline's save passes on only those that it finds in the signature.
 
         Raises:
             ValueError: `safe_serialization=False`; packed models are saved as safetensors only.
         """
-        if kwargs.get("safe_serialization") is False:
+        if not safe_serialization:
             raise ValueError("A quantized model is saved as safetensors only; leave out `safe_serialization=False`.")
-        with replacing(Path(save_directory)) as scratch:
-            super().save_pretrained(scratch, *args, **kwargs)  # type: ignore[misc]
-            if not _inside_pipeline.get():
-                _write_card(scratch, Path(save_directory), type(self).__name__, self.config.get("_name_or_path"))
+        directory = Path(save_directory)
+        if push_to_hub:
+            kwargs.setdefault("repo_id", directory.name)
+        with replacing(directory) as scratch:
+            super().save_pretrained(  # type: ignore[misc]
+                str(scratch),
+                is_main_process=is_main_process,
+                save_function=save_function,
+                variant=variant,
+                max_shard_size=max_shard_size,
+                push_to_hub=push_to_hub,
+                **kwargs,
+            )
+            if not _inside_pipeline.get() and not is_users_own(directory):
+                write_card(scratch, self, title=directory.name)
+
+    def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """diffusers puts its own card into what it uploads; ours has the figures."""
+        if not is_users_own(Path(working_dir)):
+            write_card(Path(working_dir), self, title=repo_id)
+        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def fuse_qkv_projections(self) -> None:
         """Refused: it would build float layers from the packed ones."""
         raise ValueError(
             "fuse_qkv_projections() cannot join packed layers. Call `dequantize()` first, or do without it."
         )
-
-
-def _write_card(scratch: Path, directory: Path, kind: str, base_model: str | os.PathLike[str] | None) -> None:
-    """A card for what `scratch` holds, unless `directory` has one already: it may be the user's."""
-    if not (directory / "README.md").exists():
-        write_card(scratch, kind, base_model, title=directory.name)
 
 
 @functools.cache
@@ -109,18 +130,12 @@ def _flush(file: Path) -> None:
 
 def _stale_weights(folder: Path, new: set[str]) -> list[Path]:
     """Weight files in `folder` of the same name stems as the new ones, sharded or not, and their indices."""
-    stems = {_stem(name) for name in new} - {None}
-    return [file for file in folder.iterdir() if file.is_file() and file.name not in new and _stem(file.name) in stems]
+    stems = {stem(name) for name in new} - {None}
+    return [file for file in folder.iterdir() if file.is_file() and file.name not in new and stem(file.name) in stems]
 
 
-def _stem(name: str) -> str | None:
-    """ "diffusion_pytorch_model" of a weight file, a shard or an index; None of other files."""
-    if name.endswith(".index.json"):
-        return name.removesuffix(".index.json").removesuffix(".safetensors").removesuffix(".bin")
-    shard = _SHARD.fullmatch(name)
-    if shard:
-        return shard["stem"]
-    return next((name.removesuffix(end) for end in (".safetensors", ".bin") if name.endswith(end)), None)
+def _holds_quantized_model(pipeline: Any) -> bool:
+    return any(isinstance(component, QuantizedModelMixin) for component in pipeline.components.values())
 
 
 def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,14 +143,29 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(component, QuantizedModelMixin) for component in self.components.values()):
+        if not _holds_quantized_model(self):
             return original(self, save_directory, *args, **kwargs)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
         token = _inside_pipeline.set(True)
         try:
             with replacing(Path(save_directory)) as scratch:
                 original(self, str(scratch), *args, **kwargs)
-                _write_card(scratch, Path(save_directory), type(self).__name__, self.config.get("_name_or_path"))
+                if not is_users_own(Path(save_directory)):
+                    write_card(scratch, self, title=Path(save_directory).name)
         finally:
             _inside_pipeline.reset(token)
 
     return save_pretrained
+
+
+def uploading_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`DiffusionPipeline._upload_folder` with our card, for pipelines that hold a quantized model."""
+
+    @functools.wraps(original)
+    def upload_folder(self: Any, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if _holds_quantized_model(self) and not is_users_own(Path(working_dir)):
+            write_card(Path(working_dir), self, title=repo_id)
+        return original(self, working_dir, repo_id, *args, **kwargs)
+
+    return upload_folder

@@ -76,9 +76,7 @@ def main() -> None:
     source = arguments.pipeline or build_tiny_pipeline(out / "full")
     print(f"diffusers_bitsfusion {diffusers_bitsfusion.__version__}: quantizing {source}")
     config = BitsFusionConfig(target_bits=arguments.target_bits)
-    pipe = StableDiffusionPipeline.from_pretrained(
-        source, quantization_config=config, dtype=torch.float16
-    )
+    pipe = StableDiffusionPipeline.from_pretrained(source, quantization_config=config, dtype=torch.float16)
     pipe.save_pretrained(out / "packed")
     print(size_report(out / "packed"))
 

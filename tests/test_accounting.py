@@ -101,7 +101,7 @@ def test_bytes_of_a_model_in_memory_add_up_to_its_tensors(packed_folders, kind):
 
 def test_half_precision_halves_what_is_not_packed(packed_folders):
     reports = [
-        size_report(UNet2DConditionModel.from_pretrained(packed_folders["keep"], subfolder="unet", torch_dtype=dtype))
+        size_report(UNet2DConditionModel.from_pretrained(packed_folders["keep"], subfolder="unet", dtype=dtype))
         for dtype in (torch.float32, torch.float16)
     ]
     assert reports[0].parts[OTHERS] == 2 * reports[1].parts[OTHERS]

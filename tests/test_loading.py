@@ -177,12 +177,12 @@ def test_loading_leaves_the_users_config_as_it_was(source_folder, make_config):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_on_the_fly_loads_follow_the_asked_dtype(source_folder, make_config, call_unet, dtype):
     loaded = UNet2DConditionModel.from_pretrained(
-        source_folder, subfolder="unet", quantization_config=make_config(), torch_dtype=dtype
+        source_folder, subfolder="unet", quantization_config=make_config(), dtype=dtype
     )
     floats = {p.dtype for p in loaded.parameters() if p.is_floating_point()}
     assert floats == {dtype}
     assert loaded.dtype == dtype
-    source = UNet2DConditionModel.from_pretrained(source_folder, subfolder="unet", torch_dtype=dtype)
+    source = UNet2DConditionModel.from_pretrained(source_folder, subfolder="unet", dtype=dtype)
     assert_same_tensors(loaded, quantize_model(source, make_config(), progress=False))
     output = call_unet(loaded)
     assert output.dtype == dtype and output.isfinite().all()
@@ -191,7 +191,7 @@ def test_on_the_fly_loads_follow_the_asked_dtype(source_folder, make_config, cal
 @pytest.mark.parametrize("kind", ["keep", "table", "cache"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_packed_loads_have_the_same_codes_and_scales_in_every_dtype(packed_folders, call_unet, kind, dtype):
-    unet = UNet2DConditionModel.from_pretrained(packed_folders[kind], subfolder="unet", torch_dtype=dtype)
+    unet = UNet2DConditionModel.from_pretrained(packed_folders[kind], subfolder="unet", dtype=dtype)
     exact = UNet2DConditionModel.from_pretrained(packed_folders[kind], subfolder="unet")
     integers = [name for name, p in exact.named_parameters() if not p.is_floating_point()]
     tensors, expected = unet.state_dict(), exact.state_dict()
@@ -204,7 +204,7 @@ def test_packed_loads_have_the_same_codes_and_scales_in_every_dtype(packed_folde
 
 
 def test_a_pipeline_loads_in_half_precision(packed_folders):
-    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"], torch_dtype=torch.float16)
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"], dtype=torch.float16)
     assert pipe.unet.dtype == pipe.vae.dtype == torch.float16
 
 
@@ -445,9 +445,9 @@ def test_a_model_from_a_single_file_equals_the_one_from_its_folder(ldm, make_con
 def test_a_pipeline_from_a_single_file_quantizes_the_unet_only(ldm, make_config, dtype):
     folder, file = ldm
     pipe = StableDiffusionPipeline.from_single_file(
-        str(file), config=str(folder), local_files_only=True, quantization_config=make_config(), torch_dtype=dtype
+        str(file), config=str(folder), local_files_only=True, quantization_config=make_config(), dtype=dtype
     )
-    expected = StableDiffusionPipeline.from_pretrained(folder, quantization_config=make_config(), torch_dtype=dtype)
+    expected = StableDiffusionPipeline.from_pretrained(folder, quantization_config=make_config(), dtype=dtype)
     assert_same_tensors(pipe.unet, expected.unet)
     assert_same_tensors(pipe.vae, expected.vae)
     assert_same_tensors(pipe.text_encoder, expected.text_encoder)

@@ -332,13 +332,13 @@ def test_modules_that_diffusers_keeps_in_fp32_are_neither_packed_nor_cast(tmp_pa
     tiny_wan().save_pretrained(tmp_path / "source")
     config = BitsFusionConfig(target_bits=4)
     model = WanTransformer3DModel.from_pretrained(
-        tmp_path / "source", quantization_config=config, torch_dtype=torch.float16
+        tmp_path / "source", quantization_config=config, dtype=torch.float16
     )
     assert model.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     assert not isinstance(model.condition_embedder.time_embedder.linear_1, PackedWeight)
     assert model.blocks[0].ffn.net[2].is_packed
     model.save_pretrained(tmp_path / "packed")
-    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "packed", torch_dtype=torch.float16)
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "packed", dtype=torch.float16)
     expected = model.state_dict()
     assert loaded.state_dict().keys() == expected.keys()
     for name, tensor in loaded.state_dict().items():

@@ -229,7 +229,7 @@ def test_excluded_modules_are_planned_like_modules_to_not_convert(unet):
     assert excluded.bits == make_plan(unet, named).bits
 
 
-@pytest.mark.parametrize("options", [{"target_bits": 8.0}, {"recipe": 2}, {"recipe": {}}], ids=str)
+@pytest.mark.parametrize("options", [{"recipe": 2}, {"recipe": {}}], ids=str)
 def test_a_model_of_which_only_first_and_last_layers_are_left_is_planned(unet, options):
     blocks = ["down_blocks", "mid_block", "up_blocks", "time_embedding"]
     plan = make_plan(unet, BitsFusionConfig(modules_to_not_convert=blocks, **options))

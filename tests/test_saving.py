@@ -319,7 +319,7 @@ def test_a_pipeline_of_a_dequantized_model_saves_plain(packed_folders, tmp_path)
 
 
 def test_dequantize_after_reload_gives_the_dtype_of_the_load(packed_folders, call_unet):
-    unet = load_unet(packed_folders["table"], subfolder="unet", torch_dtype=torch.float16).dequantize()
+    unet = load_unet(packed_folders["table"], subfolder="unet", dtype=torch.float16).dequantize()
     assert {p.dtype for p in unet.parameters()} == {torch.float16}
     assert call_unet(unet).isfinite().all()
 

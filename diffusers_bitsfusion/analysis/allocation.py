@@ -17,8 +17,8 @@ def allocate_data_free(sizes: Mapping[str, int], budget: float, *, balance: bool
 
     Rounding adds noise to a layer's output in proportion to its relative weight error, whatever its size; so the sum
     of these errors is minimised under the budget, one bit at a time where it removes most error for its bytes. Small
-    layers, where a bit costs little, come out protected: n falls by half a bit per doubling of the size, as in the
-    paper's published recipe.
+    layers, where a bit costs little, come out protected: n falls by half a bit to a bit per doubling of the size, much
+    as in the paper's published recipe.
 
     Args:
         sizes: weights by layer name.
@@ -29,8 +29,10 @@ def allocate_data_free(sizes: Mapping[str, int], budget: float, *, balance: bool
         Bits, 1 to 7, by layer name.
 
     Raises:
-        ValueError: the budget is below 1-bit layers throughout or above 7-bit ones.
+        ValueError: the budget is below 1-bit layers throughout or above 7-bit ones, or there are no layers.
     """
+    if not sizes:
+        raise ValueError("there are no layers to allocate bits to")
     total = sum(sizes.values())
     least, most = (cost_in_bits(bits, balance) * total for bits in (_WIDTHS[0], _WIDTHS[-1]))
     if not least <= budget <= most:

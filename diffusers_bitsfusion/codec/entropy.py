@@ -30,7 +30,7 @@ def decompress(frame: Tensor, size: int) -> Tensor:
         claimed = zstandard.frame_content_size(data)
         if claimed != size:
             raise ValueError(f"holds {claimed} bytes where {size} are expected")
-        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size)
+        raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"is damaged or cut short ({error})") from error
     return torch.frombuffer(bytearray(raw), dtype=torch.uint8)

@@ -189,9 +189,9 @@ static void fit(const float *restrict row, int64_t columns, float scale, float l
 
 static float one_where_zero(float scale) { return scale == 0.0f ? 1.0f : scale; }
 
-/* The alternation of codec/scales.py, which explains its three starts. */
+/* The alternation of codec/scales.py, which explains its starts. */
 static float alternate(const float *restrict row, int64_t columns, float low, float high, float gaussian_step,
-                       int iterations) {
+                       int starts, int iterations) {
     float squares = 0.0f, largest = 0.0f, dot, norm;
     for (int64_t i = 0; i < columns; i++) {
         squares += row[i] * row[i];
@@ -200,10 +200,10 @@ static float alternate(const float *restrict row, int64_t columns, float low, fl
     }
     const float gaussian = sqrtf(squares / (float)columns) * gaussian_step, uniform = largest / (-low + 0.5f);
     if (!isfinite(gaussian)) return NAN;
-    const float starts[3] = {gaussian, sqrtf(gaussian * uniform), uniform};
     float scale = one_where_zero(gaussian), best = INFINITY;
-    for (int s = 0; s < 3; s++) {
-        const float start = one_where_zero(starts[s]);
+    for (int s = 0; s < starts; s++) {
+        const float part = (float)s / (float)(starts - 1);
+        const float start = one_where_zero(powf(gaussian, 1.0f - part) * powf(uniform, part));
         fit(row, columns, start, low, high, &dot, &norm);
         const float error = start * (start * norm - 2.0f * dot);
         if (error < best) {
@@ -256,11 +256,10 @@ static void pack_row(const uint8_t *restrict digits, uint32_t *restrict words, u
     }
 }
 
-/* weight: [rows, columns] of `dtype`; dense: uint8 [rows, row_bytes_out]; scale: float [rows], in when `iterations`
- * is negative, else found by alternation and out; scratch: at least 5 * columns + 512 bytes, aligned to 4. */
+/* weight: [rows, columns] of `dtype`; dense: uint8 [rows, row_bytes_out]; scale: float [rows]; scratch: at least 5 * columns + 512 bytes, aligned to 4. */
 void bitsfusion_quantize(const void *weight, uint8_t *dense, float *scale, void *scratch, int64_t rows,
                          int64_t columns, int64_t row_bytes_out, int dtype, int bits, int balance, float gaussian_step,
-                         int iterations) {
+                         int starts, int iterations) {
     const int half = half_range(bits);
     const float low = (float)-half, high = (float)(balance || bits == 8 ? half : half - 1);
     float *row = (float *)scratch;
@@ -268,7 +267,7 @@ void bitsfusion_quantize(const void *weight, uint8_t *dense, float *scale, void 
     uint8_t *digits = (uint8_t *)scratch + 4 * columns + 256;
     for (int64_t r = 0; r < rows; r++) {
         load_row(weight, r * columns, columns, dtype, row);
-        if (iterations >= 0) scale[r] = alternate(row, columns, low, high, gaussian_step, iterations);
+        scale[r] = alternate(row, columns, low, high, gaussian_step, starts, iterations);
         if (!isfinite(scale[r])) continue; /* the caller refuses the weight */
         const float inverse = 1.0f / scale[r];
         for (int64_t i = 0; i < columns; i++) {

@@ -51,7 +51,7 @@ def native_library() -> NativeLibrary | None:
     pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     decode, quantize = library.bitsfusion_decode, library.bitsfusion_quantize
     decode.argtypes = [pointer] * 3 + [size] * 3 + [integer] * 2
-    quantize.argtypes = [pointer] * 4 + [size] * 3 + [integer] * 3 + [ctypes.c_float, integer]
+    quantize.argtypes = [pointer] * 4 + [size] * 3 + [integer] * 3 + [ctypes.c_float, integer, integer]
     decode.restype = quantize.restype = None
     return NativeLibrary(decode, quantize)
 

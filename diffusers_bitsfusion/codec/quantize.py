@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .native import for_row_ranges, native_library
 from .radix import dense_width, pack_dense
-from .scales import GAUSSIAN_STEP, check_finite, quantize_rows
+from .scales import GAUSSIAN_STEP, check_finite, num_starts, quantize_rows
 
 _NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
@@ -49,6 +49,7 @@ def quantize_to_dense(
             bits,
             balance,
             GAUSSIAN_STEP[balance][bits - 1],
+            num_starts(bits),
             iterations,
         )
 

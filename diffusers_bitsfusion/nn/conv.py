@@ -47,6 +47,8 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_packed:
             return super().forward(x)
+        if x.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         x = autocast(x)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x, padding = self._pad(x)

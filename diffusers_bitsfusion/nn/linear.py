@@ -24,7 +24,7 @@ class _PackedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_x = grad @ ctx.layer.decode_for_call(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         return grad_x, grad_bias, None
 
 

@@ -97,4 +97,6 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 def autocast(x: Tensor) -> Tensor:
     """Input in autocast's dtype, where it is on: the packed layers call no operation that autocast would."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # which autocast leaves alone
+        return x
+    return x.to(torch.get_autocast_dtype(device))

@@ -34,7 +34,7 @@ def decode_reference(codes: Tensor, scale: Tensor, bits: int, columns: int, out:
 def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
     """`decode_reference` by the fastest way there is for the device and dtype; same arguments, same bits."""
     native = native_library() if codes.device.type == "cpu" else None
-    if native is None:
+    if native is None or not (codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()):
         return decode_reference(codes, scale, bits, columns, out)
     if out.dtype not in _NATIVE_DTYPES:
         return out.copy_(decode(codes, scale, bits, columns, torch.empty(out.shape)))
