@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -19,11 +21,6 @@ app = typer.Typer(
 )
 
 _DTYPES = ("float16", "bfloat16", "float32")
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps subcommands by name even while there are few."""
 
 
 @app.command()
@@ -171,13 +168,11 @@ def _load(source: str, **kwargs):
     return getattr(diffusers, name).from_pretrained(source, **kwargs)
 
 
-class _user_errors:
+@contextmanager
+def _user_errors() -> Iterator[None]:
     """Turn errors of input and disk, and missing packages, into one line and exit code 1."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (ValueError, OSError, ImportError)):
-            typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-            raise typer.Exit(1) from error
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+        raise typer.Exit(1) from error

@@ -119,8 +119,10 @@ class ModelPacker:
             timesteps = torch.tensor(self.plan.timesteps, dtype=torch.float32)
             lookup.set_features(torch.cat(list(path.compute(timesteps)), dim=1))
         elif isinstance(lookup, TimeFeatureTable):
-            blocks = [quantize_table(features) for features in path.compute(lookup.rows)]
-            lookup.set_codes(*(torch.cat(parts, dim=-1) for parts in zip(*blocks, strict=True)))
+            start = 0
+            for features in path.compute(lookup.rows):
+                lookup.set_codes(*quantize_table(features), start=start)
+                start += features.shape[1]
         self.config.time_embedding = described
         lookup.to(path.layers["time_embedding.linear_1"].weight.device)
         install(self.model, lookup, path.sizes)

@@ -79,10 +79,11 @@ class TimeFeatureTable(TimeFeatures):
         """Timesteps of the rows, -1 to num_timesteps."""
         return torch.arange(-1, self.num_timesteps + 1)
 
-    def set_codes(self, codes: Tensor, scale: Tensor) -> None:
-        """Take codes int16 [num_timesteps + 2, features] and scale fp32 [features]."""
-        self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scale = float_bits(scale)
+    def set_codes(self, codes: Tensor, scale: Tensor, start: int = 0) -> None:
+        """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
+        part = slice(start, start + len(scale))
+        self.codes[:, part] = codes
+        self.scale.view(torch.float32)[part] = scale
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps - 1."""

@@ -95,10 +95,6 @@ class TimePath:
         """Parameters that taking the path out removes."""
         return sum(p.numel() for layer in self.layers.values() for p in layer.parameters())
 
-    @property
-    def is_loaded(self) -> bool:
-        return not any(p.is_meta for layer in self.layers.values() for p in layer.parameters())
-
     @torch.no_grad()
     def compute(self, timesteps: Tensor) -> Iterator[Tensor]:
         """Exact features of one block after another, fp32 [timesteps, size], computed in fp32."""

@@ -303,10 +303,3 @@ def test_the_lookup_of_a_checkpoint_is_made_from_its_description():
     assert isinstance(cache, TimeFeatureCache) and cache.values.shape == (2, 7)
     table = lookup_from_config({"type": "table", "features": sizes, "num_timesteps": 100})
     assert isinstance(table, TimeFeatureTable) and table.codes.shape == (102, 7)
-
-
-def test_a_path_knows_whether_its_weights_are_there():
-    model = tiny_unet()
-    assert TimePath.of(model).is_loaded
-    model.time_embedding.linear_1.to("meta")
-    assert not TimePath.of(model).is_loaded
