@@ -12,13 +12,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checkpoint import split_adapters
 from .codec.grid import levels
 from .formula import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
 from .weight_files import stem, weight_files
 
 MB = 1e6
 
-_PARTS = ("packed weights", "scales", "time features", "biases, norms, other tensors", "headers and config.json")
+_PARTS = (
+    "packed weights",
+    "scales",
+    "time features",
+    "LoRA branches",
+    "biases, norms, other tensors",
+    "headers and config.json",
+)
 
 
 @dataclass(frozen=True)
@@ -27,7 +35,7 @@ class SizeReport:
 
     Attributes:
         where: "file" or "memory".
-        parts: bytes by part.
+        parts: bytes by part; LoRA branches are fused LoRAs and, in memory, loaded ones.
         average_bits: by both conventions.
         weights: Linear and Conv2d weights of the original model.
         original_parameters: all parameters of the original model.
@@ -180,8 +188,11 @@ def _memory_report(model: nn.Module) -> SizeReport:
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is None or getattr(config, "layers", None) is None:
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
-    tensors = [(name, tuple(t.shape), t.nbytes) for name, t in model.state_dict().items()]
-    return _report("memory", tensors, config.to_dict(), 0)
+    plain, adapters = split_adapters(model.state_dict())
+    tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]
+    report = _report("memory", tensors, config.to_dict(), 0)
+    report.parts["LoRA branches"] += sum(t.nbytes for t in adapters.values())
+    return report
 
 
 def _report(
@@ -194,6 +205,8 @@ def _report(
         owner, _, kind = name.rpartition(".")
         if owner in layers and kind in ("codes", "scale"):
             parts["packed weights" if kind == "codes" else "scales"] += size
+        elif owner in layers and kind in ("branch_down", "branch_up"):
+            parts["LoRA branches"] += size
         elif owner == "time_proj":
             parts["time features"] += size
         else:

@@ -11,16 +11,17 @@ from torch import Tensor
 from .codec.entropy import compress, decompress
 from .codec.radix import byte_width, bytes_from_dense, dense_from_bytes, largest_byte
 from .codec.time_table import decode_table, encode_table
+from .nn.packed import branch_shapes
 
 
 def encode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors of a quantized model to tensors of the file.
 
     Args:
-        state_dict: tensors by name; packed layers have `codes` in the dense form.
+        state_dict: tensors by name; packed layers have `codes` in the dense form. PEFT's adapters are left out.
         config: content of a resolved `BitsFusionConfig`.
     """
-    encoded = dict(state_dict)
+    encoded, _ = split_adapters(state_dict)
     for name, layer in config["layers"].items():
         key = f"{name}.codes"
         packed = bytes_from_dense(encoded[key].cpu(), layer["bits"], _columns(layer))
@@ -46,6 +47,7 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
                 raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
             decoded[key] = dense_from_bytes(packed, bits, columns)
         _check(decoded, f"{name}.scale", torch.int32, (rows,))
+        _check_branch(decoded, name, layer)
     time = config["time_embedding"]
     if time["type"] == "keep":
         return decoded
@@ -62,6 +64,23 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
         except ValueError as error:
             raise ValueError(f"time_proj.codes {error}.") from error
     return decoded
+
+
+def split_adapters(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(tensors under the names that they have without PEFT, tensors of PEFT's adapters)."""
+    wrappers = {name.partition(".base_layer.")[0] for name in state_dict if ".base_layer." in name}
+
+    def is_wrapped(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[:depth]) in wrappers for depth in range(1, len(parts)))
+
+    plain, adapters = {}, {}
+    for name, tensor in state_dict.items():
+        if ".base_layer." in name or not is_wrapped(name):
+            plain[name.replace(".base_layer", "")] = tensor
+        else:
+            adapters[name] = tensor
+    return plain, adapters
 
 
 def _columns(layer: Mapping[str, Any]) -> int:
@@ -92,3 +111,14 @@ def _check(state_dict: Mapping[str, Tensor], key: str, dtype: torch.dtype, shape
         raise ValueError(
             f"{key} must be {dtype} of shape {shape}; the checkpoint has {tensor.dtype} of {tuple(tensor.shape)}."
         )
+
+
+def _check_branch(state_dict: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -> None:
+    rank = layer.get("branch_rank", 0)
+    for part, shape in zip(("branch_down", "branch_up"), branch_shapes(layer["shape"], rank), strict=True):
+        tensor = state_dict.get(f"{name}.{part}")
+        if tensor is not None and (not tensor.is_floating_point() or tuple(tensor.shape) != shape):
+            raise ValueError(
+                f"{name}.{part} must be floating of shape {shape}, for branch_rank {rank} in config.json; the "
+                f"checkpoint has {tensor.dtype} of {tuple(tensor.shape)}."
+            )

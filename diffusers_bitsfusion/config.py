@@ -7,7 +7,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffusers import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
@@ -25,6 +25,7 @@ COMPRESSIONS = ("zstd", None)
 
 # Bounds the memory that a checkpoint's own word can ask for; third differences of more would outgrow int16 besides.
 _MAX_TIMESTEPS = 3800
+_MAX_BRANCH_RANK = 1 << 16
 
 
 class BitsFusionMethod(str, Enum):
@@ -54,7 +55,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         compression: "zstd", or `None` for plain packed bytes in the file.
         components: names of the pipeline's components to quantize.
         format_version: set by quantizing; the layout of the checkpoint.
-        layers: set by quantizing; bits and weight shape of every packed layer.
+        layers: set by quantizing and saving; bits and weight shape of every packed layer, and the rank of its branch
+            where LoRAs were fused into it.
 
     Raises:
         ValueError: a value is impossible; the message names the argument.
@@ -172,7 +174,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         return QuantizationConfigMixin.__repr__(self)
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
@@ -220,12 +222,15 @@ def _check_layers(layers: Any) -> None:
     if not isinstance(layers, Mapping) or not layers:
         raise ValueError("The checkpoint's quantization_config lists no layers: its config.json is damaged.")
     for name, layer in layers.items():
-        if not isinstance(layer, Mapping) or set(layer) != {"bits", "shape"}:
-            raise ValueError(f"layers[{name!r}] must have exactly the keys bits and shape, got {layer!r}")
+        if not isinstance(layer, Mapping) or set(layer) - {"branch_rank"} != {"bits", "shape"}:
+            raise ValueError(f"layers[{name!r}] must have the keys bits, shape and maybe branch_rank, got {layer!r}")
         check_bits(layer["bits"], f"bits of layer {name!r}")
         shape = layer["shape"]
         if not isinstance(shape, (list, tuple)) or not shape or not all(_is_count(size) and size for size in shape):
             raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shape!r}")
+        rank = layer.get("branch_rank", 1)
+        if not _is_count(rank) or not 1 <= rank <= _MAX_BRANCH_RANK:
+            raise ValueError(f"branch_rank of layer {name!r} must be from 1 to {_MAX_BRANCH_RANK}, got {rank!r}")
 
 
 def _check_resolved_time_embedding(time_embedding: Any) -> None:

@@ -100,6 +100,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         if not config.is_resolved:
             raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
+        assert config.layers is not None
         modules = dict(model.named_modules())
         for name, layer in config.layers.items():
             module = modules.get(name)
@@ -110,7 +111,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
                     f"The checkpoint's config gives {name} the shape {layer['shape']}; "
                     f"{type(model).__name__} has {list(module.weight.shape)}."
                 )
-            replace_module(model, name, packed_twin(module, layer["bits"], self._dtype))
+            replace_module(model, name, packed_twin(module, layer["bits"], self._dtype, layer.get("branch_rank", 0)))
         self._prepare_time_features(model)
 
     def _prepare_time_features(self, model: ModelMixin) -> None:

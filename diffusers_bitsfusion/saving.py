@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
 from .card import is_users_own, write_card
+from .lora import check_fusable, prepare_saving
 from .weight_files import stem
 
 # Whether a pipeline is being saved: its one card replaces those of its models.
@@ -50,6 +51,7 @@ class QuantizedModelMixin:
         directory = Path(save_directory)
         if push_to_hub:
             kwargs.setdefault("repo_id", directory.name)
+        prepare_saving(self)
         with replacing(directory) as scratch:
             super().save_pretrained(  # type: ignore[misc]
                 str(scratch),
@@ -68,6 +70,23 @@ class QuantizedModelMixin:
         if not is_users_own(Path(working_dir)):
             write_card(Path(working_dir), self, title=repo_id)
         return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As `ModelMixin.to`, which refuses even `dtype=None` as a cast; `save_lora_adapter` passes that."""
+        if "dtype" in kwargs and kwargs["dtype"] is None:
+            del kwargs["dtype"]
+        return super().to(*args, **kwargs)  # type: ignore[misc]
+
+    def fuse_lora(
+        self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
+    ) -> None:
+        """As diffusers' `fuse_lora`, but an adapter that cannot be fused is refused before any other has been.
+
+        Raises:
+            ValueError: see `lora.check_fusable`.
+        """
+        check_fusable(self, adapter_names)
+        super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)  # type: ignore[misc]
 
     def fuse_qkv_projections(self) -> None:
         """Refused: it would build float layers from the packed ones."""

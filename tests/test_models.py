@@ -331,9 +331,7 @@ def tiny_wan() -> WanTransformer3DModel:
 def test_modules_that_diffusers_keeps_in_fp32_are_neither_packed_nor_cast(tmp_path):
     tiny_wan().save_pretrained(tmp_path / "source")
     config = BitsFusionConfig(target_bits=4)
-    model = WanTransformer3DModel.from_pretrained(
-        tmp_path / "source", quantization_config=config, dtype=torch.float16
-    )
+    model = WanTransformer3DModel.from_pretrained(tmp_path / "source", quantization_config=config, dtype=torch.float16)
     assert model.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
     assert not isinstance(model.condition_embedder.time_embedder.linear_1, PackedWeight)
     assert model.blocks[0].ffn.net[2].is_packed

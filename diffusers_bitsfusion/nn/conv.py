@@ -53,13 +53,19 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x, padding = self._pad(x)
         if needs_grad(x, bias):
-            return _PackedConv2d.apply(x, bias, self, padding)
-        return self.convolve(x, bias, padding)
+            y = _PackedConv2d.apply(x, bias, self, padding)
+        else:
+            y = self.convolve(x, bias, padding)
+        return y + self._branch(x, padding) if self.branch_rank else y
 
     def convolve(self, x: Tensor, bias: Tensor | None, padding: tuple[int, ...]) -> Tensor:
         """The convolution with zero padding of `padding` rows and columns."""
         weight = self.decode_for_call(x.dtype)
         return F.conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+    def _branch(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+        hidden = F.conv2d(x, self.branch_down.to(x.dtype), None, self.stride, padding, self.dilation)
+        return F.conv2d(hidden, self.branch_up.to(x.dtype))
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Padding that is not plain zeros of a given width, done ahead: (padded input, padding left to do)."""

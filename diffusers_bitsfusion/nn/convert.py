@@ -18,10 +18,10 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), attribute, new)
 
 
-def packed_twin(layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype) -> PackedWeight:
-    """Packed layer for an `nn.Linear` or `nn.Conv2d`, codes still on the meta device."""
+def packed_twin(layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0) -> PackedWeight:
+    """Packed layer for an `nn.Linear` or `nn.Conv2d`, codes and branch still on the meta device."""
     kind = BitsFusionConv2d if isinstance(layer, nn.Conv2d) else BitsFusionLinear
-    return kind.from_float(layer, bits, dtype)
+    return kind.from_float(layer, bits, dtype, branch_rank)
 
 
 def pack_weight(
@@ -45,12 +45,12 @@ def pack_weight(
 
 
 def float_twin(packed: PackedWeight) -> nn.Linear | nn.Conv2d:
-    """Ordinary layer with the decoded weight in `packed.weight_dtype`, sharing the bias."""
+    """Ordinary layer with the weight in `packed.weight_dtype`, branch folded in, sharing the bias."""
     kind: type[nn.Linear | nn.Conv2d] = nn.Conv2d if isinstance(packed, BitsFusionConv2d) else nn.Linear
     layer: nn.Linear | nn.Conv2d = kind.__new__(kind)
     nn.Module.__init__(layer)
     own = ("bits", "weight_shape", "weight_dtype")
     layer.__dict__.update({k: v for k, v in packed.__dict__.items() if k not in layer.__dict__ and k not in own})
-    layer.weight = nn.Parameter(packed.decode(packed.weight_dtype))
+    layer.weight = nn.Parameter(packed.dense_weight(packed.weight_dtype))
     layer.register_parameter("bias", packed.bias)
     return layer

@@ -41,5 +41,10 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
         x = autocast(x)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         if needs_grad(x, bias):
-            return _PackedLinear.apply(x, bias, self)
-        return F.linear(x, self.decode_for_call(x.dtype), bias)
+            y = _PackedLinear.apply(x, bias, self)
+        else:
+            y = F.linear(x, self.decode_for_call(x.dtype), bias)
+        return y + self._branch(x) if self.branch_rank else y
+
+    def _branch(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.branch_down.to(x.dtype)), self.branch_up.to(x.dtype))

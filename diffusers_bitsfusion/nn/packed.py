@@ -1,7 +1,8 @@
-"""What the packed layers share: codes and scales as parameters, and the weight computed from them."""
+"""What the packed layers share: codes and scales, a low-rank branch, and the weight computed from them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,15 +19,24 @@ def float_bits(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.to(torch.float32).contiguous().view(torch.int32), requires_grad=False)
 
 
+def branch_shapes(weight_shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of a branch's two halves, (down, up), for a weight of `weight_shape`."""
+    outputs, *inputs = weight_shape
+    return (rank, *inputs), (outputs, rank, *(1 for _ in inputs[1:]))
+
+
 class PackedWeight(nn.Module):
     """Mixin before `nn.Linear` or `nn.Conv2d`: an ordinary float layer until it is given codes.
 
     With codes, `weight` is no longer stored but computed on every read. Integer parameters rather than buffers or
-    floats: offloading moves them, and no cast touches them.
+    floats: offloading moves them, and no cast touches them. A layer may also hold a low-rank branch, whose product
+    up @ down is added to the decoded weight: fused LoRAs, which rounding to the grid would lose.
 
     Attributes (when packed):
         codes (`nn.Parameter`): uint8 [out, dense_width(in * kernel, bits)], the dense form of `codec.radix`.
         scale (`nn.Parameter`): int32 [out], the bits of the fp32 scales.
+        branch_down (`nn.Parameter | None`): `weight_dtype` [rank, in] or [rank, in, height, width].
+        branch_up (`nn.Parameter | None`): `weight_dtype` [out, rank] or [out, rank, 1, 1].
         bits (`int`): 1 to 8.
         weight_shape (`tuple[int, ...]`): shape of the weight.
         weight_dtype (`torch.dtype`): dtype that reading `weight` gives; `forward` follows its input instead.
@@ -37,8 +47,10 @@ class PackedWeight(nn.Module):
     weight_dtype: torch.dtype
 
     @classmethod
-    def from_float(cls: type[LayerT], layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype) -> LayerT:
-        """Packed twin of a Linear or Conv2d, with codes on the meta device and the layer's own bias."""
+    def from_float(
+        cls: type[LayerT], layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0
+    ) -> LayerT:
+        """Packed twin of a Linear or Conv2d, with codes and branch on the meta device and the layer's own bias."""
         packed = cls.__new__(cls)
         nn.Module.__init__(packed)
         # Every setting of the float layer (stride, padding, ...) and its bias, without its weight.
@@ -53,6 +65,9 @@ class PackedWeight(nn.Module):
             )
             packed.scale = float_bits(torch.empty(rows))
         packed.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
+        down, up = branch_shapes(packed.weight_shape, branch_rank)
+        with torch.device("meta"):
+            packed._set_branch(torch.empty(down, dtype=dtype), torch.empty(up, dtype=dtype))
         return packed
 
     @property
@@ -69,20 +84,49 @@ class PackedWeight(nn.Module):
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = float_bits(scale)
 
+    @property
+    def branch_rank(self) -> int:
+        return 0 if self.branch_down is None else self.branch_down.shape[0]
+
+    def extend_branch(self, down: Tensor, up: Tensor) -> None:
+        """Add up @ down to the weight: down [rank, ...] and up [out, rank, ...], floating, as in `branch_shapes`."""
+        down, up = (half.detach().to(self.codes.device, self.weight_dtype) for half in (down, up))
+        if self.branch_rank:
+            down, up = torch.cat([self.branch_down, down]), torch.cat([self.branch_up, up], dim=1)
+        self._set_branch(down, up)
+
+    def shrink_branch(self, rank: int) -> None:
+        """Undo what `extend_branch` added after the branch had `rank`."""
+        self._set_branch(self.branch_down[:rank], self.branch_up[:, :rank])
+
+    def _set_branch(self, down: Tensor, up: Tensor) -> None:
+        for name, half in (("branch_down", down), ("branch_up", up)):
+            parameter = nn.Parameter(half.detach().clone(), requires_grad=False) if len(down) else None
+            self.register_parameter(name, parameter)
+
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, a new tensor."""
+        """The weight of the codes in `dtype`, a new tensor."""
         assert self.bits is not None
         return decode_weight(self.codes, self.scale.view(torch.float32), self.bits, self.weight_shape, dtype)
 
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight that the layer applies, branch included, rounded once to `dtype`; a new tensor."""
+        if not self.branch_rank:
+            return self.decode(dtype)
+        delta = self.branch_up.float().flatten(1) @ self.branch_down.float().flatten(1)
+        return (self.decode(torch.float32) + delta.view(self.weight_shape)).to(dtype)
+
     def decode_for_call(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, valid until the next layer of this thread decodes."""
+        """The weight of the codes in `dtype`, valid until the next layer of this thread decodes."""
         assert self.bits is not None
         return decode_to_scratch(self.codes, self.scale.view(torch.float32), self.bits, self.weight_shape, dtype)
 
     def __getattr__(self, name: str) -> Any:
         # Not a property of the class: nn.Linear's constructor assigns `weight`, and a layer without codes keeps it.
         if name == "weight" and "codes" in self._parameters:
-            return self.decode(self.weight_dtype)
+            return self.dense_weight(self.weight_dtype)
+        if name == "qweight" and "codes" in self._parameters:
+            return self.codes  # PEFT looks there first for the layer's device, many times for each adapter
         return super().__getattr__(name)
 
     def extra_repr(self) -> str:

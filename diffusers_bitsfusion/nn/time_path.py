@@ -140,9 +140,9 @@ def restore(model: ModelMixin, dtype: torch.dtype) -> None:
     device = next(lookup.parameters()).device
     channels = model.config.block_out_channels[0]
     width = model.config.get("time_embedding_dim") or 4 * channels
-    if isinstance(model, UNet2DConditionModel) and len(timesteps) > width // 2 and width < _RESTORED_WIDTH:
-        width = _RESTORED_WIDTH
-        model.register_to_config(time_embedding_dim=width)
+    # A UNet too narrow to pass through all its timesteps is given a wider time embedding; a ControlNet cannot be.
+    widened = isinstance(model, UNet2DConditionModel) and len(timesteps) > width // 2 and width < _RESTORED_WIDTH
+    width = _RESTORED_WIDTH if widened else width
 
     proj = Timesteps(channels, model.config.flip_sin_to_cos, model.config.freq_shift)
     embedding = TimestepEmbedding(channels, width, act_fn="silu")
@@ -162,6 +162,8 @@ def restore(model: ModelMixin, dtype: torch.dtype) -> None:
             f'{width} (relative error {error:.2%}). Quantize with time_embedding="keep" to dequantize this model.'
         )
 
+    if widened:
+        model.register_to_config(time_embedding_dim=width)
     model.time_proj, model.time_embedding = proj, embedding.to(device, dtype)
     for block in model.modules():
         if isinstance(block, ResnetBlock2D):

@@ -10,7 +10,8 @@ from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionL
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
 from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn import packed as packed_module
-from diffusers_bitsfusion.nn.convert import pack_weight, packed_twin, replace_module
+from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin, replace_module
+from diffusers_bitsfusion.nn.packed import branch_shapes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,3 +223,53 @@ def test_a_weight_that_is_not_finite_is_not_packed(kind, base, sizes):
             scale_iterations=10,
             balance=True,
         )
+
+
+# The low-rank branch.
+
+BRANCHED = [
+    (nn.Linear, (10, 6), {}),
+    (nn.Conv2d, (4, 6, 3), {"stride": 2, "padding": 1}),
+    (nn.Conv2d, (4, 6, 3), {"dilation": 2, "padding": "same"}),
+    (nn.Conv2d, (4, 6, (3, 2)), {"padding": 1, "padding_mode": "circular"}),
+    (nn.Conv2d, (4, 6, 1), {}),
+]
+
+
+def random_branch(layer, rank, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for shape in branch_shapes(layer.weight_shape, rank)]
+
+
+@pytest.mark.parametrize(("base", "sizes", "options"), BRANCHED)
+def test_a_branch_is_an_addition_to_the_weight(base, sizes, options):
+    packed = packed_layer(base, sizes, **options)
+    x = example_input(base).requires_grad_()
+    bare, weight = packed(x), packed.weight
+    down, up = random_branch(packed, 3)
+    packed.extend_branch(down, up)
+    twin = float_twin(packed)
+    torch.testing.assert_close(twin.weight.data, weight + (up.flatten(1) @ down.flatten(1)).view_as(weight))
+    assert torch.equal(twin.weight, packed.weight)
+    found, expected = packed(x), twin(x)
+    torch.testing.assert_close(found, expected)
+    grad = torch.randn_like(found)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
+    packed.shrink_branch(0)
+    assert packed.branch_rank == 0
+    assert torch.equal(packed(x), bare)
+
+
+def test_branches_add_up_and_come_off_from_the_end():
+    packed = packed_layer(nn.Linear, (10, 6))
+    x, outputs = example_input(nn.Linear), []
+    for seed, rank in enumerate((2, 3)):
+        outputs.append(packed(x))
+        packed.extend_branch(*random_branch(packed, rank, seed))
+    assert packed.branch_rank == 5
+    assert packed.state_dict().keys() == {"codes", "scale", "bias", "branch_down", "branch_up"}
+    packed.shrink_branch(2)
+    assert torch.equal(packed(x), outputs[1])
+    packed.shrink_branch(0)
+    assert torch.equal(packed(x), outputs[0])
+    assert packed.state_dict().keys() == {"codes", "scale", "bias"}
