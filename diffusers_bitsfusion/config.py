@@ -20,8 +20,14 @@ from .recipe import Recipe
 FORMAT_VERSION = 1
 
 TIME_EMBEDDINGS = ("auto", "table", "cache", "keep")
+_CHOICES = {
+    "compute": ("auto", "exact"),
+    "resident": ("packed",),
+    "calibration": (None,),
+    "compression": ("zstd", None),
+}
+
 DEFAULT_COMPONENTS = ("unet", "transformer")
-COMPRESSIONS = ("zstd", None)
 
 # Bounds the memory that a checkpoint's own word can ask for; third differences of more would outgrow int16 besides.
 _MAX_TIMESTEPS = 3800
@@ -52,6 +58,10 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
             embedding stays, as quantized layers; "auto": the smaller of "table" and "keep" where a table is possible.
         modules_to_not_convert: names (or dotted parts of names) of modules to leave as they are; they do not count for
             `target_bits`.
+        compute: "exact" decodes a layer's weight for each call and leaves the rest to torch; "auto" chooses, for now
+            that.
+        resident: what stays in memory: "packed", codes and scales.
+        calibration: `None`: weights are rounded without looking at inputs.
         compression: "zstd", or `None` for plain packed bytes in the file.
         components: names of the pipeline's components to quantize.
         format_version: set by quantizing; the layout of the checkpoint.
@@ -78,6 +88,9 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         in_out_bits: int = 8,
         time_embedding: str | Mapping[str, Any] = "auto",
         modules_to_not_convert: Sequence[str] | None = None,
+        compute: str = "auto",
+        resident: str = "packed",
+        calibration: None = None,
         compression: str | None = "zstd",
         components: Sequence[str] = DEFAULT_COMPONENTS,
         format_version: int | None = None,
@@ -91,6 +104,9 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         self.in_out_bits = check_bits(in_out_bits, "in_out_bits")
         self.time_embedding = dict(time_embedding) if isinstance(time_embedding, Mapping) else time_embedding
         self.modules_to_not_convert = _as_names(modules_to_not_convert or [], "modules_to_not_convert")
+        self.compute = compute
+        self.resident = resident
+        self.calibration = calibration
         self.compression = compression
         self.components = _as_names(components, "components")
         self.format_version = format_version
@@ -108,8 +124,9 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
             raise ValueError(f"scale_iterations must be an integer from 0, got {self.scale_iterations!r}")
         if not isinstance(self.balance, bool):
             raise ValueError(f"balance must be True or False, got {self.balance!r}")
-        if self.compression not in COMPRESSIONS:
-            raise ValueError(f"compression must be one of {COMPRESSIONS}, got {self.compression!r}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices} in this version, got {getattr(self, name)!r}")
         if not isinstance(self.time_embedding, dict) and self.time_embedding not in TIME_EMBEDDINGS:
             raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
         if isinstance(self.time_embedding, dict):

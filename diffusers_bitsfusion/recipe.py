@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 
+from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from torch import nn
 
 from .codec.grid import check_bits
 from .formula import IN_OUT_LAYERS, PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from .nn.packed import PackedWeight
+from .nn.time_features import TimeFeatures
 from .nn.time_path import TimePath, why_not_cacheable
 
 RECIPE_FILE = "recipe.json"
@@ -66,8 +70,8 @@ class Recipe(Mapping[str, int]):
         """Whether every layer of this recipe is in `shapes`, with the same shape where this recipe knows it."""
         return all(name in shapes and self.shapes.get(name, shapes[name]) == tuple(shapes[name]) for name in self)
 
-    def average_bits(self, model: nn.Module) -> AverageBits:
-        """Average bits a weight of an unquantized `model` under this recipe, in both conventions.
+    def average_bits(self, model: ModelMixin) -> AverageBits:
+        """Average bits a weight of `model`, quantized or not, under this recipe, in both conventions.
 
         First and last layers count 8 bits; a time embedding that can be cached counts as 50 cached steps.
 
@@ -75,25 +79,27 @@ class Recipe(Mapping[str, int]):
             ValueError: the recipe names layers that the model lacks.
         """
         weights = {
-            name: module.weight.numel()
+            name: _num_weights(module)
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, nn.Conv2d))
         }
         missing = [name for name in self if name not in weights]
         if missing:
             raise ValueError(f"The recipe names layers that the model lacks: {', '.join(missing[:5])}.")
-        removed, cached = 0, 0.0
-        if why_not_cacheable(model) is None:
+        removed = features = 0
+        if isinstance(getattr(model, "time_proj", None), TimeFeatures):
+            time_embedding = model.config.quantization_config.time_embedding
+            removed = time_embedding["removed_weights"]
+            features = sum(size for _, size in time_embedding["features"])
+        elif why_not_cacheable(model) is None:
             path = TimePath.of(model)
-            removed = path.num_weights
-            cached = cached_bits(sum(size for _, size in path.sizes), len(PAPER_TIMESTEPS))
-            weights = {name: count for name, count in weights.items() if name not in path.layers}
+            removed, features = sum(weights.pop(name) for name in path.layers), sum(size for _, size in path.sizes)
         bits = {name: 8 for name in weights if name in IN_OUT_LAYERS} | dict(self)
         return average_bits(
             {name: (bits[name], count) for name, count in weights.items() if name in bits},
             other_weights=sum(count for name, count in weights.items() if name not in bits),
             removed_weights=removed,
-            cached=cached,
+            cached=cached_bits(features, len(PAPER_TIMESTEPS)),
         )
 
     @classmethod
@@ -141,3 +147,9 @@ class Recipe(Mapping[str, int]):
             target = target / RECIPE_FILE
         data = {"source": self.source, "layers": self._layers, "shapes": self.shapes}
         target.write_text(json.dumps({k: v for k, v in data.items() if v}, indent=1) + "\n", encoding="utf-8")
+
+
+def _num_weights(layer: nn.Linear | nn.Conv2d) -> int:
+    """Weights of a layer, without decoding a packed one."""
+    packed = isinstance(layer, PackedWeight) and layer.is_packed
+    return math.prod(layer.weight_shape) if packed else layer.weight.numel()

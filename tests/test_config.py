@@ -192,3 +192,12 @@ def test_the_config_applies_to_its_components_only():
 def test_the_representation_shows_the_method_and_its_values():
     text = repr(BitsFusionConfig(target_bits=2.75))
     assert "BitsFusionConfig" in text and "2.75" in text
+
+
+@pytest.mark.parametrize(
+    "options", [{"compute": "int8"}, {"resident": "int8"}, {"calibration": "prompts.txt"}], ids=str
+)
+def test_what_this_version_lacks_is_refused_by_name(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} must be one of .* in this version"):
+        BitsFusionConfig(**options)

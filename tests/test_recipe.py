@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from tiny import tiny_unet
 from torch import nn
 
-from diffusers_bitsfusion import Recipe
+from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -222,3 +222,14 @@ def test_average_bits_of_a_model_without_a_plain_time_embedding_counts_it_as_16_
 
 def test_the_average_needs_no_weights_in_memory(sd15):
     assert all(p.device == torch.device("meta") for p in sd15.parameters())
+
+
+@pytest.mark.parametrize("time_embedding", ["keep", "table", "cache"])
+def test_a_quantized_model_has_the_averages_of_the_original(time_embedding):
+    unet = tiny_unet()
+    config = BitsFusionConfig(recipe=2, time_embedding=time_embedding)
+    quantized = quantize_model(tiny_unet(), config, progress=False)
+    special = ("conv_in", "conv_out", "time_emb")
+    names = [name for name, layer in unet.named_modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    recipe = Recipe({name: 1 + i % 4 for i, name in enumerate(names) if not any(part in name for part in special)})
+    assert recipe.average_bits(quantized) == recipe.average_bits(unet)
