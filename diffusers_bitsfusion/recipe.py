@@ -151,5 +151,6 @@ class Recipe(Mapping[str, int]):
 
 def _num_weights(layer: nn.Linear | nn.Conv2d) -> int:
     """Weights of a layer, without decoding a packed one."""
-    packed = isinstance(layer, PackedWeight) and layer.is_packed
-    return math.prod(layer.weight_shape) if packed else layer.weight.numel()
+    if isinstance(layer, PackedWeight) and layer.is_packed:
+        return math.prod(layer.weight_shape)
+    return layer.weight.numel()
