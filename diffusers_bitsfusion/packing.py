@@ -138,3 +138,20 @@ class ModelPacker:
                 raise ValueError(f"Cannot quantize: {name} holds NaN or infinite values.")
         self._bar.close()
         return self.config
+
+
+def refuse_dispatched(model: ModelMixin, action: str) -> None:
+    """Refuse to swap layers under accelerate's hooks, which hold on to the old ones.
+
+    Args:
+        model: a diffusers model.
+        action: what was asked for, for the message.
+
+    Raises:
+        ValueError: accelerate offloads the model or spreads it over devices.
+    """
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        raise ValueError(
+            f"Cannot {action} this {type(model).__name__}: accelerate offloads it or spreads it over devices. Do it "
+            "before, or take the hooks off by accelerate.hooks.remove_hook_from_submodules(model)."
+        )

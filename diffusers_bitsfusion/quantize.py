@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
 from .config import BitsFusionConfig
-from .packing import ModelPacker
+from .packing import ModelPacker, refuse_dispatched
 from .quantizer import BitsFusionQuantizer
 
 
@@ -25,8 +25,8 @@ def quantize_model(
         The same object.
 
     Raises:
-        ValueError: it is quantized already, holds NaN or infinite weights, or the config does not suit it. A model
-            that failed half way is not usable.
+        ValueError: it is quantized already or offloaded, holds NaN or infinite weights, or the config does not suit
+            it. A model that failed half way is not usable.
     """
     config = config or BitsFusionConfig()
     if isinstance(model, DiffusionPipeline):
@@ -36,6 +36,7 @@ def quantize_model(
         for component in components:
             quantize_model(component, config, progress)
         return model
+    refuse_dispatched(model, "quantize")
     dtype = model.dtype
     quantizer = BitsFusionQuantizer(config, pre_quantized=False)
     quantizer.update_torch_dtype(dtype)

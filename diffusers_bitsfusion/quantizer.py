@@ -18,7 +18,7 @@ from .nn.convert import float_twin, packed_twin, replace_module
 from .nn.packed import PackedWeight
 from .nn.time_features import TimeFeatures
 from .nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
-from .packing import ModelPacker
+from .packing import ModelPacker, refuse_dispatched
 from .saving import as_plain_model, as_quantized_model
 
 logger = logging.get_logger(__name__)
@@ -203,6 +203,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         return encode_state_dict(state_dict, self.quantization_config.to_dict()), {}
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
+        refuse_dispatched(model, "dequantize")
         packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed]
         dtype = packed[-1][1].weight_dtype if packed else self._dtype
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):

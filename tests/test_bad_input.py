@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from tiny import tiny_unet
@@ -468,3 +470,15 @@ def test_an_automatic_device_map_that_spills_to_disk_is_refused(source_folder, m
             max_memory={"cpu": "20KB"},
             offload_folder=tmp_path,
         )
+
+
+def test_swapping_layers_under_offloading_hooks_is_refused(make_config):
+    plain = accelerate.cpu_offload(tiny_unet(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="Cannot quantize this UNet2DConditionModel: accelerate offloads it"):
+        quantize_model(plain, make_config())
+    packed = quantize_model(tiny_unet(), make_config(), progress=False)
+    accelerate.cpu_offload(packed, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match="Cannot dequantize this UNet2DConditionModel: accelerate offloads it"):
+        packed.dequantize()
+    remove_hook_from_submodules(packed)
+    assert not packed.dequantize().is_quantized
