@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -62,7 +63,8 @@ def evaluate(
         sampling: how the pictures are drawn.
         guidance_scales: instead of `sampling.guidance_scale`, one or more.
         lpips: whether to measure LPIPS against the reference as well.
-        images: folder that keeps the pictures; those of an interrupted run are not drawn again.
+        images: folder that keeps the pictures, of as many pipelines and settings as one likes; those that it holds,
+            of an interrupted run or of a reference evaluated before, are not drawn again.
         progress: whether to show progress bars.
 
     Returns:
@@ -85,8 +87,8 @@ def evaluate(
     model = None if clip is None else Clip.from_pretrained(clip)
     samplings = [replace(sampling, guidance_scale=scale) for scale in dict.fromkeys(guidance_scales)] or [sampling]
 
-    drawn = _draw(path, "pipeline", prompts, samplings, images, progress)
-    others = None if reference is None else _draw(reference, "reference", prompts, samplings, images, progress)
+    drawn = _draw(path, prompts, samplings, images, progress)
+    others = None if reference is None else _draw(reference, prompts, samplings, images, progress)
     reports = {}
     for index, chosen in enumerate(samplings):
         references = None if others is None else others.by_scale[index]
@@ -122,7 +124,6 @@ def _check(
 
 def _draw(
     path: str,
-    name: str,
     prompts: Sequence[Prompt],
     samplings: Sequence[Sampling],
     images: str | os.PathLike[str] | None,
@@ -144,9 +145,13 @@ def _draw(
                 "seed": sampling.seed,
                 "device": default_device().type,
             }
-            folder = ImageFolder(Path(images) / f"{name}-{sampling.guidance_scale}", settings)
+            folder = ImageFolder(Path(images) / f"{Path(path).name}-{_short_hash(settings)}", settings)
         by_scale.append(generate_images(pipeline, captions, sampling, folder, progress))
     return _Pictures(scheduler, by_scale)
+
+
+def _short_hash(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _report(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,13 +70,15 @@ def test_several_guidance_scales(make, source_folder, prompts):
 
 def test_images_are_kept_and_tied_to_what_drew_them(make, source_folder, packed_folders, prompts, tmp_path):
     first = make(source_folder, prompts, scorer=bright, images=tmp_path)
-    kept = sorted((tmp_path / "pipeline-7.5").glob("*.png"))
+    kept = sorted(tmp_path.glob("*/*.png"))
     times = [file.stat().st_mtime_ns for file in kept]
     assert len(kept) == len(prompts)
     assert make(source_folder, prompts, scorer=bright, images=tmp_path) == first
+    make(packed_folders["keep"], prompts, reference=source_folder, images=tmp_path)
     assert [file.stat().st_mtime_ns for file in kept] == times
-    with pytest.raises(ValueError, match="other files"):
-        make(packed_folders["keep"], prompts, scorer=bright, images=tmp_path)
+    assert len(list(tmp_path.glob("*/*.png"))) == 2 * len(prompts)
+    make(source_folder, prompts, scorer=bright, images=tmp_path, sampling=replace(SAMPLING, seed=7))
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_what_cannot_be_measured_is_said_before_drawing(make, prompts, monkeypatch):

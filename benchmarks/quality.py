@@ -1,0 +1,177 @@
+"""What rounding costs a trained pipeline: quantized without training in many ways, all drawn and scored alike.
+
+    python -m benchmarks.quality PIPELINE --work DIR [--only NAME ...] [--peers-python PYTHON]
+
+PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it. Every way runs in a fresh
+process and leaves a pipeline and a report in DIR; a later call goes on where this one stopped. SDNQ lives in an
+environment of its own (`pip install sdnq -e ".[eval]"`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import is_installed, run_child
+
+SCORER = "examples.shapes.prompts:score"
+TARGET = 2.04  # bits a weight over the quantized layers: the published recipe's
+
+
+def mixed(bits: float) -> Callable[[Any], Any]:
+    """Data-free allocation of `bits` a weight over all layers but the first and the last."""
+
+    def config(unet: Any) -> Any:
+        from diffusers_bitsfusion import BitsFusionConfig, Recipe
+        from diffusers_bitsfusion.analysis.allocation import allocate_data_free
+        from diffusers_bitsfusion.formula import IN_OUT_LAYERS
+        from diffusers_bitsfusion.nn.time_path import TimePath
+        from diffusers_bitsfusion.plan import quantizable_layers
+
+        time_layers = TimePath.of(unet).layers
+        sizes = {
+            name: layer.weight.numel()
+            for name, layer in quantizable_layers(unet).items()
+            if name not in IN_OUT_LAYERS and name not in time_layers
+        }
+        recipe = Recipe(allocate_data_free(sizes, bits * sum(sizes.values())))
+        return BitsFusionConfig(recipe=recipe, time_embedding="cache")
+
+    return config
+
+
+def uniform(bits: int, balance: bool = True, scale_init: str = "alternating") -> Callable[[Any], Any]:
+    """The same bits everywhere but in the first and the last layer."""
+
+    def config(unet: Any) -> Any:
+        from diffusers_bitsfusion import BitsFusionConfig
+
+        return BitsFusionConfig(recipe=bits, balance=balance, scale_init=scale_init, time_embedding="cache")
+
+    return config
+
+
+def sdnq(**settings: Any) -> Callable[[Any], Any]:
+    def config(unet: Any) -> Any:
+        from sdnq import SDNQConfig
+
+        return SDNQConfig(quant_conv=True, **settings)
+
+    return config
+
+
+WAYS: dict[str, Callable[[Any], Any] | None] = {
+    "full precision": None,
+    "mixed 2.04": mixed(TARGET),
+    "mixed 2.32": mixed(2.3219),
+    "mixed 3.17": mixed(3.1699),
+    **{f"uniform {n}": uniform(n) for n in (1, 2, 3, 4, 8)},
+    **{f"uniform {n}, unbalanced": uniform(n, balance=False) for n in (1, 2, 3, 4, 8)},
+    "uniform 2, unbalanced, min-max": uniform(2, balance=False, scale_init="minmax"),
+    "SDNQ uint2, row-wise": sdnq(weights_dtype="uint2", group_size=-1),
+    "SDNQ uint2": sdnq(weights_dtype="uint2"),
+    "SDNQ uint4, row-wise": sdnq(weights_dtype="uint4", group_size=-1),
+    "SDNQ uint4": sdnq(weights_dtype="uint4"),
+}
+
+
+def make(source: Path, out: Path, way: str) -> None:
+    """Save the pipeline at `source` with its UNet quantized in `way` to `out`."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
+    make_config = WAYS[way]
+    if make_config is not None:
+        pipeline.unet = UNet2DConditionModel.from_pretrained(
+            source, subfolder="unet", dtype=torch.float32, quantization_config=make_config(pipeline.unet)
+        )
+    pipeline.save_pretrained(out)
+
+
+def run_way(source: Path, work: Path, way: str, num_images: int | None) -> dict[str, Any]:
+    """Quantize, draw and measure; the report of `bitsfusion evaluate` with the UNet's file size."""
+    if way.startswith("SDNQ"):
+        import sdnq  # noqa: F401  (registers its method with diffusers)
+    from diffusers_bitsfusion.evaluation import evaluate, load_scorer, read_prompts, sample_prompts
+
+    folder = source
+    if WAYS[way] is not None:
+        folder = work / way
+        if not (folder / "model_index.json").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(source, folder, way)
+    report = evaluate(
+        folder,
+        sample_prompts(read_prompts(source / "prompts.tsv"), num_images),
+        reference=None if folder == source else source,
+        scorer=load_scorer(SCORER),
+        clip=source / "clip",
+        images=work / "images",
+    )
+    return report | {"unet_bytes": sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))}
+
+
+def table(reports: dict[str, dict[str, Any] | str]) -> str:
+    """The reports as a Markdown table, scores with 95 % intervals."""
+    categories = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
+    titles = ["", "UNet file, kB", "score", *categories, "CLIP score", "PSNR, dB", "CMMD"]
+    lines = [f"| {' | '.join(titles)} |".replace("_", " "), "|---" * len(titles) + "|"]
+    for way, report in reports.items():
+        if isinstance(report, str):
+            lines.append(f"| {way} | {report} |" + " |" * (4 + len(categories)))
+            continue
+        scores, intervals = report["compositional"], report["intervals"]["compositional"]
+        low, high = intervals["overall"]
+        cells = [f"{report['unet_bytes'] / 1e3:.0f}", f"{scores['overall']:.3f} ({low:.3f} to {high:.3f})"]
+        cells += [f"{scores[category]:.2f}" for category in categories]
+        cells += [f"{report['clip_score']:.2f}"]
+        cells += [f"{report[key]:.{digits}f}" if key in report else "" for key, digits in (("psnr", 2), ("cmmd", 3))]
+        lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def run_all(
+    source: Path, work: Path, ways: list[str], peers_python: str, num_images: int | None
+) -> dict[str, dict[str, Any] | str]:
+    """Every way that has no report yet, each in a fresh process; reports by name."""
+    reports: dict[str, dict[str, Any] | str] = {}
+    for way in ways:
+        file = work / "reports" / f"{way}.json"
+        python = peers_python if way.startswith("SDNQ") else sys.executable
+        if not file.exists():
+            if way.startswith("SDNQ") and not is_installed("sdnq", python):
+                reports[way] = "not installed"
+                continue
+            arguments = ["-m", "benchmarks.quality", str(source), "--work", str(work), "--worker", way]
+            report = run_child([*arguments, *(["--num-images", str(num_images)] if num_images else [])], python)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(report, indent=2) + "\n")
+        reports[way] = json.loads(file.read_text())
+        print(table({way: reports[way]}).splitlines()[-1], file=sys.stderr)
+    return reports
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Quantize a trained pipeline in many ways and score the pictures.")
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--work", type=Path, required=True, help="keeps pipelines, pictures and reports")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
+    parser.add_argument("--worker", choices=WAYS, help="run this one here")
+    parser.add_argument("--num-images", type=int, help="of the prompts; default: all")
+    parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has SDNQ installed")
+    args = parser.parse_args()
+    source, work = args.pipeline.resolve(), args.work.resolve()
+    if args.worker:
+        print(json.dumps(run_way(source, work, args.worker, args.num_images)))
+    else:
+        print(table(run_all(source, work, args.only, args.peers_python, args.num_images)))
+
+
+if __name__ == "__main__":
+    main()
