@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from .prompts import write_prompts
 from .scenes import IMAGE_SIZE
 from .unet import NOISE_SCHEDULE
 
@@ -15,7 +16,7 @@ from .unet import NOISE_SCHEDULE
 def export_pipeline(
     out: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> None:
-    """Write the pipeline to `out`, the CLIP pair to `out/clip`, all weights in fp16 safetensors."""
+    """Write the pipeline to `out`, the CLIP pair to `out/clip`, all weights in fp16 safetensors, and the prompts."""
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
@@ -42,6 +43,7 @@ def export_pipeline(
     for folder in (out / "tokenizer", out / "clip"):
         tokenizer.save_pretrained(folder)
         tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for transformers before 5
+    write_prompts(out / "prompts.tsv")
     shutil.copy(Path(__file__).with_name("MODEL_CARD.md"), out / "README.md")
 
 

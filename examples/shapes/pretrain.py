@@ -64,7 +64,7 @@ def run_text(work: Path, options: TrainOptions) -> None:
 
 def run_unet(work: Path, options: TrainOptions) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-    unet, text = train_unet(
+    unet = train_unet(
         latents=torch.from_numpy(np.load(work / "latents.npy")),
         token_ids=tokenize(tokenizer, load_dataset(work / "data")[1]),
         empty_ids=tokenize(tokenizer, [""])[0],
@@ -74,7 +74,6 @@ def run_unet(work: Path, options: TrainOptions) -> None:
     )
     if PartialState().is_main_process:
         unet.save_pretrained(work / "unet")
-        text.save_pretrained(work / "text_final")
 
 
 def run_clip(work: Path, options: TrainOptions) -> None:
@@ -84,7 +83,7 @@ def run_clip(work: Path, options: TrainOptions) -> None:
         images=images,
         token_ids=tokenize(tokenizer, captions),
         foil_ids=tokenize(tokenizer, foils),
-        text=CLIPTextModelWithProjection.from_pretrained(work / "text_final"),
+        text=CLIPTextModelWithProjection.from_pretrained(work / "text"),
         path=work / "clip.pt",
         options=options,
     )

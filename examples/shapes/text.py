@@ -1,4 +1,4 @@
-"""Stage 2: the tokenizer and the CLIP text tower, which first learns from captions alone what they ask for."""
+"""Stage 2: the tokenizer and the CLIP text tower, which learns from captions alone what they ask for."""
 
 import json
 import random
@@ -11,11 +11,16 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from .captions import Prompt, sample_foil, sample_paraphrase, sample_prompt
 from .dataset import CATEGORY_WEIGHTS
+from .scenes import COLORS, COUNTS, RADII, SHAPES, PromptSpec
 from .training import Run, TrainOptions
 
 MAX_LENGTH = 16
 WIDTH = 128
 _TEMPERATURE = 0.07
+_AXES = {None: 0, "left of": 1, "right of": 1, "above": 2, "below": 2}
+# What is read from the state of the end token: how many objects, the axis of their relation, and of the first (left,
+# upper) and the second object shape, colour and size. An attribute left open and a second object not there count too.
+_READOUT_SIZES = (1 + len(COUNTS), 3) + 2 * (len(SHAPES) + 1, len(COLORS) + 1, len(RADII) + 1)
 
 
 def create_tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -57,30 +62,57 @@ def create_text_model(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
 def train_text(
     tokenizer: CLIPTokenizer, n_samples: int, path: Path, options: TrainOptions
 ) -> CLIPTextModelWithProjection:
-    """Contrastive training on `n_samples` captions: each close to a paraphrase, far from its foil and the others."""
+    """Contrastive training on `n_samples` captions: each close to a paraphrase, far from its foil and the others.
+
+    Along with it, what a caption asks for must be linear in the end token's state. Attention is causal: only the
+    tokens from there on have read all of it, and the UNet has far fewer steps than real ones to work out the rest.
+    """
     prompts = _prompts(n_samples)
     rng = random.Random(1)
     paraphrases = tokenize(tokenizer, [sample_paraphrase(rng, prompt).caption for prompt in prompts])
     foils = tokenize(tokenizer, [sample_foil(rng, prompt).caption for prompt in prompts])
     captions = tokenize(tokenizer, [prompt.caption for prompt in prompts])
     meanings = _meanings(prompts)
-    run = Run({"text": create_text_model(tokenizer)}, options, path)
-    model, device = run.models["text"], run.accelerator.device
+    contents = torch.tensor([_contents(prompt.spec) for prompt in prompts])
+    models = {"text": create_text_model(tokenizer), "readout": torch.nn.Linear(WIDTH, sum(_READOUT_SIZES))}
+    run = Run(models, options, path)
+    model, readout, device = run.models["text"], run.models["readout"], run.accelerator.device
 
-    def loss_of_batch(indices):
-        ids = torch.cat([captions[indices], paraphrases[indices], foils[indices]]).to(device)
-        with run.accelerator.autocast():
-            embeddings = model(ids).text_embeds.float()
-        caption, paraphrase, foil = F.normalize(embeddings, dim=-1).chunk(3)
-        meaning = meanings[indices].to(device)
+    def contrastive_loss(embeddings, meaning):
+        caption, paraphrase, foil = F.normalize(embeddings.float(), dim=-1).chunk(3)
         same = (meaning[:, None] == meaning).fill_diagonal_(False)
         among = (caption @ paraphrase.T / _TEMPERATURE).masked_fill(same, float("-inf"))
-        target = torch.arange(len(indices), device=device)
+        target = torch.arange(len(meaning), device=device)
         with_foil = torch.cat([among, (caption * foil).sum(-1, keepdim=True) / _TEMPERATURE], dim=1)
         return (F.cross_entropy(with_foil, target) + F.cross_entropy(among.T, target)) / 2
 
+    def readout_loss(states, ids, content):
+        first_end = ids.eq(tokenizer.eos_token_id).int().argmax(1)
+        for_all = states[torch.arange(len(ids)), first_end], states[:, -1]  # padding repeats the end token
+        answers = [readout(state).float().split(_READOUT_SIZES, dim=-1) for state in for_all]
+        return sum(F.cross_entropy(a, c) for answer in answers for a, c in zip(answer, content.T, strict=True)) / 2
+
+    def loss_of_batch(indices):
+        ids = torch.cat([captions[indices], paraphrases[indices], foils[indices]]).to(device)
+        n = len(indices)
+        with run.accelerator.autocast():
+            out = model(ids)
+            reading = readout_loss(out.last_hidden_state[:n], ids[:n], contents[indices].to(device))
+        return contrastive_loss(out.text_embeds, meanings[indices].to(device)) + reading
+
     run.train(loss_of_batch, n_samples)
     return run.averaged("text")
+
+
+def _contents(spec: PromptSpec) -> list[int]:
+    """The answers to `_READOUT_SIZES`."""
+    objects = spec.objects[::-1] if spec.relation in ("right of", "below") else spec.objects
+    answers = [len(objects) - 1, _AXES[spec.relation]]
+    for wanted in (objects[0], objects[1] if len(set(objects)) == 2 else None):
+        for choices, value in ((SHAPES, "shape"), (tuple(COLORS), "color"), (tuple(RADII), "size")):
+            asked = wanted and getattr(wanted, value)
+            answers.append(choices.index(asked) if asked else len(choices))
+    return answers
 
 
 def _prompts(n: int) -> list[Prompt]:

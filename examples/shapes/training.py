@@ -43,26 +43,15 @@ class Run:
     """Models in training, with all that an exact continuation needs.
 
     Every step seeds itself from its number, so no generator state has to be stored. Several processes (started by
-    `torchrun` or `accelerate launch`) share a batch and average their gradients. `rates` scales the learning rate of
-    single models.
+    `torchrun` or `accelerate launch`) share a batch and average their gradients.
     """
 
-    def __init__(
-        self,
-        models: dict[str, torch.nn.Module],
-        options: TrainOptions,
-        path: Path,
-        rates: dict[str, float] | None = None,
-    ):
+    def __init__(self, models: dict[str, torch.nn.Module], options: TrainOptions, path: Path):
         self.options, self.path, self.step = options, path, 0
         self.accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=not torch.cuda.is_available())
         self.models = {name: model.to(self.accelerator.device) for name, model in models.items()}
-        groups = [
-            {"params": [p for p in model.parameters() if p.requires_grad], "scale": (rates or {}).get(name, 1.0)}
-            for name, model in self.models.items()
-        ]
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=(0.9, 0.99))
+        self.parameters = [p for model in self.models.values() for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))
         self.emas = {
             name: EMAModel(model.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
             for name, model in self.models.items()
@@ -131,7 +120,7 @@ class Run:
         processes = self.accelerator.num_processes
         torch.manual_seed((self.options.seed + self.step) * processes + self.accelerator.process_index)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["scale"] * self.options.rate(self.step)
+            group["lr"] = self.options.rate(self.step)
         loss = loss_of_batch(torch.randint(n_samples, (self.options.batch_size // processes,)))
         loss.backward()
         self._average_gradients()
