@@ -54,7 +54,7 @@ def run_decoder(work: Path, options: TrainOptions) -> None:
 
 
 def run_text(work: Path, options: TrainOptions) -> None:
-    captions = load_dataset(work / "data")[1]
+    captions = [caption for caption in load_dataset(work / "data")[1] if caption]
     tokenizer = create_tokenizer(captions)
     text = train_text(tokenizer, len(captions), work / "text.pt", options)
     if PartialState().is_main_process:
@@ -79,8 +79,10 @@ def run_unet(work: Path, options: TrainOptions) -> None:
 def run_clip(work: Path, options: TrainOptions) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     images, captions, foils = load_dataset(work / "data")
+    captioned = captions.index("") if "" in captions else len(captions)
+    captions, foils = captions[:captioned], foils[:captioned]
     clip = train_clip(
-        images=images,
+        images=images[:captioned],
         token_ids=tokenize(tokenizer, captions),
         foil_ids=tokenize(tokenizer, foils),
         text=CLIPTextModelWithProjection.from_pretrained(work / "text"),

@@ -17,7 +17,7 @@ def render(scene: tuple[SceneObject, ...]) -> np.ndarray:
         reach = int(item.radius)
         top, left = int(item.y) - reach, int(item.x) - reach
         window = image[top : top + 2 * reach + 1, left : left + 2 * reach + 1]
-        window[shape_mask(item.shape, reach)] = COLORS[item.color]
+        window[shape_mask(item.shape, reach)] = item.rgb or COLORS[item.color]
     return image
 
 

@@ -41,7 +41,8 @@ HELD_OUT_PAIRS = frozenset(
     )
 )
 _MARGIN = 3  # pixels between two objects, and half of it to the image's edge
-_RELATION_DISTANCE = 14  # least distance along the axis of a relation
+_RELATION_DISTANCE = 20  # least distance along the axis of a relation
+_COLOR_CONTRAST = 75  # least difference of a free colour from the background, in the channel that differs most
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,17 @@ class PromptSpec:
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object of a scene: centre and radius (half of the longer side) in pixels."""
+    """One object of a scene: centre and radius (half of the longer side) in pixels.
+
+    `rgb` is a shade of its own, `color` then the nearest of the palette.
+    """
 
     shape: str
     color: str
     x: float
     y: float
     radius: float
+    rgb: tuple[int, int, int] | None = None
 
     @property
     def size(self) -> str:
@@ -112,6 +117,29 @@ def sample_scene(rng: random.Random, spec: PromptSpec) -> tuple[SceneObject, ...
         SceneObject(wanted.shape, color, x, y, radius)
         for wanted, color, (x, y), radius in zip(spec.objects, colors, centres, radii, strict=True)
     )
+
+
+def sample_free_scene(rng: random.Random) -> tuple[SceneObject, ...]:
+    """Draw a scene that no prompt asks for: one to six objects in any colours, half of the time all alike.
+
+    Held-out pairs do not occur here either; a shade counts as the nearest colour.
+    """
+    radii, centres = [], None
+    while centres is None:
+        radii = [rng.choice(RADII[rng.choice(tuple(RADII))]) for _ in range(rng.randint(1, max(COUNTS)))]
+        centres = _place(rng, radii, None)
+    looks = [_free_look(rng)] * len(radii)
+    if rng.random() < 0.5:
+        looks = _free_looks(rng, len(radii))
+    return tuple(
+        SceneObject(shape, nearest_color(rgb), x, y, radius, rgb)
+        for (shape, rgb), (x, y), radius in zip(looks, centres, radii, strict=True)
+    )
+
+
+def nearest_color(rgb: tuple[int, int, int]) -> str:
+    """The palette's colour at the least Euclidean distance."""
+    return min(COLORS, key=lambda name: sum((a - b) ** 2 for a, b in zip(COLORS[name], rgb, strict=True)))
 
 
 def satisfies(scene: tuple[SceneObject, ...], spec: PromptSpec) -> bool:
@@ -169,6 +197,24 @@ def _fill_colors(rng, spec):
         color = spec.objects[0].color or rng.choice(_allowed_colors(spec.objects[0].shape))
         return [color] * len(spec.objects)
     return [wanted.color or rng.choice(_allowed_colors(wanted.shape)) for wanted in spec.objects]
+
+
+def _free_looks(rng, n):
+    while True:
+        looks = [_free_look(rng) for _ in range(n)]
+        shapes = {shape for shape, _ in looks}
+        if not any(pair <= shapes for pair in HELD_OUT_PAIRS):
+            return looks
+
+
+def _free_look(rng):
+    """(shape, rgb)"""
+    shape = rng.choice(SHAPES)
+    while True:
+        rgb = tuple(rng.randrange(256) for _ in range(3))
+        contrast = max(abs(a - b) for a, b in zip(rgb, BACKGROUND, strict=True))
+        if contrast >= _COLOR_CONTRAST and (nearest_color(rgb), shape) not in HELD_OUT_COLORS:
+            return shape, rgb
 
 
 def _radius(rng, spec, wanted):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from examples.shapes.captions import TEMPLATES, heldout_prompts, sample_foil, sample_paraphrase, sample_prompt
-from examples.shapes.dataset import build_dataset, load_dataset
+from examples.shapes.dataset import FREE, build_dataset, load_dataset
+from examples.shapes.render import render
 from examples.shapes.scenes import (
     CATEGORIES,
     HELD_OUT_COLORS,
@@ -13,6 +14,8 @@ from examples.shapes.scenes import (
     ObjectSpec,
     PromptSpec,
     SceneObject,
+    nearest_color,
+    sample_free_scene,
     sample_scene,
     sample_spec,
     satisfies,
@@ -39,6 +42,20 @@ def test_training_never_shows_what_is_held_out():
         scene = sample_scene(rng, prompt.spec)
         assert not any((item.color, item.shape) in HELD_OUT_COLORS for item in scene)
         assert frozenset(item.shape for item in scene) not in HELD_OUT_PAIRS
+
+
+def test_free_scenes_hold_out_the_same():
+    rng = random.Random(0)
+    shades = set()
+    for _ in range(2000):
+        scene = sample_free_scene(rng)
+        shapes = {item.shape for item in scene}
+        assert not any(pair <= shapes for pair in HELD_OUT_PAIRS)
+        assert not any((nearest_color(item.rgb), item.shape) in HELD_OUT_COLORS for item in scene)
+        shades |= {item.rgb for item in scene}
+    assert len(shades) > 2000
+    image = render(scene)
+    assert {item.rgb for item in scene} <= {tuple(map(int, pixel)) for pixel in image.reshape(-1, 3)}
 
 
 def test_heldout_prompts_are_distinct_balanced_reproducible_and_unseen():
@@ -86,9 +103,11 @@ def test_unknown_category():
 
 
 def test_dataset_on_disk(tmp_path):
-    build_dataset(tmp_path, 12)
+    build_dataset(tmp_path, 20)
     images, captions, foils = load_dataset(tmp_path)
-    assert images.shape == (12, IMAGE_SIZE, IMAGE_SIZE, 3)
+    assert images.shape == (20, IMAGE_SIZE, IMAGE_SIZE, 3)
     assert images.dtype == np.uint8
-    assert len(captions) == len(foils) == 12
+    assert len(captions) == len(foils) == 20
+    free = round(20 * FREE)
+    assert all(captions[:-free]) and all(foils[:-free]) and not any(captions[-free:] + foils[-free:])
     assert all(image.std() > 0 for image in images)
