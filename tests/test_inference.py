@@ -20,7 +20,8 @@ from tiny import tiny_pipeline, tiny_unet
 from torch import Tensor, nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
-from diffusers_bitsfusion.nn import PackedWeight
+from diffusers_bitsfusion.nn import PackedWeight, packed
+from diffusers_bitsfusion.ops import conv, linear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -183,23 +184,27 @@ def test_a_batch_may_hold_different_timesteps(table_pipe, call_unet):
 
 
 @pytest.fixture
-def decodes(monkeypatch) -> dict[str, list[PackedWeight]]:
-    """Layers in the order of their decoding: for reading `weight`, and for a call."""
-    seen: dict[str, list[PackedWeight]] = {"decode": [], "decode_for_call": []}
-    for method, calls in seen.items():
-        original = getattr(PackedWeight, method)
+def decodes(monkeypatch) -> dict[str, list[int]]:
+    """Addresses of the codes in the order of their decoding: for reading `weight`, and for a call."""
+    seen: dict[str, list[int]] = {"read": [], "call": []}
+    for module, name, calls in (
+        (packed, "decode_weight", seen["read"]),
+        (linear, "decode_to_scratch", seen["call"]),
+        (conv, "decode_to_scratch", seen["call"]),
+    ):
+        original = getattr(module, name)
 
-        def counting(self, dtype, original=original, calls=calls):
-            calls.append(self)
-            return original(self, dtype)
+        def counting(codes, *args, original=original, calls=calls):
+            calls.append(codes.data_ptr())
+            return original(codes, *args)
 
-        monkeypatch.setattr(PackedWeight, method, counting)
+        monkeypatch.setattr(module, name, counting)
     return seen
 
 
 def test_the_counter_sees_a_weight_being_read(packed_unet, decodes):
     assert packed_unet.conv_in.weight.shape == (32, 4, 3, 3)
-    assert decodes["decode"] == [packed_unet.conv_in]
+    assert decodes["read"] == [packed_unet.conv_in.codes.data_ptr()]
 
 
 @pytest.mark.parametrize("kind", ["keep", "table"])
@@ -208,8 +213,8 @@ def test_drawing_reads_no_weight_and_decodes_each_layer_once_a_step(packed_folde
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     layers = [m for m in pipe.unet.modules() if isinstance(m, PackedWeight)]
     draw(pipe, 2)
-    assert decodes["decode"] == []
-    counts = [sum(layer is seen for seen in decodes["decode_for_call"]) for layer in layers]
+    assert decodes["read"] == []
+    counts = [decodes["call"].count(layer.codes.data_ptr()) for layer in layers]
     assert counts == [2] * len(layers)
 
 
@@ -220,7 +225,7 @@ def test_bookkeeping_reads_no_weight(packed_folders, decodes, tmp_path):
     copy.deepcopy(pipe.unet)
     repr(pipe.unet)
     assert pipe.unet.dtype == torch.float32 and pipe.unet.num_parameters() > 0
-    assert decodes == {"decode": [], "decode_for_call": []}
+    assert decodes == {"read": [], "call": []}
 
 
 # Gradients.

@@ -1,4 +1,4 @@
-"""Compiles `native.c` with the machine's own C compiler, once, and loads it."""
+"""Compiles the loops of `kernels/` with the machine's own C compiler, once, and loads them."""
 
 from __future__ import annotations
 
@@ -17,25 +17,33 @@ from pathlib import Path
 
 import torch
 
-_SOURCE = Path(__file__).with_name("native.c")
+_SOURCES = sorted(Path(__file__).with_name("kernels").glob("*.[ch]"))
 
 # Sums may be reordered (they vectorise only so); nothing else of IEEE arithmetic is given up, and no start-up code is
 # linked that would change the process's floating-point state, as -ffast-math does.
 _FLAGS = (
     "-O3", "-march=native", "-std=c11", "-shared", "-fPIC",
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math",
+    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=off",
 )  # fmt: skip
 
 # Below this many weights a thread costs more than it saves.
 _WEIGHTS_PER_THREAD = 1 << 17
 
 
+# The codes that the loops have for dtypes; decoding to int8 gives the codes of weights.
+NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+
+
 @dataclass(frozen=True)
 class NativeLibrary:
-    """The compiled functions; arguments as in `native.c`."""
+    """The compiled functions; arguments as in `kernels/`."""
 
     decode: Callable[..., None]
     quantize: Callable[..., None]
+    quantize_tokens: Callable[..., None]
+    range: Callable[..., None]
+    quantize_affine: Callable[..., None]
+    rescale: Callable[..., None]
 
 
 @functools.cache
@@ -48,22 +56,33 @@ def native_library() -> NativeLibrary | None:
         library = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.CalledProcessError):
         return None
-    pointer, size, integer = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    decode, quantize = library.bitsfusion_decode, library.bitsfusion_quantize
-    decode.argtypes = [pointer] * 3 + [size] * 3 + [integer] * 2
-    quantize.argtypes = [pointer] * 4 + [size] * 3 + [integer] * 3 + [ctypes.c_float, integer, integer]
-    decode.restype = quantize.restype = None
-    return NativeLibrary(decode, quantize)
+    pointer, size, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+
+    def function(name: str, *arguments: type) -> Callable[..., None]:
+        found = library[f"bitsfusion_{name}"]
+        found.argtypes, found.restype = arguments, None
+        return found
+
+    return NativeLibrary(
+        decode=function("decode", *[pointer] * 3, *[size] * 3, integer, integer),
+        quantize=function("quantize", *[pointer] * 4, *[size] * 3, *[integer] * 3, real, integer, integer),
+        quantize_tokens=function("quantize_tokens", *[pointer] * 3, size, size, integer),
+        range=function("range", pointer, pointer, size, size, integer),
+        quantize_affine=function("quantize_affine", *[pointer] * 4, size, size, integer),
+        rescale=function("rescale", *[pointer] * 5, size, size, integer),
+    )
 
 
 def _build(compiler: str) -> Path:
-    key = hashlib.sha256("\0".join([_SOURCE.read_text(), *_FLAGS, platform.machine(), _cpu_name()]).encode())
+    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
+    key = hashlib.sha256("\0".join([*texts, *_FLAGS, platform.machine(), _cpu_name()]).encode())
     library = _cache_dir() / f"native-{key.hexdigest()[:16]}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
-            subprocess.run([compiler, *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"], check=True, capture_output=True)
+            sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
+            subprocess.run([compiler, *_FLAGS, *sources, "-o", str(built), "-lm"], check=True, capture_output=True)
             built.replace(library)  # atomic: processes that build at the same time do not see half a file
     return library
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import for_row_ranges, native_library
+from .native import NATIVE_DTYPES, for_row_ranges, native_library
 from .radix import dense_width, pack_dense
 from .scales import GAUSSIAN_STEP, check_finite, num_starts, quantize_rows
-
-_NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
 def quantize_to_dense(
@@ -26,7 +24,7 @@ def quantize_to_dense(
     Raises:
         ValueError: a weight is NaN or infinite.
     """
-    native = native_library() if weight.device.type == "cpu" and weight.dtype in _NATIVE_DTYPES else None
+    native = native_library() if weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES else None
     if native is None or scale_init != "alternating":
         codes, scale = quantize_rows(weight, bits, scale_init=scale_init, iterations=iterations, balance=balance)
         return pack_dense(codes, bits), scale
@@ -45,7 +43,7 @@ def quantize_to_dense(
             stop - start,
             columns,
             dense.shape[1],
-            _NATIVE_DTYPES[weight.dtype],
+            NATIVE_DTYPES[weight.dtype],
             bits,
             balance,
             GAUSSIAN_STEP[balance][bits - 1],

@@ -49,7 +49,7 @@ def quantize_rows(
             scale[part] = _one_where_zero(tile.abs().amax(dim=1) / half_range(bits))
         else:
             scale[part] = _alternating_scale(tile, bits, iterations, balance)
-        codes[part] = _round_to_codes(tile, scale[part], bits, balance)
+        codes[part] = round_to_codes(tile, scale[part], bits, balance)
     check_finite(scale)
     return codes, scale
 
@@ -74,7 +74,8 @@ def _one_where_zero(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 1.0, scale)
 
 
-def _round_to_codes(tile: Tensor, scale: Tensor, bits: int, balance: bool, out: Tensor | None = None) -> Tensor:
+def round_to_codes(tile: Tensor, scale: Tensor, bits: int, balance: bool, out: Tensor | None = None) -> Tensor:
+    """Nearest codes, floating [rows, columns], of `tile` fp32 [rows, columns] at `scale` fp32 [rows]."""
     low, high = code_range(bits, balance)
     return torch.mul(tile, scale.reciprocal().unsqueeze(1), out=out).round_().clamp_(low, high)
 
@@ -84,7 +85,7 @@ def _alternating_scale(tile: Tensor, bits: int, iterations: int, balance: bool) 
 
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
         """<w, k> and <k, k> of each row, k being the codes at `scale`."""
-        _round_to_codes(tile, scale, bits, balance, out=codes)
+        round_to_codes(tile, scale, bits, balance, out=codes)
         return torch.linalg.vecdot(tile, codes), torch.linalg.vecdot(codes, codes)
 
     # The alternation finds the nearest local optimum, so it starts from the best of several steps: from the optimum of

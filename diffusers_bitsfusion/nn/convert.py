@@ -49,7 +49,7 @@ def float_twin(packed: PackedWeight) -> nn.Linear | nn.Conv2d:
     kind: type[nn.Linear | nn.Conv2d] = nn.Conv2d if isinstance(packed, BitsFusionConv2d) else nn.Linear
     layer: nn.Linear | nn.Conv2d = kind.__new__(kind)
     nn.Module.__init__(layer)
-    own = ("bits", "weight_shape", "weight_dtype")
+    own = PackedWeight.__annotations__
     layer.__dict__.update({k: v for k, v in packed.__dict__.items() if k not in layer.__dict__ and k not in own})
     layer.weight = nn.Parameter(packed.dense_weight(packed.weight_dtype))
     layer.register_parameter("bias", packed.bias)

@@ -2,30 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .packed import PackedWeight, autocast, needs_grad
-
-
-class _PackedLinear(torch.autograd.Function):
-    """y = x W^T + b, keeping codes instead of W for the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, layer: BitsFusionLinear) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, layer.decode_for_call(x.dtype), bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad_x = grad @ ctx.layer.decode_for_call(grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        return grad_x, grad_bias, None
+from ..ops.linear import int8_linear_weight, linear
+from .packed import PackedWeight, autocast
 
 
 class BitsFusionLinear(PackedWeight, nn.Linear):
@@ -40,11 +21,12 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
             return super().forward(x)
         x = autocast(x)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        if needs_grad(x, bias):
-            y = _PackedLinear.apply(x, bias, self)
-        else:
-            y = F.linear(x, self.decode_for_call(x.dtype), bias)
+        y = linear(x, self.codes, self.scale, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
         return y + self._branch(x) if self.branch_rank else y
+
+    def _make_int8_weight(self) -> Tensor:
+        assert self.bits is not None
+        return int8_linear_weight(self.codes, self.scale, self.bits, self.weight_shape)
 
     def _branch(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.branch_down.to(x.dtype)), self.branch_up.to(x.dtype))

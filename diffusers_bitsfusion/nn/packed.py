@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..codec.radix import dense_width
-from ..ops.decode import decode_to_scratch, decode_weight
+from ..ops.decode import decode_weight
+from ..ops.select import Way, choose_way
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
 
@@ -40,11 +41,19 @@ class PackedWeight(nn.Module):
         bits (`int`): 1 to 8.
         weight_shape (`tuple[int, ...]`): shape of the weight.
         weight_dtype (`torch.dtype`): dtype that reading `weight` gives; `forward` follows its input instead.
+        compute, resident (`str`): as in `BitsFusionConfig`; changed by `set_compute`.
+        computes_int8 (`bool`): whether `forward` multiplies in integers.
+        int8_weight (`torch.Tensor | None`): the codes in the form that integer arithmetic takes, where they are kept.
+            It follows the codes, and is neither a parameter nor saved.
     """
 
     bits: int | None = None
     weight_shape: tuple[int, ...]
     weight_dtype: torch.dtype
+    compute: str = "auto"
+    resident: str = "packed"
+    computes_int8: bool = False
+    int8_weight: Tensor | None = None
 
     @classmethod
     def from_float(
@@ -116,10 +125,44 @@ class PackedWeight(nn.Module):
         delta = self.branch_up.float().flatten(1) @ self.branch_down.float().flatten(1)
         return (self.decode(torch.float32) + delta.view(self.weight_shape)).to(dtype)
 
-    def decode_for_call(self, dtype: torch.dtype) -> Tensor:
-        """The weight of the codes in `dtype`, valid until the next layer of this thread decodes."""
+    def way(self, compute: str | None = None, resident: str | None = None) -> Way:
+        """How `forward` computes, or would with other settings; raises as `ops.select.choose_way`."""
         assert self.bits is not None
-        return decode_to_scratch(self.codes, self.scale.view(torch.float32), self.bits, self.weight_shape, dtype)
+        return choose_way(compute or self.compute, resident or self.resident, self.bits, self.codes.device)
+
+    def set_compute(self, compute: str, resident: str) -> None:
+        """Change how `forward` computes; see `diffusers_bitsfusion.set_compute`, raises as `ops.select.choose_way`."""
+        self.computes_int8 = self.way(compute, resident).arithmetic == "int8"
+        self.compute, self.resident = compute, resident
+        self._renew_int8_weight()
+
+    def _renew_int8_weight(self) -> None:
+        keep = self.computes_int8 and self.resident == "int8" and not self.codes.is_meta
+        self.int8_weight = self._make_int8_weight() if keep else None
+
+    def _make_int8_weight(self) -> Tensor:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
+        before = self.codes.device if self.is_packed else None
+        super()._apply(fn, recurse)
+        if self.is_packed and self.codes.device != before and not self.codes.is_meta:
+            self.set_compute(self.compute, self.resident)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.int8_weight is not None:
+            self._renew_int8_weight()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # oneDNN's layouts can neither be copied nor pickled: they are made anew.
+        return {name: value for name, value in self.__dict__.items() if name != "int8_weight"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.computes_int8:
+            self._renew_int8_weight()
 
     def __getattr__(self, name: str) -> Any:
         # Not a property of the class: nn.Linear's constructor assigns `weight`, and a layer without codes keeps it.
@@ -131,11 +174,6 @@ class PackedWeight(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to see the call."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Packed codes and scales to weights: the plain reference, the compiled way, and the choice between them."""
+"""Packed codes and scales to weights: the plain reference, the faster ways, and the choice between them."""
 
 from __future__ import annotations
 
@@ -7,37 +7,63 @@ import threading
 import torch
 from torch import Tensor
 
-from ..codec.native import for_row_ranges, native_library
+from ..codec.native import NATIVE_DTYPES, NativeLibrary, for_row_ranges, native_library
 from ..codec.radix import code_planes
+from .select import has_triton
 
-_NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+_NATIVE_OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
+
+# Weights that plain torch decodes at a time: few enough that its passes over them stay in a processor's cache.
+_PLAIN_BLOCK = 1 << 20
 
 _scratch = threading.local()
 
 
 def decode_reference(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
-    """Weights `scale * code`, rounded once to the output's dtype; plain torch on any device.
+    """Weights `scale * code`, rounded once to the output's dtype, or the codes alone; plain torch on any device.
 
     Args:
         codes: uint8 [rows, dense_width(columns, bits)], the dense form of `codec.radix`.
         scale: fp32 [rows].
         bits: 1 to 8.
         columns: weights a row.
-        out: floating [rows, columns], written and returned.
+        out: [rows, columns], written and returned: weights if it is floating, codes if it is int8.
     """
-    factor = scale.unsqueeze(1)
     for start, plane in code_planes(codes, bits, columns):
-        out[:, start : start + plane.shape[1]] = (plane * factor).to(out.dtype)
+        if out.dtype != torch.int8:
+            plane.mul_(scale.unsqueeze(1))
+        out[:, start : start + plane.shape[1]] = plane
     return out
 
 
 def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
     """`decode_reference` by the fastest way there is for the device and dtype; same arguments, same bits."""
-    native = native_library() if codes.device.type == "cpu" else None
-    if native is None or not (codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()):
+    contiguous = codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
+    if codes.device.type == "cuda" and contiguous and out.dtype != torch.float64 and has_triton():
+        from .triton_decode import decode_triton  # imports Triton, which takes a second and may be missing
+
+        return decode_triton(codes, scale, bits, columns, out)
+    if codes.device.type != "cpu":
         return decode_reference(codes, scale, bits, columns, out)
-    if out.dtype not in _NATIVE_DTYPES:
+    native = native_library()
+    if native is None or not contiguous:
+        return _decode_in_blocks(codes, scale, bits, columns, out)
+    if out.dtype not in _NATIVE_OUTPUTS:
         return out.copy_(decode(codes, scale, bits, columns, torch.empty(out.shape)))
+    return _decode_native(native, codes, scale, bits, columns, out)
+
+
+def _decode_in_blocks(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
+    rows = max(1, _PLAIN_BLOCK // columns)
+    for start in range(0, codes.shape[0], rows):
+        part = slice(start, start + rows)
+        decode_reference(codes[part], scale[part], bits, columns, out[part])
+    return out
+
+
+def _decode_native(
+    native: NativeLibrary, codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor
+) -> Tensor:
     width = codes.shape[1]
 
     def decode_rows(start: int, stop: int) -> None:
@@ -49,7 +75,7 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
             columns,
             width,
             bits,
-            out.dtype == torch.bfloat16,
+            NATIVE_DTYPES[out.dtype],
         )
 
     for_row_ranges(decode_rows, codes.shape[0], columns)
@@ -67,10 +93,10 @@ def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int,
     """Like `decode_weight`, into a buffer that the next call on this thread overwrites.
 
     Fresh memory costs more than decoding on a CPU (every page is faulted in and cleared), so one buffer of the
-    largest layer serves all. Other devices allocate from their caching allocator, and a traced graph plans its own
-    memory.
+    largest layer serves all. Other devices allocate from their caching allocator. Only for use within one operator,
+    which a compiled graph calls as a whole: the buffer never leaves it.
     """
-    if codes.device.type != "cpu" or torch.compiler.is_compiling():
+    if codes.device.type != "cpu":
         return decode_weight(codes, scale, bits, shape, dtype)
     size = torch.Size(shape).numel() * dtype.itemsize
     buffer = getattr(_scratch, "buffer", None)

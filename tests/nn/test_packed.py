@@ -9,7 +9,6 @@ from torch import nn
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn import packed as packed_module
 from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin, replace_module
 from diffusers_bitsfusion.nn.packed import branch_shapes
 
@@ -29,25 +28,6 @@ def packed_layer(base, sizes, bits=2, dtype=torch.float32, **options):
 
 def example_input(base):
     return torch.randn(2, 10) if base is nn.Linear else torch.randn(2, 4, 7, 7)
-
-
-@pytest.fixture
-def decodes(monkeypatch):
-    """Counts of the weight's decodings: by reading `weight`, and by a call."""
-    counts = {"read": 0, "call": 0}
-
-    def counting(name, kind):
-        function = getattr(packed_module, name)
-
-        def count(*args):
-            counts[kind] += 1
-            return function(*args)
-
-        monkeypatch.setattr(packed_module, name, count)
-
-    counting("decode_weight", "read")
-    counting("decode_to_scratch", "call")
-    return counts
 
 
 @every_kind

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.radix import pack_dense
+from diffusers_bitsfusion.ops import decode as decode_module
 from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_to_scratch, decode_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -155,10 +156,17 @@ def test_layers_large_enough_for_several_workers_decode_in_two_threads_at_once()
     assert same == {1: True, 2: True}
 
 
-def test_a_graph_that_is_traced_decodes_the_same_weights(monkeypatch):
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    dense, scale, exact = random_packed(5, 12, 1)
-    first = decode_to_scratch(dense, scale, 1, (5, 12), torch.float32)
-    second = decode_to_scratch(dense, scale, 1, (5, 12), torch.float32)
-    assert torch.equal(first, exact)
-    assert first.data_ptr() != second.data_ptr()
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("decoder", [decode, decode_reference])
+def test_int8_asks_for_the_codes_alone(decoder, bits):
+    codes, scale = random_codes(6, 53, bits)
+    out = torch.empty(6, 53, dtype=torch.int8)
+    assert torch.equal(decoder(pack_dense(codes, bits), scale, bits, 53, out), codes)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 700])
+def test_plain_torch_decodes_rows_in_blocks(monkeypatch, rows):
+    monkeypatch.setattr(decode_module, "native_library", lambda: None)
+    monkeypatch.setattr(decode_module, "_PLAIN_BLOCK", 100)
+    dense, scale, exact = random_packed(rows, 45, 2)
+    assert torch.equal(decode(dense, scale, 2, 45, torch.empty(rows, 45)), exact)

@@ -1,0 +1,167 @@
+"""Rates of each operation at the shapes of Stable Diffusion 1.5, beside the ceiling measured in the same run.
+
+    python -m benchmarks.ops [decode] [linear] [conv] [--repeats 7] [--device cpu|cuda]
+
+Decoding is compared with a `copy_` that writes the same bytes, layers with torch's own on float weights. All ways of
+one shape take turns, so that the machine's drift cancels; medians are shown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from diffusers_bitsfusion.codec.grid import half_range
+from diffusers_bitsfusion.codec.radix import pack_dense
+from diffusers_bitsfusion.nn import PackedWeight
+from diffusers_bitsfusion.nn.convert import packed_twin
+from diffusers_bitsfusion.ops.decode import decode
+
+# (rows, columns) of weights: a transformer's, and the two most common of the wide convolutions.
+DECODED = [(1280, 1280), (640, 5760), (1280, 11520)]
+# (tokens, in, out) at batch 2 and 64×64 latents.
+LINEARS = [
+    (8192, 320, 320),
+    (8192, 320, 2560),
+    (2048, 640, 640),
+    (512, 1280, 1280),
+    (512, 1280, 10240),
+    (154, 768, 320),
+]
+# (channels in, channels out, height and width of the image, kernel).
+CONVS = [
+    (320, 320, 64, 3),
+    (640, 640, 32, 3),
+    (1280, 1280, 16, 3),
+    (2560, 1280, 16, 3),
+    (1280, 1280, 8, 3),
+    (640, 320, 64, 1),
+]
+BATCH = 2
+
+
+def packed_codes(rows: int, columns: int, bits: int, device: str) -> tuple[Tensor, Tensor]:
+    """Random codes in dense form, and scales near those of weights."""
+    half = half_range(bits)
+    codes = torch.randint(-half, half + 1, (rows, columns), dtype=torch.int8)
+    return pack_dense(codes, bits).to(device), torch.rand(rows, device=device) * 0.02
+
+
+def interleaved(ways: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each way, all in turn; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_number in range(repeats + 1):
+        for name, way in ways.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            way()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(taken) for name, taken in seconds.items()}
+
+
+def decoding(repeats: int, device: str, half: torch.dtype) -> None:
+    print("| weights | into | " + " | ".join(f"{2**bits + 1} levels" for bits in (1, 2, 3, 4)) + " | `copy_` |")
+    print("|---|---|---|---|---|---|---|")
+    for rows, columns in DECODED:
+        for dtype in (torch.float32, half, torch.int8):
+            out = torch.empty(rows, columns, dtype=dtype, device=device)
+            source = torch.zeros_like(out)
+            ways: dict[str, Callable[[], object]] = {"copy": lambda out=out, source=source: out.copy_(source)}
+            for bits in (1, 2, 3, 4):
+                packed = packed_codes(rows, columns, bits, device)
+                ways[str(bits)] = lambda packed=packed, bits=bits, out=out: decode(*packed, bits, out.shape[1], out)
+            rates = {name: out.numel() / taken / 1e9 for name, taken in interleaved(ways, repeats, device).items()}
+            cells = [f"{rates[str(bits)]:.1f} ({rates[str(bits)] / rates['copy']:.0%})" for bits in (1, 2, 3, 4)]
+            name = str(dtype).removeprefix("torch.")
+            print(f"| {rows}×{columns} | {name} | {' | '.join(cells)} | {rates['copy']:.1f} |", flush=True)
+    print("\nGweights a second, and the share of `copy_`'s.\n")
+
+
+def packed_layer(layer: nn.Linear | nn.Conv2d, bits: int, device: str) -> PackedWeight:
+    packed = packed_twin(layer, bits, torch.float32)
+    packed.set_codes(*packed_codes(packed.weight_shape[0], packed.columns, bits, device))
+    return packed.requires_grad_(False)
+
+
+def layer_ways(
+    layer: nn.Linear | nn.Conv2d, x: Tensor, half: torch.dtype, bits: int
+) -> dict[str, Callable[[], object]]:
+    """Calls of a float layer in both dtypes, and of its packed twin in every way."""
+    device = x.device.type
+    layer = layer.to(device).requires_grad_(False)
+    halved = copy.deepcopy(layer).to(half)
+    x_half, packed = x.to(half), packed_layer(layer, bits, device)
+    ways: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x), "half": lambda: halved(x_half)}
+    for compute, resident in (("exact", "packed"), ("int8", "packed"), ("int8", "int8")):
+        twin = packed_twin(layer, bits, torch.float32)
+        twin.set_codes(packed.codes.data, packed.scale.data.view(torch.float32))
+        twin.set_compute(compute, resident)
+        name = f"{compute} {'resident' if resident == 'int8' else ''}".strip()
+        ways[f"{name} fp32"] = lambda twin=twin: twin(x)
+        ways[f"{name} half"] = lambda twin=twin: twin(x_half)
+    return ways
+
+
+def print_layers(
+    cases: dict[str, tuple[nn.Linear | nn.Conv2d, Tensor, float]], repeats: int, half: torch.dtype
+) -> None:
+    """A table of GFLOP/s; cases hold a layer, its input and its floating-point operations."""
+    header = False
+    for name, (layer, x, operations) in cases.items():
+        with torch.no_grad():
+            seconds = interleaved(layer_ways(layer, x, half, bits=2), repeats, x.device.type)
+        if not header:
+            print(f"| shape | {' | '.join(seconds)} |\n|---|{'---|' * len(seconds)}")
+            header = True
+        print(
+            f"| {name} | " + " | ".join(f"{operations / taken / 1e9:.0f}" for taken in seconds.values()) + " |",
+            flush=True,
+        )
+    print(f"\nGFLOP/s, half precision being {str(half).removeprefix('torch.')}; packed layers of 2 bits.\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    sections = ["decode", "linear", "conv"]
+    parser.add_argument("sections", nargs="*", choices=sections, default=sections)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    arguments = parser.parse_args()
+    half = torch.float16 if arguments.device == "cuda" else torch.bfloat16
+    device, repeats = arguments.device, arguments.repeats
+    if "decode" in arguments.sections:
+        decoding(repeats, device, half)
+    if "linear" in arguments.sections:
+        cases = {
+            f"{tokens} tokens, {inputs} to {outputs}": (
+                nn.Linear(inputs, outputs),
+                torch.randn(tokens, inputs, device=device),
+                2.0 * tokens * inputs * outputs,
+            )
+            for tokens, inputs, outputs in LINEARS
+        }
+        print_layers(cases, repeats, half)
+    if "conv" in arguments.sections:
+        cases = {
+            f"{inputs} to {outputs} at {size}×{size}, {kernel}×{kernel}": (
+                nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2),
+                torch.randn(BATCH, inputs, size, size, device=device),
+                2.0 * BATCH * inputs * outputs * kernel**2 * size**2,
+            )
+            for inputs, outputs, size, kernel in CONVS
+        }
+        print_layers(cases, repeats, half)
+
+
+if __name__ == "__main__":
+    main()

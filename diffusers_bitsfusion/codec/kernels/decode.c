@@ -1,0 +1,142 @@
+/* Dense form (codec/radix.py) to weights, one output channel after another. Digits of a row are planar, so every loop
+ * runs over plain vectors. */
+#include "common.h"
+
+enum { BLOCK = 4096 }; /* words decoded at a time: they stay in the first-level cache */
+
+typedef struct {
+    void *out;      /* first element of the row */
+    int64_t columns;
+    float scale;
+} Row;
+
+/* word / base, exact for every word of that base (the rows below say how large they get). */
+INLINE uint16_t divide(uint16_t word, unsigned base) {
+    const uint32_t multiplier = base == 3 ? 21846 : base == 5 ? 13108 : base == 9 ? 58255 : 3856;
+    return (uint16_t)((uint16_t)((word * multiplier) >> 16) >> (base == 9 ? 3 : 0));
+}
+
+/* The lowest digit of a word, which becomes its quotient. */
+INLINE uint16_t take_digit(uint16_t *word, unsigned base) {
+    const uint16_t quotient = divide(*word, base), digit = (uint16_t)(*word - quotient * base);
+    *word = quotient;
+    return digit;
+}
+
+/* One digit of each word to the columns from `start`. Kind and base are constants where this is inlined, so each loop
+ * is a few vector instructions. */
+INLINE void store_digits(const Row *row, uint16_t *restrict words, int64_t start, int64_t count, int kind,
+                         unsigned base) {
+    const int half = (int)base / 2;
+    const float scale = row->scale;
+    if (kind == FLOAT32) {
+        float *restrict out = (float *)row->out + start;
+        for (int64_t i = 0; i < count; i++) out[i] = (float)((int)take_digit(words + i, base) - half) * scale;
+    } else if (kind == INT8) {
+        int8_t *restrict out = (int8_t *)row->out + start;
+        for (int64_t i = 0; i < count; i++) out[i] = (int8_t)(take_digit(words + i, base) - half);
+    } else {
+        uint16_t *restrict out = (uint16_t *)row->out + start;
+        for (int64_t i = 0; i < count; i++)
+            out[i] = bf16_of((float)((int)take_digit(words + i, base) - half) * scale);
+    }
+}
+
+/* All digits of a block of words; word i of the block is word first + i of the row's `width`. */
+INLINE void store_words(const Row *row, uint16_t *restrict words, int64_t first, int64_t count, int64_t width,
+                        int kind, unsigned base, int planes) {
+    for (int j = 0; j < planes; j++) {
+        const int64_t start = j * width + first;
+        store_digits(row, words, start, min64(count, row->columns - start), kind, base);
+    }
+}
+
+INLINE void row_1bit(const Row *row, const uint8_t *in, int kind) {
+    const int64_t width = ceil_div(row->columns, 5);
+    uint16_t words[BLOCK]; /* below 3^5 */
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        const int64_t count = min64(BLOCK, width - first);
+        for (int64_t i = 0; i < count; i++) words[i] = in[first + i];
+        store_words(row, words, first, count, width, kind, 3, 5);
+    }
+}
+
+/* Runs of the block [first, first + count) inside part p of the row's words: word p*part + v is element v. */
+#define FOR_RUN(P) \
+    for (int64_t i = max64(P * part - first, 0), end = min64((P + 1) * part - first, count); i < end; i++)
+
+INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
+    const int64_t width = ceil_div(row->columns, 3), part = ceil_div(width, 8);
+    uint16_t words[BLOCK]; /* below 5^3 */
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        const int64_t count = min64(BLOCK, width - first);
+        const uint8_t *low = in + first, *top = low - 7 * part;
+        for (int64_t i = 0, end = min64(7 * part - first, count); i < end; i++) words[i] = low[i] & 127;
+        FOR_RUN(7) words[i] = top[i] >> 7;
+        for (int b = 1; b < 7; b++) {
+            const uint8_t *byte = top + b * part;
+            FOR_RUN(7) words[i] |= (uint16_t)((byte[i] >> 7) << b);
+        }
+        store_words(row, words, first, count, width, kind, 5, 3);
+    }
+}
+
+INLINE void row_3bit(const Row *row, const uint8_t *in, int kind) {
+    const int64_t width = ceil_div(row->columns, 5);
+    uint16_t words[BLOCK]; /* below 9^5 */
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        const int64_t count = min64(BLOCK, width - first);
+        for (int64_t i = 0; i < count; i++) words[i] = (uint16_t)(in[first + i] | in[width + first + i] << 8);
+        store_words(row, words, first, count, width, kind, 9, 5);
+    }
+}
+
+INLINE void row_4bit(const Row *row, const uint8_t *in, int kind) {
+    const int64_t width = ceil_div(row->columns, 2), part = ceil_div(width, 8);
+    uint16_t words[BLOCK]; /* below 17^2 */
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        const int64_t count = min64(BLOCK, width - first);
+        for (int p = 0; p < 8; p++) {
+            const uint8_t *top = in + width + first - p * part;
+            FOR_RUN(p) words[i] = (uint16_t)(in[first + i] | ((top[i] >> p) & 1) << 8);
+        }
+        store_words(row, words, first, count, width, kind, 17, 2);
+    }
+}
+
+INLINE void row_bytes(const Row *row, const uint8_t *restrict in, int kind, int half) {
+    const int64_t columns = row->columns;
+    const float scale = row->scale;
+    if (kind == FLOAT32) {
+        float *restrict out = (float *)row->out;
+        for (int64_t i = 0; i < columns; i++) out[i] = (float)((int)in[i] - half) * scale;
+    } else if (kind == INT8) {
+        int8_t *restrict out = (int8_t *)row->out;
+        for (int64_t i = 0; i < columns; i++) out[i] = (int8_t)(in[i] - half);
+    } else {
+        uint16_t *restrict out = (uint16_t *)row->out;
+        for (int64_t i = 0; i < columns; i++) out[i] = bf16_of((float)((int)in[i] - half) * scale);
+    }
+}
+
+INLINE void decode_rows(const uint8_t *dense, const float *scale, char *out, int64_t rows, int64_t columns,
+                        int64_t row_bytes_in, int bits, int kind, int64_t element_size) {
+    const int half = half_range(bits);
+    for (int64_t r = 0; r < rows; r++) {
+        const uint8_t *in = dense + r * row_bytes_in;
+        const Row row = {.out = out + r * columns * element_size, .columns = columns, .scale = scale[r]};
+        if (bits == 1) row_1bit(&row, in, kind);
+        else if (bits == 2) row_2bit(&row, in, kind);
+        else if (bits == 3) row_3bit(&row, in, kind);
+        else if (bits == 4) row_4bit(&row, in, kind);
+        else row_bytes(&row, in, kind, half);
+    }
+}
+
+/* dense: uint8 [rows, row_bytes_in]; scale: float [rows]; out: [rows, columns] of `kind`, int8 being the codes. */
+void bitsfusion_decode(const uint8_t *dense, const float *scale, void *out, int64_t rows, int64_t columns,
+                       int64_t row_bytes_in, int bits, int kind) {
+    if (kind == FLOAT32) decode_rows(dense, scale, out, rows, columns, row_bytes_in, bits, FLOAT32, 4);
+    else if (kind == BFLOAT16) decode_rows(dense, scale, out, rows, columns, row_bytes_in, bits, BFLOAT16, 2);
+    else decode_rows(dense, scale, out, rows, columns, row_bytes_in, bits, INT8, 1);
+}

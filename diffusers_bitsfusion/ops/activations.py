@@ -1,0 +1,161 @@
+"""Activations to eight bits and integer sums back to outputs: plain references, compiled ways, and the choice.
+
+Both ways give the same codes and scales, bit for bit. NaN or infinite activations give NaN scales or outputs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codec.native import NATIVE_DTYPES, NativeLibrary, for_row_ranges, native_library
+
+# Smallest range of values that is told from zero; its reciprocal is finite.
+_TINY = 1e-30
+
+# Values that the compiled loops over whole tensors take at a time.
+_CHUNK = 1 << 14
+
+
+def quantize_tokens_reference(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric codes with a scale for each token, `x ≈ scale * codes`.
+
+    Args:
+        x: floating [tokens, channels].
+
+    Returns:
+        codes int8 [tokens, channels], -127 to 127; scale fp32 [tokens], a 127th of the token's largest magnitude.
+    """
+    x = x.to(torch.float32)
+    span = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True).clamp(min=_TINY)
+    codes = (x * (torch.full_like(span, 127.0) / span)).round_().clamp_(-127, 127).to(torch.int8)
+    return codes, span.squeeze(1).div_(127.0)
+
+
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantize_tokens_reference` by the fastest way there is for the device."""
+    native = _native_for(x)
+    if native is None:
+        return quantize_tokens_reference(x)
+    x = _loadable(x).contiguous()
+    rows, columns = x.shape
+    codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
+
+    def quantize_rows(start: int, stop: int) -> None:
+        native.quantize_tokens(
+            x.data_ptr() + start * columns * x.element_size(),
+            codes.data_ptr() + start * columns,
+            scale.data_ptr() + start * scale.element_size(),
+            stop - start,
+            columns,
+            NATIVE_DTYPES[x.dtype],
+        )
+
+    for_row_ranges(quantize_rows, rows, columns)
+    return codes, scale
+
+
+def quantize_image_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes with one scale and one zero point for the whole tensor, `x ≈ scale * (codes - zero_point)`.
+
+    Zero is always exact, so that a convolution's padding is.
+
+    Args:
+        x: floating, at least one value.
+
+    Returns:
+        codes uint8 of the shape and strides of `x`; scale fp32 [1]; zero_point int32 [1].
+    """
+    x = x.to(torch.float32)
+    low, high = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    scale, inverse, zero_point = _affine(low, high)
+    codes = (x * inverse).round_().add_(zero_point).clamp_(0, 255).to(torch.uint8)
+    return codes, scale.view(1), zero_point.to(torch.int32).view(1)
+
+
+def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`quantize_image_reference` by the fastest way there is for the device."""
+    native = _native_for(x)
+    if native is None:
+        return quantize_image_reference(x)
+    x = _loadable(x)
+    if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
+        x = x.contiguous()
+    chunks, dtype = -(-x.numel() // _CHUNK), NATIVE_DTYPES[x.dtype]
+    # Row ranges start at multiples of a step, so a row of `bounds` belongs to one range alone.
+    bounds = torch.zeros(chunks, 2)
+
+    def find_range(start: int, stop: int) -> None:
+        first, last = start * _CHUNK, min(stop * _CHUNK, x.numel())
+        native.range(x.data_ptr(), bounds.data_ptr() + 8 * start, first, last - first, dtype)
+
+    for_row_ranges(find_range, chunks, _CHUNK)
+    scale, inverse, zero_point = _affine(bounds[:, 0].amin(), bounds[:, 1].amax())
+    codes = torch.empty_like(x, dtype=torch.uint8)
+
+    def quantize_range(start: int, stop: int) -> None:
+        first, last = start * _CHUNK, min(stop * _CHUNK, x.numel())
+        native.quantize_affine(
+            x.data_ptr(), codes.data_ptr(), inverse.data_ptr(), zero_point.data_ptr(), first, last - first, dtype
+        )
+
+    for_row_ranges(quantize_range, chunks, _CHUNK)
+    return codes, scale.view(1), zero_point.to(torch.int32).view(1)
+
+
+def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(scale, its inverse, zero point), fp32 scalars, that map `low` ... `high` to 0 ... 255."""
+    span = (high - low).clamp(min=_TINY)
+    inverse = torch.full_like(span, 255.0) / span  # not 255.0 / span, which torch rounds twice
+    return span / 255.0, inverse, (-low * inverse).round_()
+
+
+def rescale_reference(
+    sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Sums of products of codes to outputs, in fp32 and rounded once to `dtype`.
+
+    Args:
+        sums: int32 [tokens, out].
+        token_scale: fp32 [tokens].
+        weight_scale: fp32 [out].
+        bias: floating [out].
+    """
+    y = sums.to(torch.float32).mul_(weight_scale).mul_(token_scale.unsqueeze(1))
+    return (y if bias is None else y.add_(bias)).to(dtype)
+
+
+def rescale(
+    sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`rescale_reference` by the fastest way there is; the order of its products may differ in the last bit."""
+    native = _native_for(sums)
+    if native is None:
+        return rescale_reference(sums, token_scale, weight_scale, bias, dtype)
+    rows, columns = sums.shape
+    out = torch.empty(rows, columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
+    bias = torch.zeros(columns) if bias is None else bias.to(torch.float32).contiguous()
+    weight_scale = weight_scale.contiguous()
+
+    def rescale_rows(start: int, stop: int) -> None:
+        native.rescale(
+            sums.data_ptr() + start * columns * sums.element_size(),
+            token_scale.data_ptr() + start * token_scale.element_size(),
+            weight_scale.data_ptr(),
+            bias.data_ptr(),
+            out.data_ptr() + start * columns * out.element_size(),
+            stop - start,
+            columns,
+            NATIVE_DTYPES[out.dtype],
+        )
+
+    for_row_ranges(rescale_rows, rows, columns)
+    return out.to(dtype)
+
+
+def _native_for(x: Tensor) -> NativeLibrary | None:
+    return native_library() if x.device.type == "cpu" else None
+
+
+def _loadable(x: Tensor) -> Tensor:
+    return x if x.dtype in NATIVE_DTYPES else x.to(torch.float32)

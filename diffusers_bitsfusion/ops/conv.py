@@ -1,0 +1,248 @@
+"""The 2-D convolution on packed weights as one operator: exact or in integers, differentiable in input and bias.
+
+One operator, so that `torch.compile` sees a single node and the decoded weight never leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input
+
+from .activations import quantize_image
+from .decode import decode_to_scratch
+
+
+@torch.library.custom_op(
+    "bitsfusion::conv2d",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, SymInt[] shape, SymInt[] stride, "
+        "SymInt[] padding, SymInt[] dilation, int groups, bool int8, Tensor? int8_weight) -> Tensor"
+    ),
+)
+def conv2d(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    int8: bool,
+    int8_weight: Tensor | None,
+) -> Tensor:
+    """y = x * W + b, with zero padding.
+
+    Args:
+        x: floating [batch, in, height, width].
+        codes: uint8 [out, dense_width(in / groups * kernel, bits)], the dense form of `codec.radix`.
+        scale: int32 [out], the bits of the fp32 scales.
+        bias: [out] in the dtype of `x`.
+        bits: 1 to 8.
+        shape: (out, in / groups, kernel height, kernel width).
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`, the first three as pairs.
+        int8: whether `x` is rounded to 8 bits, with one scale and zero point, and multiplied in integers. Gradients
+            are those of the exact layer.
+        int8_weight: what `int8_conv_weight` made of the codes, if that is kept; only looked at with `int8`.
+
+    Returns:
+        [batch, out, height, width] in the dtype of `x`; channels last with `int8`.
+    """
+    if not int8:
+        weight = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), x.dtype)
+        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    if x.numel() == 0:
+        return _channels_last(_empty_output(x, shape, stride, padding, dilation, groups))
+    if int8_weight is None:
+        int8_weight = int8_conv_weight(codes, scale, bits, shape, stride, padding, dilation, groups)
+    multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
+    y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape[2:], stride, padding, dilation, groups)
+    return _channels_last(y.to(x.dtype))
+
+
+def _multiply_on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    image, image_scale, zero_point = quantize_image(x)
+    return torch.ops.onednn.qconv2d_pointwise.tensor(
+        _channels_last(image),
+        image_scale,
+        zero_point,
+        weight,
+        scale,
+        torch.zeros_like(scale, dtype=torch.int32),  # the weights' zero points
+        None if bias is None else bias.to(torch.float32),
+        stride,
+        padding,
+        dilation,
+        groups,
+        1.0,  # the output's scale
+        0,  # and zero point
+        x.dtype if x.dtype == torch.bfloat16 else torch.float32,
+        "none",  # no operation after it
+        [],
+        "",
+    )
+
+
+def _multiply_on_gpu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    from .triton_int8 import conv2d_triton  # imports Triton, which takes a second and may be missing
+
+    image, image_scale, zero_point = quantize_image(x)
+    return conv2d_triton(
+        _channels_last(image),
+        image_scale,
+        zero_point,
+        weight,
+        scale,
+        bias,
+        kernel,
+        stride,
+        padding,
+        dilation,
+        groups,
+        x.dtype,
+    )
+
+
+@conv2d.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    int8: bool,
+    int8_weight: Tensor | None,
+) -> Tensor:
+    y = _empty_output(x, shape, stride, padding, dilation, groups)
+    return _channels_last(y) if int8 else y
+
+
+@torch.library.custom_op(
+    "bitsfusion::conv2d_input_grad",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad, Tensor codes, Tensor scale, int bits, SymInt[] input_shape, SymInt[] shape, SymInt[] stride, "
+        "SymInt[] padding, SymInt[] dilation, int groups) -> Tensor"
+    ),
+)
+def conv2d_input_grad(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    input_shape: Sequence[int],
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Gradient of the exact layer's input, `input_shape`; `grad` is that of its output, the rest as in `conv2d`."""
+    weight = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), grad.dtype)
+    return conv2d_input(input_shape, weight, grad, stride, padding, dilation, groups)
+
+
+@conv2d_input_grad.register_fake
+def _(
+    grad: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    input_shape: Sequence[int],
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return conv2d_input(input_shape, grad.new_empty(shape), grad, stride, padding, dilation, groups)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, scale, _, ctx.bits, *ctx.settings, _, _ = inputs
+    ctx.input_shape = x.shape
+    ctx.save_for_backward(codes, scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = conv2d_input_grad(grad, *ctx.saved_tensors, ctx.bits, ctx.input_shape, *ctx.settings)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.sum((0, 2, 3))
+    return grad_x, None, None, grad_bias, *[None] * 8
+
+
+conv2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+def int8_conv_weight(
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The codes as `conv2d` multiplies them, to be kept; arguments as there.
+
+    Returns:
+        int8; on a CPU in an opaque layout of oneDNN, on a GPU [out, kernel height * kernel width, in / groups].
+    """
+    plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
+    if plain.device.type == "cuda":
+        return plain.flatten(2).transpose(1, 2).contiguous()
+    # A zero point that is not zero asks for the layout that serves one.
+    return torch.ops.onednn.qconv_prepack(
+        plain, scale.view(torch.float32), 1.0, 1, stride, padding, dilation, groups, None
+    )
+
+
+def _empty_output(
+    x: Tensor,
+    shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    return F.conv2d(x, x.new_empty(shape), None, stride, padding, dilation, groups)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

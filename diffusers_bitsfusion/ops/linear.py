@@ -1,0 +1,131 @@
+"""The linear layer on packed weights as one operator: exact or in integers, differentiable in input and bias.
+
+One operator, so that `torch.compile` sees a single node and the decoded weight never leaves it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .activations import quantize_tokens, rescale
+from .decode import decode_to_scratch, decode_weight
+
+
+@torch.library.custom_op(
+    "bitsfusion::linear",
+    mutates_args=(),
+    schema=(
+        "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, SymInt[] shape, bool int8, "
+        "Tensor? int8_weight) -> Tensor"
+    ),
+)
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    shape: Sequence[int],
+    int8: bool,
+    int8_weight: Tensor | None,
+) -> Tensor:
+    """y = x W^T + b.
+
+    Args:
+        x: floating [..., in].
+        codes: uint8 [out, dense_width(in, bits)], the dense form of `codec.radix`.
+        scale: int32 [out], the bits of the fp32 scales.
+        bias: [out] in the dtype of `x`.
+        bits: 1 to 8.
+        shape: (out, in).
+        int8: whether each token of `x` is rounded to 8 bits, symmetrically, and multiplied in integers. Gradients are
+            those of the exact layer.
+        int8_weight: what `int8_linear_weight` made of the codes, if that is kept; only looked at with `int8`.
+
+    Returns:
+        [..., out] in the dtype of `x`.
+    """
+    if not int8:
+        return F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
+    weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
+    tokens, token_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
+    multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
+    y = multiply(tokens, token_scale, weight, scale.view(torch.float32), bias, x.dtype)
+    return y.view(*x.shape[:-1], shape[0])
+
+
+def _multiply_on_cpu(
+    tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    # Of single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
+    single = weight.shape[1] == tokens.shape[1] == 1
+    sums = tokens.to(torch.int32) * weight.T if single else torch._int_mm(tokens, weight.T)
+    return rescale(sums, token_scale, scale, bias, dtype)
+
+
+def _multiply_on_gpu(
+    tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from .triton_int8 import linear_triton  # imports Triton, which takes a second and may be missing
+
+    return linear_triton(tokens.contiguous(), token_scale, weight, scale, bias, dtype)
+
+
+@linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    shape: Sequence[int],
+    int8: bool,
+    int8_weight: Tensor | None,
+) -> Tensor:
+    return F.linear(x.contiguous() if int8 else x, x.new_empty(shape), bias)
+
+
+@torch.library.custom_op(
+    "bitsfusion::linear_input_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor codes, Tensor scale, int bits, SymInt[] shape) -> Tensor",
+)
+def linear_input_grad(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    """Gradient [..., in] of the exact layer's input; `grad` is that of its output, other arguments as in `linear`."""
+    return grad @ _scratch_weight(codes, scale, bits, shape, grad.dtype)
+
+
+@linear_input_grad.register_fake
+def _(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    return grad @ grad.new_empty(shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, _, ctx.bits, ctx.shape, _, _ = inputs
+    ctx.save_for_backward(codes, scale)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = linear_input_grad(grad, *ctx.saved_tensors, ctx.bits, ctx.shape)
+    if ctx.needs_input_grad[3]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return grad_x, None, None, grad_bias, None, None, None, None
+
+
+linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+def int8_linear_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
+    """The codes as `linear` multiplies them, to be kept: int8 [out, in]; arguments as in `linear`."""
+    return decode_weight(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
+
+
+def _scratch_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), dtype)
