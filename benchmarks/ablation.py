@@ -1,0 +1,180 @@
+"""The paper's ablation on a small trained pipeline, row by row, each trained with several seeds.
+
+    python -m benchmarks.ablation PIPELINE --train-data DIR --work WORK --steps 2000 --stage2-steps 2000
+
+PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it; DIR is that data set. What WORK
+holds already is not done again, and an interrupted training goes on, so the command can be stopped and started at
+will (`timeout 150m python -m benchmarks.ablation ...`). Rows add up, as in the paper; the last is the control that it
+lacks, full precision trained on the same data for as long as Stage II.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+
+from benchmarks.measure import REPOSITORY
+from benchmarks.quality import SCORER, TARGET, mixed
+from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
+from diffusers_bitsfusion.training.images import ArrayImages, TrainingImages
+from diffusers_bitsfusion.training.losses import Distillation
+from diffusers_bitsfusion.training.text import TextEncoder
+from diffusers_bitsfusion.training.timesteps import TimestepDistribution
+
+HELD_OUT = 2000  # of the data, at its end: never trained on
+RECIPE = "mixed.json"
+
+_UNIFORM = ("--recipe", "2", "--time_embedding", "keep")
+_MIXED = ("--recipe", RECIPE, "--time_embedding", "table")
+_PLAIN = ("--feature_weight", "0", "--timestep_sampling", "uniform")
+ROWS: dict[str, tuple[str, ...]] = {
+    "uniform 2 bit, min-max": (*_UNIFORM, *_PLAIN, "--no_balance", "--scale_init", "minmax"),
+    "+ balance": (*_UNIFORM, *_PLAIN, "--scale_init", "minmax"),
+    "+ alternating": (*_UNIFORM, *_PLAIN),
+    "+ mixed precision and caching": (*_MIXED, *_PLAIN),
+    "+ feature distillation": (*_MIXED, "--timestep_sampling", "uniform"),
+    "+ Beta timesteps = Stage I": _MIXED,
+    "+ Stage II": _MIXED,
+    "full precision, Stage II's data": ("--full_precision",),
+}
+STAGE_1, STAGE_2, CONTROL = list(ROWS)[-3:]
+AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL)
+SCALES = (7.5, 3.5, 5.5, 9.5)
+
+
+class LastImages(ArrayImages):
+    """The images that training leaves out."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.images, self.captions = self.images[-HELD_OUT:], self.captions[-HELD_OUT:]
+
+
+def train(args: argparse.Namespace, row: str, seed: int) -> Path:
+    """The folder of the trained pipeline."""
+    out = args.work / f"{row}, seed {seed}"
+    if (out / "model_index.json").exists():
+        return out
+    data = {
+        "pretrained_model_name_or_path": args.pipeline,
+        "train_data_dir": args.train_data,
+        "max_train_samples": len(ArrayImages(args.train_data)) - HELD_OUT,
+        "train_batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "ema_decay": args.ema_decay,
+        "checkpointing_steps": 250,
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+        "output_dir": out,
+        "seed": seed,
+    }
+    stage = ["--stage", "1", "--max_train_steps", str(args.steps)]
+    if row in (STAGE_2, CONTROL):
+        start = "rounding" if row == CONTROL else train(args, STAGE_1, seed) / "stage1" / f"checkpoint-{args.steps}"
+        stage = ["--stage", "2", "--init_from", str(start), "--max_train_steps", str(args.stage2_steps)]
+    switches = [str(args.work / RECIPE) if switch == RECIPE else switch for switch in ROWS[row]]
+    common = [str(part) for name, value in data.items() for part in (f"--{name}", value)]
+    script = REPOSITORY / "examples" / "train_bitsfusion.py"
+    subprocess.run([sys.executable, script, *common, "--use_ema", *stage, *switches], check=True)
+    return out
+
+
+def evaluate(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
+    """The report of `bitsfusion evaluate`, with the held-out distillation loss."""
+    from diffusers_bitsfusion.evaluation import evaluate, load_scorer, read_prompts, sample_prompts
+
+    file = folder / "report.json"
+    if not file.exists():
+        report = evaluate(
+            folder,
+            sample_prompts(read_prompts(args.pipeline / "prompts.tsv"), args.num_images),
+            reference=args.pipeline,
+            scorer=load_scorer(SCORER),
+            clip=args.pipeline / "clip",
+            guidance_scales=SCALES if row in AT_ALL_SCALES else SCALES[:1],
+            images=folder / "images",
+        )
+        report["held_out_loss"] = held_out_loss(args, folder)
+        file.write_text(json.dumps(report, indent=2) + "\n")
+    return json.loads(file.read_text())
+
+
+@torch.no_grad()
+def held_out_loss(args: argparse.Namespace, folder: Path, batches: int = 32, batch_size: int = 32) -> float:
+    """Mean squared difference of the prediction from full precision's, on images outside the training set."""
+    teacher = StableDiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
+    student = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
+    samples = ImageBatches(
+        TrainingImages(LastImages(args.train_data), teacher.unet.config.sample_size * teacher.vae_scale_factor),
+        teacher.vae,
+        TextEncoder(teacher.tokenizer, teacher.text_encoder),
+        DDPMScheduler.from_config(teacher.scheduler.config),
+        TimestepDistribution.uniform(1000),
+        Sharing(batch_size),
+        seed=1024,
+    )
+    samples.start(0)
+    loss = Distillation(student, teacher.unet, feature_weight=0)
+    return statistics.fmean(float(loss(student, samples.next()).total) for _ in range(batches))
+
+
+def table(reports: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean over the seeds, and the lowest and highest of them."""
+    figures = {
+        "score": lambda report: report["compositional"]["overall"],
+        "CLIP score": lambda report: report["clip_score"],
+        "PSNR, dB": lambda report: report["psnr"],
+        "CLIP FID": lambda report: report["clip_fid"],
+        "CMMD": lambda report: report["cmmd"],
+        "held-out loss": lambda report: report["held_out_loss"],
+    }
+    lines = [f"| {' | '.join(['', 'seeds', *figures])} |", "|---" * (2 + len(figures)) + "|"]
+    for row, of_seeds in reports.items():
+        cells = [row, str(len(of_seeds))]
+        for read in figures.values():
+            values = [read(report) for report in of_seeds]
+            cells.append(f"{statistics.fmean(values):.4g} ({min(values):.4g} to {max(values):.4g})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_recipe(args: argparse.Namespace) -> None:
+    """Keep the data-free recipe of as many bits over the layers as the published one has."""
+    unet = UNet2DConditionModel.from_pretrained(args.pipeline, subfolder="unet")
+    args.work.mkdir(parents=True, exist_ok=True)
+    mixed(TARGET)(unet).recipe.save(args.work / RECIPE)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The paper's ablation, row by row.")
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--train-data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="keeps pipelines, pictures and reports")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--stage2-steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--ema-decay", type=float, default=0.999)
+    parser.add_argument("--num-images", type=int, help="of the prompts; default: all")
+    args = parser.parse_args()
+    args.pipeline, args.train_data, args.work = (p.resolve() for p in (args.pipeline, args.train_data, args.work))
+    write_recipe(args)
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for seed in args.seeds:
+        for row in args.only:
+            reports.setdefault(row, []).append(evaluate(args, row, train(args, row, seed)))
+            print(table(reports), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Two-stage training of models in the precision that they are packed in (paper, section 6)."""

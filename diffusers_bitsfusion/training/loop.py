@@ -1,0 +1,253 @@
+"""The training loop of one stage: any number of processes, exact continuation, an end on the first NaN."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .batches import Batch, ImageBatches
+from .checkpoints import load_checkpoint, save_checkpoint
+from .losses import Loss
+from .walks import WalkBatches
+
+LOG_FILE = "losses.jsonl"
+
+
+class Objective(Protocol):
+    """`losses.Distillation` or `losses.NoisePrediction`."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss: ...
+
+    def close(self) -> None: ...
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is NaN or infinite."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """How long a stage trains and what it keeps.
+
+    Attributes:
+        max_train_steps: optimizer steps.
+        max_grad_norm: gradients are clipped to this norm.
+        checkpointing_steps: a checkpoint every so many steps, and at the end.
+        checkpoints_total_limit: keep so many; all where None.
+        validation_steps: call `validate` every so many steps; never where None.
+        tracker_offset: added to the step that trackers are told, so that a second stage follows the first.
+    """
+
+    max_train_steps: int
+    max_grad_norm: float = 1.0
+    checkpointing_steps: int = 500
+    checkpoints_total_limit: int | None = None
+    validation_steps: int | None = None
+    tracker_offset: int = 0
+
+
+class TrainingLoop:
+    """Trains a prepared model on one objective.
+
+    Args:
+        accelerator: prepares the model and the optimizer; nothing else prepared by it may still be in use.
+        student: a model prepared by `prepare_qat`.
+        objective: what is minimised.
+        batches: where samples come from.
+        optimizer: over the student's parameters.
+        lr_scheduler: steps once an optimizer step.
+        folder: takes checkpoints and `losses.jsonl`.
+        settings: what a continued run must agree in.
+        options: see there.
+        ema: average of the student's parameters.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: ModelMixin,
+        objective: Objective,
+        batches: ImageBatches | WalkBatches,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any,
+        folder: Path,
+        settings: dict[str, Any],
+        options: LoopOptions,
+        ema: EMAModel | None = None,
+    ):
+        self.accelerator, self.objective, self.batches = accelerator, objective, batches
+        self.folder, self.settings, self.options, self.ema = folder, settings, options, ema
+        self.student, self.lr_scheduler = student.train(), lr_scheduler
+        self.parameters = list(student.parameters())
+        self.model, self.optimizer = accelerator.prepare(student, optimizer)
+        if ema is not None:
+            ema.to(accelerator.device)
+        self.step = 0
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Continue from a checkpoint, as if never interrupted.
+
+        Raises:
+            ValueError: see `load_checkpoint`.
+        """
+        self.step, state = load_checkpoint(self.accelerator, checkpoint, self.settings)
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+            self.ema.to(self.accelerator.device)
+        if state["batches"] is not None:
+            sharing = self.batches.sharing
+            own = [place for micro in range(sharing.accumulation) for place in sharing.places(micro)]
+            latents = state["batches"][own]
+            self.batches.load_state(latents.unflatten(0, (sharing.accumulation, sharing.batch_size)))
+
+    def save(self) -> Path:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: see `save_checkpoint`.
+        """
+        state = {
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "batches": self._gathered_batches(),
+        }
+        limit = self.options.checkpoints_total_limit
+        return save_checkpoint(self.accelerator, self.folder, self.step, state, self.settings, limit)
+
+    def train(self, validate: Callable[[int], None] | None = None) -> None:
+        """Train to `max_train_steps`, then save.
+
+        Args:
+            validate: called with the step, the student holding its averaged weights meanwhile.
+
+        Raises:
+            TrainingDiverged: a loss or gradient is NaN or infinite; the last checkpoint is kept.
+            OSError: a checkpoint cannot be written.
+        """
+        options, is_main = self.options, self.accelerator.is_main_process
+        self.accelerator.gradient_accumulation_steps = self.batches.sharing.accumulation
+        self.accelerator.step = 0
+        self.batches.start(self.step)
+        log = _LossLog(self.folder / LOG_FILE, self.step) if is_main else None
+        bar = tqdm(
+            initial=self.step, total=options.max_train_steps, desc=self.folder.name, disable=not is_main, mininterval=1
+        )
+        while self.step < options.max_train_steps:
+            values = self._train_step()
+            self.step += 1
+            if log is not None:
+                log.write(self.step, values)
+            named = {f"{self.folder.name}/{name}": value for name, value in values.items()}
+            self.accelerator.log(named, step=self.step + options.tracker_offset)
+            bar.update()
+            bar.set_postfix(loss=f"{values['loss']:.4g}", lr=values["lr"], refresh=False)
+            done = self.step == options.max_train_steps
+            if done or self.step % options.checkpointing_steps == 0:
+                self.save()
+            if validate and options.validation_steps and (done or self.step % options.validation_steps == 0):
+                with self.averaged():
+                    validate(self.step)
+        bar.close()
+
+    @contextmanager
+    def averaged(self) -> Iterator[ModelMixin]:
+        """The student in evaluation mode, within the block with its averaged weights."""
+        if self.ema is not None:
+            self.ema.store(self.parameters)
+            self.ema.copy_to(self.parameters)
+        self.student.eval()
+        try:
+            yield self.student
+        finally:
+            self.student.train()
+            if self.ema is not None:
+                self.ema.restore(self.parameters)
+
+    def finish(self) -> ModelMixin:
+        """The student, unwrapped, with its averaged weights for good; this loop is over."""
+        self.objective.close()
+        if self.ema is not None:
+            self.ema.copy_to(self.parameters)
+        student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        self.accelerator.free_memory(self.model, self.optimizer)
+        return student.eval()
+
+    def _train_step(self) -> dict[str, float]:
+        """One optimizer step; losses averaged over all samples of the step."""
+        accelerator, norm = self.accelerator, None
+        sums: dict[str, float] = {}
+        for _ in range(self.batches.sharing.accumulation):
+            with accelerator.accumulate(self.model):
+                batch = self.batches.next()
+                loss = self.objective(self.model, batch)
+                values = self._averages({"loss": loss.total.detach()} | loss.parts)
+                self._check_finite("loss", values["loss"], batch)
+                accelerator.backward(loss.total)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+                    if norm is not None and accelerator.scaler is None:  # fp16's scaler skips such steps itself
+                        self._check_finite("gradient", float(norm), batch)
+                rate = self.lr_scheduler.get_last_lr()[0]
+                self.optimizer.step()
+                if accelerator.sync_gradients:
+                    self.lr_scheduler.step()
+                self.optimizer.zero_grad()
+            self.batches.advance(batch, loss.teacher)
+            sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        averages = {name: value / self.batches.sharing.accumulation for name, value in sums.items()}
+        return averages | {"lr": rate} | ({} if norm is None else {"grad_norm": float(norm)})
+
+    def _averages(self, values: dict[str, Tensor]) -> dict[str, float]:
+        stacked = torch.stack([value.float() for value in values.values()])
+        return dict(zip(values, self.accelerator.reduce(stacked, "mean").tolist(), strict=True))
+
+    def _check_finite(self, what: str, value: float, batch: Batch) -> None:
+        if torch.isfinite(torch.tensor(value)):
+            return
+        raise TrainingDiverged(
+            f"The {what} is {value} in step {self.step + 1}. Process {self.accelerator.process_index} had the samples "
+            f"{batch.positions} at the timesteps {batch.timesteps.tolist()}: {batch.captions}. Earlier checkpoints in "
+            f"{self.folder} are kept; lower the learning rate, or leave fp16."
+        )
+
+    def _gathered_batches(self) -> Tensor | None:
+        """State of the batches of all processes, [samples of a step, ...] in the order of their places."""
+        state = self.batches.state()
+        if state is None:
+            return None
+        sharing = self.batches.sharing
+        gathered = self.accelerator.gather(state.flatten(0, 1))
+        return (
+            gathered.unflatten(0, (sharing.processes, sharing.accumulation, sharing.batch_size))
+            .transpose(0, 1)
+            .flatten(0, 2)
+            .cpu()
+        )
+
+
+class _LossLog:
+    """One JSON object a step; on continuing, later steps of the interrupted run are dropped."""
+
+    def __init__(self, path: Path, step: int):
+        lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
+        path.write_text("".join(lines))
+        self.path = path
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        with self.path.open("a") as stream:
+            stream.write(json.dumps({"step": step} | values) + "\n")

@@ -1,0 +1,130 @@
+"""What a run will cost, from a trial step, and where along the timesteps quantization hurts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin, SchedulerMixin
+from torch import nn
+
+from .batches import ImageBatches
+from .loop import TrainingLoop
+from .losses import predict
+from .timesteps import ErrorMeter, TimestepErrors
+from .walks import WalkBatches
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage will take on each process.
+
+    Attributes:
+        seconds_per_step: of an optimizer step.
+        steps: steps to go.
+        memory: bytes by part.
+    """
+
+    seconds_per_step: float
+    steps: int
+    memory: dict[str, int]
+
+    def __str__(self) -> str:
+        hours = self.seconds_per_step * self.steps / 3600
+        lines = [f"{self.steps} steps at {self.seconds_per_step:.2f} s: about {hours:.1f} h"]
+        lines += [f"  {part:<34}{size / _GB:>8.2f} GB" for part, size in self.memory.items()]
+        lines += [f"  {'memory of each process':<34}{sum(self.memory.values()) / _GB:>8.2f} GB"]
+        return "\n".join(lines)
+
+
+def static_memory(
+    student: nn.Module, frozen: Iterable[nn.Module], ema: bool = True, optimizer_bytes: int = 8
+) -> dict[str, int]:
+    """Bytes that training holds whatever the batch.
+
+    Args:
+        student: the model in training.
+        frozen: teacher, VAE, text encoder.
+        ema: whether an average of the student is kept.
+        optimizer_bytes: optimizer state of each trained parameter: 8 for AdamW, 2 for its 8-bit form.
+    """
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    held = sum(p.nbytes for p in student.parameters())
+    return {
+        "latent weights, scales, the rest": held,
+        "their gradients": 4 * trained,
+        "optimizer": optimizer_bytes * trained,
+        "average (EMA)": held if ema else 0,
+        "teacher, VAE, text encoder": sum(p.nbytes for model in frozen for p in model.parameters()),
+    }
+
+
+def estimate(loop: TrainingLoop, memory: dict[str, int]) -> Estimate:
+    """Time a forward and backward pass on a real batch; nothing is learned from it.
+
+    Args:
+        loop: about to train; every process calls this.
+        memory: see `static_memory`; on CUDA the trial's activations are added.
+    """
+    device, batches = loop.accelerator.device, loop.batches
+    for _ in range(2):  # the first is slower: allocations, compilation
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        start = time.perf_counter()
+        state = batches.state()
+        state = None if state is None else state.clone()
+        batches.start(loop.step)
+        batch = batches.next()
+        loss = loop.objective(loop.model, batch)
+        loop.accelerator.backward(loss.total)
+        batches.advance(batch, loss.teacher)
+        if state is not None:
+            batches.load_state(state)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            grown = torch.cuda.max_memory_allocated() - before
+            memory = memory | {"activations": grown - memory["their gradients"]}
+        seconds = time.perf_counter() - start
+        loop.optimizer.zero_grad()
+    return Estimate(seconds * batches.sharing.accumulation, loop.options.max_train_steps - loop.step, memory)
+
+
+@torch.no_grad()
+def measure_timestep_errors(
+    accelerator: Accelerator,
+    student: ModelMixin,
+    teacher: ModelMixin,
+    batches: ImageBatches | WalkBatches,
+    scheduler: SchedulerMixin,
+    num_samples: int = 2560,
+) -> TimestepErrors:
+    """The paper's curve: what quantization does to the clean latents, along the timesteps.
+
+    Args:
+        accelerator: every process calls this.
+        student: prepared, not wrapped.
+        teacher: the full-precision model.
+        batches: with uniform timesteps, which spread the samples over the curve.
+        scheduler: gives the noise schedule and what the models predict.
+        num_samples: at least so many samples; the paper has 128 at each timestep.
+    """
+    meter = ErrorMeter(scheduler.alphas_cumprod, scheduler.config.prediction_type)
+    sharing = batches.sharing
+    batches.start(0)
+    for _ in range(-(-num_samples // (sharing.batch_size * sharing.processes))):
+        batch = batches.next()
+        with accelerator.autocast():
+            quantized = predict(student, batch.noisy, batch.timesteps, batch.states)
+        exact = predict(teacher, batch.noisy, batch.timesteps, batch.states)
+        meter.update(quantized, exact, batch.timesteps)
+        batches.advance(batch, exact)
+    device = accelerator.device
+    total = accelerator.reduce(torch.stack([meter.sums, meter.counts]).float().to(device), "sum")
+    meter.sums, meter.counts = total.double().cpu()
+    return meter.result()

@@ -1,0 +1,253 @@
+"""Trains a Stable Diffusion UNet in the precision that it will be packed in, by BitsFusion's two stages.
+
+    accelerate launch examples/train_bitsfusion.py \
+        --pretrained_model_name_or_path stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --prompts prompts.txt --stage 1 --mixed_precision bf16 --output_dir sd15-1.99bit
+
+Stage I distils the full-precision model into the quantized one; Stage II trains it to predict noise. The result is
+packed and saved as a pipeline in OUTPUT_DIR, beside the checkpoints of each stage. docs/TRAINING.md has the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard
+from train_arguments import of_stage, parse_args, stages
+from train_data import make_batches, open_training_images
+from train_models import load_teacher, prepare_student
+from train_validation import Validation
+
+from diffusers_bitsfusion import convert, size_report
+from diffusers_bitsfusion.card import add_section
+from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
+from diffusers_bitsfusion.training.checkpoints import (
+    checkpoints,
+    find_checkpoint,
+    fingerprint,
+    load_weights,
+    read_settings,
+)
+from diffusers_bitsfusion.training.loop import LoopOptions, TrainingLoop
+from diffusers_bitsfusion.training.losses import Distillation, NoisePrediction
+from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
+from diffusers_bitsfusion.training.optimizer import make_optimizer
+from diffusers_bitsfusion.training.text import TextEncoder
+from diffusers_bitsfusion.training.timesteps import TimestepDistribution, TimestepErrors
+from diffusers_bitsfusion.training.walks import WalkBatches
+
+logger = get_logger(__name__)
+
+ERRORS_FILE = "timestep_error.json"
+
+
+class Training:
+    """A run: the teacher's pipeline, the student, and the stages that it goes through."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.folder = args, Path(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not find each other
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, str(self.folder / args.logging_dir)),
+        )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                "This script does not shard the model: a UNet of Stable Diffusion trains within one GPU's memory. "
+                "Launch it without FSDP and DeepSpeed (`accelerate launch --multi_gpu`)."
+            )
+        set_seed(args.seed)
+        torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+        self.teacher = load_teacher(args, self.accelerator)
+        self.scheduler = DDPMScheduler.from_config(self.teacher.scheduler.config)
+        if args.prediction_type is not None:
+            self.scheduler.register_to_config(prediction_type=args.prediction_type)
+        self.text = TextEncoder(self.teacher.tokenizer, self.teacher.text_encoder)
+        self.student = prepare_student(args)
+        self.fingerprint = fingerprint(self.student)
+        with self.accelerator.main_process_first():  # downloads and converts once
+            self.images = open_training_images(args, self.teacher)
+        self.validation = Validation.from_args(args, self.teacher, self.accelerator)
+
+    def run(self) -> None:
+        """All stages, then the packed pipeline."""
+        args = self.args
+        if args.measure_timestep_error:
+            self._measure_timestep_errors().plot(self.folder / "timestep_error.png")
+            return
+        self.accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in vars(args).items()})
+        for stage in stages(args):
+            self._run_stage(stage)
+        if not args.estimate_only:
+            self._save_pipeline()
+        self.accelerator.end_training()
+
+    def _checkpoint(self, stage: int) -> Path | None:
+        """What `--resume_from_checkpoint` names of this stage.
+
+        Raises:
+            FileExistsError: nothing is to be continued, but an earlier run's checkpoints are in the way.
+        """
+        folder, which = self.folder / f"stage{stage}", self.args.resume_from_checkpoint
+        if which is None and checkpoints(folder):
+            raise FileExistsError(
+                f"{folder} holds checkpoints of an earlier run. Continue it with --resume_from_checkpoint latest, or "
+                "choose another --output_dir."
+            )
+        path = find_checkpoint(folder, which)
+        # A path names one stage's; of two stages, the other has none.
+        other = path is not None and self.args.stage == "both" and read_settings(path)[1]["stage"] != stage
+        return None if other else path
+
+    def _take_stage_1(self) -> None:
+        """Take the weights that Stage I left."""
+        start = self.args.init_from
+        if start == "rounding":
+            return
+        path = find_checkpoint(self.folder / "stage1", start or "latest")
+        if path is None:
+            raise FileNotFoundError(
+                f"{self.folder / 'stage1'} holds no checkpoint to start Stage II from. Run Stage I, name one with "
+                "--init_from, or start from rounded weights with --init_from rounding."
+            )
+        load_weights(self.student, path, self.fingerprint)
+
+    def _sharing(self, stage: int) -> Sharing:
+        return Sharing(
+            self.args.train_batch_size,
+            of_stage(self.args, "gradient_accumulation_steps", stage),
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
+
+    def _batches(self, stage: int, distribution: TimestepDistribution) -> ImageBatches | WalkBatches:
+        parts = self.images, self.teacher, self.text, self.scheduler, distribution, self._sharing(stage)
+        return make_batches(self.args, stage, *parts)
+
+    def _distribution(self) -> TimestepDistribution:
+        count = self.scheduler.config.num_train_timesteps
+        if self.args.timestep_sampling == "uniform":
+            return TimestepDistribution.uniform(count)
+        if self.args.timestep_sampling == "beta":
+            return TimestepDistribution.beta(count, self.args.timestep_alpha)
+        file = self.folder / ERRORS_FILE
+        errors = TimestepErrors.load(file) if file.exists() else self._measure_timestep_errors()
+        return TimestepDistribution.proportional(count, errors)
+
+    def _measure_timestep_errors(self) -> TimestepErrors:
+        """The curve of the rounded model, kept in OUTPUT_DIR."""
+        uniform = TimestepDistribution.uniform(self.scheduler.config.num_train_timesteps)
+        student = self.student.to(self.accelerator.device)
+        errors = measure_timestep_errors(
+            self.accelerator,
+            student,
+            self.teacher.unet,
+            self._batches(1, uniform),
+            self.scheduler,
+            self.args.timestep_error_samples,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            errors.save(self.folder / ERRORS_FILE)
+        return errors
+
+    def _run_stage(self, stage: int) -> None:
+        args, student, name = self.args, self.student, f"stage{stage}"
+        checkpoint = self._checkpoint(stage)
+        if checkpoint is None and args.stage == "2":
+            self._take_stage_1()
+        batches = self._batches(stage, self._distribution())
+        distils = stage == 1
+        objective = Distillation(student, self.teacher.unet, args.feature_weight) if distils else NoisePrediction()
+        optimizer = make_optimizer(
+            student,
+            args.learning_rate,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_weight_decay,
+            args.adam_epsilon,
+            args.use_8bit_adam,
+        )
+        settings = {"stage": stage, "model": self.fingerprint, "batch": batches.sharing.total}
+        steps = of_stage(args, "max_train_steps", stage)
+        options = LoopOptions(
+            max_train_steps=steps,
+            max_grad_norm=args.max_grad_norm,
+            checkpointing_steps=args.checkpointing_steps,
+            checkpoints_total_limit=args.checkpoints_total_limit,
+            validation_steps=args.validation_steps,
+            tracker_offset=0 if distils else args.max_train_steps,
+        )
+        loop = TrainingLoop(
+            self.accelerator,
+            student.to(self.accelerator.device),
+            objective,
+            batches,
+            optimizer,
+            get_scheduler(
+                args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
+            ),
+            self.folder / name,
+            settings | {"seed": args.seed, "use_ema": args.use_ema},
+            options,
+            EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
+        )
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+        if loop.step < steps:
+            frozen = (self.teacher.unet, self.teacher.vae, self.teacher.text_encoder)
+            memory = static_memory(student, frozen, args.use_ema, 2 if args.use_8bit_adam else 8)
+            cost = estimate(loop, memory)
+            self.accelerator.print(f"Stage {stage}, {batches.sharing.total} samples a step: {cost}")
+        if not args.estimate_only:
+            loop.train(self.validation and self.validation.of_stage(name, student))
+            if batches.skipped:
+                logger.warning("%d images did not decode and were skipped.", len(batches.skipped))
+        self.student = loop.finish()
+
+    def _save_pipeline(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        args = self.args
+        student = self.student.cpu()
+        student = student.to(torch.float16) if args.full_precision else convert(student, dtype=torch.float16)
+        pipeline = DiffusionPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            unet=student,
+            dtype=torch.float16,
+        )
+        hub = {"repo_id": args.hub_model_id or self.folder.name, "token": args.hub_token} if args.push_to_hub else {}
+        pipeline.save_pretrained(self.folder, push_to_hub=args.push_to_hub, **hub)
+        if args.full_precision:
+            return
+        add_section(self.folder, "Training", self._description())
+        if args.push_to_hub:
+            ModelCard.load(self.folder / "README.md").push_to_hub(**hub)
+        print(size_report(self.folder / "unet"))
+
+    def _description(self) -> str:
+        """What the card says of the training."""
+        done = []
+        for stage in stages(self.args):
+            steps, samples = of_stage(self.args, "max_train_steps", stage), self._sharing(stage).total
+            done.append(f"Stage {stage}: {steps} steps of {samples} samples.")
+        return f"Trained in this precision. {' '.join(done)}\n\n```bash\n{self.args.command}\n```"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line."""
+    Training(parse_args(arguments)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What train_bitsfusion.py trains on."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, SchedulerMixin
+
+from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
+from diffusers_bitsfusion.training.images import TrainingImages, open_images
+from diffusers_bitsfusion.training.text import TextEncoder
+from diffusers_bitsfusion.training.timesteps import TimestepDistribution
+from diffusers_bitsfusion.training.walks import WalkBatches, read_prompt_lines
+
+
+def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -> TrainingImages | None:
+    """The captioned images that the command line names, if any, cut to the pipeline's resolution."""
+    if args.dataset_name is None and args.train_data_dir is None:
+        return None
+    source = open_images(
+        args.dataset_name,
+        args.train_data_dir,
+        dataset_config_name=args.dataset_config_name,
+        image_column=args.image_column,
+        caption_column=args.caption_column,
+        cache_dir=args.cache_dir,
+    )
+    return TrainingImages(
+        source, _resolution(args, teacher), args.center_crop, args.random_flip, args.max_train_samples
+    )
+
+
+def make_batches(
+    args: argparse.Namespace,
+    stage: int,
+    images: TrainingImages | None,
+    teacher: DiffusionPipeline,
+    text: TextEncoder,
+    scheduler: SchedulerMixin,
+    distribution: TimestepDistribution,
+    sharing: Sharing,
+) -> ImageBatches | WalkBatches:
+    """The samples of a stage: the teacher's walks in Stage I where there are prompts, else images."""
+    common: dict[str, Any] = {
+        "text_dropout": args.proportion_empty_prompts,
+        "seed": 2 * args.seed + stage - 1,  # no two stages of any seeds share their noise
+        "device": teacher.device,
+    }
+    if stage == 1 and args.prompts is not None:
+        side = _resolution(args, teacher) // teacher.vae_scale_factor
+        return WalkBatches(
+            read_prompt_lines(Path(args.prompts)),
+            teacher.unet,
+            text,
+            scheduler,
+            distribution,
+            sharing,
+            (teacher.unet.config.in_channels, side, side),
+            walk_steps=args.walk_steps,
+            guidance_scale=args.guidance_scale,
+            **common,
+        )
+    assert images is not None
+    workers = args.dataloader_num_workers
+    return ImageBatches(images, teacher.vae, text, scheduler, distribution, sharing, num_workers=workers, **common)
+
+
+def _resolution(args: argparse.Namespace, teacher: DiffusionPipeline) -> int:
+    return args.resolution or teacher.unet.config.sample_size * teacher.vae_scale_factor

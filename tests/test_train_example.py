@@ -1,0 +1,278 @@
+"""The training script as a user runs it: every data source, both stages, interrupted, on two processes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_bitsfusion
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
+CAPTIONS = [f"a {letter}" for letter in "abcdefg"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Arrays of seven pictures, and a file of prompts."""
+    folder = tmp_path_factory.mktemp("data")
+    images = np.random.default_rng(0).integers(0, 255, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
+    np.save(folder / "images.npy", images)
+    (folder / "captions.json").write_text(json.dumps({"captions": CAPTIONS}))
+    (folder / "prompts.txt").write_text("a b\nc\nd e\n")
+    return folder
+
+
+@pytest.fixture
+def command(source_folder, tmp_path):
+    """Arguments of a short run on the tiny pipeline, with others added."""
+
+    def make(*arguments, output="out", steps=2, batch=2):
+        common = {
+            "pretrained_model_name_or_path": source_folder,
+            "output_dir": tmp_path / output,
+            "target_bits": 2.6,
+            "max_train_steps": steps,
+            "train_batch_size": batch,
+            "learning_rate": 1e-3,
+        }
+        return [*(str(part) for key, value in common.items() for part in (f"--{key}", value)), *map(str, arguments)]
+
+    return make
+
+
+def losses(folder):
+    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
+    prompts = tmp_path / "prompts.tsv"
+    prompts.write_text('Prompt\tCategory\tSpec\na b\tx\t{"bright": true}\nc\ty\t{"bright": false}\n')
+    train_bitsfusion.main(
+        command(
+            *("--train_data_dir", data, "--use_ema", "--gradient_checkpointing", "--report_to", "tensorboard"),
+            *("--hub_token", "hf_secret"),
+            *("--validation_file", prompts, "--validation_scorer", f"{__name__}:is_bright"),
+            *("--num_inference_steps", 2, "--validation_steps", 2),
+        )
+    )
+    out = tmp_path / "out"
+    printed = capsys.readouterr().out
+    assert "Stage 1, 2 samples a step: 2 steps at" in printed and "memory of each process" in printed
+    assert "stage2, step 2: compositional score" in printed
+    assert set(losses(out / "stage1")[0]) == {"step", "loss", "noise", "feature", "lr", "grad_norm"}
+    assert "feature" not in losses(out / "stage2")[0]
+    assert Image.open(out / "validation" / "stage1-2.png").width > 2 * 192
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+
+    pipeline = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
+    assert pipeline.unet.is_quantized and pipeline.unet.config.quantization_config.target_bits == 2.6
+    card = (out / "README.md").read_text()
+    assert "Stage 1: 2 steps of 2 samples. Stage 2: 2 steps of 2 samples." in card and "--use_ema" in card
+    assert "hf_secret" not in card
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a b", num_inference_steps=2, output_type="np").images
+    assert np.isfinite(image).all()
+
+
+def is_bright(images, specs):
+    return [(image.mean() > 127) == spec["bright"] for image, spec in zip(images, specs, strict=True)]
+
+
+def write_image_folder(folder):
+    rng = np.random.default_rng(1)
+    for i in range(len(CAPTIONS)):
+        Image.fromarray(rng.integers(0, 255, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"broken")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": caption}) for i, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def test_two_steps_on_an_image_folder_with_a_broken_image(command, tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    write_image_folder(folder)
+    cache = ("--cache_dir", tmp_path / "cache")
+    with caplog.at_level("WARNING"):
+        train_bitsfusion.main(command("--train_data_dir", folder, *cache, "--stage", 1, batch=4))
+    assert "1 images did not decode and were skipped" in caplog.text
+    assert len(losses(tmp_path / "out" / "stage1")) == 2
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps the precision of a process's first run."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("source", ["prompts in bf16", "dataset"])
+def test_two_steps_of_stage_one(source, command, data, tmp_path, fresh_accelerate):
+    if source == "prompts in bf16":
+        arguments = ("--prompts", data / "prompts.txt", "--walk_steps", 3, "--mixed_precision", "bf16")
+    else:
+        pictures = [Image.fromarray(image) for image in np.load(data / "images.npy")]
+        saved = tmp_path / "saved"
+        dataset = datasets.Dataset.from_dict({"image": pictures, "caption": CAPTIONS})
+        dataset.cast_column("image", datasets.Image()).save_to_disk(saved)
+        arguments = ("--dataset_name", saved)
+    train_bitsfusion.main(command(*arguments, "--stage", 1))
+    assert len(losses(tmp_path / "out" / "stage1")) == 2
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet.is_quantized
+
+
+def test_every_part_can_be_switched_off(command, data, tmp_path):
+    plain = ("--no_balance", "--scale_init", "minmax", "--recipe", 2, "--time_embedding", "keep")
+    less = ("--feature_weight", 0, "--timestep_sampling", "uniform", "--proportion_empty_prompts", 0)
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 1, *plain, *less, "--freeze_time_embedding"))
+    out = tmp_path / "out"
+    assert set(losses(out / "stage1")[0]) == {"step", "loss", "noise", "lr", "grad_norm"}
+    config = StableDiffusionPipeline.from_pretrained(out).unet.config.quantization_config
+    assert config.balance is False and config.scale_init == "minmax" and config.recipe == 2
+    assert config.layers["conv_in"]["bits"] == 8 and config.layers["mid_block.resnets.0.conv1"]["bits"] == 2
+
+
+def test_the_control_in_full_precision(command, data, tmp_path):
+    stage_two = ("--stage", 2, "--init_from", "rounding")
+    train_bitsfusion.main(command("--train_data_dir", data, *stage_two, "--full_precision", steps=1))
+    unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    assert "quantization_config" not in unet.config and type(unet.conv_in) is torch.nn.Conv2d
+
+
+def test_v_prediction_and_timesteps_by_measured_error(command, data, source_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(source_folder)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path / "v")
+    sampling = ("--timestep_sampling", "error", "--timestep_error_samples", 16)
+    arguments = command("--train_data_dir", data, "--init_from", "rounding", "--stage", 2, *sampling)
+    arguments[1] = str(tmp_path / "v")
+    train_bitsfusion.main(arguments)
+    assert len(losses(tmp_path / "out" / "stage2")) == 2
+    curve = json.loads((tmp_path / "out" / "timestep_error.json").read_text())
+    assert len(curve["errors"]) == len(curve["timesteps"]) > 3
+
+
+def test_the_error_curve_alone(command, data, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ("--train_data_dir", data, "--measure_timestep_error", "--timestep_error_samples", 8)
+    train_bitsfusion.main(command(*arguments))
+    assert Image.open(tmp_path / "out" / "timestep_error.png").width > 100
+    assert not (tmp_path / "out" / "stage1").exists()
+
+
+def run(arguments, processes=1):
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, *launch, str(SCRIPT), *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_continued_it_is_the_uninterrupted_run(command, data, tmp_path):
+    arguments = ("--train_data_dir", data, "--stage", 1, "--use_ema", "--checkpointing_steps", 2)
+    process = run(command(*arguments, steps=2000))
+    log = tmp_path / "out" / "stage1" / "losses.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+    reached = len(losses(tmp_path / "out" / "stage1"))
+    steps = reached + 2
+    train_bitsfusion.main(command(*arguments, "--resume_from_checkpoint", "latest", steps=steps))
+    train_bitsfusion.main(command(*arguments, output="whole", steps=steps))
+    assert losses(tmp_path / "out" / "stage1") == losses(tmp_path / "whole" / "stage1")
+
+
+def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
+    # At the paper's rate: Adam's first steps are as large as it whatever the gradient, and a high one makes the run
+    # chaotic, so that the last bits of sums in another order would show; guidance magnifies them on its walks, too.
+    rate = ("--learning_rate", 1e-5, "--guidance_scale", 1)
+    arguments = ("--prompts", data / "prompts.txt", "--walk_steps", 3, "--stage", 1, "--use_ema", *rate)
+    process = run(command(*arguments, "--checkpointing_steps", 3, output="two", steps=5, batch=1), processes=2)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    train_bitsfusion.main(command(*arguments, output="one", steps=5, batch=2))
+    found, expected = losses(tmp_path / "two" / "stage1"), losses(tmp_path / "one" / "stage1")
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+    # Adam would not notice gradients summed instead of averaged, their norm does.
+    assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-3)
+
+    # What two processes saved, one continues, walks included.
+    checkpoint = tmp_path / "two" / "stage1" / "checkpoint-3"
+    resume = ("--resume_from_checkpoint", checkpoint)
+    train_bitsfusion.main(command(*arguments, *resume, output="continued", steps=5, batch=2))
+    continued = [entry["loss"] for entry in losses(tmp_path / "continued" / "stage1")]
+    assert continued == pytest.approx([e["loss"] for e in expected[3:]], rel=1e-5)
+
+
+def test_stage_two_starts_from_stage_one(command, data, tmp_path):
+    stage_two = ("--train_data_dir", data, "--stage", 2)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint to start Stage II from. Run Stage I"):
+        train_bitsfusion.main(command(*stage_two))
+    train_bitsfusion.main(command("--train_data_dir", data))
+    train_bitsfusion.main(
+        command(*stage_two, "--init_from", tmp_path / "out" / "stage1" / "checkpoint-2", output="apart")
+    )
+    assert losses(tmp_path / "apart" / "stage2") == losses(tmp_path / "out" / "stage2")
+    with pytest.raises(FileExistsError, match="stage1 holds checkpoints of an earlier run"):
+        train_bitsfusion.main(command("--train_data_dir", data))
+    checkpoint = tmp_path / "out" / "stage2" / "checkpoint-2"
+    with pytest.raises(ValueError, match="its stage is 2, this run's is 1"):
+        arguments = ("--stage", 1, "--resume_from_checkpoint", checkpoint)
+        train_bitsfusion.main(command("--train_data_dir", data, *arguments, output="other"))
+
+
+def test_only_an_estimate(command, data, tmp_path, capsys):
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 1, "--estimate_only"))
+    assert "memory of each process" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "unet").exists() and not (tmp_path / "out" / "stage1" / "losses.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Need either a dataset name, a training folder or a file of prompts"),
+        (("--prompts", "p.txt"), "Stage II learns from images"),
+        (("--train_data_dir", "d", "--validation_scorer", "a:b"), "--validation_scorer needs --validation_file"),
+        (("--train_data_dir", "d", "--train_batch_size", 0), "--train_batch_size must be at least 1"),
+        (("--train_data_dir", "d", "--proportion_empty_prompts", 2), r"must be in the range \[0, 1\]"),
+        (("--train_data_dir", "d", "--init_from", "rounding"), "--init_from says where Stage II starts"),
+        (("--prompts", "p.txt", "--stage", 1, "--walk_steps", 1), "--walk_steps must be at least 2"),
+    ],
+)
+def test_wrong_combinations_of_arguments(arguments, message, command, capsys):
+    with pytest.raises(SystemExit):
+        train_bitsfusion.main(command(*arguments))
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_pipelines_of_another_kind(command, data, tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(8, block_out_channels=(8,), norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
+    arguments = command("--train_data_dir", data)
+    arguments[1] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="DDPMPipeline is not a Stable Diffusion pipeline"):
+        train_bitsfusion.main(arguments)
