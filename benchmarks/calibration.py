@@ -1,0 +1,166 @@
+"""What calibration brings, and what it costs.
+
+    python -m benchmarks.calibration quality PIPELINE --prompts HELD_OUT.tsv [--calibration-prompts FILE] [--bits 2]
+    python -m benchmarks.calibration cost --work DIR [--memory-gb 8] [--samples 16] [--steps 20]
+
+`quality` quantizes a pipeline without and with calibration, and compares it with full precision: PSNR of the pictures
+at equal seeds, and the error of the predicted noise, relative to its square, on inputs of full precision's own
+denoising (sharper than PSNR, which a few pictures that come out as other ones rule). `cost` calibrates a pipeline with
+a UNet of SD-1.5's shape and random weights, on this machine, and prints seconds and peak memory over the pipeline's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from benchmarks.measure import measured_call
+from benchmarks.sd15_shape import random_unet
+from diffusers_bitsfusion import BitsFusionConfig, Calibration, Recipe, quantize_model
+from diffusers_bitsfusion.evaluation import Sampling, generate_images, image_metrics, load_pipeline, read_prompts
+
+Call = tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]
+
+
+@torch.no_grad()
+def record_calls(pipeline: DiffusionPipeline, prompts: Sequence[str], steps: int, every: int = 4) -> list[Call]:
+    """Arguments and noise prediction of every fourth call of the UNet while the pipeline draws."""
+    calls: list[Call] = []
+
+    def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        tensors = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        calls.append((args, tensors, output[0]))
+
+    hook = pipeline.unet.register_forward_hook(record, with_kwargs=True)
+    generate_images(pipeline, prompts, Sampling(steps=steps, seed=7, batch_size=len(prompts)), progress=False)
+    hook.remove()
+    return calls[1::every]
+
+
+@torch.no_grad()
+def noise_error(unet: torch.nn.Module, calls: Sequence[Call]) -> float:
+    """Mean square error of the predicted noise over its mean square."""
+    errors = [(unet(*args, **kwargs)[0] - noise).square().sum() for args, kwargs, noise in calls]
+    return float(sum(errors) / sum(noise.square().sum() for *_, noise in calls))
+
+
+def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each setting."""
+    prompts = [prompt.caption for prompt in read_prompts(arguments.prompts)][: arguments.num_images]
+    own = None
+    if arguments.calibration_prompts:
+        own = [prompt.caption for prompt in read_prompts(arguments.calibration_prompts)]
+    sampling = Sampling(steps=arguments.steps, guidance_scale=arguments.guidance_scale, batch_size=12)
+    pipeline = load_pipeline(arguments.pipeline)
+    calls = record_calls(pipeline, prompts[:6], arguments.steps)
+    reference = generate_images(pipeline, prompts, sampling)
+    base = Calibration(prompts=own, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale)
+    rows = []
+    for label, calibration in settings(base, arguments.seeds, arguments.sweep).items():
+        pipeline = load_pipeline(arguments.pipeline)
+        recipe = int(arguments.recipe) if arguments.recipe.isdecimal() else Recipe.load(arguments.recipe)
+        config = BitsFusionConfig(recipe=recipe, time_embedding="table")
+        measured = measured_call(_quantize, pipeline, config, calibration)
+        psnr = image_metrics(generate_images(pipeline, prompts, sampling, progress=False), reference)["psnr"]
+        row = {
+            "setting": label,
+            "psnr": float(psnr.mean()),
+            "standard_error": float(psnr.std(ddof=1) / np.sqrt(len(psnr))),
+            "noise_error": noise_error(pipeline.unet, calls),
+            "cpu_seconds": measured["cpu_seconds"],
+        }
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
+
+
+def settings(base: Calibration, seeds: int, sweep: bool) -> Mapping[str, Calibration | None]:
+    """Without, with (several seeds), and on request fewer and more samples and steps."""
+    found: dict[str, Calibration | None] = {"uncalibrated": None}
+    found |= {f"calibrated, seed {seed}": replace(base, seed=seed) for seed in range(seeds)}
+    if sweep:
+        found |= {f"{count} samples": replace(base, num_samples=count) for count in (2, 4, 8, 32, 64)}
+        found |= {f"{count} steps": replace(base, num_inference_steps=count) for count in (5, 10, 50)}
+    return found
+
+
+def random_sd15_pipeline() -> StableDiffusionPipeline:
+    """SD-1.5's UNet with random weights, in bf16; text encoder and VAE, which are not calibrated, are tiny."""
+    from examples.tiny import tiny_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tiny_tokenizer(Path(folder))
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=768, intermediate_size=768, num_hidden_layers=1, num_attention_heads=12
+    )
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    vae = AutoencoderKL(block_out_channels=(8,) * 4, norm_num_groups=8, latent_channels=4, sample_size=512, **blocks)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        unet=random_unet(),
+        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1, beta_schedule="scaled_linear"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    return pipeline.to("cuda", torch.float16) if torch.cuda.is_available() else pipeline.to(torch.bfloat16)
+
+
+def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Seconds and peak memory of the whole calibration; interrupted, it goes on from DIR."""
+    pipeline = random_sd15_pipeline()
+    calibration = Calibration(
+        num_samples=arguments.samples,
+        num_inference_steps=arguments.steps,
+        batch_size=1,
+        memory_gb=arguments.memory_gb,
+        cache_dir=arguments.work,
+    )
+    return [measured_call(_quantize, pipeline, BitsFusionConfig(), calibration)]
+
+
+def _quantize(
+    pipeline: DiffusionPipeline, config: BitsFusionConfig, calibration: Calibration | None
+) -> dict[str, Any]:
+    quantize_model(pipeline, config, calibration=calibration)
+    return {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    of_quality = commands.add_parser("quality")
+    of_quality.add_argument("pipeline")
+    of_quality.add_argument("--prompts", type=Path, required=True, help="tab-separated, with a Prompt column")
+    of_quality.add_argument("--calibration-prompts", type=Path, help="the same; default: the shipped list")
+    of_quality.add_argument("--recipe", default="2", help="bits of all layers, or a recipe's path")
+    of_quality.add_argument("--num-images", type=int, default=48)
+    of_quality.add_argument("--steps", type=int, default=20)
+    of_quality.add_argument("--guidance-scale", type=float, default=7.5)
+    of_quality.add_argument("--seeds", type=int, default=3, help="calibration seeds")
+    of_quality.add_argument("--sweep", action="store_true", help="other numbers of samples and steps too")
+    of_quality.set_defaults(measure=quality)
+    of_cost = commands.add_parser("cost")
+    of_cost.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")
+    of_cost.add_argument("--memory-gb", type=float, default=8.0)
+    of_cost.add_argument("--samples", type=int, default=16)
+    of_cost.add_argument("--steps", type=int, default=20)
+    of_cost.set_defaults(measure=cost)
+    arguments = parser.parse_args()
+    print(json.dumps(arguments.measure(arguments), indent=2))
+
+
+if __name__ == "__main__":
+    main()

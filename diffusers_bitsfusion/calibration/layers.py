@@ -1,0 +1,88 @@
+"""One layer, calibrated: codes and scales for its inputs, and the bias that makes up for the mean error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..codec.radix import pack_dense
+from .moments import InputMoments, channel_blocks, moment_bytes
+from .rounding import Factor, factorize
+from .scales import quantize_rows_for_inputs
+
+# Bounds the memory of rounding: some ten numbers a weight.
+_WEIGHTS_AT_ONCE = 1 << 23
+_BYTES_PER_WEIGHT = 48
+
+
+@dataclass(frozen=True)
+class CalibratedLayer:
+    """What packing takes of a calibrated layer.
+
+    Attributes:
+        codes: uint8 [out, dense_width(columns, bits)], the dense form of `codec.radix`.
+        scale: fp32 [out].
+        bias: fp32 [out], or None for a layer without a bias.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def to(self, device: torch.device | str | int) -> CalibratedLayer:
+        """The same on another device."""
+        bias = None if self.bias is None else self.bias.to(device)
+        return CalibratedLayer(self.codes.to(device), self.scale.to(device), bias)
+
+
+@torch.no_grad()
+def quantize_layer(
+    layer: nn.Linear | nn.Conv2d, moments: InputMoments, bits: int, *, scale_init: str, iterations: int, balance: bool
+) -> CalibratedLayer:
+    """Round a layer's weight for the inputs that `moments` has seen.
+
+    The error of the output has a mean, which a bias can take, so that with a bias only the inputs' covariance counts.
+
+    Raises:
+        ValueError: the weight holds NaN or infinite values.
+    """
+    weight = layer.weight.detach().flatten(1).float()
+    groups = getattr(layer, "groups", 1)
+    blocks_per_group = len(moments.blocks) // groups
+    codes, scales = [], []
+    for group, rows in enumerate(weight.chunk(groups)):
+        blocks = range(group * blocks_per_group, (group + 1) * blocks_per_group)
+        factors = _factors(moments, blocks, centred=layer.bias is not None)
+        for part in rows.split(max(1, _WEIGHTS_AT_ONCE // rows.shape[1])):
+            found = quantize_rows_for_inputs(
+                part, factors, bits, scale_init=scale_init, iterations=iterations, balance=balance
+            )
+            codes.append(found[0])
+            scales.append(found[1])
+    code, scale = torch.cat(codes), torch.cat(scales)
+    bias = None
+    if layer.bias is not None:
+        error = weight - scale.unsqueeze(1) * code
+        means = moments.mean().view(groups, -1)
+        shift = torch.cat([part @ mean for part, mean in zip(error.chunk(groups), means, strict=True)])
+        bias = layer.bias.detach().float() + shift
+    return CalibratedLayer(pack_dense(code, bits), scale, bias)
+
+
+def _factors(moments: InputMoments, blocks: range, centred: bool) -> list[Factor]:
+    first = moments.blocks[blocks[0]][0]
+    return [
+        factorize(moments.second_moment(block, centred), start=moments.blocks[block][0] - first) for block in blocks
+    ]
+
+
+def rounding_bytes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> int:
+    """Bytes that `quantize_layer` takes at most beside the weight and its moments."""
+    taps = layer.weight[0, 0].numel()
+    largest = max(taps * (stop - start) for start, stop in channel_blocks(layer, most_columns))
+    weights = layer.weight.numel()
+    at_once = min(weights, max(_WEIGHTS_AT_ONCE, layer.weight[0].numel()))
+    # Factors of one group, and at most three copies of a block while it is factorized.
+    return moment_bytes(layer, most_columns) + 3 * 4 * largest**2 + _BYTES_PER_WEIGHT * at_once + 10 * weights

@@ -1,0 +1,169 @@
+"""Calibrating a model: runs of the pipeline, rounding, and keeping what is done."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import gather_object, parse_flag_from_env
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+from tqdm.auto import tqdm
+
+from .denoising import Denoising
+from .layers import CalibratedLayer, quantize_layer
+from .moments import InputMoments
+from .passes import plan_passes
+from .settings import Calibration
+from .store import CalibrationFolder
+
+# Seconds of drawing that an interruption may cost; moments are large, so they are not written after every batch.
+_SAVE_EVERY = 120.0
+
+# Numbers of each weight that tell one model from another.
+_HASHED = 1024
+
+
+def process_state() -> PartialState:
+    """This process among those of `accelerate launch`, which says by this variable that they are to use the CPU."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def calibrate(
+    pipeline: DiffusionPipeline,
+    model: ModelMixin,
+    bits: Mapping[str, int],
+    calibration: Calibration,
+    *,
+    scale_init: str = "alternating",
+    iterations: int = 10,
+    balance: bool = True,
+    progress: bool = True,
+) -> dict[str, CalibratedLayer]:
+    """Codes, scales and biases of a model's layers for the inputs that they see while the pipeline draws.
+
+    The model is not changed. Under `accelerate launch` the prompts, and then the layers, are shared out among the
+    processes; each must hold the same pipeline, on its own device, and each returns all layers.
+
+    Args:
+        pipeline: in full precision, on the device to use.
+        model: the component of it to calibrate.
+        bits: bits by layer name; only these layers are looked at.
+        calibration: what to run.
+        scale_init, iterations, balance: as in `codec.scales.quantize_rows`.
+        progress: whether to show progress bars.
+
+    Returns:
+        A calibrated layer for each name in `bits`, on the CPU.
+
+    Raises:
+        ValueError: an input or a weight holds NaN or infinite values, the memory does not suffice, or the cache folder
+            belongs to another calibration.
+    """
+    layers = {name: model.get_submodule(name) for name in bits}
+    options = {"scale_init": scale_init, "iterations": iterations, "balance": balance}
+    passes = plan_passes(layers, calibration.memory_gb * 1e9)
+    state = process_state()
+    folder = None
+    if calibration.cache_dir is not None:
+        settings = _settings(pipeline, layers, bits, calibration) | options
+        folder = CalibrationFolder(calibration.cache_dir, settings, state.process_index)
+
+    done: dict[str, CalibratedLayer] = {}
+    for index, names in enumerate(passes.groups):
+        own = names[state.process_index :: state.num_processes]
+        if folder is not None:
+            done |= {name: layer for name in own if (layer := folder.load_layer(name)) is not None}
+        missing = [name for name in own if name not in done]
+        if not _any(bool(missing)):
+            continue
+        moments = {name: InputMoments(layers[name], passes.most_columns) for name in names}
+        title = f"pass {index + 1} of {len(passes.groups)}"
+        _gather(Denoising(pipeline, model, calibration), moments, folder, index, title, progress)
+        for moment in moments.values():
+            moment.sum_over_processes()
+        for name in tqdm(missing, desc=f"Rounding layers, {title}", disable=not _shows(progress)):
+            done[name] = _round(layers[name], name, moments.pop(name), bits[name], options)
+            if folder is not None:
+                folder.save_layer(name, done[name])
+        if folder is not None:
+            folder.drop_moments(index)
+    return _of_all_processes(done)
+
+
+def _gather(
+    denoising: Denoising,
+    moments: Mapping[str, InputMoments],
+    folder: CalibrationFolder | None,
+    index: int,
+    title: str,
+    progress: bool,
+) -> None:
+    """This process's share of the batches, without those that the folder has from an interrupted run."""
+    state = PartialState()
+    batches = range(state.process_index, denoising.num_batches, state.num_processes)
+    start = 0 if folder is None else folder.load_moments(index, moments)
+    steps = denoising.calibration.num_inference_steps
+    saved = time.monotonic()
+    with tqdm(
+        total=len(batches) * steps, initial=start * steps, desc=f"Drawing, {title}", disable=not _shows(progress)
+    ) as bar:
+        for count, batch in enumerate(batches[start:], start=start + 1):
+            denoising.gather(batch, moments, on_call=partial(_advance, bar, count * steps))
+            bar.update(count * steps - bar.n)
+            last = count == len(batches)
+            if folder is not None and (last or time.monotonic() - saved > _SAVE_EVERY):
+                folder.save_moments(index, count, moments)
+                saved = time.monotonic()
+
+
+def _advance(bar: tqdm, goal: int) -> None:
+    """A step, but not past `goal`: a scheduler may call the model more often than it makes steps."""
+    bar.update(min(1, goal - bar.n))
+
+
+def _round(
+    layer: nn.Linear | nn.Conv2d, name: str, moments: InputMoments, bits: int, options: Mapping[str, Any]
+) -> CalibratedLayer:
+    try:
+        return quantize_layer(layer, moments, bits, **options).to("cpu")
+    except ValueError as error:
+        raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
+
+
+def _any(here: bool) -> bool:
+    """Whether it holds in any process."""
+    return any(gather_object([here]))
+
+
+def _of_all_processes(done: dict[str, CalibratedLayer]) -> dict[str, CalibratedLayer]:
+    return {name: layer for part in gather_object([done]) for name, layer in part.items()}
+
+
+def _shows(progress: bool) -> bool:
+    return progress and PartialState().is_local_main_process
+
+
+def _settings(
+    pipeline: DiffusionPipeline,
+    layers: Mapping[str, nn.Linear | nn.Conv2d],
+    bits: Mapping[str, int],
+    calibration: Calibration,
+) -> dict[str, Any]:
+    """All that the results depend on, JSON-safe."""
+    asked = {key: value for key, value in calibration.to_dict().items() if key != "cache_dir"}
+    weights = hashlib.sha256()
+    for layer in layers.values():
+        weights.update(layer.weight.detach().flatten()[:_HASHED].float().cpu().numpy().tobytes())
+    return asked | {
+        "pipeline": type(pipeline).__name__,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "dtype": str(pipeline.dtype),
+        "processes": PartialState().num_processes,
+        "weights": weights.hexdigest(),
+        "bits": dict(bits),
+    }

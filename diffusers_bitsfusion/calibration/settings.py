@@ -1,0 +1,91 @@
+"""What to run for calibration, and how much memory it may take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+_DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
+
+
+def default_prompts() -> list[str]:
+    """The shipped prompts: everyday pictures of many kinds and styles, for text-to-image models of any subject."""
+    return _DEFAULT_PROMPTS.read_text(encoding="utf-8").splitlines()
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a pipeline is run to see its layers' inputs.
+
+    Attributes:
+        prompts: what to draw; None for the shipped list.
+        num_samples: pictures drawn, each with a prompt of its own as long as there are enough.
+        num_inference_steps: steps of the pipeline's own scheduler, all of which count.
+        guidance_scale: of classifier-free guidance; None for the pipeline's default.
+        seed: of the choice of prompts, the noise and the positions sampled.
+        batch_size: pictures drawn at once. It changes the result as little as another seed does.
+        memory_gb: GB (1e9 bytes) that calibration may take beside the pipeline, on the device that the model is on.
+        cache_dir: folder that keeps what is done, so that an interrupted run goes on from there; under
+            `accelerate launch` on a disk that all processes share. None keeps nothing.
+
+    Raises:
+        ValueError: a value is impossible; the message names the attribute.
+    """
+
+    prompts: Sequence[str] | None = None
+    num_samples: int = 16
+    num_inference_steps: int = 20
+    guidance_scale: float | None = None
+    seed: int = 0
+    batch_size: int = 4
+    memory_gb: float = 8.0
+    cache_dir: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.prompts is not None:
+            prompts = self.prompts
+            if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+                raise ValueError(f"calibration prompts must be a list of texts, got {prompts!r}")
+            if not prompts:
+                raise ValueError("calibration prompts are an empty list; leave them out for the shipped ones.")
+        for name, least in (("num_samples", 1), ("num_inference_steps", 1), ("seed", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} of the calibration must be an integer from {least}, got {value!r}")
+        if not self.memory_gb > 0:
+            raise ValueError(f"memory_gb of the calibration must be positive, got {self.memory_gb!r}")
+
+    @classmethod
+    def of(cls, value: Any) -> Calibration | None:
+        """The settings that a user's `calibration=` means: None or False, True, a mapping or the object itself.
+
+        Raises:
+            ValueError: it is none of these, or a mapping with unknown keys.
+        """
+        if value is None or value is False:
+            return None
+        if value is True:
+            return cls()
+        if isinstance(value, cls):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"calibration must be None, True, a Calibration or a dict of its values, got {value!r}")
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(value) - known):
+            raise ValueError(f"calibration has no {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe content; `of` reads it."""
+        prompts = None if self.prompts is None else list(self.prompts)
+        cache_dir = None if self.cache_dir is None else os.fspath(self.cache_dir)
+        return asdict(self) | {"prompts": prompts, "cache_dir": cache_dir}
+
+    def summary(self) -> dict[str, Any]:
+        """What a quantized checkpoint says of its calibration, JSON-safe: no prompts, which may be private."""
+        prompts = "default" if self.prompts is None else f"{len(self.prompts)} of the user's"
+        kept = ("num_samples", "num_inference_steps", "guidance_scale", "seed")
+        return {"prompts": prompts} | {name: getattr(self, name) for name in kept}
