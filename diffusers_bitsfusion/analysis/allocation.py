@@ -1,62 +1,139 @@
-"""Bits per layer under a size budget."""
+"""From an analysis to a recipe, by any of the rules."""
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from ..codec.grid import cost_in_bits
+from ..recipe import Recipe
+from .data_free import allocate_data_free
+from .knapsack import knapsack, predicted_damage
+from .paper_rule import ETA, paper_rule
+from .results import Analysis
+from .rounding import WIDTHS
 
-# Mean squared error of a unit Gaussian rounded to 1 to 7 bits at its best scale (paper, section 3).
-_GAUSSIAN_ERROR = (0.190174, 0.082178, 0.030696, 0.010405, 0.003313, 0.001012, 0.000300)
-_WIDTHS = range(1, len(_GAUSSIAN_ERROR) + 1)
+RULES = ("knapsack", "paper", "data-free")
 
 
-def allocate_data_free(sizes: Mapping[str, int], budget: float, *, balance: bool = True) -> dict[str, int]:
-    """Bits per layer from the layers' sizes alone, for a model nobody has analysed.
+@dataclass(frozen=True)
+class Totals:
+    """What a recipe costs, by every way of counting.
 
-    Rounding adds noise to a layer's output in proportion to its relative weight error, whatever its size; so the sum
-    of these errors is minimised under the budget, one bit at a time where it removes most error for its bytes. Small
-    layers, where a bit costs little, come out protected: n falls by half a bit to a bit per doubling of the size, much
-    as in the paper's published recipe.
+    Attributes:
+        paper_bits: the paper's average bits a weight, first and last layer and time embedding included.
+        layer_bits: log2(levels) averaged over the recipe's layers.
+        bytes: of the recipe's layers in the file, entropy coded, scales included.
+        damage: predicted, summed over the layers.
+    """
+
+    paper_bits: float
+    layer_bits: float
+    bytes: int
+    damage: float
+
+    def __str__(self) -> str:
+        return (
+            f"bits a weight     {self.layer_bits:.4f} over these layers, {self.paper_bits:.4f} by the formula\n"
+            f"bytes in the file {self.bytes:,}\n"
+            f"predicted damage  {self.damage:.4g}"
+        )
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, int], analysis: Analysis) -> Totals:
+        header = analysis.header
+        bits = sum(cost_in_bits(n) * header.layers[name].weights for name, n in recipe.items())
+        damage = predicted_damage(analysis)
+        return cls(
+            paper_bits=(bits + header.fixed_bits) / header.weights,
+            layer_bits=bits / sum(analysis.sizes.values()),
+            bytes=sum(header.layers[name].bytes[n - 1] for name, n in recipe.items()),
+            damage=sum(damage[name][n - 1] for name, n in recipe.items()),
+        )
+
+
+def allocate(
+    analysis: Analysis,
+    target_bits: float = 1.99,
+    *,
+    rule: str = "knapsack",
+    max_bytes: int | None = None,
+    eta: float = ETA,
+) -> Recipe:
+    """The recipe that a rule finds for an analysed model.
 
     Args:
-        sizes: weights by layer name.
-        budget: bits that all layers may take together, counted as log2(levels) a weight.
-        balance: whether the grids are balanced.
-
-    Returns:
-        Bits, 1 to 7, by layer name.
+        analysis: of any method.
+        target_bits: average bits a weight by the paper's formula, as in `BitsFusionConfig`.
+        rule: "knapsack": the smallest total damage whose layers take no more bytes in the file, entropy coded, than
+            those of the data-free allocation to the target; "paper": threshold and CLIP percentiles (paper, section
+            5), the latter where the analysis has CLIP scores; "data-free": sizes alone.
+        max_bytes: instead of `target_bits`, bytes that the recipe's layers may take in the file, entropy coded and
+            with their scales.
+        eta: exponent of the paper's rule.
 
     Raises:
-        ValueError: the budget is below 1-bit layers throughout or above 7-bit ones, or there are no layers.
+        ValueError: an unknown rule, or a target that no assignment reaches.
     """
-    if not sizes:
-        raise ValueError("there are no layers to allocate bits to")
-    total = sum(sizes.values())
-    least, most = (cost_in_bits(bits, balance) * total for bits in (_WIDTHS[0], _WIDTHS[-1]))
-    if not least <= budget <= most:
-        raise ValueError(
-            f"no assignment of 1 to 7 bits reaches {budget / total:.3f} bits a weight over {len(sizes)} layers: they "
-            f"take {least / total:.3f} to {most / total:.3f}"
-        )
-    bits = dict.fromkeys(sizes, 1)
-    spent = least
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
+    if max_bytes is None:
+        fixed = analysis.header.fixed_bits / analysis.header.weights
+        target = f"target_bits={target_bits}, of which first and last layer and time embedding take {fixed:.2f},"
+    else:
+        target = f"max_bytes={max_bytes}"
+    try:
+        bits = _bits(analysis, target_bits, rule, max_bytes, eta)
+    except ValueError as error:
+        raise ValueError(f"{target} cannot be reached for this model: {error}.") from error
+    asked = f"target_bits={target_bits}" if max_bytes is None else f"max_bytes={max_bytes}"
+    source = f"{rule} rule, {asked}, {analysis.header.method} analysis of {analysis.header.model['class']}"
+    return Recipe(bits, source=source, shapes=analysis.shapes)
 
-    def step(name: str) -> tuple[float, str, float]:
-        """(error removed per bit of budget, negated for the heap; layer; bits of budget) of one bit more."""
-        now = bits[name]
-        cost = (cost_in_bits(now + 1, balance) - cost_in_bits(now, balance)) * sizes[name]
-        return (_GAUSSIAN_ERROR[now] - _GAUSSIAN_ERROR[now - 1]) / cost, name, cost
 
-    steps = [step(name) for name in sizes]
-    heapq.heapify(steps)
-    while steps:
-        _, name, cost = heapq.heappop(steps)
-        if spent + cost > budget:
-            continue  # a smaller layer may still fit
-        bits[name] += 1
-        spent += cost
-        if bits[name] < _WIDTHS[-1]:
-            heapq.heappush(steps, step(name))
-    return bits
+def _bits(analysis: Analysis, target_bits: float, rule: str, max_bytes: int | None, eta: float) -> dict[str, int]:
+    header, sizes = analysis.header, analysis.sizes
+    file_bytes = {name: layer.bytes for name, layer in header.layers.items()}
+    cost: Mapping[str, Sequence[float]] = file_bytes
+    budget: float
+    if max_bytes is not None:
+        budget = max_bytes
+    else:
+        cost = {name: [cost_in_bits(n) * size for n in WIDTHS] for name, size in sizes.items()}
+        budget = target_bits * header.weights - header.fixed_bits
+    if rule == "paper":
+        damage = {n: analysis.damage(n) for n in header.bits}
+        return paper_rule(damage, sizes, cost, budget, eta=eta, clip_drop=analysis.clip_drop(max(header.bits)))
+    if rule == "knapsack":
+        if max_bytes is None:
+            max_bytes = _bytes_of(allocate_data_free(sizes, budget), file_bytes)
+        return knapsack(predicted_damage(analysis), file_bytes, max_bytes)
+    if max_bytes is None:
+        return allocate_data_free(sizes, budget)
+    return _data_free_within(max_bytes, sizes, file_bytes)
+
+
+def _bytes_of(bits: Mapping[str, int], file_bytes: Mapping[str, Sequence[int]]) -> int:
+    return sum(file_bytes[name][n - 1] for name, n in bits.items())
+
+
+def _data_free_within(
+    max_bytes: int, sizes: Mapping[str, int], file_bytes: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """The data-free allocation of the most bits whose result takes no more than `max_bytes`, by bisection.
+
+    Raises:
+        ValueError: even 1 bit everywhere takes more.
+    """
+    low, high = (cost_in_bits(n) * sum(sizes.values()) for n in (WIDTHS[0], WIDTHS[-1]))
+    best = allocate_data_free(sizes, low)
+    if _bytes_of(best, file_bytes) > max_bytes:
+        raise ValueError(f"1 bit everywhere takes {_bytes_of(best, file_bytes)} bytes")
+    for _ in range(40):  # halves the interval to less than a bit
+        middle = (low + high) / 2
+        found = allocate_data_free(sizes, middle)
+        if _bytes_of(found, file_bytes) <= max_bytes:
+            best, low = found, middle
+        else:
+            high = middle
+    return best

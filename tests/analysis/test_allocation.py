@@ -1,108 +1,106 @@
-import itertools
-import math
+"""From an analysis to a recipe: targets, budgets in real bytes, and what is out of reach."""
+
+from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
 
-from diffusers_bitsfusion.analysis.allocation import allocate_data_free
+from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model, size_report
+from diffusers_bitsfusion.analysis.allocation import RULES, Totals, allocate
 
-# Squared error of a unit Gaussian on its best grid, by numerical minimisation.
-GAUSSIAN_ERROR = {1: 0.190174, 2: 0.082178, 3: 0.030696, 4: 0.010405, 5: 0.003313, 6: 0.001012, 7: 0.000300}
+from .conftest import DEAD
 
-
-def cost(sizes, bits, balance=True):
-    return sum((math.log2(2**n + 1) if balance else n) * sizes[name] for name, n in bits.items())
-
-
-def error(bits):
-    return sum(GAUSSIAN_ERROR[n] for n in bits.values())
+LAYER_BITS = 2.2
 
 
-sizes_and_average = st.tuples(
-    st.lists(st.integers(1, 10**6), min_size=1, max_size=30), st.floats(math.log2(3) + 1e-6, 7.0)
-)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_recipe_of_any_rule_reaches_its_target_and_quantizes_the_model(full, small_pipe, target_of, rule):
+    recipe = allocate(full, target_of(LAYER_BITS), rule=rule)
+    assert list(recipe) == list(full.header.layers) and recipe.shapes == full.shapes
+    totals = Totals.of(recipe, full)
+    assert totals.layer_bits == pytest.approx(recipe.average_bits(small_pipe.unet).layers)
+    if rule != "knapsack":  # which spends bytes
+        assert LAYER_BITS - 0.3 < totals.layer_bits <= LAYER_BITS
+    quantize_model(small_pipe.unet, BitsFusionConfig(recipe=recipe), progress=False)
+    assert all(small_pipe.unet.get_submodule(name).bits == n for name, n in recipe.items())
+    assert totals.paper_bits == pytest.approx(size_report(small_pipe.unet).average_bits.paper)
 
 
-@given(sizes_and_average)
-@settings(deadline=None)
-def test_the_budget_is_kept_and_no_further_bit_fits(case):
-    counts, average = case
-    sizes = {f"layer{i}": count for i, count in enumerate(counts)}
-    budget = average * sum(counts)
-    bits = allocate_data_free(sizes, budget)
-    assert set(bits) == set(sizes)
-    assert set(bits.values()) <= set(range(1, 8))
-    assert cost(sizes, bits) <= budget * (1 + 1e-9)
-    for name in sizes:
-        if bits[name] < 7:
-            assert cost(sizes, bits | {name: bits[name] + 1}) > budget * (1 - 1e-9)
+def test_bytes_are_those_of_the_file(full, small_pipe, target_of, tmp_path):
+    recipe = allocate(full, target_of(LAYER_BITS))
+    quantize_model(small_pipe.unet, BitsFusionConfig(recipe=recipe), progress=False).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    found = sum(tensors[f"{name}.{part}"].nbytes for name in recipe for part in ("codes", "scale"))
+    assert Totals.of(recipe, full).bytes == found
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=4), st.floats(1.6, 6.9))
-@settings(deadline=None, max_examples=25)
-def test_the_error_is_within_one_step_of_the_best_assignment(counts, average):
-    sizes = {f"layer{i}": count for i, count in enumerate(counts)}
-    budget = average * sum(counts)
-    every = (dict(zip(sizes, bits, strict=True)) for bits in itertools.product(range(1, 8), repeat=len(sizes)))
-    best = min(error(bits) for bits in every if cost(sizes, bits) <= budget)
-    found = allocate_data_free(sizes, budget)
-    # The greedy answer to a convex knapsack misses the optimum by less than the step that no longer fitted.
-    left_out = max((GAUSSIAN_ERROR[n] - GAUSSIAN_ERROR[n + 1] for n in found.values() if n < 7), default=0.0)
-    assert error(found) <= best + left_out + 1e-12
+def test_the_knapsack_takes_no_more_bytes_than_the_data_free_recipe_and_does_the_least_damage(full, target_of):
+    target = target_of(LAYER_BITS)
+    totals = {rule: Totals.of(allocate(full, target, rule=rule), full) for rule in RULES}
+    assert totals["knapsack"].bytes <= totals["data-free"].bytes
+    assert totals["knapsack"].damage <= totals["data-free"].damage
+    within = totals["paper"].bytes
+    other = Totals.of(allocate(full, max_bytes=within), full)
+    assert other.bytes <= within and other.damage <= totals["paper"].damage
 
 
-@given(sizes_and_average)
-@settings(deadline=None)
-def test_a_smaller_layer_never_gets_fewer_bits(case):
-    counts, average = case
-    sizes = {f"layer{i}": count for i, count in enumerate(counts)}
-    bits = allocate_data_free(sizes, average * sum(counts))
-    ordered = sorted(sizes, key=sizes.get)
-    for small, large in itertools.pairwise(ordered):
-        if sizes[small] < sizes[large]:
-            assert bits[small] >= bits[large]
+@pytest.mark.parametrize("rule", RULES)
+def test_a_budget_in_bytes_is_kept_and_nearly_spent(full, rule):
+    budget = Totals.of(dict.fromkeys(full.header.layers, 2), full).bytes
+    spent = Totals.of(allocate(full, max_bytes=budget, rule=rule), full).bytes
+    assert 0.95 * budget < spent <= budget
 
 
-def test_bits_fall_by_half_a_bit_to_one_bit_a_doubling():
-    sizes = {f"2**{k}": 2**k for k in range(8, 24)}
-    bits = list(allocate_data_free(sizes, 2.2 * sum(sizes.values())).values())
-    inner = [i for i, n in enumerate(bits) if 1 < n < 7]
-    slope = (bits[inner[0]] - bits[inner[-1]]) / (inner[-1] - inner[0])
-    assert 0.5 <= slope <= 1
+@pytest.mark.parametrize("rule", RULES[:2])
+def test_a_layer_that_never_changes_the_output_gets_the_fewest_bits(full, target_of, rule):
+    for layer_bits in (1.9, 2.5, 3.5):
+        assert allocate(full, target_of(layer_bits), rule=rule)[DEAD] == 1
 
 
-def test_more_budget_never_makes_the_error_larger():
-    sizes = {"a": 7000, "b": 900, "c": 40_000, "d": 123, "e": 40_001}
-    errors = [error(allocate_data_free(sizes, average * 88_024)) for average in (1.6, 1.8, 2.0, 2.5, 3, 4, 5, 6, 7)]
-    assert errors == sorted(errors, reverse=True)
+def test_the_data_free_rule_is_that_of_the_config(full, small_pipe, target_of):
+    config = BitsFusionConfig(target_bits=target_of(LAYER_BITS))
+    quantize_model(small_pipe.unet, config, progress=False)
+    recipe = allocate(full, target_of(LAYER_BITS), rule="data-free")
+    assert recipe == {name: small_pipe.unet.get_submodule(name).bits for name in recipe}
 
 
-@pytest.mark.parametrize("balance", [True, False])
-@pytest.mark.parametrize("bits", [1, 7])
-def test_the_ends_of_the_range_are_reached(balance, bits):
-    sizes = {"a": 1280, "b": 33, "c": 921_600, "d": 5}
-    uniform = dict.fromkeys(sizes, bits)
-    assert allocate_data_free(sizes, cost(sizes, uniform, balance), balance=balance) == uniform
+def test_the_papers_rule_without_clip_scores_goes_by_the_threshold_alone(make_analysis):
+    layers = {f"layer{i}": (1000, (0.1 * i, 0.05 * i, 0.02 * i)) for i in range(1, 30)}
+    plain = make_analysis(layers)
+    drops = {name: float(name == "layer1") for name in layers}
+    assert allocate(plain, 2.0, rule="paper")["layer1"] == 1
+    assert allocate(make_analysis(layers, drops), 2.0, rule="paper")["layer1"] == 4
 
 
-def test_plain_grids_are_cheaper_and_get_more_bits_for_the_same_budget():
-    sizes = {f"layer{i}": 1000 + i for i in range(50)}
-    budget = 2.0 * sum(sizes.values())
-    plain = allocate_data_free(sizes, budget, balance=False)
-    assert cost(sizes, plain, balance=False) <= budget
-    assert sum(plain.values()) > sum(allocate_data_free(sizes, budget).values())
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("target", [1.2, 7.5])
+def test_a_target_that_no_assignment_reaches_is_refused(full, rule, target):
+    with pytest.raises(
+        ValueError,
+        match=rf"target_bits={target}, of which .* take \d\.\d+, cannot be reached for this model: .*a weight",
+    ):
+        allocate(full, target, rule=rule)
 
 
-@pytest.mark.parametrize("average", [0.5, 1.58, 7.02, 16.0, -1.0])
-def test_a_budget_out_of_reach_is_refused_with_what_is_in_reach(average):
-    with pytest.raises(ValueError, match=r"1\.585 to 7\.011") as failure:
-        allocate_data_free({"a": 100, "b": 300}, average * 400)
-    assert f"{average:.3f} bits a weight over 2 layers" in str(failure.value)
+@pytest.mark.parametrize("rule", RULES)
+def test_too_few_bytes_are_refused(full, rule):
+    with pytest.raises(ValueError, match="max_bytes=10 cannot be reached"):
+        allocate(full, max_bytes=10, rule=rule)
 
 
-def test_the_answer_does_not_depend_on_the_order_of_the_layers():
-    sizes = {f"layer{i}": 100 * (1 + i % 7) for i in range(40)}
-    backwards = dict(reversed(sizes.items()))
-    budget = 2.3 * sum(sizes.values())
-    assert allocate_data_free(sizes, budget) == allocate_data_free(backwards, budget)
+def test_an_unknown_rule_is_refused(full):
+    with pytest.raises(ValueError, match="rule must be one of knapsack, paper, data-free; got 'best'"):
+        allocate(full, rule="best")
+
+
+def test_a_recipe_is_saved_loaded_and_used_on_a_fine_tune(full, small_folder, target_of, tmp_path):
+    allocate(full, target_of(LAYER_BITS)).save(tmp_path)
+    pipe = StableDiffusionPipeline.from_pretrained(small_folder)
+    with torch.no_grad():
+        for parameter in pipe.unet.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    recipe = Recipe.load(tmp_path)
+    quantize_model(pipe, BitsFusionConfig(recipe=str(tmp_path)), progress=False)
+    assert {name: pipe.unet.get_submodule(name).bits for name in recipe} == recipe

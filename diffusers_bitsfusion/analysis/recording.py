@@ -1,0 +1,112 @@
+"""What the full-precision model does while it draws: calls to learn from and pictures to compare with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from ..evaluation import Sampling, generate_images
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser during sampling; of both halves, with and without the prompt, where it is guided.
+
+    Attributes:
+        args, kwargs: its arguments, as the pipeline gave them.
+        output: the predicted noise (or velocity), floating [rows, ...].
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    def repeat(self, model: nn.Module) -> Tensor:
+        """The prediction of `model` for the same arguments."""
+        return model(*self.args, **self.kwargs)[0]
+
+    def to(self, device: torch.device) -> Call:
+        return Call(*send_to_device((self.args, self.kwargs, self.output), device))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the full-precision model did.
+
+    Attributes:
+        images: its pictures, (n, height, width, 3) uint8.
+        calls: some of its denoiser's calls.
+    """
+
+    images: np.ndarray
+    calls: list[Call]
+
+    @classmethod
+    def empty(cls) -> Reference:
+        """Of a model that has drawn nothing."""
+        return cls(np.empty((0, 0, 0, 3), np.uint8), [])
+
+    def save(self, path: Path) -> None:
+        """Write to a file that is either there and complete, or not there."""
+        scratch = path.with_name(f".{path.name}")
+        calls = [(call.args, call.kwargs, call.output) for call in self.calls]
+        torch.save({"images": torch.from_numpy(self.images), "calls": calls}, scratch)
+        os.replace(scratch, path)
+
+    @classmethod
+    def load(cls, path: Path, device: torch.device) -> Reference:
+        """Inverse of `save`, with the calls on `device`."""
+        content = torch.load(path, weights_only=True)
+        return cls(content["images"].numpy(), [Call(*call).to(device) for call in content["calls"]])
+
+
+class _Recorder:
+    """Keeps `count` of the calls it sees, each as likely as any other, without holding them all at once."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self.calls: list[Call] = []
+        self._count, self._seen = count, 0
+        self._rng = np.random.default_rng(seed)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        place = self._seen if self._seen < self._count else int(self._rng.integers(self._seen + 1))
+        self._seen += 1
+        if place < self._count:
+            call = Call(args, kwargs, output[0]).to(torch.device("cpu"))
+            self.calls[place : place + 1] = [call]
+
+
+def record(
+    pipeline: DiffusionPipeline,
+    model: nn.Module,
+    captions: Sequence[str],
+    sampling: Sampling,
+    calls: int,
+    progress: bool = True,
+) -> Reference:
+    """Draw a picture a caption and keep some of the denoiser's calls.
+
+    Args:
+        pipeline: in full precision.
+        model: its denoiser.
+        captions: what to draw.
+        sampling: how; its seed also chooses the calls.
+        calls: how many to keep, at random over all pictures and steps; fewer where sampling makes fewer.
+        progress: whether to show a progress bar.
+    """
+    recorder = _Recorder(calls, sampling.seed)
+    hook = model.register_forward_hook(recorder, with_kwargs=True)
+    try:
+        images = generate_images(pipeline, captions, sampling, progress=progress)
+    finally:
+        hook.remove()
+    return Reference(images, recorder.calls)

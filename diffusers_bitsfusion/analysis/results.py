@@ -1,0 +1,232 @@
+"""The result of a sensitivity analysis: one file of JSON lines, a header and a line for each (layer, bits)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "bitsfusion-analysis"
+VERSION = 1
+RESULT_FILE = "analysis.jsonl"
+
+Item = tuple[str, int]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs and loses at each number of bits, known before anything is drawn.
+
+    Attributes:
+        shape: of the weight.
+        bytes: in the file at 1 to 7 bits: entropy-coded codes and fp32 scales.
+        weight_error: squared error ||w - Q(w)||^2 of the rounded weight at 1 to 7 bits.
+    """
+
+    shape: tuple[int, ...]
+    bytes: tuple[int, ...]
+    weight_error: tuple[float, ...]
+
+    @property
+    def weights(self) -> int:
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an analysis measured, on which model, how; the first line of its file.
+
+    Attributes:
+        method: "full" or an estimate's name, see `sensitivity.METHODS`.
+        metrics: what each line holds; the first one stands for the damage that allocation minimises.
+        bits: numbers of bits measured for every layer.
+        model: "class" and "fingerprint" (SHA-256 of the weights).
+        layers: cost of every layer, by module name in the model's order.
+        fixed_bits: bits in the paper's formula that no recipe decides: first and last layer, time embedding.
+        weights: weights that the paper's average is over.
+        settings: how it was measured; JSON-safe.
+        versions: of the packages used.
+        run: names the model, the method and the settings in every line.
+    """
+
+    method: str
+    metrics: tuple[str, ...]
+    bits: tuple[int, ...]
+    model: Mapping[str, str]
+    layers: Mapping[str, LayerCost]
+    fixed_bits: float
+    weights: int
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    run: str
+
+    @property
+    def items(self) -> list[Item]:
+        """Every (layer, bits) to measure, in the order of the finished file."""
+        return [(name, bits) for name in self.layers for bits in self.bits]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe content."""
+        layers = {name: dict(cost.__dict__) for name, cost in self.layers.items()}
+        return {"format": FORMAT, "version": VERSION, **self.__dict__, "layers": layers}
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str) -> Header:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: not the header of an analysis, or of a newer version; the message names `where`.
+        """
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise ValueError(f"{where} is not an analysis: it does not begin with the header of {FORMAT}.")
+        if content["version"] > VERSION:
+            raise ValueError(
+                f"{where} has version {content['version']}, newer than the {VERSION} that this diffusers_bitsfusion "
+                "reads. Upgrade with `pip install -U diffusers_bitsfusion`."
+            )
+        fields: dict[str, Any] = {key: value for key, value in content.items() if key not in ("format", "version")}
+        try:
+            fields |= {key: tuple(fields[key]) for key in ("metrics", "bits")}
+            fields["layers"] = {
+                name: LayerCost(tuple(cost["shape"]), tuple(cost["bytes"]), tuple(cost["weight_error"]))
+                for name, cost in fields["layers"].items()
+            }
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"The header of {where} is damaged: {error}.") from error
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """A finished analysis.
+
+    Attributes:
+        header: what was measured and how.
+        records: metrics by (layer, bits); None stands for an infinite PSNR.
+    """
+
+    header: Header
+    records: Mapping[Item, Mapping[str, float | None]] = field(repr=False)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Analysis:
+        """Read a finished analysis: the folder that `bitsfusion analyze` wrote, or its `analysis.jsonl`.
+
+        Raises:
+            FileNotFoundError: no such file, or the analysis in the folder is not finished.
+            ValueError: lines are damaged, missing, doubled, or of another analysis or model; the message names them.
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / RESULT_FILE
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{path} holds no {RESULT_FILE}: the analysis there is not finished, or there is none. "
+                    "`bitsfusion analyze` with the same arguments goes on where it stopped."
+                )
+        lines = file.read_text(encoding="utf-8").splitlines() or [""]
+        header = Header.from_dict(_parse(lines[0], f"{file}, line 1"), str(file))
+        records: dict[Item, Mapping[str, float | None]] = {}
+        for number, line in enumerate(lines[1:], start=2):
+            where = f"{file}, line {number}"
+            item, metrics = check_record(_parse(line, where), header, where)
+            if item in records:
+                raise ValueError(f"{where}: {item[0]} at {item[1]} bits is there twice.")
+            records[item] = metrics
+        missing = [f"{name} at {bits} bits" for name, bits in header.items if (name, bits) not in records]
+        if missing:
+            raise ValueError(f"{file} lacks {len(missing)} of {len(header.items)} lines: {_some(missing)}.")
+        return cls(header, {item: records[item] for item in header.items})
+
+    def to_text(self) -> str:
+        """Content of the file that `load` reads."""
+        lines = [self.header.to_dict()]
+        lines += [format_record(self.header, item, metrics) for item, metrics in self.records.items()]
+        return "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Weight shape by layer."""
+        return {name: cost.shape for name, cost in self.header.layers.items()}
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of weights by layer."""
+        return {name: cost.weights for name, cost in self.header.layers.items()}
+
+    def metric(self, name: str, bits: int) -> np.ndarray:
+        """One metric of all layers in the header's order, (layers,) float64; infinity where it is None."""
+        values = [self.records[layer, bits][name] for layer in self.header.layers]
+        return np.array([np.inf if value is None else value for value in values], np.float64)
+
+    def damage(self, bits: int) -> dict[str, float]:
+        """The metric that stands for damage, by layer."""
+        return dict(zip(self.header.layers, self.metric(self.header.metrics[0], bits).tolist(), strict=True))
+
+    def clip_drop(self, bits: int) -> dict[str, float] | None:
+        """The drop of the CLIP score by layer, where the analysis has it."""
+        if "clip_drop" not in self.header.metrics:
+            return None
+        return dict(zip(self.header.layers, self.metric("clip_drop", bits).tolist(), strict=True))
+
+    def check_model(self, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+        """Refuse a model of another architecture; a fine-tune of the same one is fine.
+
+        Args:
+            shapes: weight shape by name of the model's layers that a recipe decides, see `plan.recipe_layers`.
+            what: names the model in the message.
+
+        Raises:
+            ValueError: layers are missing, left over, or of another shape.
+        """
+        own = self.shapes
+        for problem, names in (
+            ("lacks", [name for name in own if name not in shapes]),
+            ("also has", [name for name in shapes if name not in own]),
+            ("has in other shapes", [n for n in own if n in shapes and own[n] != tuple(shapes[n])]),
+        ):
+            if names:
+                raise ValueError(f"The analysis is of another model: {what} {problem} {_some(names)}.")
+
+
+def format_record(header: Header, item: Item, metrics: Mapping[str, float | None]) -> dict[str, Any]:
+    """The line of one (layer, bits), JSON-safe: {"run", "layer", "bits", and the metrics}."""
+    return {"run": header.run, "layer": item[0], "bits": item[1], **metrics}
+
+
+def check_record(content: Any, header: Header, where: str) -> tuple[Item, dict[str, float | None]]:
+    """The (layer, bits) and metrics of a parsed line.
+
+    Raises:
+        ValueError: the line does not belong to the header's analysis, or lacks a metric; the message names `where`.
+    """
+    if not isinstance(content, dict) or content.get("run") != header.run:
+        raise ValueError(f"{where} is not of this analysis, but of another model or other settings.")
+    layer: Any = content.get("layer")
+    bits: Any = content.get("bits")
+    if layer not in header.layers or bits not in header.bits:
+        raise ValueError(f"{where}: the analysis has no layer {layer!r} at {bits!r} bits.")
+    metrics = {name: content[name] for name in (*header.metrics, "seconds") if name in content}
+    if missing := [name for name in header.metrics if name not in metrics]:
+        raise ValueError(f"{where} lacks {', '.join(missing)}.")
+    for name, value in metrics.items():
+        if not (isinstance(value, (int, float)) and np.isfinite(value) or value is None and name == "psnr"):
+            raise ValueError(f"{where}: {name} is {value!r}, not a number.")
+    return (layer, bits), metrics
+
+
+def _parse(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged: {error}.") from error
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,89 @@
+"""The paper's analysis of one layer: rounded alone, trained, drawn with and compared (paper, section 4)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from torch import Tensor
+
+from ..config import BitsFusionConfig
+from ..evaluation import clip_score, generate_images, image_metrics
+from ..nn.convert import replace_module
+from ..training.qat import prepare_qat
+from .recording import Call
+from .results import Item
+from .rounding import holding
+from .study import Record, Study
+
+
+def trained_weight(
+    model: ModelMixin, name: str, bits: int, calls: Sequence[Call], steps: int, learning_rate: float
+) -> Tensor:
+    """A layer's rounded weight after training it alone towards the full-precision model's predicted noise.
+
+    Latent weight and scales are trained by AdamW without weight decay, a recorded call a step, in turn. The model is
+    as before afterwards.
+
+    Args:
+        model: the full-precision model; takes no gradients.
+        name: of the layer.
+        bits: of its balanced grid.
+        calls: of the full-precision model, on its device.
+        steps: of training; 0 for the weight as rounding gives it.
+        learning_rate: of AdamW, as a fraction of the weights' root mean square: AdamW's steps are as long for small
+            weights as for large ones.
+
+    Returns:
+        fp32, of the weight's shape.
+    """
+    original = model.get_submodule(name)
+    step = learning_rate * float(original.weight.square().mean().sqrt())
+    prepare_qat(model, BitsFusionConfig(recipe=bits, time_embedding="keep"), layers=[name])
+    try:
+        layer = model.get_submodule(name)
+        optimizer = torch.optim.AdamW([layer.weight, layer.scale], lr=step, weight_decay=0.0)
+        with torch.enable_grad():
+            for call in itertools.islice(itertools.cycle(calls), steps):
+                F.mse_loss(call.repeat(model).float(), call.output.float()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        codes, scale = layer.codes_and_scale()
+        return (codes * scale.unsqueeze(1)).view_as(layer.weight)
+    finally:
+        replace_module(model, name, original)
+        del model.qat_state
+
+
+def measure(study: Study, items: Iterable[Item]) -> Iterator[Record]:
+    """Train, draw and compare, one (layer, bits) after the other.
+
+    Yields:
+        Means over the pictures: MSE, PSNR, SSIM and where asked for LPIPS against the full-precision pictures on
+        pixels in [0, 1], `clip_drop` in points of the CLIP score (100 times the cosine), and the seconds taken.
+    """
+    settings, reference = study.settings, study.reference
+    if study.clip is not None:
+        texts = study.clip.text_features(study.captions)
+        expected = clip_score(study.clip.image_features(reference.images), texts)
+    for name, bits in items:
+        start = time.perf_counter()
+        weight = trained_weight(study.model, name, bits, reference.calls, settings.qat_steps, settings.learning_rate)
+        with holding(study.layers[name], weight):
+            images = generate_images(study.pipeline, study.captions, settings.sampling, progress=False)
+        metrics = image_metrics(images, reference.images, settings.lpips)
+        if study.clip is not None:
+            metrics["clip_drop"] = expected - clip_score(study.clip.image_features(images), texts)
+        values = {metric: _mean(each) for metric, each in metrics.items()}
+        yield (name, bits), values | {"seconds": time.perf_counter() - start}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """None where a PSNR is infinite, which JSON cannot hold."""
+    mean = float(values.mean())
+    return mean if np.isfinite(mean) else None

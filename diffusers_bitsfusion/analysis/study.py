@@ -1,0 +1,85 @@
+"""What every way of measuring sensitivity works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import nn
+
+from ..evaluation import Clip, Sampling
+from ..plan import recipe_layers
+from .recording import Reference
+from .results import Item
+
+Record = tuple[Item, dict[str, float | None]]
+
+DENOISERS = ("unet", "transformer")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How sensitivity is measured.
+
+    Attributes:
+        qat_steps: training steps of each layer, for the full analysis.
+        learning_rate: of that training, as a fraction of the root mean square of the layer's weights.
+        calls: calls of the denoiser that the estimates look at.
+        sampling: how pictures are drawn.
+        lpips: whether to measure LPIPS.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    qat_steps: int = 10
+    learning_rate: float = 4e-3
+    calls: int = 8
+    sampling: Sampling = Sampling(steps=20)
+    lpips: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("qat_steps", 0), ("learning_rate", 0), ("calls", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
+
+
+@dataclass
+class Study:
+    """One model under analysis.
+
+    Attributes:
+        pipeline: in full precision, fp32, taking no gradients.
+        captions: what is drawn.
+        settings: how.
+        clip: scores the pictures, where there is one.
+        reference: pictures and calls of the full-precision model, the calls on its device.
+    """
+
+    pipeline: DiffusionPipeline
+    captions: Sequence[str]
+    settings: Settings
+    clip: Clip | None
+    reference: Reference
+
+    @cached_property
+    def model(self) -> ModelMixin:
+        """The denoiser."""
+        return denoiser(self.pipeline)
+
+    @cached_property
+    def layers(self) -> dict[str, nn.Linear | nn.Conv2d]:
+        """The layers whose bits a recipe decides, by name."""
+        return analysed_layers(self.model)
+
+
+def denoiser(pipeline: DiffusionPipeline) -> ModelMixin:
+    """The UNet or transformer of a pipeline."""
+    return next(model for name in DENOISERS if (model := getattr(pipeline, name, None)) is not None)
+
+
+def analysed_layers(model: ModelMixin) -> dict[str, nn.Linear | nn.Conv2d]:
+    """The layers whose bits a recipe decides, by name."""
+    return recipe_layers(model, model._keep_in_fp32_modules or [])
