@@ -1,17 +1,28 @@
-# Two commands set everything up: `make demo` and `make test`. Both make .venv on their first call.
+# Two commands set everything up: `make demo` and `make test`. They make .venv on their first call.
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 # A machine without a GPU wants exactly this version: others bring several gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test wheel lint benchmark clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --out demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2
+
+# The wheel as users install it, in an environment that sees the dependencies of $(VENV) but not the working tree.
+wheel: $(VENV)/installed
+	rm -rf build dist
+	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .
+	$(PYTHON) -m venv build/clean
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+	    > $$(build/clean/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
+	build/clean/bin/pip install --quiet --no-deps dist/*.whl
+	cd build && clean/bin/python -c "import diffusers_bitsfusion as d; assert 'build/clean' in d.__file__, d.__file__"
+	build/clean/bin/python examples/demo.py --out build/demo
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -24,7 +35,7 @@ $(VENV)/installed: pyproject.toml examples/shapes/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[dev,eval]" -r examples/shapes/requirements.txt
+	$(BIN)/pip install --quiet -e ".[dev,eval,train,plot]" -r examples/shapes/requirements.txt
 	touch $@
 
 clean:

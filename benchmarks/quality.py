@@ -28,7 +28,7 @@ def mixed(bits: float) -> Callable[[Any], Any]:
 
     def config(unet: Any) -> Any:
         from diffusers_bitsfusion import BitsFusionConfig, Recipe
-        from diffusers_bitsfusion.analysis.allocation import allocate_data_free
+        from diffusers_bitsfusion.analysis.data_free import allocate_data_free
         from diffusers_bitsfusion.formula import IN_OUT_LAYERS
         from diffusers_bitsfusion.nn.time_path import TimePath
         from diffusers_bitsfusion.plan import quantizable_layers

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ from torch import nn
 
 from .checkpoint import split_adapters
 from .codec.grid import levels
+from .compute import packed_layers
 from .formula import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from .ops.select import Way
 from .weight_files import stem, weight_files
 
 MB = 1e6
 
+# Tables of text encoders, which are neither Linear nor Conv2d though a file shows no difference.
+_EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias")
+
+# (name, shape, bytes) of a tensor
+TensorSize = tuple[str, tuple[int, ...], int]
+
 _PARTS = (
     "packed weights",
     "scales",
+    "int8 codes kept for compute",
     "time features",
     "LoRA branches",
     "biases, norms, other tensors",
@@ -40,6 +50,7 @@ class SizeReport:
         weights: Linear and Conv2d weights of the original model.
         original_parameters: all parameters of the original model.
         histogram: bits to (layers, weights).
+        ways: how each packed layer of a model in memory computes, and why; empty for files.
     """
 
     where: str
@@ -48,6 +59,7 @@ class SizeReport:
     weights: int
     original_parameters: int
     histogram: dict[int, tuple[int, int]]
+    ways: dict[str, Way] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -82,6 +94,7 @@ class SizeReport:
                 self.where: self.real_bits,
             },
             "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
+            "ways": {name: asdict(way) for name, way in self.ways.items()},
         }
 
     def __str__(self) -> str:
@@ -102,6 +115,10 @@ class SizeReport:
         for bits, (count, weights) in sorted(self.histogram.items()):
             bar = "#" * round(40 * weights / packed)
             lines.append(f"{bits:<6}{levels(bits):>8}{count:>8}{weights / packed:>10.1%}  {bar}")
+        if self.ways:
+            lines += ["", f"{'layers':>6}  computed"]
+        for way, count in Counter(self.ways.values()).most_common():
+            lines.append(f"{count:>6}  {way.arithmetic}, weights {way.weights}: {way.reason}")
         return "\n".join(lines)
 
 
@@ -170,11 +187,11 @@ def _file_report(path: Path) -> SizeReport:
     overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)
     indices = [file for file in path.glob("*.index.json") if stem(file.name) == stem(files[0].name)]
     overhead += sum(file.stat().st_size for file in [path / "config.json", *indices])
-    return _report("file", tensors, config["quantization_config"], overhead)
+    return report_of_tensors("file", tensors, config["quantization_config"], overhead)
 
 
-def _read_header(file: Path) -> list[tuple[str, tuple[int, ...], int]]:
-    """(name, shape, bytes) of every tensor of a safetensors file, from its header alone."""
+def _read_header(file: Path) -> list[TensorSize]:
+    """Every tensor of a safetensors file, from its header alone."""
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     header.pop("__metadata__", None)
@@ -190,14 +207,26 @@ def _memory_report(model: nn.Module) -> SizeReport:
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
     plain, adapters = split_adapters(model.state_dict())
     tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]
-    report = _report("memory", tensors, config.to_dict(), 0)
+    report = report_of_tensors("memory", tensors, config.to_dict(), 0)
     report.parts["LoRA branches"] += sum(t.nbytes for t in adapters.values())
+    layers = {name.replace(".base_layer", ""): layer for name, layer in packed_layers(model).items()}
+    kept = [layer.int8_weight for layer in layers.values() if layer.int8_weight is not None]
+    report.parts["int8 codes kept for compute"] = sum(weight.numel() for weight in kept)
+    report.ways.update({name: layer.way() for name, layer in layers.items()})
     return report
 
 
-def _report(
-    where: str, tensors: Iterable[tuple[str, tuple[int, ...], int]], config: Mapping[str, Any], overhead: int
+def report_of_tensors(
+    where: str, tensors: Iterable[TensorSize], config: Mapping[str, Any], overhead: int
 ) -> SizeReport:
+    """The report of a model from its tensors' names and sizes.
+
+    Args:
+        where: "file", "memory" or the like, for the reader.
+        tensors: of the packed model.
+        config: content of a resolved `BitsFusionConfig`.
+        overhead: bytes that belong to no tensor.
+    """
     layers = {name: (layer["bits"], torch.Size(layer["shape"]).numel()) for name, layer in config["layers"].items()}
     parts = dict.fromkeys(_PARTS, 0)
     other_parameters = other_weights = 0
@@ -213,7 +242,8 @@ def _report(
             parts["biases, norms, other tensors"] += size
             count = torch.Size(shape).numel()
             other_parameters += count
-            other_weights += count if kind == "weight" and len(shape) in (2, 4) else 0
+            is_weight = kind == "weight" and len(shape) in (2, 4) and not owner.endswith(_EMBEDDINGS)
+            other_weights += count if is_weight else 0
     parts["headers and config.json"] = overhead
 
     time = config["time_embedding"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from . import cli_analysis
+from .cli_common import default_prompts, user_errors
 
 app = typer.Typer(
     name="bitsfusion",
@@ -31,6 +33,20 @@ def quantize(
     target_bits: Annotated[float, typer.Option(help="Average bits a weight that allocation aims at.")] = 1.99,
     time_embedding: Annotated[str, typer.Option(help='"auto", "table", "cache" or "keep".')] = "auto",
     dtype: Annotated[str, typer.Option(help="dtype of what stays in floating point.")] = "float16",
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Round for the inputs that layers see while the pipeline draws. What is done is kept in "
+            "DST.calibration; after an interruption the same command goes on from there.",
+        ),
+    ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="For --calibrate: a prompt a line, or a tab-separated file with a Prompt column."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="For --calibrate: pictures drawn.")] = 16,
+    memory_gb: Annotated[float, typer.Option(help="For --calibrate: GB that it may take beside the pipeline.")] = 8.0,
 ) -> None:
     """Quantize a pipeline or model and save it packed."""
     import torch
@@ -39,27 +55,43 @@ def quantize(
 
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(_DTYPES)}", param_hint="--dtype")
-    with _user_errors():
+    if prompts is not None and not calibrate:
+        raise typer.BadParameter("only --calibrate draws prompts", param_hint="--prompts")
+    with user_errors():
         config = BitsFusionConfig(
             recipe=int(recipe) if recipe.isdecimal() else recipe,
             target_bits=target_bits,
             time_embedding=time_embedding,
         )
-        loaded = _load(source, quantization_config=config, dtype=getattr(torch, dtype))
-        loaded.save_pretrained(destination)
+        if calibrate:
+            _quantize_calibrated(source, destination, config, getattr(torch, dtype), prompts, samples, memory_gb)
+        else:
+            loaded = _load(source, quantization_config=config, dtype=getattr(torch, dtype))
+            loaded.save_pretrained(destination)
         typer.echo(str(size_report(destination)))
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline.")],
+    path: Annotated[Path, typer.Argument(help="Folder of a quantized model or pipeline; with --plan, a config.json.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Predict the size of the file, from a config alone.")] = False,
+    target_bits: Annotated[float, typer.Option(help="With --plan: average bits a weight.")] = 1.99,
+    time_embedding: Annotated[str, typer.Option(help='With --plan: "auto", "table", "cache" or "keep".')] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print where the bytes are, bits a weight by each convention, and the histogram of bits."""
-    from . import size_report
+    from . import BitsFusionConfig, size_report
+    from .accounting import PipelineSizeReport, SizeReport
 
-    with _user_errors():
-        report = size_report(path)
+    with user_errors():
+        report: SizeReport | PipelineSizeReport
+        if plan:
+            from .prediction import model_from_config, predict_size
+
+            config = BitsFusionConfig(target_bits=target_bits, time_embedding=time_embedding)
+            report = predict_size(model_from_config(path), config)
+        else:
+            report = size_report(path)
         typer.echo(json.dumps(report.to_dict(), indent=2) if as_json else str(report))
 
 
@@ -88,15 +120,19 @@ def evaluate(
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; needs the package lpips.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     images: Annotated[Path | None, typer.Option(help="Keep the images here, and continue from them.")] = None,
+    card: Annotated[bool, typer.Option("--card", help="Write the scores into the card in PATH.")] = False,
 ) -> None:
     """Draw a prompt set and score the images: compositional score, CLIP score, distances to a reference."""
-    with _user_errors():
+    with user_errors():
         from . import evaluation
+        from .card import add_section, check_card
 
         if prompts is None:
-            prompts = _default_prompts(path, reference)
+            prompts = default_prompts(path, reference)
         if json_file is not None:
             json_file.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of drawing
+        if card:
+            check_card(Path(path))
         chosen = evaluation.sample_prompts(evaluation.read_prompts(prompts), num_images)
         report = evaluation.evaluate(
             path,
@@ -110,6 +146,8 @@ def evaluate(
             images=images,
         )
         typer.echo(evaluation.format_report(report))
+        if card:
+            add_section(Path(path), "Scores", f"```text\n{evaluation.format_report(report)}\n```")
         if json_file is not None:
             json_file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -126,7 +164,7 @@ def compare(
     batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
 ) -> None:
     """Draw the same prompts with several pipelines and put the images in one labelled grid."""
-    with _user_errors():
+    with user_errors():
         from .evaluation import Sampling, generate_images, image_grid, load_pipeline, read_prompts, sample_prompts
         from .evaluation.grid import distinct_labels
 
@@ -139,12 +177,42 @@ def compare(
         typer.echo(f"{len(captions)} prompts by {len(paths)} pipelines: {out}")
 
 
-def _default_prompts(*folders: str | None) -> Path:
-    files = [Path(folder) / "prompts.tsv" for folder in folders if folder is not None]
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        raise ValueError("No prompts: give a file with --prompts.")
-    return found
+app.command()(cli_analysis.analyze)
+app.command()(cli_analysis.allocate)
+
+
+def _quantize_calibrated(
+    source: str, destination: Path, config, dtype, prompts: Path | None, samples: int, memory_gb: float
+) -> None:
+    """Under `accelerate launch`, every process does its share, and the first one saves."""
+    from . import Calibration, quantize_model
+    from .calibration.run import process_state
+
+    state = process_state()
+    calibration = Calibration(
+        prompts=None if prompts is None else _read_prompt_list(prompts),
+        num_samples=samples,
+        memory_gb=memory_gb,
+        cache_dir=f"{destination}.calibration",
+    )
+    pipeline = _load(source, dtype=dtype).to(state.device)
+    quantize_model(pipeline, config, calibration=calibration)
+    if state.is_main_process:
+        pipeline.save_pretrained(destination)
+        shutil.rmtree(f"{destination}.calibration")
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        raise typer.Exit()
+
+
+def _read_prompt_list(path: Path) -> list[str]:
+    """Prompts of a tab-separated file with a Prompt column, or of a text file with one on each line."""
+    from .evaluation import read_prompts
+
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    if lines and "prompt" in lines[0].lower().split("\t"):
+        return [prompt.caption for prompt in read_prompts(path)]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _load_scorer(name: str):
@@ -166,13 +234,3 @@ def _load(source: str, **kwargs):
     if not name or not hasattr(diffusers, name):
         raise ValueError(f"{config} names no diffusers class (_class_name is {name!r}).")
     return getattr(diffusers, name).from_pretrained(source, **kwargs)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn errors of input and disk, and missing packages, into one line and exit code 1."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError) as error:
-        typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1) from error

@@ -11,9 +11,12 @@ from typing import Any, TypeGuard
 
 from diffusers import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
+from .calibration.settings import Calibration
 from .codec.grid import check_bits
 from .codec.scales import SCALE_INITS
+from .ops.select import check_settings
 from .recipe import Recipe
 
 # Version of the file's layout (docs/FORMAT.md), raised when older readers could not read it.
@@ -21,9 +24,6 @@ FORMAT_VERSION = 1
 
 TIME_EMBEDDINGS = ("auto", "table", "cache", "keep")
 _CHOICES = {
-    "compute": ("auto", "exact"),
-    "resident": ("packed",),
-    "calibration": (None,),
     "compression": ("zstd", None),
 }
 
@@ -40,7 +40,7 @@ class BitsFusionMethod(str, Enum):
     BITSFUSION = "bitsfusion"
 
 
-class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
+class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, TransformersConfigMixin):
     """Quantization to mixed precision of about 2 bits a weight, for a diffusers model or a whole pipeline.
 
     Args:
@@ -58,12 +58,16 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
             embedding stays, as quantized layers; "auto": the smaller of "table" and "keep" where a table is possible.
         modules_to_not_convert: names (or dotted parts of names) of modules to leave as they are; they do not count for
             `target_bits`.
-        compute: "exact" decodes a layer's weight for each call and leaves the rest to torch; "auto" chooses, for now
-            that.
-        resident: what stays in memory: "packed", codes and scales.
-        calibration: `None`: weights are rounded without looking at inputs.
+        compute: "exact" decodes a layer's weight for each call and leaves the rest to torch; "int8" rounds activations
+            to 8 bits and multiplies in integers; "auto" takes exact. See `set_compute`, which changes it later. A
+            saved model does not record it: it loads with "auto".
+        resident: what stays in memory: "packed", codes and scales; "int8", with `compute="int8"`, a byte a weight
+            beside them. Not recorded either.
+        calibration: a `Calibration`, a dict of its values, or `True` for its defaults: `quantize_model` runs the
+            pipeline on prompts and rounds for the inputs that its layers see. `None`: weights are rounded without
+            looking at inputs. In a quantized checkpoint, what was run.
         compression: "zstd", or `None` for plain packed bytes in the file.
-        components: names of the pipeline's components to quantize.
+        components: names of the pipeline's components to quantize, text encoders (of transformers) among them.
         format_version: set by quantizing; the layout of the checkpoint.
         layers: set by quantizing and saving; bits and weight shape of every packed layer, and the rank of its branch
             where LoRAs were fused into it.
@@ -90,7 +94,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         modules_to_not_convert: Sequence[str] | None = None,
         compute: str = "auto",
         resident: str = "packed",
-        calibration: None = None,
+        calibration: Calibration | Mapping[str, Any] | bool | None = None,
         compression: str | None = "zstd",
         components: Sequence[str] = DEFAULT_COMPONENTS,
         format_version: int | None = None,
@@ -106,7 +110,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         self.modules_to_not_convert = _as_names(modules_to_not_convert or [], "modules_to_not_convert")
         self.compute = compute
         self.resident = resident
-        self.calibration = calibration
+        # A checkpoint says what was run, which is less than what is needed to run it again.
+        self.calibration = Calibration.of(calibration) if format_version is None else calibration
         self.compression = compression
         self.components = _as_names(components, "components")
         self.format_version = format_version
@@ -124,6 +129,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
             raise ValueError(f"scale_iterations must be an integer from 0, got {self.scale_iterations!r}")
         if not isinstance(self.balance, bool):
             raise ValueError(f"balance must be True or False, got {self.balance!r}")
+        check_settings(self.compute, self.resident)
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices} in this version, got {getattr(self, name)!r}")
@@ -150,7 +156,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
         """This config for the pipeline components it names, None for others (called by diffusers' loader)."""
-        return self if is_diffusers and module_name in self.components else None
+        return self if module_name in self.components else None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -180,6 +186,10 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin):
         content = copy.deepcopy(self.__dict__)
         if isinstance(self.recipe, Recipe):
             content["recipe"] = dict(self.recipe)
+        if self.is_resolved:  # how one machine computes is not for the others that load the checkpoint
+            content |= {"compute": "auto", "resident": "packed"}
+        if isinstance(self.calibration, Calibration):
+            content["calibration"] = self.calibration.to_dict()
         return {"quant_method": self.quant_method.value, **content}
 
     def to_diff_dict(self) -> dict[str, Any]:

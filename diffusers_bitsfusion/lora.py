@@ -201,7 +201,7 @@ def prepare_saving(model: Any) -> None:
         elif isinstance(module, BaseTunerLayer):
             here = set(module._all_available_adapter_names())
             unfused |= here.intersection(module.active_adapters).difference(module.merged_adapters)
-    config = model.config.quantization_config
+    config = model.hf_quantizer.quantization_config
     config.layers = {
         name: {"bits": layer["bits"], "shape": layer["shape"]} | ({"branch_rank": ranks[name]} if ranks[name] else {})
         for name, layer in config.layers.items()

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from diffusers import ModelMixin
 from diffusers.utils import logging
-from torch import Tensor
+from torch import Tensor, nn
 
+from .calibration.layers import CalibratedLayer
 from .codec.time_table import quantize_table
 from .config import FORMAT_VERSION, BitsFusionConfig
 from .nn.convert import pack_weight, packed_twin, replace_module
 from .nn.time_features import TimeFeatureCache, TimeFeatureTable
 from .nn.time_path import TimePath, install, lookup_from_config
-from .plan import make_plan
+from .plan import Plan, make_plan
 
 
 class ModelPacker:
@@ -52,17 +54,16 @@ class ModelPacker:
             for name, bits in self.plan.bits.items()
         }
         self.config.time_embedding = {"type": self.plan.time_embedding}
-        self._time_path = None if self.plan.time_embedding == "keep" else TimePath.of(model)
-        self._time_parameters = (
-            {
-                f"{name}.{kind}"
-                for name, layer in self._time_path.layers.items()
-                for kind, _ in layer.named_parameters()
-            }
-            if self._time_path
-            else set()
-        )
-        self._bar = logging.tqdm(total=len(self.plan.bits), desc="Quantizing layers", disable=not progress)
+        time_layers = {} if self.plan.time_embedding == "keep" else TimePath.of(model).layers
+        self._time_parameters = {
+            f"{name}.{kind}" for name, layer in time_layers.items() for kind, _ in layer.named_parameters()
+        }
+        self._progress = progress
+
+    @functools.cached_property
+    def _bar(self) -> Any:
+        """Shown from the first layer on: calibration, which may take long, comes before."""
+        return logging.tqdm(total=len(self.plan.bits), desc="Quantizing layers", disable=not self._progress)
 
     def wants(self, parameter: str) -> bool:
         """Whether `take` must be given this parameter instead of the model."""
@@ -84,7 +85,7 @@ class ModelPacker:
             set_module_tensor_to_device(self.model, parameter, device, value=value)
             self._time_parameters.discard(parameter)
             if not self._time_parameters:
-                self._install_time_features()
+                self.config.time_embedding = install_time_features(self.model, self.plan)
             return
         name = parameter.removesuffix(".weight")
         packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
@@ -101,31 +102,14 @@ class ModelPacker:
         replace_module(self.model, name, packed)
         self._bar.update()
 
-    def _install_time_features(self) -> None:
-        path = self._time_path
-        assert path is not None
-        described: dict[str, Any] = {
-            "type": self.plan.time_embedding,
-            "features": [list(size) for size in path.sizes],
-            "removed_weights": path.num_weights,
-            "removed_parameters": path.num_parameters,
-        }
-        if self.plan.time_embedding == "cache":
-            described["timesteps"] = self.plan.timesteps
-        else:
-            described["num_timesteps"] = self.plan.num_timesteps
-        lookup = lookup_from_config(described)
-        if isinstance(lookup, TimeFeatureCache):
-            timesteps = torch.tensor(self.plan.timesteps, dtype=torch.float32)
-            lookup.set_features(torch.cat(list(path.compute(timesteps)), dim=1))
-        elif isinstance(lookup, TimeFeatureTable):
-            start = 0
-            for features in path.compute(lookup.rows):
-                lookup.set_codes(*quantize_table(features), start=start)
-                start += features.shape[1]
-        self.config.time_embedding = described
-        lookup.to(path.layers["time_embedding.linear_1"].weight.device)
-        install(self.model, lookup, path.sizes)
+    def take_calibrated(self, name: str, layer: CalibratedLayer, device: torch.device) -> None:
+        """Pack a layer with codes, scale and bias that calibration has found for it."""
+        packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        packed.set_codes(layer.codes.to(device), layer.scale.to(device))
+        if layer.bias is not None:
+            packed.bias = nn.Parameter(layer.bias.to(packed.bias), requires_grad=packed.bias.requires_grad)
+        replace_module(self.model, name, packed)
+        self._bar.update()
 
     def finish(self) -> BitsFusionConfig:
         """Close the progress bar; the config that describes the packed model.
@@ -138,6 +122,79 @@ class ModelPacker:
                 raise ValueError(f"Cannot quantize: {name} holds NaN or infinite values.")
         self._bar.close()
         return self.config
+
+
+def install_time_features(model: ModelMixin, plan: Plan) -> dict[str, Any]:
+    """Replace the time path of `model`, whose weights are complete, by the look-up that `plan` asks for.
+
+    Returns:
+        What a resolved `BitsFusionConfig.time_embedding` says of it.
+    """
+    if plan.time_embedding == "keep":
+        return {"type": "keep"}
+    path = TimePath.of(model)
+    described: dict[str, Any] = {
+        "type": plan.time_embedding,
+        "features": [list(size) for size in path.sizes],
+        "removed_weights": path.num_weights,
+        "removed_parameters": path.num_parameters,
+    }
+    if plan.time_embedding == "cache":
+        described["timesteps"] = plan.timesteps
+    else:
+        described["num_timesteps"] = plan.num_timesteps
+    lookup = lookup_from_config(described)
+    if isinstance(lookup, TimeFeatureCache):
+        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32)
+        lookup.set_features(torch.cat(list(path.compute(timesteps)), dim=1))
+    elif isinstance(lookup, TimeFeatureTable):
+        start = 0
+        for features in path.compute(lookup.rows):
+            lookup.set_codes(*quantize_table(features), start=start)
+            start += features.shape[1]
+    lookup.to(path.layers["time_embedding.linear_1"].weight.device)
+    install(model, lookup, path.sizes)
+    return described
+
+
+def install_packed_layers(
+    model: nn.Module, config: BitsFusionConfig, weight_dtype: Callable[[str], torch.dtype]
+) -> None:
+    """Give a model on the meta device the packed layers that a checkpoint's config describes, still empty.
+
+    Args:
+        model: of the class that the checkpoint is of, with float layers.
+        config: read from the checkpoint.
+        weight_dtype: dtype that the weight of a layer would have, by its name.
+
+    Raises:
+        ValueError: the config is damaged, or does not fit the model.
+    """
+    if not config.is_resolved:
+        raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
+    assert config.layers is not None
+    modules = dict(model.named_modules())
+    for name, layer in config.layers.items():
+        module = modules.get(name)
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            raise ValueError(f"The checkpoint's config packs {name}, which {type(model).__name__} does not have.")
+        if list(module.weight.shape) != list(layer["shape"]):
+            raise ValueError(
+                f"The checkpoint's config gives {name} the shape {layer['shape']}; "
+                f"{type(model).__name__} has {list(module.weight.shape)}."
+            )
+        packed = packed_twin(module, layer["bits"], weight_dtype(name), layer.get("branch_rank", 0))
+        replace_module(model, name, packed)
+
+
+def raise_missing(model: nn.Module, names: list[str]) -> NoReturn:
+    """Refuse a checkpoint that lacks tensors.
+
+    Raises:
+        ValueError: always.
+    """
+    shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise ValueError(f"The checkpoint for {type(model).__name__} lacks {shown}. It is incomplete; download it again.")
 
 
 def refuse_dispatched(model: ModelMixin, action: str) -> None:

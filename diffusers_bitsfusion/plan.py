@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,19 +10,20 @@ from diffusers import ModelMixin
 from diffusers.utils import logging
 from torch import nn
 
-from .analysis.allocation import allocate_data_free
+from .analysis.data_free import allocate_data_free
 from .codec.grid import cost_in_bits
 from .config import BitsFusionConfig
 from .formula import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bits
 from .nn.packed import PackedWeight
 from .nn.time_path import TimePath, why_not_cacheable
+from .nn.trainable import TrainableWeight
 from .recipe import PUBLISHED, Recipe
 
 logger = logging.get_logger(__name__)
 
 # A table of 1002 timesteps takes about 5.4 bits an entry in the file, a projection of the time embedding in_out_bits
 # a weight: the table is smaller where the embedding is wider than this many bits over in_out_bits.
-_TABLE_BITS_PER_FEATURE = 5.4 * 1002
+TABLE_BITS_PER_FEATURE = 5.4 * 1002
 
 _NUM_TIMESTEPS = 1000
 
@@ -59,6 +60,13 @@ def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[st
     }
 
 
+def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Layers whose bits a recipe decides: neither first, last nor of the time embedding."""
+    layers = quantizable_layers(model, exclude)
+    special = {*IN_OUT_LAYERS, *_time_names(model, layers)}
+    return {name: layer for name, layer in layers.items() if name not in special}
+
+
 def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str] = ()) -> Plan:
     """Decide on every layer of an unquantized model; its parameters may be on the meta device.
 
@@ -68,15 +76,17 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         exclude: further module names to leave alone (those kept in fp32).
 
     Raises:
-        ValueError: the model is quantized already, has nothing to quantize, the recipe does not match it, or the
-            target cannot be reached.
+        ValueError: the model is quantized or prepared for training already, has nothing to quantize, the recipe does
+            not match it, or the target cannot be reached.
     """
     if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
+    if any(isinstance(module, TrainableWeight) for module in model.modules()):
+        raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     plan = Plan({}, *_plan_time(model, config))
-    time_layers = set(TimePath.of(model).layers) if why_not_cacheable(model) is None else _time_names(layers)
+    time_layers = _time_names(model, layers)
     if plan.time_embedding != "keep":
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}
     if not layers:
@@ -91,8 +101,10 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     return plan
 
 
-def _time_names(layers: Iterable[str]) -> set[str]:
-    """Layers of a time embedding that must stay, by the names that diffusers gives them."""
+def _time_names(model: ModelMixin, layers: Iterable[str]) -> set[str]:
+    """Layers of the time embedding; of one that must stay, by the names that diffusers gives them."""
+    if why_not_cacheable(model) is None:
+        return set(TimePath.of(model).layers)
     return {name for name in layers if matches(name, ("time_embedding", "time_emb_proj", "add_embedding"))}
 
 
@@ -111,7 +123,7 @@ def _plan_time(model: ModelMixin, config: BitsFusionConfig) -> tuple[str, list[f
         return "keep", timesteps
     if kind == "auto":
         width = TimePath.of(model).layers["time_embedding.linear_2"].out_features
-        kind = "table" if width * config.in_out_bits > _TABLE_BITS_PER_FEATURE else "keep"
+        kind = "table" if width * config.in_out_bits > TABLE_BITS_PER_FEATURE else "keep"
     return kind, timesteps
 
 
@@ -163,13 +175,30 @@ def _check_recipe(recipe: Recipe, model: nn.Module, sizes: dict[str, int], shape
 def _allocate(
     model: ModelMixin, config: BitsFusionConfig, plan: Plan, sizes: dict[str, int], exclude: Iterable[str]
 ) -> dict[str, int]:
-    all_layers = quantizable_layers(model, exclude)
-    all_weights = sum(layer.weight.numel() for layer in all_layers.values())
-    fixed: float = sum(cost_in_bits(bits) * all_layers[name].weight.numel() for name, bits in plan.bits.items())
+    fixed, weights = fixed_bits(model, plan, plan.bits, exclude)
+    try:
+        return allocate_data_free(sizes, config.target_bits * weights - fixed, balance=config.balance)
+    except ValueError as error:
+        raise ValueError(f"target_bits={config.target_bits} cannot be reached for this model: {error}.") from error
+
+
+def fixed_bits(
+    model: ModelMixin, plan: Plan, special: Mapping[str, int], exclude: Iterable[str] = ()
+) -> tuple[float, int]:
+    """What a recipe does not decide of the paper's average bits.
+
+    Args:
+        model: the unquantized model.
+        plan: what becomes of its time embedding.
+        special: bits of the first, the last and the time embedding's layers, by name.
+        exclude: module names that are left alone.
+
+    Returns:
+        (bits of `special` and of the time features, all weights that the average is over).
+    """
+    layers = quantizable_layers(model, exclude)
+    fixed: float = sum(cost_in_bits(bits) * layers[name].weight.numel() for name, bits in special.items())
     if plan.time_embedding != "keep":
         features = sum(size for _, size in TimePath.of(model).sizes)
         fixed += cached_bits(features, len(plan.timesteps))
-    try:
-        return allocate_data_free(sizes, config.target_bits * all_weights - fixed, balance=config.balance)
-    except ValueError as error:
-        raise ValueError(f"target_bits={config.target_bits} cannot be reached for this model: {error}.") from error
+    return fixed, sum(layer.weight.numel() for layer in layers.values())

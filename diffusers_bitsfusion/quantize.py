@@ -2,39 +2,73 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from transformers import PreTrainedModel
 
+from .calibration import Calibration
+from .calibration.denoising import check_pipeline
+from .calibration.layers import CalibratedLayer
+from .calibration.run import calibrate
 from .config import BitsFusionConfig
 from .packing import ModelPacker, refuse_dispatched
 from .quantizer import BitsFusionQuantizer
+from .text_encoders import BitsFusionTextQuantizer
 
 
 @torch.no_grad()
 def quantize_model(
-    model: ModelMixin | DiffusionPipeline, config: BitsFusionConfig | None = None, progress: bool = True
-) -> ModelMixin | DiffusionPipeline:
-    """Quantize a diffusers model, or the components of a pipeline that `config.components` names, in place.
+    model: ModelMixin | PreTrainedModel | DiffusionPipeline,
+    config: BitsFusionConfig | None = None,
+    progress: bool = True,
+    calibration: Calibration | bool | dict[str, Any] | None = None,
+) -> ModelMixin | PreTrainedModel | DiffusionPipeline:
+    """Quantize a model of diffusers, a text encoder, or the components of a pipeline that `config.components` names.
+
+    In place.
 
     Args:
         model: the model or pipeline; its weights may have any floating dtype and device.
         config: what to do; `BitsFusionConfig()` when left out.
-        progress: whether to show a progress bar.
+        progress: whether to show progress bars.
+        calibration: run the pipeline on prompts first, and round for the inputs that its layers see: `True`, or a
+            `Calibration` that says what to run. `config.calibration` when left out.
 
     Returns:
         The same object.
 
     Raises:
         ValueError: it is quantized already or offloaded, holds NaN or infinite weights, or the config does not suit
-            it. A model that failed half way is not usable.
+            it; calibration is asked for and it is not a pipeline that draws prompts. A model that failed half way is
+            not usable; one whose calibration failed or was interrupted is as before.
     """
     config = config or BitsFusionConfig()
-    if isinstance(model, DiffusionPipeline):
-        components = [model.components[name] for name in config.components if name in model.components]
-        if not components:
-            raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
-        for component in components:
-            quantize_model(component, config, progress)
+    asked = Calibration.of(config.calibration if calibration is None else calibration)
+    if asked is not None:
+        check_pipeline(model)
+    if not isinstance(model, DiffusionPipeline):
+        return _quantize(model, config, progress)
+    components = {name: part for name in config.components if (part := model.components.get(name)) is not None}
+    if not components:
+        raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
+    for name, component in components.items():
+        _quantize(component, config, progress, model, _for_component(asked, name))
+    return model
+
+
+def _quantize(
+    model: ModelMixin | PreTrainedModel,
+    config: BitsFusionConfig,
+    progress: bool,
+    pipeline: DiffusionPipeline | None = None,
+    calibration: Calibration | None = None,
+) -> ModelMixin | PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        BitsFusionTextQuantizer(config, pre_quantized=False).pack(model, progress)
         return model
     refuse_dispatched(model, "quantize")
     dtype = model.dtype
@@ -42,11 +76,34 @@ def quantize_model(
     quantizer.update_torch_dtype(dtype)
     exclude = model._keep_in_fp32_modules or []
     packer = ModelPacker(model, config, dtype, exclude, progress)
+    calibrated: dict[str, CalibratedLayer] = {}
+    if calibration is not None:
+        calibrated = calibrate(
+            pipeline,
+            model,
+            packer.plan.bits,
+            calibration,
+            scale_init=config.scale_init,
+            iterations=config.scale_iterations,
+            balance=config.balance,
+            progress=progress,
+        )
+        packer.config.calibration = calibration.summary()
     for name, parameter in list(model.named_parameters()):
-        if packer.wants(name):
+        layer = name.removesuffix(".weight")
+        if layer in calibrated:
+            packer.take_calibrated(layer, calibrated[layer], parameter.device)
+        elif packer.wants(name):
             packer.take(name, parameter, parameter.device)
     quantizer.adopt(packer)
     quantizer.finish(model)
     model.hf_quantizer = quantizer
     model.register_to_config(_pre_quantization_dtype=dtype)
     return model
+
+
+def _for_component(calibration: Calibration | None, name: str) -> Calibration | None:
+    """With a cache folder of its own for each component of a pipeline."""
+    if calibration is None or calibration.cache_dir is None:
+        return calibration
+    return replace(calibration, cache_dir=Path(calibration.cache_dir) / name)

@@ -13,12 +13,13 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from .checkpoint import decode_state_dict, encode_state_dict
+from .compute import set_compute
 from .config import BitsFusionConfig
-from .nn.convert import float_twin, packed_twin, replace_module
+from .nn.convert import float_twin, replace_module
 from .nn.packed import PackedWeight
 from .nn.time_features import TimeFeatures
 from .nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
-from .packing import ModelPacker, refuse_dispatched
+from .packing import ModelPacker, install_packed_layers, raise_missing, refuse_dispatched
 from .saving import as_plain_model, as_quantized_model
 
 logger = logging.get_logger(__name__)
@@ -88,6 +89,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         if self.pre_quantized:
             self._prepare_packed(model)
         else:
+            if self.quantization_config.calibration is not None:
+                raise ValueError(
+                    "calibration runs the pipeline in full precision, so it cannot be done while loading. Load "
+                    "without quantization_config, then call quantize_model(pipeline, config)."
+                )
             exclude = [name for name in keep_in_fp32_modules or [] if name is not None]
             self._packer = ModelPacker(model, self.quantization_config, self._dtype, exclude)
 
@@ -97,21 +103,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: the checkpoint's config does not fit the model.
         """
-        config = self.quantization_config
-        if not config.is_resolved:
-            raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
-        assert config.layers is not None
-        modules = dict(model.named_modules())
-        for name, layer in config.layers.items():
-            module = modules.get(name)
-            if not isinstance(module, (nn.Linear, nn.Conv2d)):
-                raise ValueError(f"The checkpoint's config packs {name}, which {type(model).__name__} does not have.")
-            if list(module.weight.shape) != list(layer["shape"]):
-                raise ValueError(
-                    f"The checkpoint's config gives {name} the shape {layer['shape']}; "
-                    f"{type(model).__name__} has {list(module.weight.shape)}."
-                )
-            replace_module(model, name, packed_twin(module, layer["bits"], self._dtype, layer.get("branch_rank", 0)))
+        install_packed_layers(model, self.quantization_config, lambda name: self._dtype)
         self._prepare_time_features(model)
 
     def _prepare_time_features(self, model: ModelMixin) -> None:
@@ -138,7 +130,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         if missing_keys and not self._leave_alone:
-            _raise_missing(model, missing_keys)
+            raise_missing(model, missing_keys)
         return missing_keys
 
     def check_if_quantized_param(self, model: ModelMixin, param_value: Tensor, param_name: str, *args: Any, **kw: Any):
@@ -172,7 +164,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         missing = [name for name, module in _modules_with_missing_weights(model)]
         if missing:
-            _raise_missing(model, missing)
+            raise_missing(model, missing)
         self.finish(model)
         return model
 
@@ -187,6 +179,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             self._packer = None
             _warn_untrained()
         _own_memory(model)
+        set_compute(model, self.quantization_config.compute, self.quantization_config.resident)
         self.pre_quantized = True
         model.is_quantized = True
         model.quantization_method = self.quantization_config.quant_method
@@ -242,11 +235,6 @@ def _own_memory(model: ModelMixin) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not name.endswith(".codes"):
             parameter.data = parameter.data.clone()
-
-
-def _raise_missing(model: ModelMixin, names: list[str]) -> None:
-    shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-    raise ValueError(f"The checkpoint for {type(model).__name__} lacks {shown}. It is incomplete; download it again.")
 
 
 @functools.cache

@@ -11,11 +11,12 @@ from importlib import resources
 from pathlib import Path
 
 from diffusers import ModelMixin
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
 from torch import nn
 
 from .codec.grid import check_bits
 from .formula import IN_OUT_LAYERS, PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from .hub import explaining_refusals
 from .nn.packed import PackedWeight
 from .nn.time_features import TimeFeatures
 from .nn.time_path import TimePath, why_not_cacheable
@@ -145,8 +146,46 @@ class Recipe(Mapping[str, int]):
         target = Path(path)
         if target.is_dir():
             target = target / RECIPE_FILE
+        target.write_text(self._to_json(), encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str = "Upload recipe",
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Upload the recipe as recipe.json to a model repository, made where it is missing; `load` takes its id.
+
+        Args:
+            repo_id: "user/name".
+            commit_message: of the upload.
+            private: whether a new repository is private.
+            token: of the Hub; the stored one when left out.
+            create_pr: whether to open a pull request instead of committing.
+
+        Returns:
+            URL of the commit.
+
+        Raises:
+            HfHubHTTPError: the Hub refuses; the message says what to do.
+        """
+        api = HfApi(token=token)
+        with explaining_refusals(repo_id):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            return api.upload_file(
+                path_or_fileobj=self._to_json().encode(),
+                path_in_repo=RECIPE_FILE,
+                repo_id=repo_id,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
+
+    def _to_json(self) -> str:
         data = {"source": self.source, "layers": self._layers, "shapes": self.shapes}
-        target.write_text(json.dumps({k: v for k, v in data.items() if v}, indent=1) + "\n", encoding="utf-8")
+        return json.dumps({k: v for k, v in data.items() if v}, indent=1) + "\n"
 
 
 def _num_weights(layer: nn.Linear | nn.Conv2d) -> int:

@@ -12,10 +12,15 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.quantizers.base import DiffusersQuantizer
+from torch import nn
 
 from .card import is_users_own, write_card
+from .config import BitsFusionConfig
+from .hub import explaining_refusals
 from .lora import check_fusable, prepare_saving
 from .weight_files import stem
 
@@ -27,6 +32,11 @@ class QuantizedModelMixin:
     """What a quantized model does otherwise than its class; its name stays that of the class."""
 
     config: FrozenDict
+    dtype: torch.dtype
+    hf_quantizer: DiffusersQuantizer
+    register_to_config: Callable[..., None]
+    encoder_hid_proj: nn.Module
+    attn_processors: dict[str, Any]
 
     def save_pretrained(
         self,
@@ -52,6 +62,8 @@ class QuantizedModelMixin:
         if push_to_hub:
             kwargs.setdefault("repo_id", directory.name)
         prepare_saving(self)
+        # An earlier save left a plain dict there.
+        self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
         with replacing(directory) as scratch:
             super().save_pretrained(  # type: ignore[misc]
                 str(scratch),
@@ -68,14 +80,22 @@ class QuantizedModelMixin:
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """diffusers puts its own card into what it uploads; ours has the figures."""
         if not is_users_own(Path(working_dir)):
-            write_card(Path(working_dir), self, title=repo_id)
-        return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+            write_card(Path(working_dir), self, title=repo_id, token=kwargs.get("token"))
+        with explaining_refusals(repo_id):
+            return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As `ModelMixin.to`, which refuses even `dtype=None` as a cast; `save_lora_adapter` passes that."""
-        if "dtype" in kwargs and kwargs["dtype"] is None:
+        """As `ModelMixin.to`, which refuses dtype None (`save_lora_adapter`) and the model's own (IP-Adapters) too."""
+        if "dtype" in kwargs and kwargs["dtype"] in (None, self.dtype):
             del kwargs["dtype"]
         return super().to(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As that of UNets, which ends by casting the model to its own dtype: only what it put in needs that."""
+        super()._load_ip_adapter_weights(*args, **kwargs)  # type: ignore[misc]
+        for added in (self.encoder_hid_proj, *self.attn_processors.values()):
+            if isinstance(added, nn.Module):
+                added.to(self.dtype)
 
     def fuse_lora(
         self, lora_scale: float = 1.0, safe_fusing: bool = False, adapter_names: list[str] | None = None
@@ -154,7 +174,8 @@ def _stale_weights(folder: Path, new: set[str]) -> list[Path]:
 
 
 def _holds_quantized_model(pipeline: Any) -> bool:
-    return any(isinstance(component, QuantizedModelMixin) for component in pipeline.components.values())
+    quantizers = [getattr(component, "hf_quantizer", None) for component in pipeline.components.values()]
+    return any(isinstance(getattr(q, "quantization_config", None), BitsFusionConfig) for q in quantizers)
 
 
 def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -183,8 +204,11 @@ def uploading_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def upload_folder(self: Any, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if _holds_quantized_model(self) and not is_users_own(Path(working_dir)):
-            write_card(Path(working_dir), self, title=repo_id)
-        return original(self, working_dir, repo_id, *args, **kwargs)
+        if not _holds_quantized_model(self):
+            return original(self, working_dir, repo_id, *args, **kwargs)
+        if not is_users_own(Path(working_dir)):
+            write_card(Path(working_dir), self, title=repo_id, token=kwargs.get("token"))
+        with explaining_refusals(repo_id):
+            return original(self, working_dir, repo_id, *args, **kwargs)
 
     return upload_folder

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 UNET = {
@@ -18,6 +20,19 @@ UNET = {
     "norm_num_groups": 8,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+# What UNets of later families do otherwise, for `tiny_unet`.
+SD2 = {"use_linear_projection": True, "attention_head_dim": [4, 8], "cross_attention_dim": 48}
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    "transformer_layers_per_block": (1, 2),
+    "use_linear_projection": True,
+    "attention_head_dim": [4, 8],
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
 }
 
 
@@ -33,6 +48,22 @@ def tiny_controlnet(seed: int = 0) -> ControlNetModel:
     return ControlNetModel(**config, conditioning_embedding_out_channels=(16, 32)).eval()
 
 
+def tiny_lora(model: nn.Module, targets: tuple[str, ...], rank: int = 4, seed: int = 0) -> dict[str, Tensor]:
+    """A LoRA in diffusers' format, for layers whose name ends in one of `targets`; its contribution is of the size of
+    the layers' own output."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, module in model.named_modules():
+        name = name.removesuffix(".base_layer")
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.endswith(targets):
+            outputs, *inputs = module.weight.shape
+            down = torch.randn(rank, *inputs, generator=generator) / math.sqrt(math.prod(inputs))
+            up = torch.randn(outputs, rank, *(1 for _ in inputs[1:]), generator=generator) / math.sqrt(rank)
+            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    assert state
+    return state
+
+
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = [*letters, *(letter + "</w>" for letter in letters), "ab", "<|startoftext|>", "<|endoftext|>"]
@@ -41,11 +72,9 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
 
 
-def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes) -> StableDiffusionPipeline:
-    """A complete Stable Diffusion pipeline of random weights; `folder` takes the tokenizer's files."""
-    tokenizer = tiny_tokenizer(folder)
+def tiny_vae(seed: int = 0) -> AutoencoderKL:
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
+    return AutoencoderKL(
         block_out_channels=(16, 16),
         layers_per_block=1,
         norm_num_groups=8,
@@ -53,7 +82,13 @@ def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes) -> StableDiffusio
         up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
         latent_channels=4,
         sample_size=16,
-    )
+    ).eval()
+
+
+def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes) -> StableDiffusionPipeline:
+    """A complete Stable Diffusion pipeline of random weights; `folder` takes the tokenizer's files."""
+    tokenizer = tiny_tokenizer(folder)
+    vae = tiny_vae(seed)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -68,7 +103,7 @@ def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes) -> StableDiffusio
         )
     )
     pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
+        vae=vae,
         text_encoder=text_encoder.eval(),
         tokenizer=tokenizer,
         unet=tiny_unet(seed, **unet_changes),

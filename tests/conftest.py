@@ -17,10 +17,13 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
-from tiny import tiny_pipeline, tiny_unet
+from tiny import tiny_pipeline, tiny_tokenizer, tiny_unet
 from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
+from diffusers_bitsfusion.nn import packed
+from diffusers_bitsfusion.ops import conv, linear
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -71,6 +74,23 @@ def packed_folders(tmp_path_factory, source_folder, make_config) -> dict[str, Pa
 
 
 @pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A CLIP of random weights on 16×16 images, as `save_pretrained` wrote it."""
+    folder = tmp_path_factory.mktemp("clip")
+    tokenizer = tiny_tokenizer(folder)
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id, "pad_token_id": 0}
+    text = tower | special | {"vocab_size": len(tokenizer), "max_position_embeddings": 16}
+    vision = tower | {"image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    CLIPImageProcessor(**size).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def call_unet() -> Callable[..., Tensor]:
     """The output of a UNet on fixed random inputs, at a timestep that every time embedding has."""
 
@@ -94,9 +114,28 @@ def packed_unet(make_config):
 def run_python() -> Callable[..., subprocess.CompletedProcess]:
     """Runs code in a fresh Python that finds this package, with `arguments` in sys.argv[1:]."""
 
-    def run(code: str, *arguments: object) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    def run(code: str, *arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | (environment or {})
         command = [sys.executable, "-c", code, *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@pytest.fixture
+def decodes(monkeypatch) -> dict[str, int]:
+    """Counts of the decodings of weights: by reading one, and by calls of layers."""
+    counts = {"read": 0, "call": 0}
+    for module, name, kind in (
+        (packed, "decode_weight", "read"),
+        (linear, "decode_to_scratch", "call"),
+        (conv, "decode_to_scratch", "call"),
+    ):
+        function = getattr(module, name)
+
+        def counting(*args, function=function, kind=kind):
+            counts[kind] += 1
+            return function(*args)
+
+        monkeypatch.setattr(module, name, counting)
+    return counts

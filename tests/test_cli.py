@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import tiny_unet
 from typer.testing import CliRunner, Result
 
 from diffusers_bitsfusion.cli import app
@@ -64,6 +65,14 @@ def test_quantize_and_inspect(run, source_folder, tmp_path):
     assert "whole pipeline" in run("inspect", tmp_path / "packed").stdout
 
 
+def test_inspect_predicts_from_a_config(run, fails, tmp_path):
+    (tmp_path / "config.json").write_text(tiny_unet().to_json_string())
+    result = run("inspect", "--plan", tmp_path / "config.json", "--target-bits", 2.6, "--json")
+    figures = json.loads(result.stdout)
+    assert figures["where"] == "predicted file" and figures["bits_per_weight"]["paper"] <= 2.61
+    assert "is not a file" in fails("inspect", "--plan", tmp_path / "none.json")
+
+
 def test_evaluate(run, source_folder, packed_folders, prompts_file, scorer, tmp_path):
     pytest.importorskip("torchmetrics")
     written = tmp_path / "new" / "report.json"
@@ -89,6 +98,17 @@ def test_evaluate_some_prompts_of_the_file_beside_the_pipeline(run, source_folde
     result = run("evaluate", pipeline, "--scorer", scorer, "--steps", 1, "--num-images", 2, "--json", written)
     assert result.exit_code == 0, result.output
     assert json.loads(written.read_text())["settings"]["images"] == 2
+
+
+def test_evaluate_writes_the_scores_into_the_card(run, fails, packed_folders, prompts_file, scorer, tmp_path):
+    pipeline = Path(shutil.copytree(packed_folders["table"], tmp_path / "pipeline"))
+    asked = (pipeline, "--prompts", prompts_file, "--scorer", scorer, "--steps", 1, "--card")
+    for _ in range(2):  # the second time in place of the first
+        assert run("evaluate", *asked).exit_code == 0
+    card = (pipeline / "README.md").read_text()
+    assert card.count("## Scores") == 1 and "0.7500" in card.split("## Scores")[1]
+    (pipeline / "README.md").unlink()
+    assert "no card" in fails("evaluate", *asked)
 
 
 def test_compare(run, source_folder, packed_folders, prompts_file, tmp_path):

@@ -183,10 +183,11 @@ def test_the_format_version_tells_a_checkpoint_from_a_wish():
 
 
 def test_the_config_applies_to_its_components_only():
-    config = BitsFusionConfig(components=["unet"])
+    config = BitsFusionConfig(components=["unet", "text_encoder"])
     assert config._resolve_quant_config(is_diffusers=True, module_name="unet") is config
     assert config._resolve_quant_config(is_diffusers=True, module_name="vae") is None
-    assert config._resolve_quant_config(is_diffusers=False, module_name="unet") is None
+    assert config._resolve_quant_config(is_diffusers=False, module_name="text_encoder") is config
+    assert config._resolve_quant_config(is_diffusers=False, module_name="text_encoder_2") is None
 
 
 def test_the_representation_shows_the_method_and_its_values():
@@ -195,9 +196,20 @@ def test_the_representation_shows_the_method_and_its_values():
 
 
 @pytest.mark.parametrize(
-    "options", [{"compute": "int8"}, {"resident": "int8"}, {"calibration": "prompts.txt"}], ids=str
+    ("options", "message"),
+    [
+        ({"compute": "int4"}, "compute must be one of"),
+        ({"resident": "bf16", "compute": "int8"}, "resident must be one of"),
+        ({"resident": "int8"}, 'resident="int8" is for compute="int8" only'),
+    ],
 )
-def test_what_this_version_lacks_is_refused_by_name(options):
-    (name,) = options
-    with pytest.raises(ValueError, match=f"{name} must be one of .* in this version"):
+def test_impossible_ways_to_compute_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         BitsFusionConfig(**options)
+
+
+def test_a_checkpoint_does_not_say_how_to_compute():
+    config = BitsFusionConfig(compute="int8", resident="int8")
+    assert BitsFusionConfig.from_dict(config.to_dict()).compute == "int8"
+    config.format_version = 1
+    assert config.to_dict()["compute"] == "auto" and config.to_dict()["resident"] == "packed"

@@ -13,13 +13,12 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import KasaConfig, LoKrConfig, LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from tiny import tiny_unet
+from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
 
 from diffusers_bitsfusion import quantize_model, size_report
 from diffusers_bitsfusion.lora import PackedLoraConv2d, PackedLoraLayer, PackedLoraLinear
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn import packed as packed_module
 from diffusers_bitsfusion.nn.convert import pack_weight, packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,18 +36,7 @@ every_dtype = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def make_lora(model: nn.Module, kind: str, rank: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """A LoRA in diffusers' format whose contribution is of the size of the layers' own output."""
-    generator = torch.Generator().manual_seed(seed)
-    state = {}
-    for name, module in model.named_modules():
-        name = name.removesuffix(".base_layer")
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and name.endswith(TARGETS[kind]):
-            outputs, *inputs = module.weight.shape
-            down = torch.randn(rank, *inputs, generator=generator) / math.sqrt(math.prod(inputs))
-            up = torch.randn(outputs, rank, *(1 for _ in inputs[1:]), generator=generator) / math.sqrt(rank)
-            state |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    assert state
-    return state
+    return tiny_lora(model, TARGETS[kind], rank, seed)
 
 
 def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -79,25 +67,6 @@ def unets(originals):
 @pytest.fixture
 def unet(unets):
     return unets()[0]
-
-
-@pytest.fixture
-def decodes(monkeypatch):
-    """Counts of the weight's decodings: by reading it, and by a call."""
-    counts = {"read": 0, "call": 0}
-
-    def count(name, kind):
-        function = getattr(packed_module, name)
-
-        def counting(*args):
-            counts[kind] += 1
-            return function(*args)
-
-        monkeypatch.setattr(packed_module, name, counting)
-
-    count("decode_weight", "read")
-    count("decode_to_scratch", "call")
-    return counts
 
 
 # Adapters beside the layer.

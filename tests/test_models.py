@@ -12,11 +12,13 @@ from diffusers import (
     FluxTransformer2DModel,
     ModelMixin,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
-from tiny import tiny_controlnet, tiny_unet
+from tiny import SD2, SDXL, tiny_controlnet, tiny_unet
+from tiny_transformers import tiny_flux, tiny_pixart, tiny_sana, tiny_sd3
 from torch import Tensor, nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
@@ -24,17 +26,6 @@ from diffusers_bitsfusion.nn import PackedWeight, TimeFeatures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SD2 = {"use_linear_projection": True, "attention_head_dim": [4, 8], "cross_attention_dim": 48}
-SDXL = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 6 * 8 + 32,
-    "transformer_layers_per_block": (1, 2),
-    "use_linear_projection": True,
-    "attention_head_dim": [4, 8],
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-}
 UNETS = {
     "SD 1.x": {},
     "SD 2.x": SD2,
@@ -45,56 +36,7 @@ UNETS = {
 }
 
 
-def pixart() -> PixArtTransformer2DModel:
-    torch.manual_seed(0)
-    return PixArtTransformer2DModel(
-        num_attention_heads=4,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        cross_attention_dim=32,
-        sample_size=8,
-        patch_size=2,
-        caption_channels=24,
-        use_additional_conditions=False,
-    ).eval()
-
-
-def sd3() -> SD3Transformer2DModel:
-    torch.manual_seed(0)
-    return SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        caption_projection_dim=32,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=8,
-    ).eval()
-
-
-def flux() -> FluxTransformer2DModel:
-    torch.manual_seed(0)
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    ).eval()
-
-
-TRANSFORMERS = {"PixArt": pixart, "SD3": sd3, "Flux": flux}
+TRANSFORMERS = {"PixArt": tiny_pixart, "SD3": tiny_sd3, "Flux": tiny_flux, "Sana": tiny_sana}
 
 
 def build(name: str) -> ModelMixin:
@@ -138,6 +80,8 @@ def call(model: ModelMixin, timestep: int = 501) -> Tensor:
                 output = model(random(2, 4, 8, 8), random(2, 5, 24), time, added_cond_kwargs=conditions)
             case SD3Transformer2DModel():
                 output = model(random(2, 4, 8, 8), random(2, 5, 32), random(2, 16), time)
+            case SanaTransformer2DModel():
+                output = model(random(2, 4, 8, 8), random(2, 5, 24), time)
             case FluxTransformer2DModel():
                 ids = torch.zeros(16, 3), torch.zeros(5, 3)
                 output = model(

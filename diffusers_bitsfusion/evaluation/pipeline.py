@@ -18,14 +18,17 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_pipeline(path: str | os.PathLike[str], scheduler: str | None = None) -> DiffusionPipeline:
-    """A pipeline, packed or in full precision, on the default device: float16 on CUDA, float32 on the CPU.
+def load_pipeline(
+    path: str | os.PathLike[str], scheduler: str | None = None, dtype: torch.dtype | None = None
+) -> DiffusionPipeline:
+    """A pipeline, packed or in full precision, on the default device.
 
     A safety checker is taken off: the black pictures that it puts in place would be measured as the model's.
 
     Args:
         path: folder or Hub id.
         scheduler: name of a diffusers scheduler to use with the pipeline's own noise schedule.
+        dtype: of what is in floating point; when left out, float16 on CUDA and float32 on the CPU.
 
     Raises:
         OSError: nothing to load there.
@@ -34,8 +37,8 @@ def load_pipeline(path: str | os.PathLike[str], scheduler: str | None = None) ->
     path = os.fspath(path)
     _check_folder(path)
     device = default_device()
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype)
+    default = torch.float16 if device.type == "cuda" else torch.float32
+    pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype or default)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None
     if scheduler is not None:
