@@ -13,7 +13,10 @@ TIMESTEP_SAMPLING = ("beta", "uniform", "error")
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The arguments of a run; a wrong combination ends the program with a message."""
-    parser = argparse.ArgumentParser(description="Two-stage training of a Stable Diffusion UNet at about 2 bits.")
+    parser = argparse.ArgumentParser(
+        description="Two-stage training of a Stable Diffusion UNet at about 2 bits.",
+        allow_abbrev=False,  # a shortened --hub_token would end in the card
+    )
     _add_model(parser)
     _add_data(parser)
     _add_method(parser)
