@@ -89,7 +89,7 @@ class Recipe(Mapping[str, int]):
             raise ValueError(f"The recipe names layers that the model lacks: {', '.join(missing[:5])}.")
         removed = features = 0
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
-            time_embedding = model.config.quantization_config.time_embedding
+            time_embedding = model.hf_quantizer.quantization_config.time_embedding
             removed = time_embedding["removed_weights"]
             features = sum(size for _, size in time_embedding["features"])
         elif why_not_cacheable(model) is None:
