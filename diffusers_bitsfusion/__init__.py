@@ -12,6 +12,7 @@ from .quantize import quantize_model
 from .quantizer import BitsFusionQuantizer
 from .recipe import Recipe
 from .registration import register
+from .requantize import requantize_branches
 from .training.qat import convert, prepare_qat
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "convert",
     "prepare_qat",
     "quantize_model",
+    "requantize_branches",
     "set_compute",
     "size_report",
 ]
