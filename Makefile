@@ -35,7 +35,7 @@ $(VENV)/installed: pyproject.toml examples/shapes/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[dev,eval,train,plot]" -r examples/shapes/requirements.txt
+	$(BIN)/pip install --quiet -e ".[dev,eval,train,plot,app]" -r examples/shapes/requirements.txt
 	touch $@
 
 clean:
