@@ -14,7 +14,7 @@ from diffusers import (
     T2IAdapter,
 )
 from PIL import Image
-from tiny import SDXL, tiny_controlnet, tiny_lora, tiny_unet
+from tiny import SD2, SDXL, tiny_controlnet, tiny_lora, tiny_unet
 from tiny_transformers import tiny_flux, tiny_sana, tiny_sd3
 from torch import Tensor, nn
 
@@ -219,9 +219,20 @@ def test_fusing_query_key_and_value_is_refused_through_the_pipeline(pipes):
     assert torch.equal(draw(packed), before)
 
 
-@pytest.mark.parametrize(
-    "build", [lambda: tiny_unet(**SDXL), tiny_sd3, tiny_flux, tiny_sana], ids=["SDXL", "SD3", "Flux", "Sana"]
-)
+FAMILIES = {
+    "SD 1.x": tiny_unet,
+    "SD 2.x": lambda: tiny_unet(**SD2),
+    "SDXL": lambda: tiny_unet(**SDXL),
+    "inpainting": lambda: tiny_unet(in_channels=9),
+    "LCM": lambda: tiny_unet(time_cond_proj_dim=16),
+    "ControlNet": tiny_controlnet,
+    "SD3": tiny_sd3,
+    "Flux": tiny_flux,
+    "Sana": tiny_sana,
+}
+
+
+@pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
 def test_a_lora_on_a_model_of_every_family_is_its_twins_and_fuses(build, make_config):
     packed = quantize_model(build(), make_config(), progress=False)
     twin = copy.deepcopy(packed).dequantize()

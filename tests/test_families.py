@@ -173,7 +173,7 @@ def test_a_quantized_pipeline_saves_loads_and_draws_what_its_twin_draws(family, 
     assert torch.equal(draw(again, arguments), found)
 
 
-@pytest.mark.parametrize("family", ["SDXL", "LCM", "PixArt", "Flux"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_pipeline_quantized_while_loading_is_the_one_quantized_in_memory(family, tmp_path):
     pipe, arguments = FAMILIES[family](tmp_path)
     pipe.save_pretrained(tmp_path / "source")

@@ -149,7 +149,7 @@ def test_a_saved_model_comes_back_with_equal_outputs(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["SDXL", "ControlNet", *TRANSFORMERS])
+@pytest.mark.parametrize("name", ALL)
 def test_a_model_in_half_precision_equals_its_twin(name, dtype):
     model = quantized(build(name).to(dtype), time_embedding="keep")
     assert model.dtype == dtype

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
 from tiny import tiny_pipeline
 from torch import Tensor, nn
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, size_report
+from diffusers_bitsfusion.lora import PackedLoraLayer
 from diffusers_bitsfusion.nn import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -96,6 +98,17 @@ def test_a_packed_encoder_encodes_what_its_twin_does_and_comes_back_from_its_fol
     again.dequantize()
     assert not packed_layers(again)
     assert torch.equal(encode(again.requires_grad_(False)), found)
+
+
+def test_a_lora_on_a_packed_encoder_is_its_twins(packed):
+    twin = copy.deepcopy(packed).dequantize()
+    plain = encode(packed)
+    for model in (packed, twin):
+        torch.manual_seed(2)
+        model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "q", "wi_0", "fc1"], init_lora_weights=False))
+    assert any(isinstance(module, PackedLoraLayer) for module in packed.modules())
+    torch.testing.assert_close(encode(packed), encode(twin), rtol=1e-4, atol=1e-5)
+    assert (encode(packed) - plain).norm() > 1e-3 * plain.norm()
 
 
 def test_a_dequantized_encoder_saves_plain(packed, tmp_path):
