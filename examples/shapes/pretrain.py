@@ -18,6 +18,7 @@ from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPTokenizer
 from .clip import train_clip
 from .dataset import build_dataset, load_dataset
 from .export import export_pipeline
+from .sides import relation_axes
 from .text import create_tokenizer, tokenize, train_text
 from .training import TrainOptions
 from .unet import train_unet
@@ -28,7 +29,7 @@ DEFAULTS = {
     "vae": TrainOptions(steps=1600, learning_rate=2e-3, batch_size=32, cooldown=600),
     "decoder": TrainOptions(steps=600, learning_rate=1e-3, batch_size=32, cooldown=400),
     "text": TrainOptions(steps=1000, learning_rate=1e-3, batch_size=128, cooldown=400),
-    "unet": TrainOptions(steps=30_000, learning_rate=1e-3, batch_size=32, cooldown=6000, warmup=500, ema_decay=0.9995),
+    "unet": TrainOptions(steps=30_000, learning_rate=1e-3, batch_size=32, cooldown=6000, warmup=500, ema_decay=0.998),
     "clip": TrainOptions(steps=1500, learning_rate=1e-3, batch_size=64, cooldown=500),
 }
 
@@ -64,10 +65,12 @@ def run_text(work: Path, options: TrainOptions) -> None:
 
 def run_unet(work: Path, options: TrainOptions) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+    captions = load_dataset(work / "data")[1]
     unet = train_unet(
         latents=torch.from_numpy(np.load(work / "latents.npy")),
-        token_ids=tokenize(tokenizer, load_dataset(work / "data")[1]),
+        token_ids=tokenize(tokenizer, captions),
         empty_ids=tokenize(tokenizer, [""])[0],
+        axes=relation_axes(captions),
         text=CLIPTextModelWithProjection.from_pretrained(work / "text"),
         path=work / "unet.pt",
         options=options,

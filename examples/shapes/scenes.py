@@ -41,7 +41,16 @@ HELD_OUT_PAIRS = frozenset(
     )
 )
 _MARGIN = 3  # pixels between two objects, and half of it to the image's edge
-_RELATION_DISTANCE = 20  # least distance along the axis of a relation
+_RELATION_MARGIN = 8  # pixels from the image's middle: of two objects in a relation each lies in its own half
+# Counted objects lie as on the faces of a die: (column, row) of a grid of three by three.
+_FACES = {
+    2: ((0, 0), (2, 2)),
+    3: ((0, 0), (1, 1), (2, 2)),
+    4: ((0, 0), (2, 0), (0, 2), (2, 2)),
+    5: ((0, 0), (2, 0), (1, 1), (0, 2), (2, 2)),
+    6: ((0, 0), (2, 0), (0, 1), (2, 1), (0, 2), (2, 2)),
+}
+_FACE_CELL, _FACE_JITTER = 19, 3  # pixels
 _COLOR_CONTRAST = 75  # least difference of a free colour from the background, in the channel that differs most
 
 
@@ -109,8 +118,8 @@ def sample_scene(rng: random.Random, spec: PromptSpec) -> tuple[SceneObject, ...
     """Draw a scene that satisfies `spec`: open attributes at random, nothing overlapping."""
     while True:
         radii = [_radius(rng, spec, wanted) for wanted in spec.objects]
-        centres = _place(rng, radii, spec.relation)
-        if centres is not None:
+        centres = _place_as_on_a_die(rng, radii) if spec.category == "counting" else _place(rng, radii)
+        if centres is not None and (spec.relation is None or _clearly_related(centres, spec.relation)):
             break
     colors = _fill_colors(rng, spec)
     return tuple(
@@ -127,7 +136,7 @@ def sample_free_scene(rng: random.Random) -> tuple[SceneObject, ...]:
     radii, centres = [], None
     while centres is None:
         radii = [rng.choice(RADII[rng.choice(tuple(RADII))]) for _ in range(rng.randint(1, max(COUNTS)))]
-        centres = _place(rng, radii, None)
+        centres = _place(rng, radii)
     looks = [_free_look(rng)] * len(radii)
     if rng.random() < 0.5:
         looks = _free_looks(rng, len(radii))
@@ -222,26 +231,48 @@ def _radius(rng, spec, wanted):
     return rng.choice(RADII[size])
 
 
-def _place(rng, radii, relation):
+def _place(rng, radii):
     """Integer centres without overlap, or None where an object found no room."""
     centres: list[tuple[int, int]] = []
     for radius in radii:
         edge = radius + _MARGIN // 2
         for _ in range(100):
             x, y = rng.randint(edge, IMAGE_SIZE - 1 - edge), rng.randint(edge, IMAGE_SIZE - 1 - edge)
-            if all(
-                max(abs(x - ox), abs(y - oy)) >= radius + other + _MARGIN
-                for (ox, oy), other in zip(centres, radii, strict=False)
-            ):
+            if _has_room(x, y, radius, centres, radii):
                 centres.append((x, y))
                 break
         else:
             return None
-    return centres if relation is None or _clearly_related(centres, relation) else None
+    return centres
+
+
+def _place_as_on_a_die(rng, radii):
+    """The centres of a die's face, turned by a quarter half of the time, each moved a little; None if two overlap."""
+    turned = rng.random() < 0.5
+    centres: list[tuple[int, int]] = []
+    for (column, row), radius in zip(_FACES[len(radii)], radii, strict=True):
+        if turned:
+            column, row = 2 - row, column
+        x, y = (
+            IMAGE_SIZE // 2 + _FACE_CELL * (place - 1) + rng.randint(-_FACE_JITTER, _FACE_JITTER)
+            for place in (column, row)
+        )
+        if not _has_room(x, y, radius, centres, radii):
+            return None
+        centres.append((x, y))
+    return centres
+
+
+def _has_room(x, y, radius, centres, radii):
+    return all(
+        max(abs(x - ox), abs(y - oy)) >= radius + other + _MARGIN
+        for (ox, oy), other in zip(centres, radii, strict=False)
+    )
 
 
 def _clearly_related(centres, relation):
     (x0, y0), (x1, y1) = centres
-    along, across = (x0 - x1, y0 - y1) if relation in ("left of", "right of") else (y0 - y1, x0 - x1)
-    sign = -1 if relation in ("left of", "above") else 1
-    return sign * along >= _RELATION_DISTANCE and abs(along) > 1.3 * abs(across)
+    first, second, across = (x0, x1, y0 - y1) if relation in ("left of", "right of") else (y0, y1, x0 - x1)
+    low, high = (first, second) if relation in ("left of", "above") else (second, first)
+    middle = IMAGE_SIZE // 2
+    return low <= middle - _RELATION_MARGIN and high >= middle + _RELATION_MARGIN and high - low > 1.3 * abs(across)

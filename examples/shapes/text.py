@@ -21,6 +21,14 @@ _AXES = {None: 0, "left of": 1, "right of": 1, "above": 2, "below": 2}
 # What is read from the state of the end token: how many objects, the axis of their relation, and of the first (left,
 # upper) and the second object shape, colour and size. An attribute left open and a second object not there count too.
 _READOUT_SIZES = (1 + len(COUNTS), 3) + 2 * (len(SHAPES) + 1, len(COLORS) + 1, len(RADII) + 1)
+# And from the last tokens, which are padding, one for each side of the image: the shape that must lie there.
+SIDES = ("left", "right", "upper", "lower")
+_SIDES_OF_RELATION = {
+    "left of": ("left", "right"),
+    "right of": ("right", "left"),
+    "above": ("upper", "lower"),
+    "below": ("lower", "upper"),
+}
 
 
 def create_tokenizer(captions: list[str]) -> CLIPTokenizer:
@@ -66,6 +74,8 @@ def train_text(
 
     Along with it, what a caption asks for must be linear in the end token's state. Attention is causal: only the
     tokens from there on have read all of it, and the UNet has far fewer steps than real ones to work out the rest.
+    Of the padding after it, the last four tokens tell what lies on the left, on the right, above and below: a query
+    that knows its place then finds its shape by attention alone.
     """
     prompts = _prompts(n_samples)
     rng = random.Random(1)
@@ -74,9 +84,15 @@ def train_text(
     captions = tokenize(tokenizer, [prompt.caption for prompt in prompts])
     meanings = _meanings(prompts)
     contents = torch.tensor([_contents(prompt.spec) for prompt in prompts])
-    models = {"text": create_text_model(tokenizer), "readout": torch.nn.Linear(WIDTH, sum(_READOUT_SIZES))}
+    sides = torch.tensor([_shapes_by_side(prompt.spec) for prompt in prompts])
+    models = {
+        "text": create_text_model(tokenizer),
+        "readout": torch.nn.Linear(WIDTH, sum(_READOUT_SIZES)),
+        "side_readout": torch.nn.Linear(WIDTH, len(SHAPES) + 1),
+    }
     run = Run(models, options, path)
-    model, readout, device = run.models["text"], run.models["readout"], run.accelerator.device
+    model, device = run.models["text"], run.accelerator.device
+    readout, side_readout = run.models["readout"], run.models["side_readout"]
 
     def contrastive_loss(embeddings, meaning):
         caption, paraphrase, foil = F.normalize(embeddings.float(), dim=-1).chunk(3)
@@ -86,18 +102,21 @@ def train_text(
         with_foil = torch.cat([among, (caption * foil).sum(-1, keepdim=True) / _TEMPERATURE], dim=1)
         return (F.cross_entropy(with_foil, target) + F.cross_entropy(among.T, target)) / 2
 
-    def readout_loss(states, ids, content):
+    def readout_loss(states, ids, content, side):
         first_end = ids.eq(tokenizer.eos_token_id).int().argmax(1)
         for_all = states[torch.arange(len(ids)), first_end], states[:, -1]  # padding repeats the end token
         answers = [readout(state).float().split(_READOUT_SIZES, dim=-1) for state in for_all]
-        return sum(F.cross_entropy(a, c) for answer in answers for a, c in zip(answer, content.T, strict=True)) / 2
+        loss = sum(F.cross_entropy(a, c) for answer in answers for a, c in zip(answer, content.T, strict=True)) / 2
+        on_sides = side_readout(states[:, -len(SIDES) :]).float()
+        return loss + len(SIDES) * F.cross_entropy(on_sides.flatten(0, 1), side.flatten())
 
     def loss_of_batch(indices):
         ids = torch.cat([captions[indices], paraphrases[indices], foils[indices]]).to(device)
         n = len(indices)
         with run.accelerator.autocast():
             out = model(ids)
-            reading = readout_loss(out.last_hidden_state[:n], ids[:n], contents[indices].to(device))
+            states = out.last_hidden_state[:n]
+            reading = readout_loss(states, ids[:n], contents[indices].to(device), sides[indices].to(device))
         return contrastive_loss(out.text_embeds, meanings[indices].to(device)) + reading
 
     run.train(loss_of_batch, n_samples)
@@ -113,6 +132,12 @@ def _contents(spec: PromptSpec) -> list[int]:
             asked = wanted and getattr(wanted, value)
             answers.append(choices.index(asked) if asked else len(choices))
     return answers
+
+
+def _shapes_by_side(spec: PromptSpec) -> list[int]:
+    """For each of `SIDES` the index of the shape that must lie there, or their number."""
+    places = dict(zip(_SIDES_OF_RELATION.get(spec.relation, ()), spec.objects, strict=False))
+    return [SHAPES.index(places[side].shape) if side in places else len(SHAPES) for side in SIDES]
 
 
 def _prompts(n: int) -> list[Prompt]:

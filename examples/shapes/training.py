@@ -113,6 +113,7 @@ class Run:
         for name, model in self.models.items():
             model.load_state_dict(state["models"][name])
             self.emas[name].load_state_dict(state["emas"][name])
+            self.emas[name].decay = self.options.ema_decay
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 

@@ -8,6 +8,7 @@ from examples.shapes.dataset import FREE, build_dataset, load_dataset
 from examples.shapes.render import render
 from examples.shapes.scenes import (
     CATEGORIES,
+    COUNTS,
     HELD_OUT_COLORS,
     HELD_OUT_PAIRS,
     IMAGE_SIZE,
@@ -33,6 +34,35 @@ def test_a_scene_satisfies_its_prompt_and_stays_in_the_image(category, held_out)
         for item in scene:
             assert item.radius <= min(item.x, item.y)
             assert max(item.x, item.y) + item.radius <= IMAGE_SIZE - 1
+
+
+def test_each_of_two_related_objects_lies_in_its_own_half():
+    rng = random.Random(0)
+    middle = IMAGE_SIZE / 2
+    for _ in range(200):
+        spec = sample_spec(rng, "position")
+        first, second = sample_scene(rng, spec)
+        if spec.relation in ("right of", "below"):
+            first, second = second, first
+        axis = "x" if spec.relation in ("left of", "right of") else "y"
+        assert getattr(first, axis) < middle < getattr(second, axis)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_counted_objects_lie_as_on_a_die(count):
+    """Up to a quarter turn, in the cells of a grid of three by three that a die's face has eyes in."""
+    eyes = {2: "a i", 3: "a e i", 4: "a c g i", 5: "a c e g i", 6: "a c d f g i"}[count].split()
+    turned = {"a": "c", "c": "i", "i": "g", "g": "a", "d": "b", "f": "h", "e": "e"}
+    allowed = {frozenset(eyes), frozenset(turned[eye] for eye in eyes)}
+    rng, found = random.Random(0), set()
+    for _ in range(100):
+        scene = sample_scene(rng, PromptSpec("counting", (ObjectSpec("circle"),) * count))
+        cells = frozenset(
+            "abcdefghi"[round((item.y - 32) / 19 + 1) * 3 + round((item.x - 32) / 19 + 1)] for item in scene
+        )
+        assert cells in allowed
+        found.add(cells)
+    assert found == allowed
 
 
 def test_training_never_shows_what_is_held_out():
