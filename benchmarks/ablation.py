@@ -13,23 +13,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from benchmarks.measure import REPOSITORY
-from benchmarks.quality import SCORER, TARGET, mixed
+from benchmarks.quality import TARGET, mixed
+from benchmarks.trained import HeldOutImages, score, train, write_json
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
-from diffusers_bitsfusion.training.images import ArrayImages, TrainingImages
+from diffusers_bitsfusion.training.images import TrainingImages
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.text import TextEncoder
 from diffusers_bitsfusion.training.timesteps import TimestepDistribution
 
-HELD_OUT = 2000  # of the data, at its end: never trained on
 RECIPE = "mixed.json"
 
 _UNIFORM = ("--recipe", "2", "--time_embedding", "keep")
@@ -50,60 +47,33 @@ AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL)
 SCALES = (7.5, 3.5, 5.5, 9.5)
 
 
-class LastImages(ArrayImages):
-    """The images that training leaves out."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.images, self.captions = self.images[-HELD_OUT:], self.captions[-HELD_OUT:]
-
-
-def train(args: argparse.Namespace, row: str, seed: int) -> Path:
+def train_row(args: argparse.Namespace, row: str, seed: int) -> Path:
     """The folder of the trained pipeline."""
     out = args.work / f"{row}, seed {seed}"
-    if (out / "model_index.json").exists():
-        return out
-    data = {
-        "pretrained_model_name_or_path": args.pipeline,
-        "train_data_dir": args.train_data,
-        "max_train_samples": len(ArrayImages(args.train_data)) - HELD_OUT,
+    options = {
         "train_batch_size": args.batch_size,
         "learning_rate": args.learning_rate,
         "ema_decay": args.ema_decay,
         "checkpointing_steps": 250,
-        "checkpoints_total_limit": 1,
-        "resume_from_checkpoint": "latest",
-        "output_dir": out,
         "seed": seed,
     }
     stage = ["--stage", "1", "--max_train_steps", str(args.steps)]
     if row in (STAGE_2, CONTROL):
-        start = "rounding" if row == CONTROL else train(args, STAGE_1, seed) / "stage1" / f"checkpoint-{args.steps}"
+        stage_1 = None if row == CONTROL else train_row(args, STAGE_1, seed)
+        start = "rounding" if stage_1 is None else stage_1 / "stage1" / f"checkpoint-{args.steps}"
         stage = ["--stage", "2", "--init_from", str(start), "--max_train_steps", str(args.stage2_steps)]
     switches = [str(args.work / RECIPE) if switch == RECIPE else switch for switch in ROWS[row]]
-    common = [str(part) for name, value in data.items() for part in (f"--{name}", value)]
-    script = REPOSITORY / "examples" / "train_bitsfusion.py"
-    subprocess.run([sys.executable, script, *common, "--use_ema", *stage, *switches], check=True)
+    train(args.pipeline, args.train_data, out, options, ["--use_ema", *stage, *switches])
     return out
 
 
-def evaluate(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
     """The report of `bitsfusion evaluate`, with the held-out distillation loss."""
-    from diffusers_bitsfusion.evaluation import evaluate, load_scorer, read_prompts, sample_prompts
-
     file = folder / "report.json"
     if not file.exists():
-        report = evaluate(
-            folder,
-            sample_prompts(read_prompts(args.pipeline / "prompts.tsv"), args.num_images),
-            reference=args.pipeline,
-            scorer=load_scorer(SCORER),
-            clip=args.pipeline / "clip",
-            guidance_scales=SCALES if row in AT_ALL_SCALES else SCALES[:1],
-            images=folder / "images",
-        )
-        report["held_out_loss"] = held_out_loss(args, folder)
-        file.write_text(json.dumps(report, indent=2) + "\n")
+        scales = SCALES if row in AT_ALL_SCALES else SCALES[:1]
+        report = score(args.pipeline, folder, args.num_images, args.work / "images", scales)
+        write_json(file, report | {"held_out_loss": held_out_loss(args, folder)})
     return json.loads(file.read_text())
 
 
@@ -113,7 +83,7 @@ def held_out_loss(args: argparse.Namespace, folder: Path, batches: int = 32, bat
     teacher = StableDiffusionPipeline.from_pretrained(args.pipeline, dtype=torch.float32)
     student = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
     samples = ImageBatches(
-        TrainingImages(LastImages(args.train_data), teacher.unet.config.sample_size * teacher.vae_scale_factor),
+        TrainingImages(HeldOutImages(args.train_data), teacher.unet.config.sample_size * teacher.vae_scale_factor),
         teacher.vae,
         TextEncoder(teacher.tokenizer, teacher.text_encoder),
         DDPMScheduler.from_config(teacher.scheduler.config),
@@ -172,7 +142,7 @@ def main() -> None:
     reports: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
         for row in args.only:
-            reports.setdefault(row, []).append(evaluate(args, row, train(args, row, seed)))
+            reports.setdefault(row, []).append(measure(args, row, train_row(args, row, seed)))
             print(table(reports), flush=True)
 
 

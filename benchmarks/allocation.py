@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import REPOSITORY
-from benchmarks.quality import SCORER, TARGET
+from benchmarks.quality import TARGET
+from benchmarks.trained import score, train, unet_bytes, write_json
 from diffusers_bitsfusion import Recipe
 from diffusers_bitsfusion.analysis.allocation import Totals, allocate
 from diffusers_bitsfusion.analysis.results import Analysis
 from diffusers_bitsfusion.analysis.statistics import rank_correlations
-from diffusers_bitsfusion.evaluation import evaluate, load_scorer, read_prompts, sample_prompts
 
 ETAS = (0.0, 0.1, 0.2, 0.4, 0.5)  # 0.3 is the paper's
 RANDOM_RECIPES = 5
@@ -68,25 +65,17 @@ def random_recipe(analysis: Analysis, budget: int, seed: int) -> Recipe:
     return Recipe(bits, source=f"random, seed {seed}", shapes=analysis.shapes)
 
 
-def train(args: argparse.Namespace, way: str, switches: tuple[str, ...], seed: int) -> Path:
+def train_way(args: argparse.Namespace, way: str, switches: tuple[str, ...], seed: int) -> Path:
     """The folder of the pipeline, trained by Stage I and packed."""
     out = args.work / f"{way}, seed {seed}"
-    if not (out / "model_index.json").exists():
-        options = {
-            "pretrained_model_name_or_path": args.pipeline,
-            "train_data_dir": args.train_data,
-            "stage": "1",
-            "max_train_steps": args.steps,
-            "train_batch_size": args.batch_size,
-            "learning_rate": args.learning_rate,
-            "checkpoints_total_limit": 1,
-            "resume_from_checkpoint": "latest",
-            "seed": seed,
-            "output_dir": out,
-        }
-        script = REPOSITORY / "examples" / "train_bitsfusion.py"
-        common = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        subprocess.run([sys.executable, script, *common, *switches], check=True)
+    options = {
+        "stage": 1,
+        "max_train_steps": args.steps,
+        "train_batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "seed": seed,
+    }
+    train(args.pipeline, args.train_data, out, options, switches)
     return out
 
 
@@ -94,16 +83,8 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The report of `bitsfusion evaluate`, with the bytes of the UNet's file."""
     file = folder / "report.json"
     if not file.exists():
-        report = evaluate(
-            folder,
-            sample_prompts(read_prompts(args.pipeline / "prompts.tsv"), args.num_images),
-            reference=args.pipeline,
-            scorer=load_scorer(SCORER),
-            clip=args.pipeline / "clip",
-            images=args.work / "images",
-        )
-        report["unet_bytes"] = sum(part.stat().st_size for part in (folder / "unet").glob("*.safetensors"))
-        file.write_text(json.dumps(report, indent=2) + "\n")
+        report = score(args.pipeline, folder, args.num_images, args.work / "images")
+        write_json(file, report | {"unet_bytes": unet_bytes(folder)})
     return json.loads(file.read_text())
 
 
@@ -193,7 +174,7 @@ def main() -> None:
         switches[way] = ("--recipe", str(args.work / f"{way}.json"))
     switches |= BESIDE
     reports = {
-        way: [measure(args, train(args, way, switches[way], seed)) for seed in args.seeds]
+        way: [measure(args, train_way(args, way, switches[way], seed)) for seed in args.seeds]
         for way in args.only or switches
     }
     totals = {way: Totals.of(recipe, analysis) for way, recipe in recipes.items()}

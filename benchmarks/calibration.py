@@ -27,42 +27,26 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks.measure import measured_call
 from benchmarks.sd15_shape import random_unet
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, Recipe, quantize_model
-from diffusers_bitsfusion.evaluation import Sampling, generate_images, image_metrics, load_pipeline, read_prompts
+from diffusers_bitsfusion.analysis.recording import Call, record
+from diffusers_bitsfusion.evaluation import Sampling, generate_images, image_metrics, load_pipeline, read_captions
 
-Call = tuple[tuple[Any, ...], dict[str, Any], torch.Tensor]
-
-
-@torch.no_grad()
-def record_calls(pipeline: DiffusionPipeline, prompts: Sequence[str], steps: int, every: int = 4) -> list[Call]:
-    """Arguments and noise prediction of every fourth call of the UNet while the pipeline draws."""
-    calls: list[Call] = []
-
-    def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        tensors = {key: value for key, value in kwargs.items() if isinstance(value, torch.Tensor)}
-        calls.append((args, tensors, output[0]))
-
-    hook = pipeline.unet.register_forward_hook(record, with_kwargs=True)
-    generate_images(pipeline, prompts, Sampling(steps=steps, seed=7, batch_size=len(prompts)), progress=False)
-    hook.remove()
-    return calls[1::every]
+CALLS = 32  # of full precision's denoising, to measure the error of the predicted noise on
 
 
 @torch.no_grad()
 def noise_error(unet: torch.nn.Module, calls: Sequence[Call]) -> float:
     """Mean square error of the predicted noise over its mean square."""
-    errors = [(unet(*args, **kwargs)[0] - noise).square().sum() for args, kwargs, noise in calls]
-    return float(sum(errors) / sum(noise.square().sum() for *_, noise in calls))
+    errors = [(call.repeat(unet) - call.output).square().sum() for call in calls]
+    return float(sum(errors) / sum(call.output.square().sum() for call in calls))
 
 
 def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each setting."""
-    prompts = [prompt.caption for prompt in read_prompts(arguments.prompts)][: arguments.num_images]
-    own = None
-    if arguments.calibration_prompts:
-        own = [prompt.caption for prompt in read_prompts(arguments.calibration_prompts)]
+    prompts = read_captions(arguments.prompts)[: arguments.num_images]
+    own = read_captions(arguments.calibration_prompts) if arguments.calibration_prompts else None
     sampling = Sampling(steps=arguments.steps, guidance_scale=arguments.guidance_scale, batch_size=12)
     pipeline = load_pipeline(arguments.pipeline)
-    calls = record_calls(pipeline, prompts[:6], arguments.steps)
+    calls = record(pipeline, pipeline.unet, prompts[:6], replace(sampling, seed=7), CALLS, progress=False).calls
     reference = generate_images(pipeline, prompts, sampling)
     base = Calibration(prompts=own, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale)
     rows = []
@@ -143,7 +127,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     of_quality = commands.add_parser("quality")
     of_quality.add_argument("pipeline")
-    of_quality.add_argument("--prompts", type=Path, required=True, help="tab-separated, with a Prompt column")
+    of_quality.add_argument("--prompts", type=Path, required=True, help="tab-separated, or one prompt a line")
     of_quality.add_argument("--calibration-prompts", type=Path, help="the same; default: the shipped list")
     of_quality.add_argument("--recipe", default="2", help="bits of all layers, or a recipe's path")
     of_quality.add_argument("--num-images", type=int, default=48)

@@ -19,7 +19,6 @@ from typing import Any
 
 from benchmarks.measure import is_installed, run_child
 
-SCORER = "examples.shapes.prompts:score"
 TARGET = 2.04  # bits a weight over the quantized layers: the published recipe's
 
 
@@ -29,16 +28,9 @@ def mixed(bits: float) -> Callable[[Any], Any]:
     def config(unet: Any) -> Any:
         from diffusers_bitsfusion import BitsFusionConfig, Recipe
         from diffusers_bitsfusion.analysis.data_free import allocate_data_free
-        from diffusers_bitsfusion.formula import IN_OUT_LAYERS
-        from diffusers_bitsfusion.nn.time_path import TimePath
-        from diffusers_bitsfusion.plan import quantizable_layers
+        from diffusers_bitsfusion.plan import recipe_layers
 
-        time_layers = TimePath.of(unet).layers
-        sizes = {
-            name: layer.weight.numel()
-            for name, layer in quantizable_layers(unet).items()
-            if name not in IN_OUT_LAYERS and name not in time_layers
-        }
+        sizes = {name: layer.weight.numel() for name, layer in recipe_layers(unet).items()}
         recipe = Recipe(allocate_data_free(sizes, bits * sum(sizes.values())))
         return BitsFusionConfig(recipe=recipe, time_embedding="cache")
 
@@ -98,7 +90,7 @@ def run_way(source: Path, work: Path, way: str, num_images: int | None) -> dict[
     """Quantize, draw and measure; the report of `bitsfusion evaluate` with the UNet's file size."""
     if way.startswith("SDNQ"):
         import sdnq  # noqa: F401  (registers its method with diffusers)
-    from diffusers_bitsfusion.evaluation import evaluate, load_scorer, read_prompts, sample_prompts
+    from benchmarks.trained import score, unet_bytes
 
     folder = source
     if WAYS[way] is not None:
@@ -106,15 +98,8 @@ def run_way(source: Path, work: Path, way: str, num_images: int | None) -> dict[
         if not (folder / "model_index.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             make(source, folder, way)
-    report = evaluate(
-        folder,
-        sample_prompts(read_prompts(source / "prompts.tsv"), num_images),
-        reference=None if folder == source else source,
-        scorer=load_scorer(SCORER),
-        clip=source / "clip",
-        images=work / "images",
-    )
-    return report | {"unet_bytes": sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))}
+    report = score(source, folder, num_images, work / "images")
+    return report | {"unet_bytes": unet_bytes(folder)}
 
 
 def table(reports: dict[str, dict[str, Any] | str]) -> str:

@@ -67,7 +67,7 @@ class Student:
 
 
 def gradient_norms(student: Student, batch: Batch) -> dict[str, float]:
-    """Norms over all layers of the the gradients of latent weights and of scales, with LSQ's factor and without."""
+    """Norms over all layers of the gradients of latent weights and of scales, with LSQ's factor and without."""
     student.objective(student.model, batch).total.backward()
     squares = {"weights": 0.0, "scales": 0.0, "scales, not rescaled": 0.0}
     for layer in trainable_layers(student.model).values():

@@ -187,10 +187,11 @@ def _quantize_calibrated(
     """Under `accelerate launch`, every process does its share, and the first one saves."""
     from . import Calibration, quantize_model
     from .calibration.run import process_state
+    from .evaluation import read_captions
 
     state = process_state()
     calibration = Calibration(
-        prompts=None if prompts is None else _read_prompt_list(prompts),
+        prompts=None if prompts is None else read_captions(prompts),
         num_samples=samples,
         memory_gb=memory_gb,
         cache_dir=f"{destination}.calibration",
@@ -203,16 +204,6 @@ def _quantize_calibrated(
     state.wait_for_everyone()
     if not state.is_main_process:
         raise typer.Exit()
-
-
-def _read_prompt_list(path: Path) -> list[str]:
-    """Prompts of a tab-separated file with a Prompt column, or of a text file with one on each line."""
-    from .evaluation import read_prompts
-
-    lines = path.read_text(encoding="utf-8-sig").splitlines()
-    if lines and "prompt" in lines[0].lower().split("\t"):
-        return [prompt.caption for prompt in read_prompts(path)]
-    return [line.strip() for line in lines if line.strip()]
 
 
 def _load_scorer(name: str):

@@ -103,7 +103,8 @@ def _shapes(source: str) -> dict[str, tuple[int, ...]]:
     import diffusers
     from accelerate import init_empty_weights
 
-    from .analysis.study import DENOISERS, analysed_layers
+    from .analysis.study import analysed_layers
+    from .evaluation import DENOISERS
 
     place = {}
     if not (Path(source) / "config.json").is_file():

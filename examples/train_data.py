@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from diffusers_bitsfusion.evaluation import read_captions
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import TrainingImages, open_images
 from diffusers_bitsfusion.training.text import TextEncoder
 from diffusers_bitsfusion.training.timesteps import TimestepDistribution
-from diffusers_bitsfusion.training.walks import WalkBatches, read_prompt_lines
+from diffusers_bitsfusion.training.walks import WalkBatches
 
 
 def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -> TrainingImages | None:
@@ -51,7 +51,7 @@ def make_batches(
     if stage == 1 and args.prompts is not None:
         side = _resolution(args, teacher) // teacher.vae_scale_factor
         return WalkBatches(
-            read_prompt_lines(Path(args.prompts)),
+            read_captions(args.prompts),
             teacher.unet,
             text,
             scheduler,

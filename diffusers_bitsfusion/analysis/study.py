@@ -9,14 +9,12 @@ from functools import cached_property
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
-from ..evaluation import Clip, Sampling
+from ..evaluation import DENOISERS, Clip, Sampling
 from ..plan import recipe_layers
 from .recording import Reference
 from .results import Item
 
 Record = tuple[Item, dict[str, float | None]]
-
-DENOISERS = ("unet", "transformer")
 
 
 @dataclass(frozen=True)

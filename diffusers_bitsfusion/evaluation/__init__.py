@@ -10,11 +10,12 @@ from .figures import format_report
 from .generate import Sampling, generate_images
 from .grid import image_grid
 from .images import image_metrics
-from .pipeline import load_pipeline
-from .prompts import Prompt, read_prompts, sample_prompts
+from .pipeline import DENOISERS, load_pipeline
+from .prompts import Prompt, read_captions, read_prompts, sample_prompts
 from .report import evaluate
 
 __all__ = [
+    "DENOISERS",
     "Clip",
     "Estimate",
     "Prompt",
@@ -31,6 +32,7 @@ __all__ = [
     "image_metrics",
     "load_pipeline",
     "load_scorer",
+    "read_captions",
     "read_prompts",
     "sample_prompts",
 ]

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 
-_DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer")  # a pipeline's component that predicts the noise has one of these names
 
 
 def default_device() -> torch.device:
@@ -62,7 +62,7 @@ def _check_folder(path: str) -> None:
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise ValueError(f"{path} holds no pipeline (no model_index.json).")
     index = DiffusionPipeline.load_config(path)
-    names = [name for name in _DENOISERS if (index.get(name) or [None])[0]]
+    names = [name for name in DENOISERS if (index.get(name) or [None])[0]]
     if not names:
         raise ValueError(f"The pipeline {path} has neither a UNet nor a transformer.")
     missing = [name for name in names if Path(path).is_dir() and not (Path(path) / name).is_dir()]

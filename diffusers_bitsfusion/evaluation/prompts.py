@@ -33,11 +33,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         OSError: the file cannot be read.
         ValueError: not UTF-8, no `Prompt` column, no prompt at all, an empty field or a `Spec` that is not JSON.
     """
-    try:
-        with open(path, encoding="utf-8-sig") as stream:
-            lines = [line.rstrip("\n") for line in stream]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+    lines = _lines(path)
     header = [name.strip().lower() for name in _fields(lines[0])] if lines else []
     if header and "prompt" not in header:
         raise ValueError(f"{path} has no column 'Prompt'; its first line names {', '.join(map(repr, header))}.")
@@ -49,6 +45,21 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     if not prompts:
         raise ValueError(f"{path} holds no prompts.")
     return prompts
+
+
+def read_captions(path: str | os.PathLike[str]) -> list[str]:
+    """Captions of a file that `read_prompts` reads, or of a text file with one a line; empty lines are left out.
+
+    Raises:
+        OSError, ValueError: as of `read_prompts`.
+    """
+    lines = _lines(path)
+    if lines and "prompt" in lines[0].lower().split("\t"):
+        return [prompt.caption for prompt in read_prompts(path)]
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise ValueError(f"{path} holds no prompts.")
+    return captions
 
 
 def sample_prompts(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
@@ -65,6 +76,14 @@ def sample_prompts(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]
         raise ValueError(f"Cannot take {count} of {len(prompts)} prompts.")
     chosen = np.random.default_rng(0).permutation(len(prompts))[:count]
     return [prompts[index] for index in sorted(chosen)]
+
+
+def _lines(path: str | os.PathLike[str]) -> list[str]:
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            return [line.rstrip("\n") for line in stream]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 def _fields(line: str) -> list[str]:

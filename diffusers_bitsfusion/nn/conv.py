@@ -44,9 +44,8 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
     def _make_int8_weight(self) -> Tensor:
         assert self.bits is not None
         padding = self._zero_padding or (0, 0)
-        return int8_conv_weight(
-            self.codes, self.scale, self.bits, self.weight_shape, self.stride, padding, self.dilation, self.groups
-        )
+        geometry = self.stride, padding, self.dilation, self.groups
+        return int8_conv_weight(self.codes, self.scale, self.bits, self.weight_shape, geometry)
 
     def _branch(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         hidden = F.conv2d(x, self.branch_down.to(x.dtype), None, self.stride, padding, self.dilation)

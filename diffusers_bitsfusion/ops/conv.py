@@ -16,6 +16,9 @@ from torch.nn.grad import conv2d_input
 from .activations import quantize_image
 from .decode import decode_to_scratch
 
+# Stride, padding, dilation, all as pairs, and groups.
+Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
 
 @torch.library.custom_op(
     "bitsfusion::conv2d",
@@ -56,28 +59,21 @@ def conv2d(
     Returns:
         [batch, out, height, width] in the dtype of `x`; channels last with `int8`.
     """
+    geometry = stride, padding, dilation, groups
     if not int8:
         weight = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), x.dtype)
-        return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return F.conv2d(x, weight, bias, *geometry)
     if x.numel() == 0:
-        return _channels_last(_empty_output(x, shape, stride, padding, dilation, groups))
+        return _channels_last(F.conv2d(x, x.new_empty(shape), None, *geometry))
     if int8_weight is None:
-        int8_weight = int8_conv_weight(codes, scale, bits, shape, stride, padding, dilation, groups)
+        int8_weight = int8_conv_weight(codes, scale, bits, shape, geometry)
     multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
-    y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape[2:], stride, padding, dilation, groups)
+    y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape, geometry)
     return _channels_last(y.to(x.dtype))
 
 
 def _multiply_on_cpu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     image, image_scale, zero_point = quantize_image(x)
     return torch.ops.onednn.qconv2d_pointwise.tensor(
@@ -88,10 +84,7 @@ def _multiply_on_cpu(
         scale,
         torch.zeros_like(scale, dtype=torch.int32),  # the weights' zero points
         None if bias is None else bias.to(torch.float32),
-        stride,
-        padding,
-        dilation,
-        groups,
+        *geometry,
         1.0,  # the output's scale
         0,  # and zero point
         x.dtype if x.dtype == torch.bfloat16 else torch.float32,
@@ -102,51 +95,22 @@ def _multiply_on_cpu(
 
 
 def _multiply_on_gpu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     from .triton_int8 import conv2d_triton  # imports Triton, which takes a second and may be missing
 
     image, image_scale, zero_point = quantize_image(x)
     return conv2d_triton(
-        _channels_last(image),
-        image_scale,
-        zero_point,
-        weight,
-        scale,
-        bias,
-        kernel,
-        stride,
-        padding,
-        dilation,
-        groups,
-        x.dtype,
+        _channels_last(image), image_scale, zero_point, weight, scale, bias, shape[2:], *geometry, x.dtype
     )
 
 
 @conv2d.register_fake
 def _(
-    x: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    bits: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    int8: bool,
-    int8_weight: Tensor | None,
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, shape: Sequence[int], *others: Any
 ) -> Tensor:
-    y = _empty_output(x, shape, stride, padding, dilation, groups)
+    *geometry, int8, _ = others
+    y = F.conv2d(x, x.new_empty(shape), None, *geometry)
     return _channels_last(y) if int8 else y
 
 
@@ -183,12 +147,9 @@ def _(
     bits: int,
     input_shape: Sequence[int],
     shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    *geometry: Any,
 ) -> Tensor:
-    return conv2d_input(input_shape, grad.new_empty(shape), grad, stride, padding, dilation, groups)
+    return conv2d_input(input_shape, grad.new_empty(shape), grad, *geometry)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -209,16 +170,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 
-def int8_conv_weight(
-    codes: Tensor,
-    scale: Tensor,
-    bits: int,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
+def int8_conv_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], geometry: Geometry) -> Tensor:
     """The codes as `conv2d` multiplies them, to be kept; arguments as there.
 
     Returns:
@@ -228,20 +180,7 @@ def int8_conv_weight(
     if plain.device.type == "cuda":
         return plain.flatten(2).transpose(1, 2).contiguous()
     # A zero point that is not zero asks for the layout that serves one.
-    return torch.ops.onednn.qconv_prepack(
-        plain, scale.view(torch.float32), 1.0, 1, stride, padding, dilation, groups, None
-    )
-
-
-def _empty_output(
-    x: Tensor,
-    shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> Tensor:
-    return F.conv2d(x, x.new_empty(shape), None, stride, padding, dilation, groups)
+    return torch.ops.onednn.qconv_prepack(plain, scale.view(torch.float32), 1.0, 1, *geometry, None)
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, SchedulerMixin
@@ -14,19 +13,6 @@ from .batches import STREAM_NOISE, STREAM_WALK, Batch, Sharing, generator_of, sa
 from .losses import predict
 from .text import TextEncoder
 from .timesteps import TimestepDistribution
-
-
-def read_prompt_lines(path: Path) -> list[str]:
-    """Prompts of a text file, one a line; empty lines are left out.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it holds no prompt.
-    """
-    prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts.")
-    return prompts
 
 
 @dataclass

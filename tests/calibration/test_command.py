@@ -45,7 +45,7 @@ def test_no_prompts(source_folder, tmp_path):
     (tmp_path / "prompts").write_text("\n \n")
     options = ("--calibrate", "--prompts", tmp_path / "prompts")
     result = run("quantize", source_folder, tmp_path / "out", *options)
-    assert result.exit_code == 1 and "Error: calibration prompts are an empty list" in result.stderr
+    assert result.exit_code == 1 and "prompts holds no prompts" in result.stderr
 
 
 def test_a_model_without_its_pipeline(source_folder, tmp_path):

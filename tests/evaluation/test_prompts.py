@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from diffusers_bitsfusion.evaluation import Prompt, read_prompts, sample_prompts
+from diffusers_bitsfusion.evaluation import Prompt, read_captions, read_prompts, sample_prompts
 
 
 @pytest.fixture
@@ -25,6 +25,13 @@ def test_reads_the_layout_of_partiprompts(write):
 def test_column_names_in_any_case_and_order_with_mark_and_windows_lines(write):
     path = write('\ufeffSPEC\tprompt\r\n{"n": [1, null]}\ta cat\r\n\r\n\ta dog\r\n')
     assert read_prompts(path) == [Prompt("a cat", None, {"n": [1, None]}), Prompt("a dog")]
+
+
+def test_captions_of_either_kind_of_file(write):
+    assert read_captions(write("a cat\n\n  a dog \n")) == ["a cat", "a dog"]
+    assert read_captions(write("Category\tPrompt\nanimals\ta cat\n")) == ["a cat"]
+    with pytest.raises(ValueError, match=r"prompts\.tsv holds no prompts"):
+        read_captions(write("\n \n"))
 
 
 def test_fields_quoted_as_in_csv_are_unquoted_and_an_opening_quote_is_text(write):

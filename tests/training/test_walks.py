@@ -6,7 +6,7 @@ from torch import nn
 from diffusers_bitsfusion.training.batches import Sharing
 from diffusers_bitsfusion.training.text import TextEncoder
 from diffusers_bitsfusion.training.timesteps import TimestepDistribution
-from diffusers_bitsfusion.training.walks import WalkBatches, read_prompt_lines
+from diffusers_bitsfusion.training.walks import WalkBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPE = (4, 3, 3)
@@ -130,15 +130,6 @@ def test_walks_are_the_same_however_they_are_shared_out_and_go_on_from_their_sta
         for name in ("noisy", "timesteps", "states", "dropped"):
             together = torch.cat([getattr(batch, name) for batch in found])
             torch.testing.assert_close(together, getattr(expected, name))
-
-
-def test_prompt_files(tmp_path):
-    file = tmp_path / "prompts.txt"
-    file.write_text("a cat\n\n  a dog \n")
-    assert read_prompt_lines(file) == ["a cat", "a dog"]
-    file.write_text("\n")
-    with pytest.raises(ValueError, match="prompts.txt holds no prompts"):
-        read_prompt_lines(file)
 
 
 def test_the_real_teacher_draws_what_its_pipeline_draws(parts):

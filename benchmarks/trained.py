@@ -1,0 +1,90 @@
+"""Pipelines trained by examples/train_bitsfusion.py on a captioned data set, and their scores: what studies share."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import REPOSITORY
+from diffusers_bitsfusion.evaluation import evaluate, load_scorer, read_prompts, sample_prompts
+from diffusers_bitsfusion.training.images import ArrayImages
+
+SCORER = "examples.shapes.prompts:score"
+HELD_OUT = 2000  # of the captioned images, at their end: never trained on
+
+
+def captioned(images: ArrayImages) -> int:
+    """How many images have a caption: in the shapes set those without come last."""
+    return images.captions.index("") if "" in images.captions else len(images)
+
+
+class HeldOutImages(ArrayImages):
+    """The captioned images that training leaves out."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        held_out = slice(captioned(self) - HELD_OUT, captioned(self))
+        self.images, self.captions = self.images[held_out], self.captions[held_out]
+
+
+def train(pipeline: Path, data: Path, out: Path, options: Mapping[str, object], switches: Sequence[str] = ()) -> None:
+    """Train to `out`, or go on with what an interrupted call left there; a finished one is kept.
+
+    Args:
+        pipeline: in full precision.
+        data: a folder that `ArrayImages` reads.
+        out: where the packed pipeline is written.
+        options: of examples/train_bitsfusion.py, without their dashes.
+        switches: further arguments, as they stand on a command line.
+    """
+    if (out / "model_index.json").exists():
+        return
+    given = {
+        "pretrained_model_name_or_path": pipeline,
+        "train_data_dir": data,
+        "max_train_samples": captioned(ArrayImages(data)) - HELD_OUT,
+        "checkpoints_total_limit": 1,
+        "resume_from_checkpoint": "latest",
+        "output_dir": out,
+        **options,
+    }
+    script = REPOSITORY / "examples" / "train_bitsfusion.py"
+    arguments = [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+    subprocess.run([sys.executable, script, *arguments, *switches], check=True)
+
+
+def score(
+    pipeline: Path, folder: Path, num_images: int | None, images: Path, guidance_scales: Sequence[float] = ()
+) -> dict[str, Any]:
+    """The report of `bitsfusion evaluate` on `folder` against `pipeline`, whose prompts and CLIP are used.
+
+    Args:
+        pipeline: in full precision, with `prompts.tsv` and `clip/` beside its parts.
+        folder: the pipeline to score.
+        num_images: of the prompts; None for all.
+        images: keeps the pictures.
+        guidance_scales: as of `evaluate`.
+    """
+    return evaluate(
+        folder,
+        sample_prompts(read_prompts(pipeline / "prompts.tsv"), num_images),
+        reference=None if folder == pipeline else pipeline,
+        scorer=load_scorer(SCORER),
+        clip=pipeline / "clip",
+        guidance_scales=guidance_scales,
+        images=images,
+    )
+
+
+def unet_bytes(folder: Path) -> int:
+    """Of the files that hold the UNet's weights."""
+    return sum(file.stat().st_size for file in (folder / "unet").glob("*.safetensors"))
+
+
+def write_json(file: Path, report: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(report, indent=2) + "\n")
