@@ -2,7 +2,7 @@
 
     python examples/app.py --pipeline PATH_OR_ID --quantized PATH_OR_ID
 
-Without --quantized the pipeline is quantized at the start, without --pipeline the one of demo.py is built. As a Space,
+Without --quantized the pipeline is quantized at the start, without --pipeline it is the one of demo.py. As a Space,
 where nobody gives arguments, the variables APP_PIPELINE and APP_QUANTIZED name them (docs/USING.md).
 """
 
@@ -171,9 +171,9 @@ def main() -> None:
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.pipeline is None:
-            from demo import build_tiny_pipeline  # here: with pipelines of its own a Space needs this file alone
+            from demo import SHAPES  # here: with pipelines of its own a Space needs this file alone
 
-            full = build_tiny_pipeline(Path(scratch, "full"))
+            full = SHAPES
         else:
             full = fetch(arguments.pipeline)
         if arguments.quantized is None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from tiny import tiny_pipeline
 
 import diffusers_bitsfusion
 from diffusers_bitsfusion import BitsFusionConfig, size_report
@@ -25,16 +23,10 @@ PROMPTS = [
     "a red circle",
     "a blue square and a green triangle",
     "three yellow stars",
-    "a purple heart to the left of a cyan ring",
+    "a heart to the left of a ring",
 ]
 SCALE = 3
-
-
-def build_tiny_pipeline(folder: Path) -> Path:
-    """Save a Stable Diffusion pipeline of random weights: its pictures are noise, its files and steps are real."""
-    with tempfile.TemporaryDirectory() as scratch:
-        tiny_pipeline(Path(scratch), block_out_channels=(64, 128)).save_pretrained(folder)
-    return folder
+SHAPES = Path(__file__).parent / "shapes" / "pipeline"
 
 
 def draw(path: Path, target: Path, steps: int) -> None:
@@ -62,7 +54,7 @@ def stack(above: Path, below: Path, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the packed pipeline and the pictures")
-    parser.add_argument("--pipeline", type=Path, help="full-precision pipeline; without it a tiny random one is built")
+    parser.add_argument("--pipeline", type=Path, default=SHAPES, help="in full precision; default: %(default)s")
     parser.add_argument("--target-bits", type=float, default=3.0, help="average bits a weight to aim at")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)  # the fresh process: draw with this pipeline
@@ -73,7 +65,7 @@ def main() -> None:
         return
 
     out.mkdir(parents=True, exist_ok=True)
-    source = arguments.pipeline or build_tiny_pipeline(out / "full")
+    source = arguments.pipeline
     print(f"diffusers_bitsfusion {diffusers_bitsfusion.__version__}: quantizing {source}")
     config = BitsFusionConfig(target_bits=arguments.target_bits)
     pipe = StableDiffusionPipeline.from_pretrained(source, quantization_config=config, dtype=torch.float16)

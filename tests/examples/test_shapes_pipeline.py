@@ -1,0 +1,44 @@
+"""The trained pipeline that the repository holds: small, plain, and able to draw what it is asked for."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+
+from examples.shapes.captions import heldout_prompts
+from examples.shapes.evaluate import generate, score_by_category
+from examples.shapes.prompts import write_prompts
+
+FOLDER = Path(__file__).resolve().parents[2] / "examples" / "shapes" / "pipeline"
+
+
+def test_it_is_small_and_in_fp16():
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 24e6
+    for file in FOLDER.rglob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            assert {tensors.get_slice(name).get_dtype() for name in tensors.keys()} <= {"F16", "I64"}  # noqa: SIM118
+
+
+def test_its_prompts_are_the_held_out_ones(tmp_path):
+    write_prompts(tmp_path / "prompts.tsv")
+    assert (FOLDER / "prompts.tsv").read_bytes() == (tmp_path / "prompts.tsv").read_bytes()
+
+
+def test_it_loads_where_this_package_is_not_imported():
+    code = (
+        "import sys, diffusers;"
+        f"diffusers.StableDiffusionPipeline.from_pretrained({str(FOLDER)!r});"
+        "sys.exit('diffusers_bitsfusion' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_it_draws_what_it_is_asked_for():
+    """Guessing draws nothing right. 24 prompts and 25 steps: a look at it, not its score."""
+    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    prompts = heldout_prompts(24)
+    images = generate(pipeline, [prompt.caption for prompt in prompts], 25, batch_size=24)
+    assert score_by_category(prompts, images)["overall"] >= 0.5
