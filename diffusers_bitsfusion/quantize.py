@@ -36,7 +36,8 @@ def quantize_model(
         config: what to do; `BitsFusionConfig()` when left out.
         progress: whether to show progress bars.
         calibration: run the pipeline on prompts first, and round for the inputs that its layers see: `True`, or a
-            `Calibration` that says what to run. `config.calibration` when left out.
+            `Calibration` that says what to run. `config.calibration` when left out. Text encoders are
+            rounded without it.
 
     Returns:
         The same object.

@@ -10,12 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
-from diffusers.quantizers.base import DiffusersQuantizer
 from torch import nn
 
 from .card import is_users_own, write_card
@@ -24,19 +22,17 @@ from .hub import explaining_refusals
 from .lora import check_fusable, prepare_saving
 from .weight_files import stem
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin as _Base  # which the class that this is mixed into is
+else:
+    _Base = object
+
 # Whether a pipeline is being saved: its one card replaces those of its models.
 _inside_pipeline: ContextVar[bool] = ContextVar("inside_pipeline", default=False)
 
 
-class QuantizedModelMixin:
+class QuantizedModelMixin(_Base):
     """What a quantized model does otherwise than its class; its name stays that of the class."""
-
-    config: FrozenDict
-    dtype: torch.dtype
-    hf_quantizer: DiffusersQuantizer
-    register_to_config: Callable[..., None]
-    encoder_hid_proj: nn.Module
-    attn_processors: dict[str, Any]
 
     def save_pretrained(
         self,
@@ -65,7 +61,7 @@ class QuantizedModelMixin:
         # An earlier save left a plain dict there.
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
         with replacing(directory) as scratch:
-            super().save_pretrained(  # type: ignore[misc]
+            super().save_pretrained(
                 str(scratch),
                 is_main_process=is_main_process,
                 save_function=save_function,
@@ -82,17 +78,17 @@ class QuantizedModelMixin:
         if not is_users_own(Path(working_dir)):
             write_card(Path(working_dir), self, title=repo_id, token=kwargs.get("token"))
         with explaining_refusals(repo_id):
-            return super()._upload_folder(working_dir, repo_id, *args, **kwargs)  # type: ignore[misc]
+            return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `ModelMixin.to`, which refuses dtype None (`save_lora_adapter`) and the model's own (IP-Adapters) too."""
         if "dtype" in kwargs and kwargs["dtype"] in (None, self.dtype):
             del kwargs["dtype"]
-        return super().to(*args, **kwargs)  # type: ignore[misc]
+        return super().to(*args, **kwargs)
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
         """As that of UNets, which ends by casting the model to its own dtype: only what it put in needs that."""
-        super()._load_ip_adapter_weights(*args, **kwargs)  # type: ignore[misc]
+        super()._load_ip_adapter_weights(*args, **kwargs)
         for added in (self.encoder_hid_proj, *self.attn_processors.values()):
             if isinstance(added, nn.Module):
                 added.to(self.dtype)
@@ -106,7 +102,7 @@ class QuantizedModelMixin:
             ValueError: see `lora.check_fusable`.
         """
         check_fusable(self, adapter_names)
-        super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)  # type: ignore[misc]
+        super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
 
     def fuse_qkv_projections(self) -> None:
         """Refused: it would build float layers from the packed ones."""
