@@ -121,6 +121,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--save-every", type=int, help="steps between checkpoints")
     parser.add_argument("--mixed-precision", choices=("no", "bf16"))
+    parser.add_argument("--compile", action="store_true", default=None, help="the UNet by torch.compile; for GPUs")
     parser.add_argument("--seed", type=int)
     return parser.parse_args(argv)
 

@@ -23,7 +23,7 @@ def relation_axes(captions: list[str]) -> Tensor:
 
 
 class SideAttention:
-    """Watches the first head of every cross-attention of `unet`, in samples whose caption has a relation."""
+    """Watches the first head of every cross-attention of `unet` in training, where the caption has a relation."""
 
     def __init__(self, unet: UNet2DConditionModel):
         self._axes = torch.zeros(0, dtype=torch.int64)
@@ -41,20 +41,21 @@ class SideAttention:
         return torch.stack(self._losses).mean()
 
     def _watch(self, attention: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        rows = self._axes.nonzero().squeeze(1)
-        if len(rows) == 0 or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return
         (hidden,), states = args, kwargs["encoder_hidden_states"]
         width = attention.to_q.out_features // attention.heads
-        query = F.linear(hidden[rows], attention.to_q.weight[:width])
-        key = F.linear(states[rows], attention.to_k.weight[:width])
+        query = F.linear(hidden, attention.to_q.weight[:width])
+        key = F.linear(states, attention.to_k.weight[:width])
         scores = (query @ key.transpose(1, 2)).float() * attention.scale
-        targets = _targets(int(hidden.shape[1] ** 0.5), hidden.device)[self._axes[rows] - 1]
-        self._losses.append(F.cross_entropy(scores.flatten(0, 1), targets.flatten()))
+        targets = _targets(int(hidden.shape[1] ** 0.5), hidden.device)[self._axes]
+        errors = F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        related = (self._axes > 0).float()
+        self._losses.append((errors.mean(dim=1) * related).sum() / related.sum().clamp(min=1))
 
 
 def _targets(side: int, device: torch.device) -> Tensor:
-    """(2, side * side) int64: the token of each place's side, for left and right, and for above and below."""
+    """(3, side * side) int64: the token of each place's side, by the relation's axis; unused without one."""
     second = (torch.arange(side, device=device) >= side // 2).long().expand(side, side)
     first_token = MAX_LENGTH - len(SIDES)
-    return first_token + torch.stack([second.flatten(), 2 + second.T.flatten()])
+    return first_token + torch.stack([torch.zeros_like(second).flatten(), second.flatten(), 2 + second.T.flatten()])

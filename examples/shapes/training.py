@@ -12,13 +12,16 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from .graph import GraphedLoss
+
 
 @dataclass
 class TrainOptions:
     """How a stage trains: the learning rate warms up, stays, and decays to zero over the last `cooldown` steps.
 
     A run without cool-down can be continued for any number of steps; a cool-down branches off from it.
-    `batch_size` counts the samples of all processes. `minutes` ends the run early, at a checkpoint.
+    `batch_size` counts the samples of all processes. `minutes` ends the run early, at a checkpoint. `compile` is for
+    the UNet's stage on one GPU: `torch.compile`, and a CUDA graph of each step.
     """
 
     steps: int
@@ -30,6 +33,7 @@ class TrainOptions:
     save_every: int = 250
     ema_decay: float = 0.999
     mixed_precision: str = "no"
+    compile: bool = False
     resume: bool = False
     seed: int = 0
 
@@ -48,12 +52,13 @@ class Run:
 
     def __init__(self, models: dict[str, torch.nn.Module], options: TrainOptions, path: Path):
         self.options, self.path, self.step = options, path, 0
+        self._graphs: dict[bool, GraphedLoss] = {}  # before the cool-down, and in it
         self.accelerator = Accelerator(mixed_precision=options.mixed_precision, cpu=not torch.cuda.is_available())
         self.models = {name: model.to(self.accelerator.device) for name, model in models.items()}
         self.parameters = [p for model in self.models.values() for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=options.learning_rate, betas=(0.9, 0.99), fused=True)
         self.emas = {
-            name: EMAModel(model.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75)
+            name: EMAModel(model.parameters(), decay=options.ema_decay, use_ema_warmup=True, power=0.75, foreach=True)
             for name, model in self.models.items()
         }
 
@@ -63,6 +68,11 @@ class Run:
                     model.set_attn_processor(AttnProcessor())  # the fused one's backward is slow in bfloat16 there
         if options.resume and path.exists():
             self._load()
+
+    @property
+    def cooling(self) -> bool:
+        """Whether this is a step of the cool-down."""
+        return self.step >= self.options.steps - self.options.cooldown
 
     def save(self) -> None:
         """Write everything beside `path`, then rename: an interruption leaves the previous checkpoint whole."""
@@ -97,7 +107,8 @@ class Run:
             loss = self._train_step(loss_of_batch, n_samples)
             average = loss if average is None else 0.99 * average + 0.01 * loss
             bar.update()
-            bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+            if self.step % 50 == 0:  # seldom: reading the loss waits for a GPU
+                bar.set_postfix(loss=f"{float(average):.4f}", refresh=False)
             if self.step % self.options.save_every == 0:
                 self.save()
         bar.close()
@@ -114,6 +125,7 @@ class Run:
             model.load_state_dict(state["models"][name])
             self.emas[name].load_state_dict(state["emas"][name])
             self.emas[name].decay = self.options.ema_decay
+            self.emas[name].to(self.accelerator.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step = state["step"]
 
@@ -122,8 +134,9 @@ class Run:
         torch.manual_seed((self.options.seed + self.step) * processes + self.accelerator.process_index)
         for group in self.optimizer.param_groups:
             group["lr"] = self.options.rate(self.step)
-        loss = loss_of_batch(torch.randint(n_samples, (self.options.batch_size // processes,)))
-        loss.backward()
+        loss = self._loss_and_gradients(
+            loss_of_batch, torch.randint(n_samples, (self.options.batch_size // processes,))
+        )
         self._average_gradients()
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
@@ -131,7 +144,17 @@ class Run:
         for name, model in self.models.items():
             self.emas[name].step(model.parameters())
         self.step += 1
-        return loss.item()
+        return loss
+
+    def _loss_and_gradients(self, loss_of_batch, indices):
+        if not (self.options.compile and self.accelerator.device.type == "cuda"):
+            loss = loss_of_batch(indices)
+            loss.backward()
+            return loss.detach()
+        if self.cooling not in self._graphs:
+            self._graphs = {self.cooling: GraphedLoss(loss_of_batch, indices)}
+            self.optimizer.zero_grad(set_to_none=False)
+        return self._graphs[self.cooling](indices)
 
     def _average_gradients(self):
         if self.accelerator.num_processes == 1:
@@ -145,5 +168,7 @@ class Run:
         """Whether the minutes are over; the processes agree on it, or one would wait for the others for ever."""
         if self.options.minutes is None:
             return False
-        over = torch.tensor(float(time.monotonic() - started > 60 * self.options.minutes))
-        return self.accelerator.reduce(over.to(self.accelerator.device), "sum").item() > 0
+        over = time.monotonic() - started > 60 * self.options.minutes
+        if self.accelerator.num_processes == 1:
+            return over
+        return self.accelerator.reduce(torch.tensor(float(over), device=self.accelerator.device), "sum").item() > 0

@@ -53,7 +53,6 @@ def train_unet(
 
     `axes` (n,) are the `relation_axes` of the captions.
 
-
     Images without a caption have any colours, and little noise. From them the model learns to keep the colour that it
     sees. Without them it takes a pair of colour and shape that it has never seen for another one until the last step
     when it has no text, and guidance multiplies that error.
@@ -68,8 +67,13 @@ def train_unet(
     unet, device = run.models["unet"], run.accelerator.device
     text_model = text.text_model.eval().requires_grad_(False).to(device)
     attention = SideAttention(unet)
+    if options.compile:
+        unet.compile()
+        text_model.compile()
+    latents, token_ids, axes = latents.to(device), token_ids.to(device), axes.to(device)
     noise_scheduler = DDPMScheduler(**NOISE_SCHEDULE)
     snr = noise_scheduler.alphas_cumprod / (1 - noise_scheduler.alphas_cumprod)
+    empty = empty_ids.to(device)
     weights = (snr.clamp(max=SNR_GAMMA) / snr).to(device)
 
     def predict(noisy, timesteps, ids, train=True):
@@ -77,25 +81,25 @@ def train_unet(
             return unet(noisy, timesteps, text_model(ids).last_hidden_state).sample.float()
 
     def loss_of_batch(indices):
-        clean = latents[indices].float().to(device)
-        ids = torch.where(torch.rand(len(indices), 1) < DROP_TEXT, empty_ids, token_ids[indices]).to(device)
+        indices = indices.to(device)
+        clean = latents[indices].float()
+        dropped = torch.rand(len(indices), 1, device=device) < DROP_TEXT
+        ids = torch.where(dropped, empty, token_ids[indices])
         noise = torch.randn_like(clean)
         drawn = torch.rand(len(indices), device=device) ** TIMESTEP_POWER
-        free = (token_ids[indices] == empty_ids).all(dim=1).to(device)
+        free = (token_ids[indices] == empty).all(dim=1)
         timesteps = (len(snr) * torch.where(free, FREE_STEPS * drawn, drawn)).long()
         noisy = noise_scheduler.add_noise(clean, noise, timesteps)
-        has_text = (ids != empty_ids.to(device)).any(dim=1)
+        has_text = (ids != empty).any(dim=1)
         target = noise
-        if run.step >= options.steps - options.cooldown:
-            without_text = predict(noisy, timesteps, empty_ids.to(device).expand_as(ids), train=False)
+        if run.cooling:
+            without_text = predict(noisy, timesteps, empty.expand_as(ids), train=False)
             target = torch.where(
                 has_text.view(-1, 1, 1, 1), without_text + (noise - without_text) / GUIDANCE_UNIT, noise
             )
-        related = axes[indices].to(device) * has_text
-        attention.expect(related)
+        attention.expect(axes[indices] * has_text)
         error = (predict(noisy, timesteps, ids) - target).square().mean(dim=(1, 2, 3))
-        loss = (weights[timesteps] * error).mean()
-        return loss + SIDE_WEIGHT * attention.loss() if related.any() else loss
+        return (weights[timesteps] * error).mean() + SIDE_WEIGHT * attention.loss()
 
     run.train(loss_of_batch, len(latents))
     return run.averaged("unet")

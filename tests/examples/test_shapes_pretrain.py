@@ -59,6 +59,22 @@ def test_resuming_gives_the_same_weights_as_one_run(trained, tmp_path):
     assert all(torch.equal(once[name], twice[name]) for name in once)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_graph_of_the_step_trains_what_separate_launches_train(trained, tmp_path):
+    for part in ("data", "tokenizer", "text"):
+        (tmp_path / part).symlink_to(trained / part)
+    (tmp_path / "latents.npy").symlink_to(trained / "latents.npy")
+    arguments = ["--work-dir", str(tmp_path), "--stage", "unet", *SMALL, "--steps", "4"]
+
+    def weights(*more):
+        main([*arguments, *more])
+        return torch.load(tmp_path / "unet.pt", weights_only=True, map_location="cpu")["models"]["unet"]
+
+    launched, graphed = weights(), weights("--compile")
+    for name, value in launched.items():
+        torch.testing.assert_close(graphed[name], value, rtol=0, atol=2e-4)
+
+
 def test_tokenizer_knows_words_and_takes_any_text(tmp_path):
     captions = ["a red circle", "two small triangles above the right ring", "one image"]
     create_tokenizer(captions).save_pretrained(tmp_path)
