@@ -42,6 +42,7 @@ class PackedWeight(nn.Module):
         weight_shape (`tuple[int, ...]`): shape of the weight.
         weight_dtype (`torch.dtype`): dtype that reading `weight` gives; `forward` follows its input instead.
         compute, resident (`str`): as in `BitsFusionConfig`; changed by `set_compute`.
+        sensitive (`bool`): whether it stays exact beside layers that compute in integers; see `ops.select.choose_way`.
         computes_int8 (`bool`): whether `forward` multiplies in integers.
         int8_weight (`torch.Tensor | None`): the codes in the form that integer arithmetic takes, where they are kept.
             It follows the codes, and is neither a parameter nor saved.
@@ -52,8 +53,11 @@ class PackedWeight(nn.Module):
     weight_dtype: torch.dtype
     compute: str = "auto"
     resident: str = "packed"
+    sensitive: bool = False
     computes_int8: bool = False
     int8_weight: Tensor | None = None
+
+    _make_int8_weight: Callable[[], Tensor]  # of each kind of layer
 
     @classmethod
     def from_float(
@@ -128,7 +132,8 @@ class PackedWeight(nn.Module):
     def way(self, compute: str | None = None, resident: str | None = None) -> Way:
         """How `forward` computes, or would with other settings; raises as `ops.select.choose_way`."""
         assert self.bits is not None
-        return choose_way(compute or self.compute, resident or self.resident, self.bits, self.codes.device)
+        settings = compute or self.compute, resident or self.resident
+        return choose_way(*settings, self.bits, self.codes.device, self.sensitive)
 
     def set_compute(self, compute: str, resident: str) -> None:
         """Change how `forward` computes; see `diffusers_bitsfusion.set_compute`, raises as `ops.select.choose_way`."""
@@ -139,9 +144,6 @@ class PackedWeight(nn.Module):
     def _renew_int8_weight(self) -> None:
         keep = self.computes_int8 and self.resident == "int8" and not self.codes.is_meta
         self.int8_weight = self._make_int8_weight() if keep else None
-
-    def _make_int8_weight(self) -> Tensor:
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
         before = self.codes.device if self.is_packed else None

@@ -45,7 +45,7 @@ def check_settings(compute: str, resident: str) -> None:
         raise ValueError(f'resident="int8" is for compute="int8" only, got compute={compute!r}')
 
 
-def choose_way(compute: str, resident: str, bits: int, device: torch.device) -> Way:
+def choose_way(compute: str, resident: str, bits: int, device: torch.device, sensitive: bool = False) -> Way:
     """The way of a layer.
 
     Args:
@@ -53,6 +53,7 @@ def choose_way(compute: str, resident: str, bits: int, device: torch.device) -> 
         resident: one of `RESIDENTS`.
         bits: of the layer's codes, 1 to 8.
         device: where the codes are; "meta" for an offloaded layer, which is judged as on a CPU.
+        sensitive: whether the layer's input is not normalised, so that eight bits are too few for it.
 
     Raises:
         ValueError: the device has no integer arithmetic, or codes that are offloaded should stay resident.
@@ -66,6 +67,8 @@ def choose_way(compute: str, resident: str, bits: int, device: torch.device) -> 
     if device.type in ("cpu", "meta") and bits > _BITS_WITHOUT_VNNI and not torch.cpu._is_vnni_supported():
         reason = f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
         return Way("exact", _decoding(device), reason)
+    if sensitive:
+        return Way("exact", _decoding(device), "its input is not normalised: eight bits are too few for it")
     if resident == "packed":
         return Way("int8", _decoding(device), 'compute="int8"')
     if device.type == "meta":
