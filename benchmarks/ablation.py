@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
-from benchmarks.quality import TARGET, mixed
+from benchmarks.quality import SCALES, TARGET, mixed
 from benchmarks.trained import HeldOutImages, score, train, write_json
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import TrainingImages
@@ -44,7 +44,6 @@ ROWS: dict[str, tuple[str, ...]] = {
 }
 STAGE_1, STAGE_2, CONTROL = list(ROWS)[-3:]
 AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL)
-SCALES = (7.5, 3.5, 5.5, 9.5)
 
 
 def train_row(args: argparse.Namespace, row: str, seed: int) -> Path:

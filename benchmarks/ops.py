@@ -1,9 +1,10 @@
 """Rates of each operation at the shapes of Stable Diffusion 1.5, beside the ceiling measured in the same run.
 
-    python -m benchmarks.ops [decode] [linear] [conv] [--repeats 7] [--device cpu|cuda]
+    python -m benchmarks.ops [decode] [linear] [conv] [--repeats 7] [--device cpu|cuda] [--batch 2]
 
 Decoding is compared with a `copy_` that writes the same bytes, layers with torch's own on float weights. All ways of
-one shape take turns, so that the machine's drift cancels; medians are shown.
+one shape take turns, so that the machine's drift cancels; medians are shown. On a GPU a way is a CUDA graph of many
+calls, so that what is timed is the device's work and not the launches.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from diffusers_bitsfusion.ops.decode import decode
 
 # (rows, columns) of weights: a transformer's, and the two most common of the wide convolutions.
 DECODED = [(1280, 1280), (640, 5760), (1280, 11520)]
-# (tokens, in, out) at batch 2 and 64×64 latents.
+# (tokens, in, out) at `BATCH` and 64×64 latents.
 LINEARS = [
     (8192, 320, 320),
     (8192, 320, 2560),
@@ -44,6 +45,7 @@ CONVS = [
     (640, 320, 64, 1),
 ]
 BATCH = 2
+GRAPH_CALLS = 20
 
 
 def packed_codes(rows: int, columns: int, bits: int, device: str) -> tuple[Tensor, Tensor]:
@@ -53,19 +55,37 @@ def packed_codes(rows: int, columns: int, bits: int, device: str) -> tuple[Tenso
     return pack_dense(codes, bits).to(device), torch.rand(rows, device=device) * 0.02
 
 
+def recorded(way: Callable[[], object]) -> Callable[[], object]:
+    """`GRAPH_CALLS` calls as one CUDA graph, which waits for them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # what is compiled or allocated once must not be recorded
+        for _ in range(3):
+            way()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            way()
+
+    def replay() -> None:
+        graph.replay()
+        torch.cuda.synchronize()
+
+    return replay
+
+
 def interleaved(ways: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
     """Median seconds of each way, all in turn; the first round is not counted."""
+    calls = 1
+    if device == "cuda":
+        ways, calls = {name: recorded(way) for name, way in ways.items()}, GRAPH_CALLS
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for round_number in range(repeats + 1):
         for name, way in ways.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
             start = time.perf_counter()
             way()
-            if device == "cuda":
-                torch.cuda.synchronize()
             if round_number:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
@@ -133,12 +153,15 @@ def print_layers(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections = ["decode", "linear", "conv"]
-    parser.add_argument("sections", nargs="*", choices=sections, default=sections)
+    parser.add_argument("sections", nargs="*", default=sections, help=f"of {', '.join(sections)}; default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batch", type=int, default=BATCH)
     arguments = parser.parse_args()
+    if unknown := set(arguments.sections) - set(sections):  # argparse refuses a default list beside choices
+        parser.error(f"unknown section: {', '.join(sorted(unknown))}")
     half = torch.float16 if arguments.device == "cuda" else torch.bfloat16
-    device, repeats = arguments.device, arguments.repeats
+    device, repeats, batch = arguments.device, arguments.repeats, arguments.batch
     if "decode" in arguments.sections:
         decoding(repeats, device, half)
     if "linear" in arguments.sections:
@@ -148,15 +171,15 @@ def main() -> None:
                 torch.randn(tokens, inputs, device=device),
                 2.0 * tokens * inputs * outputs,
             )
-            for tokens, inputs, outputs in LINEARS
+            for tokens, inputs, outputs in ((batch * rows // BATCH, *sizes) for rows, *sizes in LINEARS)
         }
         print_layers(cases, repeats, half)
     if "conv" in arguments.sections:
         cases = {
             f"{inputs} to {outputs} at {size}×{size}, {kernel}×{kernel}": (
                 nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2),
-                torch.randn(BATCH, inputs, size, size, device=device),
-                2.0 * BATCH * inputs * outputs * kernel**2 * size**2,
+                torch.randn(batch, inputs, size, size, device=device),
+                2.0 * batch * inputs * outputs * kernel**2 * size**2,
             )
             for inputs, outputs, size, kernel in CONVS
         }

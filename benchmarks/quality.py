@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks.measure import is_installed, run_child
 
+SCALES = (7.5, 3.5, 5.5, 9.5)  # guidance scales of full precision; the others are drawn at the first
 TARGET = 2.04  # bits a weight over the quantized layers: the published recipe's
 
 
@@ -98,7 +99,8 @@ def run_way(source: Path, work: Path, way: str, num_images: int | None) -> dict[
         if not (folder / "model_index.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
             make(source, folder, way)
-    report = score(source, folder, num_images, work / "images")
+    scales = SCALES if folder == source else ()
+    report = score(source, folder, num_images, work / "images", scales)
     return report | {"unet_bytes": unet_bytes(folder)}
 
 
@@ -118,6 +120,16 @@ def table(reports: dict[str, dict[str, Any] | str]) -> str:
         cells += [f"{report['clip_score']:.2f}"]
         cells += [f"{report[key]:.{digits}f}" if key in report else "" for key, digits in (("psnr", 2), ("cmmd", 3))]
         lines.append(f"| {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scale_table(by_scale: dict[str, dict[str, Any]]) -> str:
+    """Scores of full precision at several guidance scales, with 95 % intervals."""
+    lines = ["| guidance scale | score | CLIP score |", "|---|---|---|"]
+    for scale, report in by_scale.items():
+        low, high = report["intervals"]["compositional"]["overall"]
+        score = f"{report['compositional']['overall']:.3f} ({low:.3f} to {high:.3f})"
+        lines.append(f"| {scale} | {score} | {report['clip_score']:.2f} |")
     return "\n".join(lines)
 
 
@@ -155,7 +167,10 @@ def main() -> None:
     if args.worker:
         print(json.dumps(run_way(source, work, args.worker, args.num_images)))
     else:
-        print(table(run_all(source, work, args.only, args.peers_python, args.num_images)))
+        reports = run_all(source, work, args.only, args.peers_python, args.num_images)
+        print(table(reports))
+        if "full precision" in reports:
+            print("\n" + scale_table(reports["full precision"]["by_guidance_scale"]))
 
 
 if __name__ == "__main__":

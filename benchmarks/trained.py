@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import REPOSITORY
-from diffusers_bitsfusion.evaluation import evaluate, load_scorer, read_prompts, sample_prompts
+from diffusers_bitsfusion.evaluation import Sampling, evaluate, load_scorer, read_prompts, sample_prompts
 from diffusers_bitsfusion.training.images import ArrayImages
 
 SCORER = "examples.shapes.prompts:score"
+BATCH_SIZE = 50  # pictures of 64×64 drawn at a time
 HELD_OUT = 2000  # of the captioned images, at their end: never trained on
 
 
@@ -75,6 +76,7 @@ def score(
         reference=None if folder == pipeline else pipeline,
         scorer=load_scorer(SCORER),
         clip=pipeline / "clip",
+        sampling=Sampling(batch_size=BATCH_SIZE),
         guidance_scales=guidance_scales,
         images=images,
     )
