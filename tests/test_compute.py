@@ -99,6 +99,14 @@ def test_copies_keep_their_way(packed_unet, call_unet):
     assert torch.equal(call_unet(copy.deepcopy(packed_unet)), expected)
 
 
+def test_layers_under_an_adapter_keep_their_way(packed_unet):
+    expected = in_integers(packed_unet).keys()
+    packed_unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in", "conv_shortcut", "to_q"]))
+    set_compute(packed_unet, "int8")
+    found = {name for name, layer in packed_layers(packed_unet).items() if layer.computes_int8}
+    assert {name.removesuffix(".base_layer") for name in found} == expected
+
+
 def test_kept_codes_follow_a_state_dict(make_config, call_unet):
     first, second = (quantize_model(tiny_unet(seed), make_config(recipe=3), progress=False) for seed in (0, 1))
     set_compute(first, "int8", "int8")
