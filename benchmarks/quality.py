@@ -4,7 +4,7 @@
 
 PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it. Every way runs in a fresh
 process and leaves a pipeline and a report in DIR; a later call goes on where this one stopped. SDNQ lives in an
-environment of its own (`pip install sdnq -e ".[eval]"`).
+environment of its own (`pip install sdnq scipy -e ".[eval]"`; the scorer needs SciPy).
 """
 
 from __future__ import annotations
