@@ -54,7 +54,12 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
     @property
     def _zero_padding(self) -> tuple[int, ...] | None:
         """What the convolution pads by itself, zeros of a given width on both sides; None where it cannot."""
-        return None if self.padding_mode != "zeros" or isinstance(self.padding, str) else self.padding
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            return None
+        # oneDNN's integer convolution (torch 2.13) does not write rows whose windows see nothing but padding, where a
+        # group has one input channel.
+        sees_padding_alone = self.padding[0] > self.dilation[0] * (self.kernel_size[0] - 1)
+        return None if self.computes_int8 and sees_padding_alone else self.padding
 
     def _pad(self, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """Other padding, done ahead: (padded input, padding left to do)."""

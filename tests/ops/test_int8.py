@@ -124,6 +124,25 @@ def test_a_convolution_multiplies_the_integers_of_numpy(resident, dtype, batch, 
     assert_equal_integers(found, numpy_conv(layer, x), offset, dtype)
 
 
+def leave_nonsense_in_freed_memory():
+    """So that an output which was never written does not happen to hold zeros."""
+    for size in (4, 16, 64, 256, 1024, 4096):
+        torch.full((size,), -1e9)
+
+
+@residents
+@pytest.mark.parametrize(("kernel", "padding"), [((2, 1), (2, 0)), ((3, 3), (4, 1)), ((1, 2), (1, 2))])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_outputs_that_see_only_padding_are_the_bias(resident, kernel, padding, groups):
+    layer = int8_conv(1, 3, kernel, groups, padding=padding, resident=resident).requires_grad_(False)
+    for _ in range(3):
+        x = torch.randn(1, groups, 8, 9)
+        leave_nonsense_in_freed_memory()
+        found = layer(x)
+        assert_equal_integers(found, numpy_conv(layer, x), layer.bias.double().numpy()[:, None, None], torch.float32)
+        assert torch.equal(found[0, :, 0, 0], layer.bias)
+
+
 def relative_error(found, expected):
     return float((found - expected).double().norm() / expected.double().norm())
 
