@@ -17,6 +17,7 @@ from .checkpoint import split_adapters
 from .codec.grid import levels
 from .compute import packed_layers
 from .formula import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from .nn.attention import attention_ways
 from .ops.select import Way
 from .weight_files import stem, weight_files
 
@@ -51,6 +52,7 @@ class SizeReport:
         original_parameters: all parameters of the original model.
         histogram: bits to (layers, weights).
         ways: how each packed layer of a model in memory computes, and why; empty for files.
+        attention_ways: the same of its attention, where `set_compute` chose it.
     """
 
     where: str
@@ -60,6 +62,7 @@ class SizeReport:
     original_parameters: int
     histogram: dict[int, tuple[int, int]]
     ways: dict[str, Way] = field(default_factory=dict)
+    attention_ways: dict[str, str] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -95,6 +98,7 @@ class SizeReport:
             },
             "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
             "ways": {name: asdict(way) for name, way in self.ways.items()},
+            "attention_ways": self.attention_ways,
         }
 
     def __str__(self) -> str:
@@ -119,6 +123,8 @@ class SizeReport:
             lines += ["", f"{'layers':>6}  computed"]
         for way, count in Counter(self.ways.values()).most_common():
             lines.append(f"{count:>6}  {way.arithmetic}, weights {way.weights}: {way.reason}")
+        for how, count in Counter(self.attention_ways.values()).most_common():
+            lines.append(f"{count:>6}  attention {how}")
         return "\n".join(lines)
 
 
@@ -213,6 +219,7 @@ def _memory_report(model: nn.Module) -> SizeReport:
     kept = [layer.int8_weight for layer in layers.values() if layer.int8_weight is not None]
     report.parts["int8 codes kept for compute"] = sum(weight.numel() for weight in kept)
     report.ways.update({name: layer.way() for name, layer in layers.items()})
+    report.attention_ways.update(attention_ways(model))
     return report
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from .nn import PackedWeight
+from .nn.attention import set_attention
 from .ops.select import check_settings
 
 # The first convolution and the shortcuts of residual blocks. On the shapes UNet, rounding their inputs made nearly all
@@ -21,7 +22,8 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
             rounded to 8 bits in each call (a scale for each token of a linear layer, one scale and zero point for a
             convolution's input) and multiplied with the codes in integers, which is faster and changes outputs by
             about a percent; gradients stay those of the exact model. Layers whose input is not normalised
-            (`conv_in`, `conv_shortcut`) stay exact. "auto": exact.
+            (`conv_in`, `conv_shortcut`) stay exact. On processors with AVX-512 BF16, diffusers' attention is computed by
+            bf16 dot products, whatever the dtype. "auto": exact.
         resident: "packed": codes are decoded for each call. "int8", with `compute="int8"`: one byte a weight is kept
             beside them, so that calls need not decode.
 
@@ -37,6 +39,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
         layer.way(compute, resident)
     for layer in layers.values():
         layer.set_compute(compute, resident)
+    set_attention(model, bf16=compute == "int8")
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None:
         config.compute, config.resident = compute, resident

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .checkpoint import decode_state_dict, encode_state_dict
 from .compute import set_compute
 from .config import BitsFusionConfig
+from .nn.attention import set_attention
 from .nn.convert import float_twin, replace_module
 from .nn.packed import PackedWeight
 from .nn.time_features import TimeFeatures
@@ -203,6 +204,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             restore(model, dtype)  # first: it may refuse, and then nothing has changed
         for name, module in packed:
             replace_module(model, name, float_twin(module))
+        set_attention(model, bf16=False)
         as_plain_model(model)
         del model.quantization_method
         return model

@@ -9,12 +9,15 @@ import platform
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 from tiny import tiny_unet
 from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.compute import packed_layers
+from diffusers_bitsfusion.nn import attention as nn_attention
+from diffusers_bitsfusion.nn.attention import BFloat16AttnProcessor, set_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -175,6 +178,69 @@ def test_fusing_an_adapter_keeps_the_way(packed_unet, call_unet):
     assert all(layer.computes_int8 for layer in in_integers(packed_unet).values())
 
 
+# Attention.
+
+
+def attentions(model):
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def processors(model):
+    return {type(module.processor) for module in attentions(model)}
+
+
+def test_integers_bring_their_attention_and_exact_gives_diffusers_own_back(packed_unet):
+    set_compute(packed_unet, "int8")
+    assert processors(packed_unet) == {BFloat16AttnProcessor}
+    set_compute(packed_unet, "exact")
+    assert processors(packed_unet) == {AttnProcessor2_0}
+    set_compute(packed_unet, "int8")
+    assert processors(packed_unet.dequantize()) == {AttnProcessor2_0}
+
+
+def test_the_processors_of_others_stay(packed_unet):
+    own = AttnProcessor()
+    attentions(packed_unet)[0].set_processor(own)
+    for compute in ("int8", "exact"):
+        set_compute(packed_unet, compute)
+        assert attentions(packed_unet)[0].processor is own
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"residual_connection": True}, {"norm_num_groups": 2}, {"rescale_output_factor": 2.0}, {"qk_norm": "layer_norm"}],
+)
+def test_attention_with_more_around_it_keeps_diffusers_processor(more):
+    attn = Attention(query_dim=8, heads=2, dim_head=4, processor=AttnProcessor2_0(), **more)
+    set_attention(attn, bf16=True)
+    assert type(attn.processor) is AttnProcessor2_0
+
+
+@pytest.mark.parametrize("states", [None, torch.linspace(-1, 1, 2 * 7 * 6).view(2, 7, 6)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_processor_computes_what_diffusers_own_does(states, masked):
+    torch.manual_seed(0)
+    attn = Attention(query_dim=8, cross_attention_dim=None if states is None else 6, heads=2, dim_head=4, bias=True)
+    x = torch.randn(2, 5, 8)
+    mask = torch.zeros(2, 1, 5 if states is None else 7).index_fill(2, torch.tensor([1]), -1e4) if masked else None
+    with torch.no_grad():
+        expected = attn(x, states, attention_mask=mask)
+        set_attention(attn, bf16=True)
+        found = attn(x, states, attention_mask=mask)
+    assert type(attn.processor) is BFloat16AttnProcessor
+    assert torch.equal(found, expected) if masked else relative_error(found, expected) < 2**-7
+
+
+def test_layers_within_an_attention_learn_beside_it(packed_unet):
+    """Gradients reach adapters of queries and keys, which lie before the attention."""
+    packed_unet.requires_grad_(False)
+    set_compute(packed_unet, "int8")
+    packed_unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    packed_unet(torch.randn(1, 4, 8, 8), 501, torch.randn(1, 5, 32)).sample.sum().backward()
+    adapters = [p for name, p in packed_unet.named_parameters() if "lora" in name]
+    assert adapters and all(p.grad.abs().sum() > 0 for p in adapters)
+
+
 # The size report.
 
 
@@ -192,6 +258,17 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     assert kept.to_dict()["ways"]["conv_out"]["arithmetic"] == "int8"
     assert kept.to_dict()["ways"]["conv_in"]["arithmetic"] == "exact"
     assert "not normalised" in kept.ways["conv_in"].reason
+
+
+@pytest.mark.parametrize("reason", [None, "it may not"])
+def test_the_report_says_how_attention_computes_and_why(packed_unet, monkeypatch, reason):
+    assert size_report(packed_unet).attention_ways == {}
+    monkeypatch.setattr(nn_attention, "why_no_bf16_attention", lambda device: reason)
+    set_compute(packed_unet, "int8")
+    report = size_report(packed_unet)
+    how = "by torch: it may not" if reason else "by bf16 dot products in compiled C"
+    assert report.to_dict()["attention_ways"] == dict.fromkeys(report.attention_ways, how)
+    assert f"{len(attentions(packed_unet)):>6}  attention {how}" in str(report)
 
 
 def test_the_report_tells_layers_that_stay_exact_and_why(packed_unet, monkeypatch):

@@ -98,6 +98,19 @@ def _why_no_int8_on_cuda(device: torch.device) -> str | None:
 
 
 @functools.cache
+def why_no_bf16_attention(device: torch.device) -> str | None:
+    """Why attention is torch's own, or None where it is by compiled bf16 dot products."""
+    if device.type not in ("cpu", "meta"):
+        return f'torch has its own for the device type "{device.type}"'
+    if torch.cpu._is_amx_tile_supported():
+        return "torch's uses the matrix instructions (AMX) of this processor"
+    native = native_library()
+    if native is None:
+        return "there is no C compiler"
+    return None if native.attention_queries else "this processor has no bf16 dot products (AVX-512 BF16)"
+
+
+@functools.cache
 def has_triton() -> bool:
     """Whether the kernels for GPUs can be imported."""
     return importlib.util.find_spec("triton") is not None

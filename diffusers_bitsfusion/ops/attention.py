@@ -1,0 +1,81 @@
+"""Attention by bf16 dot products, where the processor has them: what models that compute in integers take."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..codec.native import NATIVE_DTYPES, for_row_ranges, native_library
+from .select import why_no_bf16_attention
+
+# Entries of a head that the compiled loop has room for.
+_WIDEST = 256
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax(query keyᵀ / √width) value; without a mask or dropout.
+
+    Queries, keys, values and unnormalised probabilities are rounded to bf16, sums are fp32: the error that torch's own
+    attention has on bf16 tensors. Torch's own runs where a gradient is asked for, and where `why_no_bf16_attention`
+    gives a reason.
+
+    Args:
+        query: floating [batch, heads, queries, width].
+        key, value: [batch, heads, keys, width] in the dtype of `query`.
+
+    Returns:
+        [batch, heads, queries, width] in the dtype of `query`, with the strides of a transposed
+        [batch, queries, heads, width].
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+        return F.scaled_dot_product_attention(query, key, value)
+    return _attention(query, key, value)
+
+
+@torch.library.custom_op("bitsfusion::attention", mutates_args=())
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if query.shape[-1] > _WIDEST or why_no_bf16_attention(query.device) is not None:
+        return _tokens_first(F.scaled_dot_product_attention(query, key, value))
+    return _attend(query, key, value).to(query.dtype)
+
+
+@_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return _tokens_first(query)
+
+
+def _tokens_first(x: Tensor) -> Tensor:
+    """A copy with the strides of a transposed [batch, tokens, heads, width]."""
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    batch, heads, tokens, width = query.shape
+    dtype = torch.bfloat16 if query.dtype == torch.bfloat16 else torch.float32
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    # The loop takes any strides but that of a head's entries.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    out = torch.empty(batch, tokens, heads, width, dtype=dtype).transpose(1, 2)
+    strides = torch.tensor([x.stride()[:3] for x in (query, key, value, out)])
+    native = native_library()
+    assert native is not None
+    units = batch * heads * -(-tokens // native.attention_queries)
+
+    def attend_units(start: int, stop: int) -> None:
+        native.attention(
+            *(x.data_ptr() for x in (query, key, value, out, strides)),
+            heads,
+            tokens,
+            key.shape[2],
+            width,
+            math.log2(math.e) / math.sqrt(width),
+            start,
+            stop,
+            NATIVE_DTYPES[dtype],
+        )
+
+    for_row_ranges(attend_units, units, native.attention_queries * key.shape[2])
+    return out
