@@ -22,7 +22,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
             rounded to 8 bits in each call (a scale for each token of a linear layer, one scale and zero point for a
             convolution's input) and multiplied with the codes in integers, which is faster and changes outputs by
             about a percent; gradients stay those of the exact model. Layers whose input is not normalised
-            (`conv_in`, `conv_shortcut`) stay exact. On processors with AVX-512 BF16, diffusers' attention is computed by
+            (`conv_in`, `conv_shortcut`) stay exact. On processors with AVX-512 BF16, attention is computed by
             bf16 dot products, whatever the dtype. "auto": exact.
         resident: "packed": codes are decoded for each call. "int8", with `compute="int8"`: one byte a weight is kept
             beside them, so that calls need not decode.
