@@ -111,29 +111,29 @@ def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def rescale_reference(
-    sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> Tensor:
-    """Sums of products of codes to outputs, in fp32 and rounded once to `dtype`.
+    """Sums of products of codes to outputs, in fp32 and rounded once.
 
     Args:
-        sums: int32 [tokens, out].
+        sums: int32 [tokens, channels].
         token_scale: fp32 [tokens].
-        weight_scale: fp32 [out].
-        bias: floating [out].
+        weight_scale: fp32 [channels].
+        bias: floating [channels].
+        out: floating [tokens, channels], written and returned.
     """
     y = sums.to(torch.float32).mul_(weight_scale).mul_(token_scale.unsqueeze(1))
-    return (y if bias is None else y.add_(bias)).to(dtype)
+    return out.copy_(y if bias is None else y.add_(bias))
 
 
-def rescale(
-    sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
+def rescale(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     """`rescale_reference` by the fastest way there is; the order of its products may differ in the last bit."""
     native = _native_for(sums)
     if native is None:
-        return rescale_reference(sums, token_scale, weight_scale, bias, dtype)
+        return rescale_reference(sums, token_scale, weight_scale, bias, out)
+    if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
+        return out.copy_(rescale(sums, token_scale, weight_scale, bias, torch.empty(out.shape)))
     rows, columns = sums.shape
-    out = torch.empty(rows, columns, dtype=dtype if dtype == torch.bfloat16 else torch.float32)
     bias = torch.zeros(columns) if bias is None else bias.to(torch.float32).contiguous()
     weight_scale = weight_scale.contiguous()
 
@@ -150,7 +150,7 @@ def rescale(
         )
 
     for_row_ranges(rescale_rows, rows, columns)
-    return out.to(dtype)
+    return out
 
 
 def _native_for(x: Tensor) -> NativeLibrary | None:

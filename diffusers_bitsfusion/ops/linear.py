@@ -15,6 +15,11 @@ from torch import Tensor
 from .activations import quantize_tokens, rescale
 from .decode import decode_to_scratch, decode_weight
 
+# int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory is used
+# again. For few tokens at a time a product waits for its weight, which it reads anew.
+_SUMS = 1 << 20
+_FEWEST_TOKENS = 256
+
 
 @torch.library.custom_op(
     "bitsfusion::linear",
@@ -62,10 +67,22 @@ def linear(
 def _multiply_on_cpu(
     tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
+    out = torch.empty(len(tokens), len(weight), dtype=dtype)
+    block = max(_FEWEST_TOKENS, _SUMS // len(weight))
+    sums = torch.empty(min(block, len(tokens)), len(weight), dtype=torch.int32)
+    for start in range(0, len(tokens), block):
+        part = slice(start, start + block)
+        rescale(_int_mm(tokens[part], weight, sums), token_scale[part], scale, bias, out[part])
+    return out
+
+
+def _int_mm(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
+    """tokens weightᵀ in the first rows of `sums`."""
+    sums = sums[: len(tokens)]
     # Of single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
-    single = weight.shape[1] == tokens.shape[1] == 1
-    sums = tokens.to(torch.int32) * weight.T if single else torch._int_mm(tokens, weight.T)
-    return rescale(sums, token_scale, scale, bias, dtype)
+    if weight.shape[1] == 1:
+        return torch.mul(tokens, weight.T, out=sums)
+    return torch._int_mm(tokens, weight.T, out=sums)
 
 
 def _multiply_on_gpu(

@@ -151,7 +151,7 @@ def test_sums_are_scaled_by_token_and_by_output(way, bias, dtype):
     sums = torch.randint(-(2**22), 2**22, (5, 37), generator=generator, dtype=torch.int32)
     token, weight = torch.rand(5, generator=generator), torch.rand(37, generator=generator)
     offset = torch.randn(37, generator=generator) if bias else None
-    found = way(sums, token, weight, offset, dtype)
+    found = way(sums, token, weight, offset, torch.empty(5, 37, dtype=dtype))
     expected = sums.double() * weight.double() * token.double()[:, None] + (offset.double() if bias else 0)
     assert found.dtype == dtype
     tolerance = max(torch.finfo(dtype).eps, 3e-7)

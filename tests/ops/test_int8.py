@@ -10,6 +10,7 @@ from torch import nn
 from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin
 from diffusers_bitsfusion.ops import activations, decode
+from diffusers_bitsfusion.ops import linear as linear_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,6 +93,18 @@ def test_a_linear_layer_multiplies_the_integers_of_numpy(resident, inputs, outpu
     assert found.shape == (*batch, outputs) and found.dtype == dtype
     offset = layer.bias.double().numpy() if bias else None
     assert_equal_integers(found.reshape(-1, outputs), numpy_linear(layer, x), offset, dtype)
+
+
+@residents
+@pytest.mark.parametrize("sizes", [(1, 1), (33, 7)])
+def test_sums_of_many_tokens_are_made_in_blocks(resident, sizes, monkeypatch):
+    layer = int8_layer(nn.Linear, *sizes, resident=resident)
+    x = torch.randn(23, sizes[0])
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(linear_module, "_SUMS", 4 * sizes[1])
+        monkeypatch.setattr(linear_module, "_FEWEST_TOKENS", 3)
+        assert torch.equal(layer(x), expected)
 
 
 convolutions = {

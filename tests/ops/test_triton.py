@@ -50,7 +50,7 @@ for (tokens, inputs, outputs), bias, dtype in itertools.product(
     weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
     weight_scale, offset = torch.rand(outputs), torch.randn(outputs) if bias else None
     sums = codes.int() @ weight.int().T
-    expected = rescale_reference(sums, token_scale, weight_scale, offset, dtype)
+    expected = rescale_reference(sums, token_scale, weight_scale, offset, torch.empty(sums.shape, dtype=dtype))
     found = linear_triton(codes, token_scale, weight, weight_scale, offset, dtype)
     assert found.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=8e-3 if dtype == torch.bfloat16 else 1e-6, atol=1e-5)

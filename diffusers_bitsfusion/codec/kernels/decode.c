@@ -2,12 +2,19 @@
  * runs over plain vectors. */
 #include "common.h"
 
+#ifdef __AVX512BW__
+#include <immintrin.h>
+#endif
+
+enum { LANES = 32, MOST = 17 }; /* bf16 values of a vector; levels that a row's table has room for, fewer than that */
+
 enum { BLOCK = 4096 }; /* words decoded at a time: they stay in the first-level cache */
 
 typedef struct {
     void *out;      /* first element of the row */
     int64_t columns;
     float scale;
+    uint16_t levels[LANES]; /* what digits are in bf16, up to MOST */
 } Row;
 
 /* word / base, exact for every word of that base (the rows below say how large they get). */
@@ -21,6 +28,17 @@ INLINE uint16_t take_digit(uint16_t *word, unsigned base) {
     const uint16_t quotient = divide(*word, base), digit = (uint16_t)(*word - quotient * base);
     *word = quotient;
     return digit;
+}
+
+/* Digits to the bf16 values that `levels` has for them. */
+INLINE void look_up(uint16_t *restrict digits, int64_t count, const uint16_t *levels) {
+    int64_t i = 0;
+#ifdef __AVX512BW__ /* a permutation of the table by the digits, which no vectoriser finds */
+    const __m512i table = _mm512_loadu_si512(levels);
+    for (; i + LANES <= count; i += LANES)
+        _mm512_storeu_si512(digits + i, _mm512_permutexvar_epi16(_mm512_loadu_si512(digits + i), table));
+#endif
+    for (; i < count; i++) digits[i] = levels[digits[i]];
 }
 
 /* One digit of each word to the columns from `start`. Kind and base are constants where this is inlined, so each loop
@@ -37,8 +55,8 @@ INLINE void store_digits(const Row *row, uint16_t *restrict words, int64_t start
         for (int64_t i = 0; i < count; i++) out[i] = (int8_t)(take_digit(words + i, base) - half);
     } else {
         uint16_t *restrict out = (uint16_t *)row->out + start;
-        for (int64_t i = 0; i < count; i++)
-            out[i] = bf16_of((float)((int)take_digit(words + i, base) - half) * scale);
+        for (int64_t i = 0; i < count; i++) out[i] = take_digit(words + i, base);
+        look_up(out, count, row->levels);
     }
 }
 
@@ -124,7 +142,8 @@ INLINE void decode_rows(const uint8_t *dense, const float *scale, char *out, int
     const int half = half_range(bits);
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *in = dense + r * row_bytes_in;
-        const Row row = {.out = out + r * columns * element_size, .columns = columns, .scale = scale[r]};
+        Row row = {.out = out + r * columns * element_size, .columns = columns, .scale = scale[r]};
+        for (int k = 0; k < MOST; k++) row.levels[k] = bf16_of((float)(k - half) * scale[r]);
         if (bits == 1) row_1bit(&row, in, kind);
         else if (bits == 2) row_2bit(&row, in, kind);
         else if (bits == 3) row_3bit(&row, in, kind);
