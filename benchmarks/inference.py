@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.inference_worker import MARK
-from benchmarks.measure import REPOSITORY, is_installed, run_child, warm_page_cache
+from benchmarks.measure import REPOSITORY, run_child, warm_page_cache
 from benchmarks.peers import MB, PEERS
 from benchmarks.sd15_shape import SHAPES, build
 
@@ -163,8 +163,9 @@ def main() -> None:
     if arguments.only:
         entered = {name: entered[name] for name in dict.fromkeys([*baselines, *arguments.only])}
     for name, entry in list(entered.items()):
-        if entry.peer and not is_installed(PEERS[entry.peer].module, arguments.peers_python):
-            print(f"{name}: not installed")
+        obstacle = entry.peer and PEERS[entry.peer].obstacle(arguments.peers_python)
+        if obstacle:
+            print(f"{name}: {obstacle}")
             del entered[name]
     work = arguments.work.resolve() / arguments.shape
     work.mkdir(parents=True, exist_ok=True)

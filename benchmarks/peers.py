@@ -4,8 +4,8 @@
     python -m benchmarks.peers sdnq-uint2-row-load --source DIR
     python -m benchmarks.peers --source FP16_UNET --out DIR --peers-python PYTHON    all of them: a table
 
-Peers are installed in an environment of their own (`pip install sdnq optimum-quanto`), and are used through their
-public interface only. Each worker runs in a fresh process.
+Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes`), and are
+used through their public interface only. Each worker runs in a fresh process. All but SDNQ leave Conv2d in fp16.
 """
 
 import argparse
@@ -31,6 +31,15 @@ class Peer:
     module: str
     distribution: str
     config: Callable[[], Any]
+    needs_gpu: bool = False
+
+    def obstacle(self, python: str) -> str | None:
+        """Why the interpreter `python` cannot run it here; None where it can."""
+        if not is_installed(self.module, python):
+            return "not installed"
+        import torch
+
+        return "needs a GPU" if self.needs_gpu and not torch.cuda.is_available() else None
 
 
 def _sdnq(**settings: Any) -> Callable[[], Any]:
@@ -43,10 +52,27 @@ def _sdnq(**settings: Any) -> Callable[[], Any]:
 
 
 def _quanto_int2() -> Any:
-    """The integration of diffusers, which quantizes Linear layers only: every Conv2d stays in fp16."""
+    """The integration of diffusers, which quantizes Linear layers only."""
     from diffusers import QuantoConfig
 
     return QuantoConfig(weights_dtype="int2")
+
+
+def _torchao(name: str) -> Callable[[], Any]:
+    def config() -> Any:
+        import torchao.quantization
+        from diffusers import TorchAoConfig
+
+        return TorchAoConfig(getattr(torchao.quantization, name)())
+
+    return config
+
+
+def _nf4() -> Any:
+    import torch
+    from diffusers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16)
 
 
 PEERS = {
@@ -54,6 +80,9 @@ PEERS = {
     "sdnq-uint2-default": Peer("sdnq", "sdnq", _sdnq(weights_dtype="uint2")),
     "sdnq-uint4-row": Peer("sdnq", "sdnq", _sdnq(weights_dtype="uint4", group_size=-1)),
     "quanto-int2": Peer("optimum.quanto", "optimum-quanto", _quanto_int2),
+    "torchao-int8": Peer("torchao", "torchao", _torchao("Int8WeightOnlyConfig")),
+    "torchao-int8-dynamic": Peer("torchao", "torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
+    "bitsandbytes-nf4": Peer("bitsandbytes", "bitsandbytes", _nf4, needs_gpu=True),
 }
 LOAD = "-load"
 WORKERS = ["fp16", *PEERS, *(name + LOAD for name in PEERS)]
@@ -141,7 +170,7 @@ def run_worker(worker: str, source: Path, out: Path | None) -> dict[str, Any]:
 def measure_peers(source: Path, out: Path, python: str = sys.executable) -> dict[str, dict[str, Any] | str]:
     """Run all workers, each in a fresh process of the interpreter `python`, files read from a warm page cache.
 
-    The fp16 UNet is loaded from a cold cache too, as `fp16-cold`. A peer that `python` lacks is "not installed".
+    The fp16 UNet is loaded from a cold cache too, as `fp16-cold`. Of a peer that cannot run, the reason is given.
     """
 
     def run(worker: str, path: Path) -> dict[str, Any]:
@@ -154,8 +183,9 @@ def measure_peers(source: Path, out: Path, python: str = sys.executable) -> dict
     warm_page_cache(source)
     results["fp16"] = run("fp16", source)
     for name, peer in PEERS.items():
-        if not is_installed(peer.module, python):
-            results[name] = "not installed"
+        obstacle = peer.obstacle(python)
+        if obstacle is not None:
+            results[name] = obstacle
             continue
         warm_page_cache(source)
         results[name] = run(name, source)

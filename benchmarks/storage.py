@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import drop_page_cache, is_installed, run_child, warm_page_cache
+from benchmarks.measure import drop_page_cache, run_child, warm_page_cache
 from benchmarks.peers import MB, PEERS
 from benchmarks.sd15_shape import build
 
@@ -34,9 +34,9 @@ def worker(module: str, name: str, python: str, **options: Any) -> dict[str, Any
 
 
 def quantizing(source: Path, work: Path, peers_python: str, repeats: int) -> dict[str, list[dict[str, Any]] | None]:
-    """Every way of quantizing, in turn, `repeats` times; None for a peer that is not installed."""
+    """Every way of quantizing, in turn, `repeats` times; None for a peer that cannot run here."""
     runs: dict[str, list[dict[str, Any]] | None] = {name: [] for name in OURS}
-    runs |= {name: [] if is_installed(peer.module, peers_python) else None for name, peer in PEERS.items()}
+    runs |= {name: [] if peer.obstacle(peers_python) is None else None for name, peer in PEERS.items()}
     for _ in range(repeats):
         for name, results in runs.items():
             if results is None:
@@ -74,7 +74,7 @@ def quantizing_table(runs: dict[str, list[dict[str, Any]] | None]) -> str:
     for name, results in runs.items():
         label = OURS.get(name, name)
         if results is None:
-            lines.append(f"| {label} | not installed | | | |")
+            lines.append(f"| {label} | not installed, or needs a GPU | | | |")
             continue
         cells = [results[0]["file_bytes"] / MB, results[0]["resident_bytes"] / MB]
         cells += [median(results, "quantize_seconds"), max(result["peak_rss"] for result in results) / MB]
