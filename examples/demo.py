@@ -1,8 +1,9 @@
-"""Quantize a pipeline, report its size, save it, reload it in a fresh process, and draw with both.
+"""Quantize a pipeline, report its size, save it, reload it in a fresh process, and draw with it and with the original.
 
     python examples/demo.py --out demo
 
-Writes OUT/packed (the quantized pipeline) and OUT/side_by_side.png (full precision above, packed below).
+Writes OUT/packed (the quantized pipeline) and OUT/side_by_side.png: full precision, the UNet that was trained in about
+2 bits (of the shapes pipeline, examples/shapes/unet-2bit), and the one rounded just now.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import diffusers_bitsfusion
@@ -27,11 +29,13 @@ PROMPTS = [
 ]
 SCALE = 3
 SHAPES = Path(__file__).parent / "shapes" / "pipeline"
+TRAINED = Path(__file__).parent / "shapes" / "unet-2bit"  # for SHAPES
 
 
-def draw(path: Path, target: Path, steps: int) -> None:
-    """Write the pipeline's pictures of all prompts side by side."""
-    pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32)
+def draw(path: Path, target: Path, steps: int, unet: Path | None = None) -> None:
+    """Write the pipeline's pictures of all prompts side by side, drawn with the UNet in `unet` where one is given."""
+    parts = {} if unet is None else {"unet": UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32)}
+    pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(1024 + i) for i in range(len(PROMPTS))]
     images = pipe(PROMPTS, num_inference_steps=steps, guidance_scale=7.5, generator=generators).images
@@ -42,12 +46,13 @@ def draw(path: Path, target: Path, steps: int) -> None:
     strip.resize((SCALE * strip.width, SCALE * strip.height), Image.Resampling.NEAREST).save(target)
 
 
-def stack(above: Path, below: Path, target: Path) -> None:
-    """One picture of two, `above` over `below`."""
-    top, bottom = Image.open(above), Image.open(below)
-    joined = Image.new("RGB", (top.width, top.height + bottom.height + 6), "white")
-    joined.paste(top, (0, 0))
-    joined.paste(bottom, (0, top.height + 6))
+def stack(strips: Sequence[Path], target: Path) -> None:
+    """One picture of several of equal size, each above the next."""
+    images = [Image.open(strip) for strip in strips]
+    step = images[0].height + 6
+    joined = Image.new("RGB", (images[0].width, step * len(images) - 6), "white")
+    for i, image in enumerate(images):
+        joined.paste(image, (0, i * step))
     joined.save(target)
 
 
@@ -73,10 +78,16 @@ def main() -> None:
     print(size_report(out / "packed"))
 
     draw(source, out / "full.png", arguments.steps)
+    rows = {"full precision": out / "full.png"}
+    if source == SHAPES:
+        draw(source, out / "trained.png", arguments.steps, TRAINED)
+        rows["trained in about 2 bits"] = out / "trained.png"
+        print(f"\nThe UNet in {TRAINED}, trained in this precision:\n{size_report(TRAINED)}")
     command = [sys.executable, __file__, "--out", str(out), "--draw", str(out / "packed")]
     subprocess.run([*command, "--steps", str(arguments.steps)], check=True)
-    stack(out / "full.png", out / "packed.png", out / "side_by_side.png")
-    print(f"Full precision above, packed and reloaded below: {out / 'side_by_side.png'}")
+    rows["rounded only, packed and reloaded"] = out / "packed.png"
+    stack(list(rows.values()), out / "side_by_side.png")
+    print(f"From above: {'; '.join(rows)}: {out / 'side_by_side.png'}")
 
 
 if __name__ == "__main__":
