@@ -90,10 +90,10 @@ INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
         const int64_t count = min64(BLOCK, width - first);
         const uint8_t *low = in + first, *top = low - 7 * part;
         for (int64_t i = 0, end = min64(7 * part - first, count); i < end; i++) words[i] = low[i] & 127;
-        FOR_RUN(7) words[i] = top[i] >> 7;
-        for (int b = 1; b < 7; b++) {
-            const uint8_t *byte = top + b * part;
-            FOR_RUN(7) words[i] |= (uint16_t)((byte[i] >> 7) << b);
+        FOR_RUN(7) {
+            uint8_t word = 0;
+            for (int b = 0; b < 7; b++) word |= (uint8_t)((top[i + b * part] & 128) >> (7 - b));
+            words[i] = word;
         }
         store_words(row, words, first, count, width, kind, 5, 3);
     }

@@ -1,0 +1,35 @@
+"""The packed UNet that the repository holds beside the shapes pipeline: about 2 bits a weight, and it still draws."""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from diffusers_bitsfusion import size_report
+from examples.shapes.captions import heldout_prompts
+from examples.shapes.evaluate import generate, score_by_category
+
+SHAPES = Path(__file__).resolve().parents[2] / "examples" / "shapes"
+TRAINED = SHAPES / "unet-2bit"
+
+
+def test_it_is_small_and_of_the_published_average():
+    report = size_report(TRAINED)
+    assert sum(file.stat().st_size for file in TRAINED.iterdir()) < 1e6
+    assert report.average_bits.layers < 2.05
+    assert report.weights == float_weights(SHAPES / "pipeline" / "unet")
+
+
+def float_weights(folder):
+    """Linear and Conv2d weights of a UNet in full precision."""
+    unet = UNet2DConditionModel.from_pretrained(folder)
+    return sum(m.weight.numel() for m in unet.modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)))
+
+
+def test_it_draws_what_it_is_asked_for():
+    """Rounded to as many bits without training, the same pipeline draws a tenth of its prompts."""
+    unet = UNet2DConditionModel.from_pretrained(TRAINED, dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(SHAPES / "pipeline", unet=unet, dtype=torch.float32)
+    prompts = heldout_prompts(24)
+    images = generate(pipeline, [prompt.caption for prompt in prompts], 50, batch_size=24)
+    assert score_by_category(prompts, images)["overall"] >= 0.5
