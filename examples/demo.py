@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the packed pipeline and the pictures")
     parser.add_argument("--pipeline", type=Path, default=SHAPES, help="in full precision; default: %(default)s")
     parser.add_argument("--target-bits", type=float, default=3.0, help="average bits a weight to aim at")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)  # the fresh process: draw with this pipeline
     arguments = parser.parse_args()
     out = arguments.out
