@@ -81,7 +81,7 @@ def _int_mm(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     sums = sums[: len(tokens)]
     # Of single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
     if weight.shape[1] == 1:
-        return torch.mul(tokens, weight.T, out=sums)
+        return torch.mul(tokens.to(torch.int32), weight.T, out=sums)
     return torch._int_mm(tokens, weight.T, out=sums)
 
 

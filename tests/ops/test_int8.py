@@ -96,6 +96,14 @@ def test_a_linear_layer_multiplies_the_integers_of_numpy(resident, inputs, outpu
 
 
 @residents
+@pytest.mark.parametrize("outputs", [1, 5])
+def test_products_of_single_channels_do_not_overflow(resident, outputs):
+    layer = int8_layer(nn.Linear, 1, outputs, bits=8, resident=resident).requires_grad_(False)
+    x = torch.randn(6, 1)
+    assert_equal_integers(layer(x), numpy_linear(layer, x), layer.bias.double().numpy(), torch.float32)
+
+
+@residents
 @pytest.mark.parametrize("sizes", [(1, 1), (33, 7)])
 def test_sums_of_many_tokens_are_made_in_blocks(resident, sizes, monkeypatch):
     layer = int8_layer(nn.Linear, *sizes, resident=resident)
