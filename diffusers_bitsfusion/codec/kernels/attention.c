@@ -193,7 +193,7 @@ void bitsfusion_attention(const void *q, const void *k, const void *v, void *out
     for (int64_t unit = start; unit < stop; unit++) {
         const int64_t first = unit % chunks * QUERIES, head = unit / chunks % heads, batch = unit / chunks / heads;
         const int64_t count = min64(queries - first, QUERIES);
-        if (dtype == BFLOAT16)
+        if (dtype == BFLOAT16) /* a constant where it is inlined */
             attend(q, k, v, out, of[0], of[1], of[2], of[3], batch, head, first, count, keys, width, factor, BFLOAT16);
         else
             attend(q, k, v, out, of[0], of[1], of[2], of[3], batch, head, first, count, keys, width, factor, FLOAT32);

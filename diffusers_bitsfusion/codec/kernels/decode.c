@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #endif
 
-enum { LANES = 32, MOST = 17 }; /* bf16 values of a vector; levels that a row's table has room for, fewer than that */
+enum { LANES = 32, MOST = 17 }; /* bf16 values of a vector; levels of the widest grid that is looked up */
 
 enum { BLOCK = 4096 }; /* words decoded at a time: they stay in the first-level cache */
 
