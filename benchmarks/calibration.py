@@ -27,7 +27,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks.measure import measured_call
 from benchmarks.sd15_shape import random_unet
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, Recipe, quantize_model
-from diffusers_bitsfusion.analysis.recording import Call, record
+from diffusers_bitsfusion.analysis.recording import record
+from diffusers_bitsfusion.calibration.calls import Call
 from diffusers_bitsfusion.evaluation import Sampling, generate_images, image_metrics, load_pipeline, read_captions
 
 CALLS = 32  # of full precision's denoising, to measure the error of the predicted noise on

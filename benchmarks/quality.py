@@ -17,9 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import is_installed, run_child
+from benchmarks.measure import REPOSITORY, is_installed, run_child
 
 SCALES = (7.5, 3.5, 5.5, 9.5)  # guidance scales of full precision; the others are drawn at the first
+SHAPES = REPOSITORY / "examples" / "shapes"
+SEEDS = range(3)  # of calibration
 TARGET = 2.04  # bits a weight over the quantized layers: the published recipe's
 
 
@@ -49,6 +51,28 @@ def uniform(bits: int, balance: bool = True, scale_init: str = "alternating") ->
     return config
 
 
+def shipped(unet: Any) -> Any:
+    """The recipe of the shapes pipeline, by an estimated sensitivity analysis."""
+    from diffusers_bitsfusion import BitsFusionConfig, Recipe
+
+    return BitsFusionConfig(recipe=Recipe.load(SHAPES / "recipe.json"), time_embedding="table")
+
+
+def calibrated(base: Callable[[Any], Any], seed: int = 0, **settings: Any) -> Callable[[Any], Any]:
+    """`base`, with calibration on captions of the kind that the pipeline was trained on."""
+
+    def config(unet: Any) -> Any:
+        from diffusers_bitsfusion import Calibration
+        from diffusers_bitsfusion.evaluation import read_captions
+
+        made = base(unet)
+        prompts = read_captions(SHAPES / "calibration_prompts.txt")
+        made.calibration = Calibration(prompts, num_inference_steps=50, seed=seed, **settings)
+        return made
+
+    return config
+
+
 def sdnq(**settings: Any) -> Callable[[Any], Any]:
     def config(unet: Any) -> Any:
         from sdnq import SDNQConfig
@@ -66,6 +90,9 @@ WAYS: dict[str, Callable[[Any], Any] | None] = {
     **{f"uniform {n}": uniform(n) for n in (1, 2, 3, 4, 8)},
     **{f"uniform {n}, unbalanced": uniform(n, balance=False) for n in (1, 2, 3, 4, 8)},
     "uniform 2, unbalanced, min-max": uniform(2, balance=False, scale_init="minmax"),
+    "by analysis 2.03": shipped,
+    **{f"by analysis 2.03, calibrated, seed {seed}": calibrated(shipped, seed) for seed in SEEDS},
+    **{f"uniform {n}, calibrated": calibrated(uniform(n)) for n in (1, 2, 3)},
     "SDNQ uint2, row-wise": sdnq(weights_dtype="uint2", group_size=-1),
     "SDNQ uint2": sdnq(weights_dtype="uint2"),
     "SDNQ uint4, row-wise": sdnq(weights_dtype="uint4", group_size=-1),
@@ -80,9 +107,14 @@ def make(source: Path, out: Path, way: str) -> None:
 
     pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     make_config = WAYS[way]
-    if make_config is not None:
+    config = None if make_config is None else make_config(pipeline.unet)
+    if getattr(config, "calibration", None) is not None:
+        from diffusers_bitsfusion import quantize_model
+
+        quantize_model(pipeline, config)
+    elif config is not None:
         pipeline.unet = UNet2DConditionModel.from_pretrained(
-            source, subfolder="unet", dtype=torch.float32, quantization_config=make_config(pipeline.unet)
+            source, subfolder="unet", dtype=torch.float32, quantization_config=config
         )
     pipeline.save_pretrained(out)
 

@@ -46,6 +46,9 @@ def quantize(
         typer.Option(help="For --calibrate: a prompt a line, or a tab-separated file with a Prompt column."),
     ] = None,
     samples: Annotated[int, typer.Option(help="For --calibrate: pictures drawn.")] = 16,
+    tuning_steps: Annotated[
+        int, typer.Option(help="For --calibrate: steps that tune scales, biases and norms after rounding.")
+    ] = 0,
     memory_gb: Annotated[float, typer.Option(help="For --calibrate: GB that it may take beside the pipeline.")] = 8.0,
 ) -> None:
     """Quantize a pipeline or model and save it packed."""
@@ -64,7 +67,10 @@ def quantize(
             time_embedding=time_embedding,
         )
         if calibrate:
-            _quantize_calibrated(source, destination, config, getattr(torch, dtype), prompts, samples, memory_gb)
+            calibration = _calibration(
+                destination, prompts, num_samples=samples, tuning_steps=tuning_steps, memory_gb=memory_gb
+            )
+            _quantize_calibrated(source, destination, config, getattr(torch, dtype), calibration)
         else:
             loaded = _load(source, quantization_config=config, dtype=getattr(torch, dtype))
             loaded.save_pretrained(destination)
@@ -181,21 +187,20 @@ app.command()(cli_analysis.analyze)
 app.command()(cli_analysis.allocate)
 
 
-def _quantize_calibrated(
-    source: str, destination: Path, config, dtype, prompts: Path | None, samples: int, memory_gb: float
-) -> None:
-    """Under `accelerate launch`, every process does its share, and the first one saves."""
-    from . import Calibration, quantize_model
-    from .calibration.run import process_state
+def _calibration(destination: Path, prompts: Path | None, **settings):
+    from . import Calibration
     from .evaluation import read_captions
 
+    captions = None if prompts is None else read_captions(prompts)
+    return Calibration(captions, cache_dir=f"{destination}.calibration", **settings)
+
+
+def _quantize_calibrated(source: str, destination: Path, config, dtype, calibration) -> None:
+    """Under `accelerate launch`, every process does its share, and the first one saves."""
+    from . import quantize_model
+    from .calibration.run import process_state
+
     state = process_state()
-    calibration = Calibration(
-        prompts=None if prompts is None else read_captions(prompts),
-        num_samples=samples,
-        memory_gb=memory_gb,
-        cache_dir=f"{destination}.calibration",
-    )
     pipeline = _load(source, dtype=dtype).to(state.device)
     quantize_model(pipeline, config, calibration=calibration)
     if state.is_main_process:

@@ -11,9 +11,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
+from .calibration.calls import Call
 from .calibration.denoising import check_pipeline
 from .calibration.layers import CalibratedLayer
-from .calibration.run import calibrate
+from .calibration.run import calibrate, record_calls, tune_packed
 from .config import BitsFusionConfig
 from .packing import ModelPacker, refuse_dispatched
 from .quantizer import BitsFusionQuantizer
@@ -78,6 +79,7 @@ def _quantize(
     exclude = model._keep_in_fp32_modules or []
     packer = ModelPacker(model, config, dtype, exclude, progress)
     calibrated: dict[str, CalibratedLayer] = {}
+    calls: list[Call] = []
     if calibration is not None:
         calibrated = calibrate(
             pipeline,
@@ -90,6 +92,8 @@ def _quantize(
             progress=progress,
         )
         packer.config.calibration = calibration.summary()
+        if calibration.tuning_steps:
+            calls = record_calls(pipeline, model, calibration, progress)
     for name, parameter in list(model.named_parameters()):
         layer = name.removesuffix(".weight")
         if layer in calibrated:
@@ -98,6 +102,8 @@ def _quantize(
             packer.take(name, parameter, parameter.device)
     quantizer.adopt(packer)
     quantizer.finish(model)
+    if calibration is not None and calls:
+        tune_packed(model, calls, calibration, progress)
     model.hf_quantizer = quantizer
     model.register_to_config(_pre_quantization_dtype=dtype)
     return model

@@ -10,32 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
+from ..calibration.calls import Call
 from ..evaluation import Sampling, generate_images
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the denoiser during sampling; of both halves, with and without the prompt, where it is guided.
-
-    Attributes:
-        args, kwargs: its arguments, as the pipeline gave them.
-        output: the predicted noise (or velocity), floating [rows, ...].
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    output: Tensor
-
-    def repeat(self, model: nn.Module) -> Tensor:
-        """The prediction of `model` for the same arguments."""
-        return model(*self.args, **self.kwargs)[0]
-
-    def to(self, device: torch.device) -> Call:
-        return Call(*send_to_device((self.args, self.kwargs, self.output), device))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor
 
+from ..calibration.calls import Call
 from ..config import BitsFusionConfig
 from ..evaluation import clip_score, generate_images, image_metrics
 from ..nn.convert import replace_module
 from ..training.qat import prepare_qat
-from .recording import Call
 from .results import Item
 from .rounding import holding
 from .study import Record, Study

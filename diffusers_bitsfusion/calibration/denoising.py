@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from .calls import Call, recording
 from .moments import InputMoments, sample_inputs
 from .settings import Calibration, default_prompts
 
@@ -85,6 +86,12 @@ class Denoising:
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def record(self, batch: int) -> list[Call]:
+        """Draw the pictures of a batch; the model's calls."""
+        with recording(self.model) as calls, _quiet(self.pipeline), _without_half(self.pipeline):
+            self._draw(batch)
+        return calls
 
     def _draw(self, batch: int) -> None:
         calibration = self.calibration

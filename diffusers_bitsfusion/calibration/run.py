@@ -14,12 +14,14 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 
+from .calls import Call
 from .denoising import Denoising
 from .layers import CalibratedLayer, quantize_layer
 from .moments import InputMoments
 from .passes import plan_passes
 from .settings import Calibration
-from .store import CalibrationFolder
+from .store import CalibrationFolder, TuningFolder
+from .tuning import tune
 
 # Seconds of drawing that an interruption may cost; moments are large, so they are not written after every batch.
 _SAVE_EVERY = 120.0
@@ -95,6 +97,59 @@ def calibrate(
     return _of_all_processes(done)
 
 
+def record_calls(
+    pipeline: DiffusionPipeline, model: ModelMixin, calibration: Calibration, progress: bool = True
+) -> list[Call]:
+    """The model's calls while the pipeline draws, in the order of the batches; after `calibrate`, if with a cache.
+
+    Under `accelerate launch` batches are shared out, and every process gets all calls.
+    """
+    denoising, state = Denoising(pipeline, model, calibration), process_state()
+    folder = _tuning_folder(calibration)
+    own: dict[int, list[Call]] = {}
+    batches = range(state.process_index, denoising.num_batches, state.num_processes)
+    for batch in tqdm(batches, desc="Drawing, to tune on", disable=not _shows(progress)):
+        calls = None if folder is None else folder.load_calls(batch)
+        if calls is None:
+            calls = denoising.record(batch)
+            if folder is not None:
+                folder.save_calls(batch, calls)
+        own[batch] = calls
+    everyones = {batch: calls for part in gather_object([own]) for batch, calls in part.items()}
+    return [call for batch in sorted(everyones) for call in everyones[batch]]
+
+
+def tune_packed(model: ModelMixin, calls: list[Call], calibration: Calibration, progress: bool = True) -> None:
+    """Tune a packed model on calls of the full-precision one, as `calibration` says; see `tuning.tune`.
+
+    Under `accelerate launch` every process does the same, and the first one keeps the state.
+    """
+    folder, state = _tuning_folder(calibration), process_state()
+    saved = time.monotonic()
+
+    def save(reached: Mapping[str, Any]) -> None:
+        nonlocal saved
+        last = reached["step"] == calibration.tuning_steps
+        if folder is not None and state.is_main_process and (last or time.monotonic() - saved > _SAVE_EVERY):
+            folder.save_state(reached)
+            saved = time.monotonic()
+
+    tune(
+        model,
+        calls,
+        calibration.tuning_steps,
+        seed=calibration.seed,
+        memory=calibration.memory_gb * 1e9,
+        state=None if folder is None else folder.load_state(),
+        save=save,
+        progress=_shows(progress),
+    )
+
+
+def _tuning_folder(calibration: Calibration) -> TuningFolder | None:
+    return None if calibration.cache_dir is None else TuningFolder(calibration.cache_dir, calibration.tuning_steps)
+
+
 def _gather(
     denoising: Denoising,
     moments: Mapping[str, InputMoments],
@@ -155,7 +210,7 @@ def _settings(
     calibration: Calibration,
 ) -> dict[str, Any]:
     """All that the results depend on, JSON-safe."""
-    asked = {key: value for key, value in calibration.to_dict().items() if key != "cache_dir"}
+    asked = {key: value for key, value in calibration.to_dict().items() if key not in ("cache_dir", "tuning_steps")}
     weights = hashlib.sha256()
     for layer in layers.values():
         weights.update(layer.weight.detach().flatten()[:_HASHED].float().cpu().numpy().tobytes())

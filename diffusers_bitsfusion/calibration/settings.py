@@ -27,6 +27,8 @@ class Calibration:
         guidance_scale: of classifier-free guidance; None for the pipeline's default.
         seed: of the choice of prompts, the noise and the positions sampled.
         batch_size: pictures drawn at once. It changes the result as little as another seed does.
+        tuning_steps: steps that tune scales, biases and norms of the packed model on the calls of this run
+            (`tuning.py`); each takes four calls and their gradients. 0 leaves them as rounding found them.
         memory_gb: GB (1e9 bytes) that calibration may take beside the pipeline, on the device that the model is on.
         cache_dir: folder that keeps what is done, so that an interrupted run goes on from there; under
             `accelerate launch` on a disk that all processes share. None keeps nothing.
@@ -41,6 +43,7 @@ class Calibration:
     guidance_scale: float | None = None
     seed: int = 0
     batch_size: int = 4
+    tuning_steps: int = 0
     memory_gb: float = 8.0
     cache_dir: str | os.PathLike[str] | None = None
 
@@ -51,7 +54,13 @@ class Calibration:
                 raise ValueError(f"calibration prompts must be a list of texts, got {prompts!r}")
             if not prompts:
                 raise ValueError("calibration prompts are an empty list; leave them out for the shipped ones.")
-        for name, least in (("num_samples", 1), ("num_inference_steps", 1), ("seed", 0), ("batch_size", 1)):
+        for name, least in (
+            ("num_samples", 1),
+            ("num_inference_steps", 1),
+            ("seed", 0),
+            ("batch_size", 1),
+            ("tuning_steps", 0),
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} of the calibration must be an integer from {least}, got {value!r}")
@@ -87,5 +96,5 @@ class Calibration:
     def summary(self) -> dict[str, Any]:
         """What a quantized checkpoint says of its calibration, JSON-safe: no prompts, which may be private."""
         prompts = "default" if self.prompts is None else f"{len(self.prompts)} of the user's"
-        kept = ("num_samples", "num_inference_steps", "guidance_scale", "seed")
+        kept = ("num_samples", "num_inference_steps", "guidance_scale", "seed", "tuning_steps")
         return {"prompts": prompts} | {name: getattr(self, name) for name in kept}

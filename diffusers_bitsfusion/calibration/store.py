@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .calls import Call
 from .layers import CalibratedLayer
 from .moments import InputMoments
 
@@ -79,10 +80,43 @@ class CalibrationFolder:
         return CalibratedLayer(**torch.load(path, weights_only=True, map_location="cpu")) if path.is_file() else None
 
     def _save(self, name: str, content: Mapping[str, Any]) -> None:
-        path = self._path(name)
-        partial = path.with_name(path.name + ".part")
-        torch.save(content, partial)
-        os.replace(partial, path)
+        _save(self._path(name), content)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{self._process}-{name}"
+
+
+class TuningFolder:
+    """Recorded calls and the state of tuning, in the folder of a calibration that has finished.
+
+    Args:
+        folder: of the calibration.
+        steps: of tuning; a state of other ones is not looked at.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], steps: int):
+        self._folder = Path(folder)
+        self._state = self._folder / f"tuning{steps}.pt"
+
+    def save_calls(self, batch: int, calls: Sequence[Call]) -> None:
+        _save(self._calls(batch), [(call.args, call.kwargs, call.output) for call in calls])
+
+    def load_calls(self, batch: int) -> list[Call] | None:
+        """The calls of a batch, or None where it has not been drawn."""
+        path = self._calls(batch)
+        return [Call(*call) for call in torch.load(path, weights_only=True)] if path.is_file() else None
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        _save(self._state, state)
+
+    def load_state(self) -> Mapping[str, Any] | None:
+        return torch.load(self._state, weights_only=True) if self._state.is_file() else None
+
+    def _calls(self, batch: int) -> Path:
+        return self._folder / f"calls{batch}.pt"
+
+
+def _save(path: Path, content: Any) -> None:
+    partial = path.with_name(path.name + ".part")
+    torch.save(content, partial)
+    os.replace(partial, path)

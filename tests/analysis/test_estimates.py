@@ -12,11 +12,12 @@ from tiny_transformers import tiny_sd3
 from torch import nn
 
 from diffusers_bitsfusion.analysis import estimates as module
-from diffusers_bitsfusion.analysis.recording import Call, Reference, record
+from diffusers_bitsfusion.analysis.recording import Reference, record
 from diffusers_bitsfusion.analysis.results import Analysis
 from diffusers_bitsfusion.analysis.single_layer import trained_weight
 from diffusers_bitsfusion.analysis.statistics import rank_correlations
 from diffusers_bitsfusion.analysis.study import Study
+from diffusers_bitsfusion.calibration.calls import Call
 from diffusers_bitsfusion.codec.scales import quantize_rows
 
 from .conftest import CAPTIONS, DEAD, SETTINGS

@@ -48,6 +48,7 @@ def test_a_saved_pipeline_is_the_calibrated_one(make_pipeline, config, make_cali
         "num_inference_steps": 2,
         "guidance_scale": None,
         "seed": 5,
+        "tuning_steps": 0,
     }
     assert loaded.unet.config.quantization_config.calibration == said
 

@@ -1,0 +1,48 @@
+"""Calls of a model by its pipeline, kept with what it answered, to be repeated by a quantized one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the denoiser during sampling; of both halves, with and without the prompt, where it is guided.
+
+    Attributes:
+        args, kwargs: its arguments, as the pipeline gave them.
+        output: the predicted noise (or velocity), floating [rows, ...].
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+    def repeat(self, model: nn.Module) -> Tensor:
+        """The prediction of `model` for the same arguments."""
+        return model(*self.args, **self.kwargs)[0]
+
+    def to(self, device: torch.device) -> Call:
+        return Call(*send_to_device((self.args, self.kwargs, self.output), device))
+
+
+@contextmanager
+def recording(model: nn.Module) -> Iterator[list[Call]]:
+    """Every call of `model` within the block, on the CPU."""
+    calls: list[Call] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        calls.append(Call(args, kwargs, output[0]).to(torch.device("cpu")))
+
+    hook = model.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()

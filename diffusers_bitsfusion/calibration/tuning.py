@@ -1,0 +1,284 @@
+"""Tuning of what stays in floating point, so that a packed model predicts what it did in full precision.
+
+Codes stay as they are. Every packed layer and every norm gets a gain and an offset for each of its channels,
+y' = gain · y + offset; both are trained on recorded calls of the full-precision model and then folded into scales,
+biases and norms, exactly. Layers that were rounded one by one learn to work together, in the memory of the packed
+model: no latent weights, and a backward pass without gradients of weights. Not from the BitsFusion paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from tqdm.auto import tqdm
+
+from ..nn.packed import PackedWeight, float_bits
+from .calls import Call
+
+# Of Adam: relative to a channel's own scale for gains, to the spread of a layer's output for offsets.
+LEARNING_RATE = 0.01
+_BETAS = (0.9, 0.99)
+_WARM_UP = 20
+
+# Of a step: calls are of one timestep each, and what suits one timestep harms another.
+_CALLS = 4
+
+_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+class Channels:
+    """Gain and offset of a module's output channels, in effect while tuning.
+
+    Args:
+        module: a packed layer or a norm with weights.
+
+    Attributes:
+        gain: fp32 [channels], a parameter.
+        offset: fp32 [channels], a parameter, in units of `spread`; None for a module without a bias.
+        spread: standard deviation of the output in the first call.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        weight = cast(Tensor, module.scale if isinstance(module, PackedWeight) else module.weight)
+        self.gain = nn.Parameter(torch.ones(weight.shape[0], device=weight.device))
+        self.offset = None if getattr(module, "bias", None) is None else nn.Parameter(torch.zeros_like(self.gain))
+        self.spread: float | None = None
+        self._axis = 1 if isinstance(module, (nn.Conv2d, nn.GroupNorm)) else -1
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.gain] if self.offset is None else [self.gain, self.offset]
+
+    def __call__(self, module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
+        """A forward hook."""
+        if self.spread is None:
+            self.spread = float(y.detach().float().std(correction=0))
+        shape = [1] * y.dim()
+        shape[self._axis] = -1
+        shift = torch.zeros_like(self.gain) if self.offset is None else self.offset * self.spread
+        return _Scaled.apply(y, self.gain.view(shape), shift.view(shape))
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Make the module itself compute what it does with gain and offset."""
+        module: Any = self.module
+        if isinstance(module, PackedWeight):
+            module.scale = float_bits(module.scale.view(torch.float32) * self.gain)
+            module.set_compute(module.compute, module.resident)  # kept integers hold the scale
+        else:
+            module.weight.mul_(self.gain)
+        if self.offset is not None:
+            assert self.spread is not None
+            module.bias.mul_(self.gain).add_(self.offset, alpha=self.spread)
+
+
+class _Scaled(torch.autograd.Function):
+    """gain · y + offset in fp32, given and kept in the dtype of y."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gain)
+        return (y.float() * gain + offset).to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (grad,) = grads
+        y, gain = ctx.saved_tensors
+        exact = grad.float()
+        others = [axis for axis, size in enumerate(gain.shape) if size == 1]
+        of_gain = (exact * y).sum(others, keepdim=True) if others else exact * y
+        of_offset = exact.sum(others, keepdim=True) if others else exact
+        return (exact * gain).to(y.dtype), of_gain, of_offset
+
+
+def tune(
+    model: nn.Module,
+    calls: Sequence[Call],
+    steps: int,
+    *,
+    seed: int = 0,
+    memory: float = math.inf,
+    state: Mapping[str, Any] | None = None,
+    save: Callable[[Mapping[str, Any]], None] | None = None,
+    progress: bool = True,
+) -> None:
+    """Tune a packed model in place: Adam on the square error of its predictions.
+
+    A step takes four calls; calls come in random order, all before any comes again. The rate rises for 20 steps and
+    then falls to zero as a cosine.
+
+    Args:
+        model: packed, on the device to use; half precision computes in bf16, and comes back in its own dtype.
+        calls: of the full-precision model.
+        steps: of Adam.
+        seed: of the order.
+        memory: bytes that activations may take. Where those of a call take more, the model checkpoints its gradients.
+        state: of an interrupted run, to go on from.
+        save: called with the state after each step.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: a loss is NaN or infinite, or the model would have to checkpoint its gradients and cannot.
+    """
+    device = next(model.parameters()).device
+    dtypes = _to_fp32(model)
+    half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
+    channels = _channels(model)
+    order = _order(len(calls), steps * _CALLS, seed)
+    unit = sum(float(call.output.float().square().mean()) for call in calls) / len(calls)
+
+    def error(index: int) -> Tensor:
+        call = _with_floats(calls[order[index]].to(device))
+        with torch.autocast(device.type, half, enabled=half is not None):
+            predicted = call.repeat(model)
+        return (predicted.float() - call.output).square().mean() / unit
+
+    with _hooked(channels), _bounded(model, memory, lambda: error(0)), torch.enable_grad():
+        parameters = [parameter for channel in channels for parameter in channel.parameters]
+        optimizer = torch.optim.Adam(parameters, betas=_BETAS)
+        start = _load(state, channels, optimizer)
+        bar = tqdm(total=steps, initial=start, desc="Tuning scales, biases and norms", disable=not progress)
+        for step in range(start, steps):
+            for group in optimizer.param_groups:
+                group["lr"] = LEARNING_RATE * _schedule(step, steps)
+            optimizer.zero_grad()
+            total = 0.0
+            for index in range(step * _CALLS, (step + 1) * _CALLS):
+                loss = error(index) / _CALLS
+                loss.backward()
+                total += float(loss.detach())
+            if not math.isfinite(total):
+                raise ValueError(f"The loss is {total} in step {step + 1} of tuning. Calibrate in torch.float32.")
+            optimizer.step()
+            bar.set_postfix(loss=f"{total:.4g}", refresh=False)
+            bar.update()
+            if save is not None:
+                save(_state(step + 1, channels, optimizer))
+        bar.close()
+    for channel in channels:
+        channel.fold()
+    for parameter, dtype in dtypes.items():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _channels(model: nn.Module) -> list[Channels]:
+    """Of the layers that compute with scales or weights per output channel."""
+    found = []
+    for module in model.modules():
+        if isinstance(module, PackedWeight) and module.is_packed:
+            found.append(Channels(module))
+        elif isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1:
+            found.append(Channels(module))
+    return found
+
+
+def _order(count: int, length: int, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.permutation(count) for _ in range(-(-length // count))])
+
+
+def _schedule(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _to_fp32(model: nn.Module) -> dict[nn.Parameter, torch.dtype]:
+    """Make all floating parameters fp32, which steps of Adam need; the dtypes they had."""
+    dtypes = {p: p.dtype for p in model.parameters() if p.is_floating_point()}
+    for parameter in dtypes:
+        parameter.data = parameter.data.float()
+    return dtypes
+
+
+def _with_floats(call: Call) -> Call:
+    def convert(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.float() if value.is_floating_point() else value
+        if isinstance(value, Mapping):
+            return {key: convert(part) for key, part in value.items()}
+        return [convert(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+    return Call(tuple(convert(call.args)), convert(call.kwargs), call.output.float())
+
+
+@contextmanager
+def _hooked(channels: Sequence[Channels]) -> Iterator[None]:
+    hooks = [channel.module.register_forward_hook(channel) for channel in channels]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _bounded(model: Any, memory: float, forward: Callable[[], Tensor]) -> Iterator[None]:
+    """Gradient checkpointing where the activations of `forward` take more than `memory` bytes without it."""
+    need = _saved_bytes(model, forward)
+    if need <= memory:
+        yield
+        return
+    if not getattr(model, "_supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"Tuning needs {need / 1e9:.2g} GB for the activations of one call, more than memory_gb leaves, and "
+            f"{type(model).__name__} has no gradient checkpointing. Lower batch_size or raise memory_gb."
+        )
+    before = model.is_gradient_checkpointing
+    model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if not before:
+            model.disable_gradient_checkpointing()
+
+
+def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that a backward pass would need of a forward pass, parameters aside; without keeping them."""
+    total = 0
+    seen: dict[int, StorageWeakRef] = {parameter.data_ptr(): _storage(parameter) for parameter in model.parameters()}
+
+    def note(tensor: Tensor) -> Any:
+        nonlocal total
+        # Several operations keep the same tensor; another one may lie where a tensor was that is gone.
+        place = tensor.untyped_storage().data_ptr()
+        if place not in seen or seen[place].expired():
+            seen[place] = _storage(tensor)
+            total += tensor.untyped_storage().nbytes()
+
+    with torch.enable_grad(), saved_tensors_hooks(note, lambda nothing: nothing):
+        forward()
+    return total
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    return StorageWeakRef(tensor.untyped_storage())
+
+
+def _state(step: int, channels: Sequence[Channels], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "step": step,
+        "spreads": [channel.spread for channel in channels],
+        "values": [parameter.detach() for channel in channels for parameter in channel.parameters],
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+@torch.no_grad()
+def _load(state: Mapping[str, Any] | None, channels: Sequence[Channels], optimizer: torch.optim.Optimizer) -> int:
+    """Go on from `state`; the number of steps done."""
+    if state is None:
+        return 0
+    for channel, spread in zip(channels, state["spreads"], strict=True):
+        channel.spread = spread
+    for parameter, value in zip(optimizer.param_groups[0]["params"], state["values"], strict=True):
+        parameter.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
