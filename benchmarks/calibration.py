@@ -1,7 +1,7 @@
 """What calibration brings, and what it costs.
 
-    python -m benchmarks.calibration quality PIPELINE --prompts HELD_OUT.tsv [--calibration-prompts FILE] [--bits 2]
-    python -m benchmarks.calibration cost --work DIR [--memory-gb 8] [--samples 16] [--steps 20]
+    python -m benchmarks.calibration quality PIPELINE --prompts HELD_OUT.tsv [--calibration-prompts FILE] [--recipe 2]
+    python -m benchmarks.calibration cost --work DIR [--memory-gb 8] [--samples 16] [--steps 20] [--tuning-steps 0]
 
 `quality` quantizes a pipeline without and with calibration, and compares it with full precision: PSNR of the pictures
 at equal seeds, and the error of the predicted noise, relative to its square, on inputs of full precision's own
@@ -46,13 +46,18 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     prompts = read_captions(arguments.prompts)[: arguments.num_images]
     own = read_captions(arguments.calibration_prompts) if arguments.calibration_prompts else None
     sampling = Sampling(steps=arguments.steps, guidance_scale=arguments.guidance_scale, batch_size=12)
-    pipeline = load_pipeline(arguments.pipeline)
+    pipeline = load_pipeline(arguments.pipeline, arguments.scheduler)
     calls = record(pipeline, pipeline.unet, prompts[:6], replace(sampling, seed=7), CALLS, progress=False).calls
     reference = generate_images(pipeline, prompts, sampling)
-    base = Calibration(prompts=own, num_inference_steps=arguments.steps, guidance_scale=arguments.guidance_scale)
+    base = Calibration(
+        own,
+        num_samples=arguments.samples,
+        num_inference_steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+    )
     rows = []
-    for label, calibration in settings(base, arguments.seeds, arguments.sweep).items():
-        pipeline = load_pipeline(arguments.pipeline)
+    for label, calibration in settings(base, arguments.seeds, arguments.sweep, arguments.tuning_steps).items():
+        pipeline = load_pipeline(arguments.pipeline, arguments.scheduler)
         recipe = int(arguments.recipe) if arguments.recipe.isdecimal() else Recipe.load(arguments.recipe)
         config = BitsFusionConfig(recipe=recipe, time_embedding="table")
         measured = measured_call(_quantize, pipeline, config, calibration)
@@ -69,10 +74,13 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def settings(base: Calibration, seeds: int, sweep: bool) -> Mapping[str, Calibration | None]:
-    """Without, with (several seeds), and on request fewer and more samples and steps."""
+def settings(
+    base: Calibration, seeds: int, sweep: bool, tuning_steps: Sequence[int]
+) -> Mapping[str, Calibration | None]:
+    """Without, with (several seeds), tuned, and on request fewer and more samples and steps."""
     found: dict[str, Calibration | None] = {"uncalibrated": None}
     found |= {f"calibrated, seed {seed}": replace(base, seed=seed) for seed in range(seeds)}
+    found |= {f"tuned, {count} steps": replace(base, tuning_steps=count) for count in tuning_steps}
     if sweep:
         found |= {f"{count} samples": replace(base, num_samples=count) for count in (2, 4, 8, 32, 64)}
         found |= {f"{count} steps": replace(base, num_inference_steps=count) for count in (5, 10, 50)}
@@ -111,6 +119,7 @@ def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         num_inference_steps=arguments.steps,
         batch_size=1,
         memory_gb=arguments.memory_gb,
+        tuning_steps=arguments.tuning_steps,
         cache_dir=arguments.work,
     )
     return [measured_call(_quantize, pipeline, BitsFusionConfig(), calibration)]
@@ -134,6 +143,9 @@ def main() -> None:
     of_quality.add_argument("--num-images", type=int, default=48)
     of_quality.add_argument("--steps", type=int, default=20)
     of_quality.add_argument("--guidance-scale", type=float, default=7.5)
+    of_quality.add_argument("--scheduler", help="diffusers scheduler; default: the pipeline's own")
+    of_quality.add_argument("--samples", type=int, default=16, help="pictures drawn to calibrate")
+    of_quality.add_argument("--tuning-steps", type=int, nargs="*", default=[], help="tuned as well, by so many steps")
     of_quality.add_argument("--seeds", type=int, default=3, help="calibration seeds")
     of_quality.add_argument("--sweep", action="store_true", help="other numbers of samples and steps too")
     of_quality.set_defaults(measure=quality)
@@ -142,6 +154,7 @@ def main() -> None:
     of_cost.add_argument("--memory-gb", type=float, default=8.0)
     of_cost.add_argument("--samples", type=int, default=16)
     of_cost.add_argument("--steps", type=int, default=20)
+    of_cost.add_argument("--tuning-steps", type=int, default=0)
     of_cost.set_defaults(measure=cost)
     arguments = parser.parse_args()
     print(json.dumps(arguments.measure(arguments), indent=2))

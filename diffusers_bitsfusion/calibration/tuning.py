@@ -131,6 +131,9 @@ def tune(
     """
     device = next(model.parameters()).device
     dtypes = _to_fp32(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
     half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
     channels = _channels(model)
     order = _order(len(calls), steps * _CALLS, seed)
@@ -168,6 +171,8 @@ def tune(
         channel.fold()
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
+    for parameter in trainable:
+        parameter.requires_grad_(True)
 
 
 def _channels(model: nn.Module) -> list[Channels]:
