@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_input
 
 from .activations import quantize_image
 from .decode import decode_to_scratch
+from .onednn_weights import lay_out, lay_out_in_place
 
 # Stride, padding, dilation, all as pairs, and groups.
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -66,7 +67,7 @@ def conv2d(
     if x.numel() == 0:
         return _channels_last(F.conv2d(x, x.new_empty(shape), None, *geometry))
     if int8_weight is None:
-        int8_weight = int8_conv_weight(codes, scale, bits, shape, geometry)
+        int8_weight = _scratch_int8_weight(codes, scale, bits, shape, geometry)
     multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
     y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape, geometry)
     return _channels_last(y.to(x.dtype))
@@ -179,8 +180,15 @@ def int8_conv_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[in
     plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
     if plain.device.type == "cuda":
         return plain.flatten(2).transpose(1, 2).contiguous()
-    # A zero point that is not zero asks for the layout that serves one.
-    return torch.ops.onednn.qconv_prepack(plain, scale.view(torch.float32), 1.0, 1, *geometry, None)
+    return lay_out(plain, scale.view(torch.float32), geometry)
+
+
+def _scratch_int8_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], geometry: Geometry) -> Tensor:
+    """Like `int8_conv_weight`, for one call."""
+    if codes.device.type == "cuda":
+        return int8_conv_weight(codes, scale, bits, shape, geometry)
+    plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
+    return lay_out_in_place(plain, scale.view(torch.float32), geometry)
 
 
 def _channels_last(x: Tensor) -> Tensor:

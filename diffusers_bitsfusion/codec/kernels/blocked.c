@@ -1,0 +1,39 @@
+/* Codes of convolutions in the order that oneDNN's integer convolution reads them; why: ops/onednn_weights.py. */
+#include "common.h"
+
+#define LANES 16 /* outputs written side by side: a cache line */
+
+/* plain: [outputs, inputs, taps]; blocked: [ceil(outputs / block), taps, ceil(inputs / 4), block, 4], then minus the sum
+ * of each output's codes, int32 [ceil(outputs / block) * block]. Blocks `first` ... `last - 1` are written; what fills
+ * up the last block and the last four inputs is left as it is. block: a multiple of 16. */
+void bitsfusion_block_weight(const int8_t *plain, int8_t *blocked, int64_t outputs, int64_t inputs, int64_t taps,
+                             int64_t block, int64_t first, int64_t last) {
+    const int64_t quads = ceil_div(inputs, 4), columns = inputs * taps;
+    int8_t *const sums = blocked + ceil_div(outputs, block) * block * taps * quads * 4;
+    for (int64_t start = first * block; start < min64(last * block, outputs); start += LANES) {
+        const int64_t lanes = min64(LANES, outputs - start);
+        const int8_t *const rows = plain + start * columns;
+        int8_t *const lane = blocked + (start / block * block * taps * quads + start % block) * 4;
+        for (int64_t tap = 0; tap < taps; tap++)
+            for (int64_t quad = 0; quad < quads; quad++) {
+                const int8_t *const from = rows + quad * 4 * taps + tap;
+                int8_t *const to = lane + (tap * quads + quad) * block * 4;
+                const int64_t count = min64(4, inputs - quad * 4);
+                if (count == 4)
+                    for (int64_t o = 0; o < lanes; o++) {
+                        const int8_t *const row = from + o * columns;
+                        const int8_t four[4] = {row[0], row[taps], row[2 * taps], row[3 * taps]};
+                        memcpy(to + o * 4, four, 4);
+                    }
+                else
+                    for (int64_t o = 0; o < lanes; o++)
+                        for (int64_t i = 0; i < count; i++) to[o * 4 + i] = from[o * columns + i * taps];
+            }
+        for (int64_t o = 0; o < lanes; o++) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < columns; i++) sum += rows[o * columns + i];
+            sum = -sum;
+            memcpy(sums + (start + o) * 4, &sum, 4);
+        }
+    }
+}
