@@ -20,6 +20,7 @@ from diffusers_bitsfusion.calibration.settings import default_prompts
         ({"num_samples": 0}, "num_samples.*0"),
         ({"num_inference_steps": 2.5}, "num_inference_steps.*2.5"),
         ({"batch_size": True}, "batch_size.*True"),
+        ({"tuning_steps": -1}, "tuning_steps.*-1"),
         ({"seed": -1}, "seed.*-1"),
         ({"memory_gb": 0}, "memory_gb.*0"),
         ({"memory_gb": float("nan")}, "memory_gb.*nan"),

@@ -32,12 +32,13 @@ def test_prompts_are_lines_or_a_column(source_folder, tmp_path, monkeypatch, tex
 
 
 def test_a_calibrated_pipeline_is_saved_and_the_cache_is_gone(source_folder, tmp_path):
-    result = run("quantize", source_folder, tmp_path / "out", "--recipe", 1, "--calibrate", "--samples", 1)
+    options = ("--recipe", 1, "--calibrate", "--samples", 1, "--tuning-steps", 2)
+    result = run("quantize", source_folder, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert "packed weights" in result.stdout
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     said = loaded.unet.config.quantization_config.calibration
-    assert said["num_samples"] == 1 and said["prompts"] == "default"
+    assert (said["num_samples"], said["tuning_steps"], said["prompts"]) == (1, 2, "default")
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

@@ -130,7 +130,7 @@ state = process_state()
 pipeline = tiny_pipeline(own)
 config = BitsFusionConfig(recipe=2, modules_to_not_convert=left)
 prompts = ["a cat", "a red car", "two dogs"]
-calibration = Calibration(prompts=prompts, num_samples=3, num_inference_steps=2, batch_size=1)
+calibration = Calibration(prompts=prompts, num_samples=3, num_inference_steps=2, batch_size=1, tuning_steps=2)
 unet = quantize_model(pipeline, config, progress=False, calibration=calibration).unet
 torch.save(unet.state_dict(), folder / f"{state.process_index}-of-{state.num_processes}.pt")
 """
