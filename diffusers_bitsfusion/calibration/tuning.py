@@ -28,6 +28,9 @@ LEARNING_RATE = 0.01
 _BETAS = (0.9, 0.99)
 _WARM_UP = 20
 
+# Errors below are none: the logarithm of a prediction without any error must have no slope.
+_LEAST_ERROR = 1e-12
+
 # Of a step: calls are of one timestep each, and what suits one timestep harms another.
 _CALLS = 4
 
@@ -111,9 +114,10 @@ def tune(
     save: Callable[[Mapping[str, Any]], None] | None = None,
     progress: bool = True,
 ) -> None:
-    """Tune a packed model in place: Adam on the square error of its predictions.
+    """Tune a packed model in place: Adam on the logarithm of its predictions' mean square error.
 
-    A step takes four calls; calls come in random order, all before any comes again. The rate rises for 20 steps and
+    Steps that see much noise make small errors, which decide what is drawn; by logarithms each call counts by what its
+    error changes in proportion. A step takes four calls; calls come in random order, all before any comes again. The rate rises for 20 steps and
     then falls to zero as a cosine.
 
     Args:
@@ -137,15 +141,14 @@ def tune(
     half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
     channels = _channels(model)
     order = _order(len(calls), steps * _CALLS, seed)
-    unit = sum(float(call.output.float().square().mean()) for call in calls) / len(calls)
 
-    def error(index: int) -> Tensor:
+    def log_error(index: int) -> Tensor:
         call = _with_floats(calls[order[index]].to(device))
         with torch.autocast(device.type, half, enabled=half is not None):
             predicted = call.repeat(model)
-        return (predicted.float() - call.output).square().mean() / unit
+        return (predicted.float() - call.output).square().mean().clamp_min(_LEAST_ERROR).log()
 
-    with _hooked(channels), _bounded(model, memory, lambda: error(0)), torch.enable_grad():
+    with _hooked(channels), _bounded(model, memory, lambda: log_error(0)), torch.enable_grad():
         parameters = [parameter for channel in channels for parameter in channel.parameters]
         optimizer = torch.optim.Adam(parameters, betas=_BETAS)
         start = _load(state, channels, optimizer)
@@ -156,13 +159,13 @@ def tune(
             optimizer.zero_grad()
             total = 0.0
             for index in range(step * _CALLS, (step + 1) * _CALLS):
-                loss = error(index) / _CALLS
+                loss = log_error(index) / _CALLS
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):
                 raise ValueError(f"The loss is {total} in step {step + 1} of tuning. Calibrate in torch.float32.")
             optimizer.step()
-            bar.set_postfix(loss=f"{total:.4g}", refresh=False)
+            bar.set_postfix(mse=f"{math.exp(total):.3g}", refresh=False)
             bar.update()
             if save is not None:
                 save(_state(step + 1, channels, optimizer))
