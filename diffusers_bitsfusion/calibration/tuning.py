@@ -117,8 +117,8 @@ def tune(
     """Tune a packed model in place: Adam on the logarithm of its predictions' mean square error.
 
     Steps that see much noise make small errors, which decide what is drawn; by logarithms each call counts by what its
-    error changes in proportion. A step takes four calls; calls come in random order, all before any comes again. The rate rises for 20 steps and
-    then falls to zero as a cosine.
+    error changes in proportion. A step takes four calls; calls come in random order, all before any comes again. The
+    rate rises for 20 steps and then falls to zero as a cosine.
 
     Args:
         model: packed, on the device to use; half precision computes in bf16, and comes back in its own dtype.
