@@ -76,7 +76,6 @@ class Channels:
         module: Any = self.module
         if isinstance(module, PackedWeight):
             module.scale = float_bits(module.scale.view(torch.float32) * self.gain)
-            module.set_compute(module.compute, module.resident)  # kept integers hold the scale
         else:
             module.weight.mul_(self.gain)
         if self.offset is not None:
@@ -97,10 +96,7 @@ class _Scaled(torch.autograd.Function):
         (grad,) = grads
         y, gain = ctx.saved_tensors
         exact = grad.float()
-        others = [axis for axis, size in enumerate(gain.shape) if size == 1]
-        of_gain = (exact * y).sum(others, keepdim=True) if others else exact * y
-        of_offset = exact.sum(others, keepdim=True) if others else exact
-        return (exact * gain).to(y.dtype), of_gain, of_offset
+        return (exact * gain).to(y.dtype), (exact * y).sum_to_size(gain.shape), exact.sum_to_size(gain.shape)
 
 
 def tune(

@@ -67,7 +67,7 @@ def conv2d(
     if x.numel() == 0:
         return _channels_last(F.conv2d(x, x.new_empty(shape), None, *geometry))
     if int8_weight is None:
-        int8_weight = _scratch_int8_weight(codes, scale, bits, shape, geometry)
+        int8_weight = int8_conv_weight(codes, scale, bits, shape, geometry, kept=False)
     multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
     y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape, geometry)
     return _channels_last(y.to(x.dtype))
@@ -171,8 +171,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 conv2d.register_autograd(_backward, setup_context=_setup_context)
 
 
-def int8_conv_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """The codes as `conv2d` multiplies them, to be kept; arguments as there.
+def int8_conv_weight(
+    codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], geometry: Geometry, kept: bool = True
+) -> Tensor:
+    """The codes as `conv2d` multiplies them; arguments as there. Unless `kept`, the next call may write them over.
 
     Returns:
         int8; on a CPU in an opaque layout of oneDNN, on a GPU [out, kernel height * kernel width, in / groups].
@@ -180,15 +182,8 @@ def int8_conv_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[in
     plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
     if plain.device.type == "cuda":
         return plain.flatten(2).transpose(1, 2).contiguous()
-    return lay_out(plain, scale.view(torch.float32), geometry)
-
-
-def _scratch_int8_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], geometry: Geometry) -> Tensor:
-    """Like `int8_conv_weight`, for one call."""
-    if codes.device.type == "cuda":
-        return int8_conv_weight(codes, scale, bits, shape, geometry)
-    plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
-    return lay_out_in_place(plain, scale.view(torch.float32), geometry)
+    arrange = lay_out if kept else lay_out_in_place
+    return arrange(plain, scale.view(torch.float32), geometry)
 
 
 def _channels_last(x: Tensor) -> Tensor:

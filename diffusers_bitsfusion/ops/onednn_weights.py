@@ -46,11 +46,12 @@ def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
     if native is None:
         return lay_out(plain, scale, geometry)
     key = (tuple(plain.shape), *(tuple(part) if isinstance(part, Sequence) else part for part in geometry))
-    tensors: dict[Any, tuple[Tensor, int]] = _kept.__dict__.setdefault("tensors", {})
+    tensors: dict[Any, tuple[Tensor, int] | None] = _kept.__dict__.setdefault("tensors", {})
     if key in tensors:
-        tensor, block = tensors[key]
-        if block == 0:
+        kept = tensors[key]
+        if kept is None:  # a layout that we do not know
             return lay_out(plain, scale, geometry)
+        tensor, block = kept
         _write(native, plain, torch.ops.mkldnn.data_ptr(tensor), block)
         return tensor
     with torch.inference_mode(False):  # what is kept outlives an inference mode that this call may be under
@@ -59,7 +60,7 @@ def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
     if len(fitting) == 1:
         tensors[key] = tensor, fitting[0]
     elif not fitting:
-        tensors[key] = torch.empty(0), 0
+        tensors[key] = None
     return tensor  # not kept where a weight, of zeros for example, does not show which layout it has
 
 

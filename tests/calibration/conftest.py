@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from tiny import tiny_pipeline
+from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration
 
@@ -36,6 +38,17 @@ def make_calibration() -> Callable[..., Calibration]:
         return Calibration(**(settings | changes))
 
     return make
+
+
+@pytest.fixture
+def equal_models() -> Callable[[nn.Module, nn.Module], bool]:
+    """Whether two models have the same parameters, to the bit."""
+
+    def compare(one: nn.Module, other: nn.Module) -> bool:
+        first, second = one.state_dict(), other.state_dict()
+        return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+    return compare
 
 
 @pytest.fixture(autouse=True)

@@ -14,11 +14,6 @@ from diffusers_bitsfusion.calibration.denoising import Denoising
 from diffusers_bitsfusion.calibration.passes import MOST_COLUMNS, Passes
 
 
-def equal_models(one, other) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
 @pytest.fixture
 def calibrated(make_pipeline, config, make_calibration):
     """Calibrates a fresh pipeline and gives its UNet."""
@@ -35,7 +30,9 @@ def test_the_predicted_noise_stays_closer_than_by_plain_rounding(make_pipeline, 
     assert (call_unet(calibrated()) - exact).square().mean() < 0.7 * (plain - exact).square().mean()
 
 
-def test_a_saved_pipeline_is_the_calibrated_one(make_pipeline, config, make_calibration, call_unet, tmp_path):
+def test_a_saved_pipeline_is_the_calibrated_one(
+    make_pipeline, config, make_calibration, call_unet, tmp_path, equal_models
+):
     pipeline = make_pipeline()
     assert quantize_model(pipeline, config, progress=False, calibration=make_calibration(seed=5)) is pipeline
     pipeline.save_pretrained(tmp_path / "saved")
@@ -63,7 +60,7 @@ def test_half_precision_on_a_cpu_is_given_back_bit_for_bit(make_pipeline, config
     assert {p.dtype for p in after.values() if p.is_floating_point()} == {torch.float16}
 
 
-def test_several_passes_give_what_one_gives(calibrated, monkeypatch):
+def test_several_passes_give_what_one_gives(calibrated, monkeypatch, equal_models):
     def one_layer_each(layers, memory):
         return Passes([[name] for name in list(layers)[:3]] + [list(layers)[3:]], MOST_COLUMNS)
 
@@ -72,12 +69,12 @@ def test_several_passes_give_what_one_gives(calibrated, monkeypatch):
     assert equal_models(calibrated(num_samples=1), whole)
 
 
-def test_other_seeds_look_at_other_inputs(calibrated):
+def test_other_seeds_look_at_other_inputs(calibrated, equal_models):
     assert not equal_models(calibrated(num_samples=1), calibrated(num_samples=1, seed=1))
 
 
 @pytest.mark.parametrize("stage", ["drawing", "rounding"])
-def test_an_interrupted_run_goes_on_where_it_stopped(calibrated, monkeypatch, tmp_path, stage):
+def test_an_interrupted_run_goes_on_where_it_stopped(calibrated, monkeypatch, tmp_path, stage, equal_models):
     monkeypatch.setattr(calibration_run, "_SAVE_EVERY", 0)
     whole = calibrated()
     drawn, rounded = [], []
@@ -109,7 +106,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(calibrated, monkeypatch, tm
     assert len(rounded) == len({id(layer) for layer, *_ in rounded}) and done_before == (limits[1] or 0)
 
 
-def test_a_finished_cache_is_enough(calibrated, monkeypatch, tmp_path):
+def test_a_finished_cache_is_enough(calibrated, monkeypatch, tmp_path, equal_models):
     whole = calibrated(cache_dir=tmp_path / "cache")
     monkeypatch.setattr(Denoising, "_draw", None)
     assert equal_models(calibrated(cache_dir=tmp_path / "cache"), whole)

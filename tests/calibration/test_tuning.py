@@ -76,11 +76,6 @@ def tuned(make_pipeline, config, make_calibration):
     return tune
 
 
-def equal_models(one, other) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_the_noise_comes_closer_and_codes_stay(make_pipeline, tuned, make_calibration):
     pipeline = make_pipeline()
     denoising = Denoising(pipeline, pipeline.unet, make_calibration())
@@ -107,7 +102,7 @@ def test_half_precision_stays_what_it_is(tuned, dtype):
     assert unet.dtype == dtype
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_path):
+def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_path, equal_models):
     monkeypatch.setattr(calibration_run, "_SAVE_EVERY", 0)
     whole = tuned()
     schedule, steps = tuning._schedule, []
@@ -130,7 +125,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_pat
     assert equal_models(resumed, whole)
 
 
-def test_another_number_of_steps_starts_anew_from_the_same_calls(tuned, monkeypatch, tmp_path):
+def test_another_number_of_steps_starts_anew_from_the_same_calls(tuned, monkeypatch, tmp_path, equal_models):
     fresh = tuned(tuning_steps=5)
     tuned(cache_dir=tmp_path / "cache")
     monkeypatch.setattr(Denoising, "_draw", None)

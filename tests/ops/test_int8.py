@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.packed import float_bits
 from diffusers_bitsfusion.ops import activations, decode
 from diffusers_bitsfusion.ops import linear as linear_module
 
@@ -236,6 +237,17 @@ def test_kept_codes_and_decoded_ones_give_the_same_bits(kind):
     x = torch.randn((3, 40) if kind is nn.Linear else (3, 40, 6, 6))
     packed, kept = (int8_layer(kind, *sizes, bits=3, resident=r) for r in ("packed", "int8"))
     assert torch.equal(packed(x), kept(x))
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_kept_codes_serve_other_scales(kind):
+    sizes = (8, 6) if kind is nn.Linear else (8, 6, 3)
+    layer = int8_layer(kind, *sizes, resident="int8").requires_grad_(False)
+    x = torch.randn(3, 8) if kind is nn.Linear else torch.randn(2, 8, 5, 5)
+    layer.bias.zero_()
+    before = layer(x)
+    layer.scale = float_bits(layer.scale.view(torch.float32) * 4)
+    torch.testing.assert_close(layer(x), 4 * before)
 
 
 def test_kept_codes_are_not_decoded_again(decodes):

@@ -63,7 +63,6 @@ def test_the_layout_is_known_and_the_memory_used_again(shape):
     geometry = [1, 1], [1, 1], [1, 1], 1
     assert_written_alike(shape, geometry)
     (kept,) = onednn_weights._kept.tensors.values()
-    assert kept[1]
     assert lay_out_in_place(weight(shape, 9), torch.ones(shape[0]), geometry) is kept[0]
 
 
@@ -77,4 +76,4 @@ def test_zeros_do_not_show_a_layout_and_are_not_remembered():
 def test_weights_of_one_shape_and_different_convolutions_are_kept_apart():
     for geometry in (([1, 1], [1, 1], [1, 1], 1), ([2, 2], [0, 0], [1, 1], 1)):
         assert_written_alike((64, 64, 3, 3), geometry)
-    assert len(onednn_weights._kept.tensors) <= 2
+    assert len(onednn_weights._kept.tensors) == (0 if native_library() is None else 2)
