@@ -198,7 +198,7 @@ def _calibration(destination: Path, prompts: Path | None, **settings):
 def _quantize_calibrated(source: str, destination: Path, config, dtype, calibration) -> None:
     """Under `accelerate launch`, every process does its share, and the first one saves."""
     from . import quantize_model
-    from .calibration.run import process_state
+    from .processes import process_state
 
     state = process_state()
     pipeline = _load(source, dtype=dtype).to(state.device)

@@ -39,14 +39,13 @@ def analyze(
 ) -> None:
     """Measure how much it hurts to round each layer alone to 1, 2 and 3 bits.
 
-    Shared out over processes by `accelerate launch -m diffusers_bitsfusion analyze ...`.
+    Shared out over processes by `accelerate launch -m diffusers_bitsfusion analyze ...`, on CPUs by `torchrun`.
     """
     with user_errors():
-        from accelerate import PartialState
-
         from .analysis.sensitivity import analyze as run
         from .analysis.study import Settings
         from .evaluation import Sampling, read_prompts, sample_prompts
+        from .processes import process_state
 
         if report:
             from .analysis.report import write_report  # a missing package shows now, not after hours
@@ -62,7 +61,7 @@ def analyze(
             lpips=lpips,
         )
         analysis = run(source, out, captions, method=method, settings=settings, clip=clip)
-        if not PartialState().is_main_process:
+        if not process_state().is_main_process:
             return
         typer.echo(f"{len(analysis.header.layers)} layers at {len(analysis.header.bits)} numbers of bits: {out}")
         if report:

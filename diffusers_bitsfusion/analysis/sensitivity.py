@@ -21,6 +21,7 @@ from ..config import BitsFusionConfig
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.images import require_image_metrics
 from ..plan import fixed_bits, make_plan
+from ..processes import process_state
 from . import estimates, single_layer
 from .journal import Journal, finish, open_journal, read_manifest, read_records
 from .recording import Reference, record
@@ -104,7 +105,7 @@ def analyze(
             unknown method, or there are no captions.
     """
     way = _method(method, captions, settings)
-    state = PartialState(timeout=_PATIENCE)
+    state = process_state(timeout=_PATIENCE)
     progress = progress and state.is_local_main_process
     pipeline = load_pipeline(source, settings.sampling.scheduler, torch.float32)
     denoiser(pipeline).requires_grad_(False)

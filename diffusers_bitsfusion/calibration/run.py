@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..processes import process_state
 from .calls import Call
 from .denoising import Denoising
 from .layers import CalibratedLayer, quantize_layer
@@ -28,11 +28,6 @@ _SAVE_EVERY = 120.0
 
 # Numbers of each weight that tell one model from another.
 _HASHED = 1024
-
-
-def process_state() -> PartialState:
-    """This process among those of `accelerate launch`, which says by this variable that they are to use the CPU."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 def calibrate(
@@ -159,7 +154,7 @@ def _gather(
     progress: bool,
 ) -> None:
     """This process's share of the batches, without those that the folder has from an interrupted run."""
-    state = PartialState()
+    state = process_state()
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
     start = 0 if folder is None else folder.load_moments(index, moments)
     steps = denoising.calibration.num_inference_steps
@@ -200,7 +195,7 @@ def _of_all_processes(done: dict[str, CalibratedLayer]) -> dict[str, CalibratedL
 
 
 def _shows(progress: bool) -> bool:
-    return progress and PartialState().is_local_main_process
+    return progress and process_state().is_local_main_process
 
 
 def _settings(
@@ -218,7 +213,7 @@ def _settings(
         "pipeline": type(pipeline).__name__,
         "scheduler": type(pipeline.scheduler).__name__,
         "dtype": str(pipeline.dtype),
-        "processes": PartialState().num_processes,
+        "processes": process_state().num_processes,
         "weights": weights.hexdigest(),
         "bits": dict(bits),
     }

@@ -134,24 +134,35 @@ def test_killed_within_a_line_it_goes_on_with_the_next(run_analysis, full, tmp_p
     assert measured(Analysis.load(tmp_path)) == expected
 
 
-def test_two_processes_find_what_one_finds(small_folder, full, tmp_path):
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--main_process_port",
-    ]
-    command = ["0", "-m", "diffusers_bitsfusion", "analyze", str(small_folder), "--out", str(tmp_path)]
+COUNTING = """
+import atexit, runpy, sys
+from pathlib import Path
+from diffusers_bitsfusion.analysis import sensitivity
+measured = []
+append = sensitivity.Journal.append
+sensitivity.Journal.append = lambda journal, item, metrics: (measured.append(item), append(journal, item, metrics))
+counts, sys.argv = Path(sys.argv[1]), sys.argv[1:]
+state = sensitivity.process_state()
+atexit.register(lambda: (counts / str(state.process_index)).write_text(str(len(measured))))
+runpy.run_module("diffusers_bitsfusion", run_name="__main__")
+"""
+
+
+def test_two_processes_share_the_work_and_find_what_one_finds(small_folder, full, tmp_path):
+    (counts := tmp_path / "counts").mkdir()
+    (script := tmp_path / "counting.py").write_text(COUNTING)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(counts)]
     options = {"--steps": 2, "--qat-steps": 1, "--batch-size": 2, "--num-images": 3}
+    command = ["analyze", str(small_folder), "--out", str(tmp_path / "out")]
     command += [str(part) for pair in options.items() for part in pair]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*launch, *command], env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(
+        [sys.executable, *launch, *command], env=environment, capture_output=True, text=True, timeout=600
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("24 layers") == 1  # one process speaks
-    assert measured(Analysis.load(tmp_path)) == measured(full)
+    assert [int((counts / process).read_text()) for process in "01"] == [36, 36]
+    assert measured(Analysis.load(tmp_path / "out")) == measured(full)
 
 
 def test_a_folder_of_other_settings_or_another_model_is_refused(run_analysis, tmp_path):

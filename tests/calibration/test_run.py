@@ -120,7 +120,7 @@ import torch
 from pathlib import Path
 from tiny import tiny_pipeline
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
-from diffusers_bitsfusion.calibration.run import process_state
+from diffusers_bitsfusion.processes import process_state
 folder, left = Path(sys.argv[1]), sys.argv[2].split(",")
 state = process_state()
 (own := folder / f"process{state.process_index}").mkdir()
@@ -136,13 +136,13 @@ torch.save(unet.state_dict(), folder / f"{state.process_index}-of-{state.num_pro
 def test_two_processes_give_what_one_gives(calibrated, run_python, config, tmp_path):
     script = tmp_path / "calibrate.py"
     script.write_text(SCRIPT)
-    launch = (  # what `accelerate launch` comes down to
+    launch = (  # `torchrun`
         "import sys; from torch.distributed.run import main;"
         "main(['--standalone', '--nproc-per-node', '2', *sys.argv[1:]])"
     )
     left = ",".join(config.modules_to_not_convert)
     examples = Path(__file__).parents[2] / "examples"
-    result = run_python(launch, script, tmp_path, left, examples, environment={"ACCELERATE_USE_CPU": "true"})
+    result = run_python(launch, script, tmp_path, left, examples)
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{i}-of-2.pt", weights_only=True) for i in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "both have all layers"
