@@ -4,7 +4,8 @@
 
 PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it; DIR is that data set. What WORK
 holds already is not done again, and an interrupted training goes on, so the command can be stopped and started at
-will (`timeout 150m python -m benchmarks.ablation ...`). Rows add up, as in the paper; the last is the control that it
+will (`timeout 150m python -m benchmarks.ablation ...`). Arguments that are not known here go to
+examples/train_bitsfusion.py, before those of the row. Rows add up, as in the paper; the last is the control that it
 lacks, full precision trained on the same data for as long as Stage II.
 """
 
@@ -20,7 +21,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks.quality import SCALES, TARGET, mixed
-from benchmarks.trained import HeldOutImages, score, train, write_json
+from benchmarks.trained import HeldOutImages, add_drawing, drawing, score, train, write_json
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import TrainingImages
 from diffusers_bitsfusion.training.losses import Distillation
@@ -62,7 +63,7 @@ def train_row(args: argparse.Namespace, row: str, seed: int) -> Path:
         start = "rounding" if stage_1 is None else stage_1 / "stage1" / f"checkpoint-{args.steps}"
         stage = ["--stage", "2", "--init_from", str(start), "--max_train_steps", str(args.stage2_steps)]
     switches = [str(args.work / RECIPE) if switch == RECIPE else switch for switch in ROWS[row]]
-    train(args.pipeline, args.train_data, out, options, ["--use_ema", *stage, *switches])
+    train(args.pipeline, args.train_data, out, options, ["--use_ema", *args.train_arguments, *stage, *switches])
     return out
 
 
@@ -71,7 +72,7 @@ def measure(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
     file = folder / "report.json"
     if not file.exists():
         scales = SCALES if row in AT_ALL_SCALES else SCALES[:1]
-        report = score(args.pipeline, folder, args.num_images, args.work / "images", scales)
+        report = score(args.pipeline, folder, args.num_images, args.work / "images", scales, drawing(args))
         write_json(file, report | {"held_out_loss": held_out_loss(args, folder)})
     return json.loads(file.read_text())
 
@@ -134,8 +135,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--ema-decay", type=float, default=0.999)
-    parser.add_argument("--num-images", type=int, help="of the prompts; default: all")
-    args = parser.parse_args()
+    add_drawing(parser)
+    args, args.train_arguments = parser.parse_known_args()
     args.pipeline, args.train_data, args.work = (p.resolve() for p in (args.pipeline, args.train_data, args.work))
     write_recipe(args)
     reports: dict[str, list[dict[str, Any]]] = {}

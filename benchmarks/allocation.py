@@ -5,7 +5,8 @@
 
 PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it; the data is that of its
 training. The bytes are those that the paper's rule takes at 2.04 bits a weight over the analysed layers, the
-published recipe's average. What WORK holds already is not done again. Printed are the ranks of the estimates, a table
+published recipe's average. Arguments that are not known here go to examples/train_bitsfusion.py.
+What WORK holds already is not done again. Printed are the ranks of the estimates, a table
 of all ways with 95 % intervals over the seeds, and the differences that the claims are about.
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import TARGET
-from benchmarks.trained import score, train, unet_bytes, write_json
+from benchmarks.trained import add_drawing, drawing, score, train, unet_bytes, write_json
 from diffusers_bitsfusion import Recipe
 from diffusers_bitsfusion.analysis.allocation import Totals, allocate
 from diffusers_bitsfusion.analysis.results import Analysis
@@ -75,7 +76,7 @@ def train_way(args: argparse.Namespace, way: str, switches: tuple[str, ...], see
         "learning_rate": args.learning_rate,
         "seed": seed,
     }
-    train(args.pipeline, args.train_data, out, options, switches)
+    train(args.pipeline, args.train_data, out, options, [*args.train_arguments, *switches])
     return out
 
 
@@ -83,7 +84,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The report of `bitsfusion evaluate`, with the bytes of the UNet's file."""
     file = folder / "report.json"
     if not file.exists():
-        report = score(args.pipeline, folder, args.num_images, args.work / "images")
+        report = score(args.pipeline, folder, args.num_images, args.work / "images", sampling=drawing(args))
         write_json(file, report | {"unet_bytes": unet_bytes(folder)})
     return json.loads(file.read_text())
 
@@ -159,8 +160,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--num-images", type=int, help="of the prompts; default: all")
-    args = parser.parse_args()
+    add_drawing(parser)
+    args, args.train_arguments = parser.parse_known_args()
 
     analysis = Analysis.load(args.analysis)
     others = [Analysis.load(folder) for folder in args.estimates]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from diffusers_bitsfusion.training.images import ArrayImages
 
 SCORER = "examples.shapes.prompts:score"
 BATCH_SIZE = 50  # pictures of 64×64 drawn at a time
+DRAWING = Sampling(batch_size=BATCH_SIZE)
 HELD_OUT = 2000  # of the captioned images, at their end: never trained on
 
 
@@ -58,8 +60,25 @@ def train(pipeline: Path, data: Path, out: Path, options: Mapping[str, object], 
     subprocess.run([sys.executable, script, *arguments, *switches], check=True)
 
 
+def add_drawing(parser: argparse.ArgumentParser) -> None:
+    """Options that say how pictures are drawn for a score; read by `drawing`."""
+    parser.add_argument("--num-images", type=int, help="of the prompts; default: all")
+    parser.add_argument("--num-inference-steps", type=int, default=DRAWING.steps)
+    parser.add_argument("--scheduler", help="of diffusers; default: the pipeline's own")
+
+
+def drawing(args: argparse.Namespace) -> Sampling:
+    """How pictures are drawn, by the options of `add_drawing`."""
+    return Sampling(steps=args.num_inference_steps, batch_size=BATCH_SIZE, scheduler=args.scheduler)
+
+
 def score(
-    pipeline: Path, folder: Path, num_images: int | None, images: Path, guidance_scales: Sequence[float] = ()
+    pipeline: Path,
+    folder: Path,
+    num_images: int | None,
+    images: Path,
+    guidance_scales: Sequence[float] = (),
+    sampling: Sampling = DRAWING,
 ) -> dict[str, Any]:
     """The report of `bitsfusion evaluate` on `folder` against `pipeline`, whose prompts and CLIP are used.
 
@@ -69,6 +88,7 @@ def score(
         num_images: of the prompts; None for all.
         images: keeps the pictures.
         guidance_scales: as of `evaluate`.
+        sampling: as of `evaluate`.
     """
     return evaluate(
         folder,
@@ -76,7 +96,7 @@ def score(
         reference=None if folder == pipeline else pipeline,
         scorer=load_scorer(SCORER),
         clip=pipeline / "clip",
-        sampling=Sampling(batch_size=BATCH_SIZE),
+        sampling=sampling,
         guidance_scales=guidance_scales,
         images=images,
     )

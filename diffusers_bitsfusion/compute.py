@@ -6,6 +6,7 @@ from torch import nn
 
 from .nn import PackedWeight
 from .nn.attention import set_attention
+from .nn.feed_forward import set_geglu
 from .ops.select import check_settings
 
 # The first convolution and the shortcuts of residual blocks. On the shapes UNet, rounding their inputs made nearly all
@@ -22,8 +23,9 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
             rounded to 8 bits in each call (a scale for each token of a linear layer, one scale and zero point for a
             convolution's input) and multiplied with the codes in integers, which is faster and changes outputs by
             about a percent; gradients stay those of the exact model. Layers whose input is not normalised
-            (`conv_in`, `conv_shortcut`) stay exact. On processors with AVX-512 BF16, attention is computed by
-            bf16 dot products, whatever the dtype. "auto": exact.
+            (`conv_in`, `conv_shortcut`) stay exact. A gated activation (GEGLU) is computed together with its
+            projection. On processors with AVX-512 BF16, attention is computed by bf16 dot products, whatever the
+            dtype. "auto": exact.
         resident: "packed": codes are decoded for each call. "int8", with `compute="int8"`: one byte a weight is kept
             beside them, so that calls need not decode.
 
@@ -40,6 +42,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
     for layer in layers.values():
         layer.set_compute(compute, resident)
     set_attention(model, bf16=compute == "int8")
+    set_geglu(model, integers=compute == "int8")
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None:
         config.compute, config.resident = compute, resident

@@ -17,6 +17,7 @@ from .compute import set_compute
 from .config import BitsFusionConfig
 from .nn.attention import set_attention
 from .nn.convert import float_twin, replace_module
+from .nn.feed_forward import set_geglu
 from .nn.packed import PackedWeight
 from .nn.time_features import TimeFeatures
 from .nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
@@ -205,6 +206,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         for name, module in packed:
             replace_module(model, name, float_twin(module))
         set_attention(model, bf16=False)
+        set_geglu(model, integers=False)
         as_plain_model(model)
         del model.quantization_method
         return model

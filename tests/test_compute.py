@@ -9,6 +9,7 @@ import platform
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
 from tiny import tiny_unet
@@ -18,6 +19,7 @@ from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, 
 from diffusers_bitsfusion.compute import packed_layers
 from diffusers_bitsfusion.nn import attention as nn_attention
 from diffusers_bitsfusion.nn.attention import BFloat16AttnProcessor, set_attention
+from diffusers_bitsfusion.nn.feed_forward import IntegerGEGLU
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -239,6 +241,54 @@ def test_layers_within_an_attention_learn_beside_it(packed_unet):
     packed_unet(torch.randn(1, 4, 8, 8), 501, torch.randn(1, 5, 32)).sample.sum().backward()
     adapters = [p for name, p in packed_unet.named_parameters() if "lora" in name]
     assert adapters and all(p.grad.abs().sum() > 0 for p in adapters)
+
+
+# Gated activations.
+
+
+def gates(model):
+    return [module for module in model.modules() if isinstance(module, GEGLU)]
+
+
+def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(packed_unet, call_unet, monkeypatch):
+    set_compute(packed_unet, "int8")
+    assert {type(gate) for gate in gates(packed_unet)} == {IntegerGEGLU}
+    found = call_unet(packed_unet)
+    set_compute(packed_unet, "exact")
+    assert {type(gate) for gate in gates(packed_unet)} == {GEGLU}
+    set_compute(packed_unet, "int8")
+    monkeypatch.setattr(IntegerGEGLU, "forward", GEGLU.forward)
+    # In one operation with the projection or after it: the same but for rounding.
+    assert 0 < relative_error(found, call_unet(packed_unet)) < 1e-3
+    assert {type(gate) for gate in gates(packed_unet.dequantize())} == {GEGLU}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gate_is_its_projections_halves(packed_unet, dtype):
+    set_compute(packed_unet, "int8")
+    gate = gates(packed_unet)[0]
+    x = torch.randn(2, 5, gate.proj.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with torch.no_grad():
+        hidden, opening = gate.proj(x).float().chunk(2, dim=-1)
+        found = gate(x)
+    assert found.dtype == dtype and found.shape == hidden.shape
+    assert relative_error(found.float(), hidden * nn.functional.gelu(opening)) < 8 * torch.finfo(dtype).eps
+
+
+def test_gates_learn_and_adapters_within_them_count(packed_unet):
+    set_compute(packed_unet, "int8")
+    gate = gates(packed_unet)[0]
+    x = torch.randn(1, 3, gate.proj.in_features, requires_grad=True)
+    y = gate(x)
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.testing.assert_close(gate(x), y)
+        packed_unet.add_adapter(LoraConfig(r=2, target_modules=["net.0.proj"], init_lora_weights=False))
+        adapted = gate(x)
+        packed_unet.disable_adapters()
+        torch.testing.assert_close(gate(x), y)
+    assert relative_error(adapted, y) > 0.01
 
 
 # The size report.

@@ -44,6 +44,7 @@ class NativeLibrary:
     range: Callable[..., None]
     quantize_affine: Callable[..., None]
     rescale: Callable[..., None]
+    rescale_geglu: Callable[..., None]
     block_weight: Callable[..., None]
     attention: Callable[..., None]
     attention_queries: int  # that a unit of `attention`'s work has; 0 where the processor lacks the instructions
@@ -73,6 +74,7 @@ def native_library() -> NativeLibrary | None:
         range=function("range", pointer, pointer, size, size, integer),
         quantize_affine=function("quantize_affine", *[pointer] * 4, size, size, integer),
         rescale=function("rescale", *[pointer] * 5, size, size, integer),
+        rescale_geglu=function("rescale_geglu", *[pointer] * 5, size, size, integer),
         block_weight=function("block_weight", *[pointer] * 2, *[size] * 6),
         attention=function("attention", *[pointer] * 5, *[size] * 4, real, size, size, integer),
         attention_queries=library.bitsfusion_attention_queries(),

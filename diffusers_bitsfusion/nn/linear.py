@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.linear import int8_linear_weight, linear
+from ..ops.linear import int8_linear_weight, linear, linear_geglu
 from .packed import PackedWeight, autocast
 
 
@@ -16,11 +16,14 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
     see `PackedWeight`, and `bias` as in `nn.Linear`. Differentiable in its input and bias, not in codes or scales.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, geglu: bool = False) -> Tensor:
+        """y = x W^T + b, or `ops.linear.linear_geglu` of it, for which the layer must compute in integers."""
         if not self.is_packed:
             return super().forward(x)
         x = autocast(x)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        if geglu:
+            return linear_geglu(x, self.codes, self.scale, bias, self.bits, self.weight_shape, self.int8_weight)
         y = linear(x, self.codes, self.scale, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
         return y + self._branch(x) if self.branch_rank else y
 

@@ -5,7 +5,10 @@ Both ways give the same codes and scales, bit for bit. NaN or infinite activatio
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..codec.native import NATIVE_DTYPES, NativeLibrary, for_row_ranges, native_library
@@ -131,25 +134,58 @@ def rescale(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tenso
     native = _native_for(sums)
     if native is None:
         return rescale_reference(sums, token_scale, weight_scale, bias, out)
+    return _rescale_rows(native.rescale, sums, token_scale, weight_scale, bias, out)
+
+
+def rescale_geglu_reference(
+    sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> Tensor:
+    """`rescale_reference`, and of the halves of each token, hidden and gate, the product hidden * gelu(gate).
+
+    Args:
+        sums: int32 [tokens, 2 * channels], and other arguments so.
+        out: floating [tokens, channels], written and returned.
+    """
+    y = rescale_reference(sums, token_scale, weight_scale, bias, torch.empty(sums.shape, device=sums.device))
+    hidden, gate = y.chunk(2, dim=1)
+    return out.copy_(hidden * F.gelu(gate))
+
+
+def rescale_geglu(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """`rescale_geglu_reference` by the fastest way there is, to 1e-7 of the gate."""
+    native = _native_for(sums)
+    if native is None:
+        return rescale_geglu_reference(sums, token_scale, weight_scale, bias, out)
+    return _rescale_rows(native.rescale_geglu, sums, token_scale, weight_scale, bias, out)
+
+
+def _rescale_rows(
+    function: Callable[..., None],
+    sums: Tensor,
+    token_scale: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+) -> Tensor:
     if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
-        return out.copy_(rescale(sums, token_scale, weight_scale, bias, torch.empty(out.shape)))
+        return out.copy_(_rescale_rows(function, sums, token_scale, weight_scale, bias, torch.empty(out.shape)))
     rows, columns = sums.shape
     bias = torch.zeros(columns) if bias is None else bias.to(torch.float32).contiguous()
     weight_scale = weight_scale.contiguous()
 
-    def rescale_rows(start: int, stop: int) -> None:
-        native.rescale(
+    def rescale_range(start: int, stop: int) -> None:
+        function(
             sums.data_ptr() + start * columns * sums.element_size(),
             token_scale.data_ptr() + start * token_scale.element_size(),
             weight_scale.data_ptr(),
             bias.data_ptr(),
-            out.data_ptr() + start * columns * out.element_size(),
+            out.data_ptr() + start * out.shape[1] * out.element_size(),
             stop - start,
-            columns,
+            out.shape[1],
             NATIVE_DTYPES[out.dtype],
         )
 
-    for_row_ranges(rescale_rows, rows, columns)
+    for_row_ranges(rescale_range, rows, columns)
     return out
 
 

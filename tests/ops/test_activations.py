@@ -13,6 +13,8 @@ from diffusers_bitsfusion.ops.activations import (
     quantize_tokens,
     quantize_tokens_reference,
     rescale,
+    rescale_geglu,
+    rescale_geglu_reference,
     rescale_reference,
 )
 
@@ -158,6 +160,34 @@ def test_sums_are_scaled_by_token_and_by_output(way, bias, dtype):
     if dtype == torch.float16:
         expected = expected.clamp(-7e4, 7e4).half().double()  # to infinity past its range
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", [rescale_geglu, rescale_geglu_reference])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(0, 5), half=st.integers(1, 40), seed=st.integers(0, 1000))
+@settings(deadline=None, max_examples=20)
+def test_gated_sums_are_the_product_with_the_normal_integral(way, bias, dtype, rows, half, seed):
+    generator = torch.Generator().manual_seed(seed)
+    sums = torch.randint(-(2**22), 2**22, (rows, 2 * half), generator=generator, dtype=torch.int32)
+    token, weight = 1e-3 * torch.rand(rows, generator=generator), 1e-3 * torch.rand(2 * half, generator=generator)
+    offset = torch.randn(2 * half, generator=generator) if bias else None
+    found = way(sums, token, weight, offset, torch.empty(rows, half, dtype=dtype))
+    y = sums.double() * weight.double() * token.double()[:, None] + (offset.double() if bias else 0)
+    hidden, gate = y.chunk(2, dim=1)
+    expected = hidden * gate * 0.5 * torch.special.erfc(-gate / 2**0.5)
+    error = (found.double() - expected).abs()
+    # Roundings of the halves themselves, of the integral, of the product, and of the output.
+    bound = 1e-6 * (hidden.abs() + 1) * (gate.abs() + 1) + torch.finfo(dtype).eps * expected.abs()
+    assert (error <= bound).all()
+
+
+@pytest.mark.parametrize("way", [rescale_geglu, rescale_geglu_reference])
+def test_large_gates_pass_or_stop_what_they_gate_and_bad_ones_are_bad(way):
+    sums = torch.tensor([[3, 3, 3, 3, 1000, -1000, 0, 1]], dtype=torch.int32)
+    weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, float("nan")])
+    found = way(sums, torch.ones(1), weight, None, torch.empty(1, 4))
+    assert found[0].tolist() == pytest.approx([3000.0, 0.0, 0.0, float("nan")], nan_ok=True)
 
 
 def test_without_a_compiler_plain_torch_serves(monkeypatch):

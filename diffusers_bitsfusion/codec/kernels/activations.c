@@ -85,3 +85,51 @@ void bitsfusion_rescale(const int32_t *restrict sums, const float *restrict toke
         }
     }
 }
+
+/* 2^x for x <= 0, to 2e-7 of its size, of at least 2^-126; NaN to that too. */
+INLINE float exp2_of(float x) {
+    x = x > -126.0f ? x : -126.0f;
+    const float whole = rintf(x), part = x - whole;
+    float y = 1.5403530e-4f; /* Taylor's, powers of log(2) */
+    y = y * part + 1.3333558e-3f;
+    y = y * part + 9.6181291e-3f;
+    y = y * part + 5.5504109e-2f;
+    y = y * part + 2.4022651e-1f;
+    y = y * part + 6.9314718e-1f;
+    y = y * part + 1.0f;
+    return y * float_of_bits((uint32_t)((int32_t)whole + 127) << 23);
+}
+
+/* x times the normal distribution's integral up to x, which is found to 1e-7 (Abramowitz and Stegun, 7.1.26). */
+INLINE float gelu_of(float x) {
+    const float z = fabsf(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+    float y = 1.061405429f;
+    y = y * t - 1.453152027f;
+    y = y * t + 1.421413741f;
+    y = y * t - 0.284496736f;
+    y = y * t + 0.254829592f;
+    const float tail = 0.5f * y * t * exp2_of(x * x * -0.72134752f);
+    return x * (x > 0.0f ? 1.0f - tail : tail);
+}
+
+/* The same, and of the halves of each row, hidden and gate, the product hidden * gelu(gate): sums int32 [rows, 2 half];
+ * token_scale float [rows]; weight_scale and bias float [2 half]; out [rows, half], `dtype` fp32 or bf16. */
+void bitsfusion_rescale_geglu(const int32_t *restrict sums, const float *restrict token_scale,
+                              const float *restrict weight_scale, const float *restrict bias, void *out, int64_t rows,
+                              int64_t half, int dtype) {
+    for (int64_t r = 0; r < rows; r++) {
+        const int32_t *restrict hidden = sums + 2 * r * half, *restrict gate = hidden + half;
+        const float scale = token_scale[r];
+#define GATED(I)                                                   \
+    (((float)hidden[I] * weight_scale[I] * scale + bias[I]) *      \
+     gelu_of((float)gate[I] * weight_scale[half + I] * scale + bias[half + I]))
+        if (dtype == FLOAT32) {
+            float *restrict y = (float *)out + r * half;
+            for (int64_t i = 0; i < half; i++) y[i] = GATED(i);
+        } else {
+            uint16_t *restrict y = (uint16_t *)out + r * half;
+            for (int64_t i = 0; i < half; i++) y[i] = bf16_of(GATED(i));
+        }
+#undef GATED
+    }
+}
