@@ -174,10 +174,10 @@ def main() -> None:
         recipe.save(args.work / f"{way}.json")
         switches[way] = ("--recipe", str(args.work / f"{way}.json"))
     switches |= BESIDE
-    reports = {
-        way: [measure(args, train_way(args, way, switches[way], seed)) for seed in args.seeds]
-        for way in args.only or switches
-    }
+    reports: dict[str, list[dict[str, Any]]] = {way: [] for way in args.only or switches}
+    for seed in args.seeds:
+        for way, of_seeds in reports.items():
+            of_seeds.append(measure(args, train_way(args, way, switches[way], seed)))
     totals = {way: Totals.of(recipe, analysis) for way, recipe in recipes.items()}
     print(table(reports, totals), end="\n\n")
     print(differences(reports))

@@ -1,9 +1,10 @@
 """What integer arithmetic costs in accuracy: the predicted noise in integers against the exact one.
 
-    python -m benchmarks.integers PIPELINE [--steps 20] [--images 6]
+    python -m benchmarks.integers PIPELINE [--calls-steps 20] [--calls-images 6] [--score UNET]
 
 PIPELINE, in full precision with `prompts.tsv` beside its parts, is quantized to as many bits as the published recipe;
 its inputs are those of full precision's own denoising. Printed are the relative error over all calls, and of each.
+With `--score`, a trained packed UNet then draws all prompts both ways, and the compositional scores are compared.
 """
 
 from __future__ import annotations
@@ -13,24 +14,32 @@ import math
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from benchmarks.quality import TARGET, mixed
+from benchmarks.trained import SCORER, add_drawing, drawing
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute
 from diffusers_bitsfusion.analysis.recording import record
-from diffusers_bitsfusion.evaluation import Sampling, load_pipeline, read_captions
+from diffusers_bitsfusion.evaluation import (
+    Sampling,
+    bootstrap_scores,
+    generate_images,
+    image_metrics,
+    load_pipeline,
+    load_scorer,
+    read_captions,
+    read_prompts,
+    sample_prompts,
+)
+from diffusers_bitsfusion.evaluation.compositional import judge
 
 CALLS = 16
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pipeline", type=Path)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--images", type=int, default=6)
-    arguments = parser.parse_args()
-    pipeline = load_pipeline(arguments.pipeline)
-    prompts = read_captions(arguments.pipeline / "prompts.tsv")[: arguments.images]
-    sampling = Sampling(steps=arguments.steps, batch_size=arguments.images, seed=7)
+def error_of_integers(args: argparse.Namespace) -> None:
+    pipeline = load_pipeline(args.pipeline)
+    prompts = read_captions(args.pipeline / "prompts.tsv")[: args.calls_images]
+    sampling = Sampling(steps=args.calls_steps, batch_size=args.calls_images, seed=7)
     calls = record(pipeline, pipeline.unet, prompts, sampling, CALLS, progress=False).calls
     recipe = mixed(TARGET)(pipeline.unet).recipe
     unet = quantize_model(pipeline.unet, BitsFusionConfig(recipe=recipe, time_embedding="table"), progress=False)
@@ -42,6 +51,39 @@ def main() -> None:
     total, size = map(sum, zip(*squares, strict=True))
     print(f"relative error {math.sqrt(total / size):.4f}")
     print("of each call", " ".join(f"{math.sqrt(error / y):.3f}" for error, y in squares))
+
+
+def score_of_integers(args: argparse.Namespace) -> None:
+    prompts = sample_prompts(read_prompts(args.pipeline / "prompts.tsv"), args.num_images)
+    sampling = drawing(args)
+    pipeline = load_pipeline(args.pipeline, sampling.scheduler)
+    pipeline.unet = UNet2DConditionModel.from_pretrained(args.score, dtype=torch.float32)
+    scorer, categories = load_scorer(SCORER), [prompt.category for prompt in prompts]
+    scores, pictures = {}, {}
+    for compute in ("exact", "int8"):
+        set_compute(pipeline.unet, compute)
+        images = generate_images(pipeline, [prompt.caption for prompt in prompts], sampling)
+        pictures[compute] = images
+        scores[compute] = judge(scorer, images, [prompt.spec for prompt in prompts])
+    scores["int8 − exact"] = scores["int8"] - scores["exact"]
+    for name, values in scores.items():
+        overall = bootstrap_scores(values, categories)["overall"]
+        print(f"{name}: score {overall.value:.3f} ({overall.low:.3f} to {overall.high:.3f})")
+    psnr = image_metrics(pictures["int8"], pictures["exact"])["psnr"]
+    print(f"PSNR of integers' pictures to the exact ones: {psnr.mean():.2f} dB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pipeline", type=Path)
+    parser.add_argument("--calls-steps", type=int, default=20)
+    parser.add_argument("--calls-images", type=int, default=6)
+    parser.add_argument("--score", type=Path, metavar="UNET", help="folder of a trained packed UNet")
+    add_drawing(parser)
+    args = parser.parse_args()
+    error_of_integers(args)
+    if args.score is not None:
+        score_of_integers(args)
 
 
 if __name__ == "__main__":
