@@ -46,6 +46,9 @@ def make_recipes(analysis: Analysis, estimates: Mapping[str, Analysis]) -> dict[
     recipes["data-free"] = allocate(analysis, max_bytes=budget, rule="data-free")
     recipes[PAPER] = paper
     recipes[OURS] = allocate(analysis, max_bytes=budget)
+    by_psnr = analysis.by("psnr")
+    recipes[f"{PAPER}, by PSNR"] = allocate(by_psnr, max_bytes=budget, rule="paper")
+    recipes[f"{OURS}, by PSNR"] = allocate(by_psnr, max_bytes=budget)
     recipes |= {f"{OURS}, {name} estimate": allocate(other, max_bytes=budget) for name, other in estimates.items()}
     for eta in ETAS:
         recipes[f"{PAPER}, η = {eta}"] = allocate(analysis, max_bytes=budget, rule="paper", eta=eta)
@@ -140,11 +143,13 @@ def differences(reports: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def ranks(analysis: Analysis, estimates: Mapping[str, Analysis]) -> str:
-    """Spearman's correlation of every estimate's damage with the full analysis'."""
-    lines = ["| estimate | n = 1 | n = 2 | n = 3 | all |", "|---" * 5 + "|"]
+    """Spearman's correlation of every estimate's damage with the full analysis', by MSE and by PSNR."""
+    lines = ["| | by | n = 1 | n = 2 | n = 3 | all |", "|---" * 6 + "|"]
     for name, other in estimates.items():
-        values = rank_correlations(analysis, other).values()
-        lines.append(f"| {name} | {' | '.join(f'{value:.3f}' for value in values)} |")
+        for metric in ("mse", "psnr"):
+            second = other.by(metric) if metric in other.header.metrics else other
+            values = rank_correlations(analysis.by(metric), second).values()
+            lines.append(f"| {name} | {metric} | {' | '.join(f'{value:.3f}' for value in values)} |")
     return "\n".join(lines)
 
 
@@ -152,7 +157,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and score recipes of equal bytes.")
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--analysis", type=Path, required=True, help="folder of the full analysis")
-    parser.add_argument("--estimates", type=Path, nargs="*", default=[], help="folders of other analyses")
+    parser.add_argument(
+        "--estimates", type=Path, nargs="*", default=[], help="folders of other analyses, such as a second full one"
+    )
     parser.add_argument("--train-data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="keeps recipes, pipelines, pictures and reports")
     parser.add_argument("--only", nargs="+", metavar="WAY", help="of the table's rows; default: all")
@@ -165,9 +172,8 @@ def main() -> None:
 
     analysis = Analysis.load(args.analysis)
     others = [Analysis.load(folder) for folder in args.estimates]
-    estimates = {other.header.method: other for other in others}
-    print(ranks(analysis, estimates), end="\n\n")
-    recipes = make_recipes(analysis, estimates)
+    print(ranks(analysis, {folder.name: other for folder, other in zip(args.estimates, others, strict=True)}), "\n")
+    recipes = make_recipes(analysis, {other.header.method: other for other in others if other.header.method != "full"})
     args.work.mkdir(parents=True, exist_ok=True)
     switches: dict[str, tuple[str, ...]] = {}
     for way, recipe in recipes.items():

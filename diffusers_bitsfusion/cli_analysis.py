@@ -78,6 +78,10 @@ def allocate(
     ] = None,
     rule: Annotated[str, typer.Option(help='"knapsack", "paper" or "data-free".')] = "knapsack",
     eta: Annotated[float, typer.Option(help="Exponent of the size in the paper's rule.")] = 0.3,
+    metric: Annotated[
+        str | None,
+        typer.Option(help='Stands for damage; "psnr": the geometric mean of the MSE. Default: mse.'),
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a pipeline or model that the recipe must fit.")
     ] = None,
@@ -91,6 +95,7 @@ def allocate(
         loaded = Analysis.load(analysis)
         if model is not None:
             loaded.check_model(_shapes(model), model)
+        loaded = loaded if metric is None else loaded.by(metric)
         recipe = run(loaded, target_bits, rule=rule, max_bytes=max_bytes, eta=eta)
         out.parent.mkdir(parents=True, exist_ok=True)
         recipe.save(out)

@@ -63,7 +63,7 @@ def allocate(
     """The recipe that a rule finds for an analysed model.
 
     Args:
-        analysis: of any method.
+        analysis: of any method; `analysis.by(metric)` to have another of its metrics stand for damage.
         target_bits: average bits a weight by the paper's formula, as in `BitsFusionConfig`.
         rule: "knapsack": the smallest total damage whose layers take no more bytes in the file, entropy coded, than
             those of the data-free allocation to the target; "paper": threshold and CLIP percentiles (paper, section
@@ -87,7 +87,8 @@ def allocate(
     except ValueError as error:
         raise ValueError(f"{target} cannot be reached for this model: {error}.") from error
     asked = f"target_bits={target_bits}" if max_bytes is None else f"max_bytes={max_bytes}"
-    source = f"{rule} rule, {asked}, {analysis.header.method} analysis of {analysis.header.model['class']}"
+    header = analysis.header
+    source = f"{rule} rule, {asked}, {header.method} analysis of {header.model['class']} by {header.metrics[0]}"
     return Recipe(bits, source=source, shapes=analysis.shapes)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +164,29 @@ class Analysis:
         values = [self.records[layer, bits][name] for layer in self.header.layers]
         return np.array([np.inf if value is None else value for value in values], np.float64)
 
+    def by(self, metric: str) -> Analysis:
+        """The same analysis with another of its metrics standing for damage.
+
+        Raises:
+            ValueError: the analysis has no such metric, or it is one that is larger for the better picture and no
+                PSNR.
+        """
+        choices = [name for name in self.header.metrics if name != "ssim"]
+        if metric not in choices:
+            raise ValueError(f"metric must be one of {', '.join(choices)} for this analysis; got {metric!r}.")
+        others = tuple(name for name in self.header.metrics if name != metric)
+        return Analysis(replace(self.header, metrics=(metric, *others)), self.records)
+
     def damage(self, bits: int) -> dict[str, float]:
-        """The metric that stands for damage, by layer."""
-        return dict(zip(self.header.layers, self.metric(self.header.metrics[0], bits).tolist(), strict=True))
+        """The metric that stands for damage, by layer.
+
+        PSNR does as the MSE that belongs to it. Its mean over pictures is that of the MSE's logarithm, so it says how
+        far all pictures move, where the mean MSE says how many have become other pictures.
+        """
+        first = self.header.metrics[0]
+        values = self.metric(first, bits)
+        values = 10 ** (-values / 10) if first == "psnr" else values
+        return dict(zip(self.header.layers, values.tolist(), strict=True))
 
     def clip_drop(self, bits: int) -> dict[str, float] | None:
         """The drop of the CLIP score by layer, where the analysis has it."""
