@@ -50,7 +50,9 @@ def sensitivity_by_layer(analysis: Analysis) -> Figure:
         damage = np.array(list(analysis.damage(bits).values()))
         damage[damage == 0] = np.nan  # off the logarithmic axis
         axes.plot(damage, "o", ms=4, c=colour, label=f"n = {bits}")
-    axes.set(yscale="log", ylabel=_title(analysis.header.metrics[0]), xlabel="layer, in the model's order")
+    first = analysis.header.metrics[0]
+    title = "MSE, geometric mean" if first == "psnr" else _title(first)
+    axes.set(yscale="log", ylabel=title, xlabel="layer, in the model's order")
     axes.legend(ncols=3, loc="upper left", bbox_to_anchor=(0, -0.1), frameon=False, borderpad=0)
     return figure
 
