@@ -5,9 +5,9 @@
 
 PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it; the data is that of its
 training. The bytes are those that the paper's rule takes at 2.04 bits a weight over the analysed layers, the
-published recipe's average. Arguments that are not known here go to examples/train_bitsfusion.py.
-What WORK holds already is not done again. Printed are the ranks of the estimates, a table
-of all ways with 95 % intervals over the seeds, and the differences that the claims are about.
+published recipe's average. Arguments that are not known here go to examples/train_bitsfusion.py. What WORK holds
+already is not done again. Printed are the ranks of the estimates, a table of all ways with 95 % intervals over the
+seeds, and the differences that the claims are about.
 """
 
 from __future__ import annotations
