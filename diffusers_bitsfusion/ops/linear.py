@@ -5,7 +5,7 @@ One operator, so that `torch.compile` sees a single node and the decoded weight 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,11 +59,8 @@ def linear(
         return F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
     tokens, token_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    if x.device.type == "cuda":
-        y = _multiply_on_gpu(tokens, token_scale, weight, scale.view(torch.float32), bias, x.dtype)
-    else:
-        out = torch.empty(len(tokens), shape[0], dtype=x.dtype)
-        y = _multiply_on_cpu(tokens, token_scale, weight, scale.view(torch.float32), bias, rescale, out)
+    multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
+    y = multiply(tokens, token_scale, weight, scale.view(torch.float32), bias, x.dtype)
     return y.view(*x.shape[:-1], shape[0])
 
 
@@ -92,15 +89,13 @@ def linear_geglu(
     Returns:
         [..., out] in the dtype of `x`.
     """
-    half = shape[0] // 2
     if x.device.type == "cuda":
         hidden, gate = linear(x, codes, scale, bias, bits, shape, True, int8_weight).chunk(2, dim=-1)
         return hidden * F.gelu(gate)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
     tokens, token_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    out = torch.empty(len(tokens), half, dtype=x.dtype)
-    y = _multiply_on_cpu(tokens, token_scale, weight, scale.view(torch.float32), bias, rescale_geglu, out)
-    return y.view(*x.shape[:-1], half)
+    y = _multiply_on_cpu(tokens, token_scale, weight, scale.view(torch.float32), bias, x.dtype, geglu=True)
+    return y.view(*x.shape[:-1], shape[0] // 2)
 
 
 @linear_geglu.register_fake
@@ -114,10 +109,11 @@ def _multiply_on_cpu(
     weight: Tensor,
     scale: Tensor,
     bias: Tensor | None,
-    finish: Callable[..., Tensor],
-    out: Tensor,
+    dtype: torch.dtype,
+    geglu: bool = False,
 ) -> Tensor:
-    """`out`, written by `finish` (`rescale` or one of its arguments) from the sums of products."""
+    finish, columns = (rescale_geglu, len(weight) // 2) if geglu else (rescale, len(weight))
+    out = torch.empty(len(tokens), columns, dtype=dtype)
     block = max(_FEWEST_TOKENS, _SUMS // len(weight))
     sums = torch.empty(min(block, len(tokens)), len(weight), dtype=torch.int32)
     for start in range(0, len(tokens), block):
