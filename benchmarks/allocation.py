@@ -32,6 +32,7 @@ RANDOM_RECIPES = 5
 MOST_BITS = 4  # of a layer of a random recipe
 
 PAPER, OURS = "paper's rule", "knapsack"
+PAPER_BY_PSNR, OURS_BY_PSNR = f"{PAPER}, by PSNR", f"{OURS}, by PSNR"
 BESIDE = {"uniform 2": ("--recipe", "2"), "uniform 2, four levels": ("--recipe", "2", "--no_balance")}
 FIGURES = ("score", "CLIP score", "PSNR, dB", "MSE × 1000")
 
@@ -47,8 +48,8 @@ def make_recipes(analysis: Analysis, estimates: Mapping[str, Analysis]) -> dict[
     recipes[PAPER] = paper
     recipes[OURS] = allocate(analysis, max_bytes=budget)
     by_psnr = analysis.by("psnr")
-    recipes[f"{PAPER}, by PSNR"] = allocate(by_psnr, max_bytes=budget, rule="paper")
-    recipes[f"{OURS}, by PSNR"] = allocate(by_psnr, max_bytes=budget)
+    recipes[PAPER_BY_PSNR] = allocate(by_psnr, max_bytes=budget, rule="paper")
+    recipes[OURS_BY_PSNR] = allocate(by_psnr, max_bytes=budget)
     recipes |= {f"{OURS}, {name} estimate": allocate(other, max_bytes=budget) for name, other in estimates.items()}
     for eta in ETAS:
         recipes[f"{PAPER}, η = {eta}"] = allocate(analysis, max_bytes=budget, rule="paper", eta=eta)
@@ -128,6 +129,7 @@ def differences(reports: Mapping[str, list[dict[str, Any]]]) -> str:
         return np.array([[figures(report)[name] for name in FIGURES] for report in reports[way]])
 
     pairs = [(PAPER, "uniform 2, four levels"), (OURS, PAPER), (OURS, "data-free"), (PAPER, "data-free")]
+    pairs += [(OURS_BY_PSNR, OURS), (OURS, "uniform 2")]
     lines = [f"| {' | '.join(['difference', *FIGURES])} |", "|---" * 5 + "|"]
     for better, worse in pairs:
         if better in reports and worse in reports:

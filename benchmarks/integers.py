@@ -1,6 +1,6 @@
 """What integer arithmetic costs in accuracy: the predicted noise in integers against the exact one.
 
-    python -m benchmarks.integers PIPELINE [--calls-steps 20] [--calls-images 6] [--score UNET]
+    python -m benchmarks.integers PIPELINE [--score UNET]
 
 PIPELINE, in full precision with `prompts.tsv` beside its parts, is quantized to as many bits as the published recipe;
 its inputs are those of full precision's own denoising. Printed are the relative error over all calls, and of each.
@@ -33,14 +33,15 @@ from diffusers_bitsfusion.evaluation import (
 )
 from diffusers_bitsfusion.evaluation.compositional import judge
 
+# Calls that are compared, and the denoising that they are of.
 CALLS = 16
+CALLS_SAMPLING = Sampling(steps=20, batch_size=6, seed=7)
 
 
 def error_of_integers(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(args.pipeline)
-    prompts = read_captions(args.pipeline / "prompts.tsv")[: args.calls_images]
-    sampling = Sampling(steps=args.calls_steps, batch_size=args.calls_images, seed=7)
-    calls = record(pipeline, pipeline.unet, prompts, sampling, CALLS, progress=False).calls
+    prompts = read_captions(args.pipeline / "prompts.tsv")[: CALLS_SAMPLING.batch_size]
+    calls = record(pipeline, pipeline.unet, prompts, CALLS_SAMPLING, CALLS, progress=False).calls
     recipe = mixed(TARGET)(pipeline.unet).recipe
     unet = quantize_model(pipeline.unet, BitsFusionConfig(recipe=recipe, time_embedding="table"), progress=False)
     with torch.no_grad():
@@ -76,8 +77,6 @@ def score_of_integers(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline", type=Path)
-    parser.add_argument("--calls-steps", type=int, default=20)
-    parser.add_argument("--calls-images", type=int, default=6)
     parser.add_argument("--score", type=Path, metavar="UNET", help="folder of a trained packed UNet")
     add_drawing(parser)
     args = parser.parse_args()

@@ -63,6 +63,10 @@ def test_allocate_writes_a_recipe_that_fits(full, saved, small_folder, target_of
     budget = allocation.Totals.of(recipe, full).bytes
     result = run("allocate", saved / "analysis.jsonl", "--max-bytes", budget, "--out", out)
     assert result.exit_code == 0 and f"max_bytes={budget}" in Recipe.load(out).source
+    result = run("allocate", saved, "--max-bytes", budget, "--metric", "psnr", "--out", out)
+    assert result.exit_code == 0
+    assert Recipe.load(out) == allocation.allocate(full.by("psnr"), max_bytes=budget)
+    assert Recipe.load(out).source.endswith("by psnr")
 
 
 def test_allocate_refuses_what_does_not_fit(saved, source_folder, tmp_path):
@@ -72,6 +76,7 @@ def test_allocate_refuses_what_does_not_fit(saved, source_folder, tmp_path):
     assert "of another model" in fails("allocate", saved, *out, "--model", source_folder / "unet")
     assert "cannot be reached for this model" in fails("allocate", saved, *out, "--target-bits", 1.2)
     assert "rule must be one of" in fails("allocate", saved, *out, "--rule", "best")
+    assert "metric must be one of" in fails("allocate", saved, *out, "--metric", "best")
     lines = (saved / "analysis.jsonl").read_text().splitlines()
     other = json.dumps(json.loads(lines[5]) | {"run": "0123456789ab"})
     for content, expected in (
