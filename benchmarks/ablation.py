@@ -5,8 +5,8 @@
 PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it; DIR is that data set. What WORK
 holds already is not done again, and an interrupted training goes on, so the command can be stopped and started at
 will (`timeout 150m python -m benchmarks.ablation ...`). Arguments that are not known here go to
-examples/train_bitsfusion.py, before those of the row. Rows add up, as in the paper; the last is the control that it
-lacks, full precision trained on the same data for as long as Stage II.
+examples/train_bitsfusion.py, before those of the row. Rows add up, as in the paper. Then follow the control that it
+lacks, full precision trained on the same data for as long as Stage II, and Stage I on the captions alone.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks.quality import SCALES, TARGET, mixed
-from benchmarks.trained import HeldOutImages, add_drawing, drawing, score, train, write_json
+from benchmarks.trained import HELD_OUT, HeldOutImages, add_drawing, captioned, drawing, score, train, write_json
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
-from diffusers_bitsfusion.training.images import TrainingImages
+from diffusers_bitsfusion.training.images import ArrayImages, TrainingImages
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.text import TextEncoder
 from diffusers_bitsfusion.training.timesteps import TimestepDistribution
 
-RECIPE = "mixed.json"
+RECIPE, PROMPTS = "mixed.json", "prompts.txt"
 
 _UNIFORM = ("--recipe", "2", "--time_embedding", "keep")
 _MIXED = ("--recipe", RECIPE, "--time_embedding", "table")
@@ -42,8 +42,9 @@ ROWS: dict[str, tuple[str, ...]] = {
     "+ Beta timesteps = Stage I": _MIXED,
     "+ Stage II": _MIXED,
     "full precision, Stage II's data": ("--full_precision",),
+    "Stage I, prompts alone": (*_MIXED, "--prompts", PROMPTS),
 }
-STAGE_1, STAGE_2, CONTROL = list(ROWS)[-3:]
+STAGE_1, STAGE_2, CONTROL = list(ROWS)[5:8]
 AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL)
 
 
@@ -62,7 +63,8 @@ def train_row(args: argparse.Namespace, row: str, seed: int) -> Path:
         stage_1 = None if row == CONTROL else train_row(args, STAGE_1, seed)
         start = "rounding" if stage_1 is None else stage_1 / "stage1" / f"checkpoint-{args.steps}"
         stage = ["--stage", "2", "--init_from", str(start), "--max_train_steps", str(args.stage2_steps)]
-    switches = [str(args.work / RECIPE) if switch == RECIPE else switch for switch in ROWS[row]]
+        stage += ["--learning_rate", str(args.stage2_learning_rate)]
+    switches = [str(args.work / switch) if switch in (RECIPE, PROMPTS) else switch for switch in ROWS[row]]
     train(args.pipeline, args.train_data, out, options, ["--use_ema", *args.train_arguments, *stage, *switches])
     return out
 
@@ -71,7 +73,7 @@ def measure(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
     """The report of `bitsfusion evaluate`, with the held-out distillation loss."""
     file = folder / "report.json"
     if not file.exists():
-        scales = SCALES if row in AT_ALL_SCALES else SCALES[:1]
+        scales = args.guidance_scales if row in AT_ALL_SCALES else args.guidance_scales[:1]
         report = score(args.pipeline, folder, args.num_images, args.work / "images", scales, drawing(args))
         write_json(file, report | {"held_out_loss": held_out_loss(args, folder)})
     return json.loads(file.read_text())
@@ -116,11 +118,14 @@ def table(reports: dict[str, list[dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def write_recipe(args: argparse.Namespace) -> None:
-    """Keep the data-free recipe of as many bits over the layers as the published one has."""
+def write_inputs(args: argparse.Namespace) -> None:
+    """Keep the data-free recipe of as many bits over the layers as the published one has, and the captions."""
     unet = UNet2DConditionModel.from_pretrained(args.pipeline, subfolder="unet")
     args.work.mkdir(parents=True, exist_ok=True)
     mixed(TARGET)(unet).recipe.save(args.work / RECIPE)
+    images = ArrayImages(args.train_data)
+    captions = sorted(set(images.captions[: captioned(images) - HELD_OUT]))
+    (args.work / PROMPTS).write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -134,11 +139,13 @@ def main() -> None:
     parser.add_argument("--stage2-steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--stage2-learning-rate", type=float, default=5e-5, help="also of the control")
     parser.add_argument("--ema-decay", type=float, default=0.999)
+    parser.add_argument("--guidance-scales", type=float, nargs="+", default=SCALES, help="of the last rows")
     add_drawing(parser)
     args, args.train_arguments = parser.parse_known_args()
     args.pipeline, args.train_data, args.work = (p.resolve() for p in (args.pipeline, args.train_data, args.work))
-    write_recipe(args)
+    write_inputs(args)
     reports: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
         for row in args.only:

@@ -3,8 +3,9 @@
     python -m benchmarks.quality PIPELINE --work DIR [--only NAME ...] [--peers-python PYTHON]
 
 PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it. Every way runs in a fresh
-process and leaves a pipeline and a report in DIR; a later call goes on where this one stopped. SDNQ lives in an
-environment of its own (`pip install sdnq scipy -e ".[eval]"`; the scorer needs SciPy).
+process and leaves a pipeline and a report in DIR; a later call goes on where this one stopped. Calibration sees the
+steps and the scheduler that the pictures are drawn with. SDNQ lives in an environment of its own
+(`pip install sdnq scipy -e ".[eval]"`; the scorer needs SciPy).
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import REPOSITORY, is_installed, run_child
+from benchmarks.trained import add_drawing, drawing, drawing_arguments, score, unet_bytes
+from diffusers_bitsfusion.evaluation import Sampling, load_pipeline
 
-SCALES = (7.5, 3.5, 5.5, 9.5)  # guidance scales of full precision; the others are drawn at the first
+SCALES = (7.5, 3.5, 5.5, 9.5)  # guidance scales of full precision; the others are drawn at 7.5
 SHAPES = REPOSITORY / "examples" / "shapes"
 SEEDS = range(3)  # of calibration
 TUNED = {"num_samples": 64, "tuning_steps": 300}
@@ -53,7 +57,7 @@ def uniform(bits: int, balance: bool = True, scale_init: str = "alternating") ->
 
 
 def shipped(unet: Any) -> Any:
-    """The recipe of the shapes pipeline, by an estimated sensitivity analysis."""
+    """The recipe of the shapes pipeline, by its sensitivity analysis."""
     from diffusers_bitsfusion import BitsFusionConfig, Recipe
 
     return BitsFusionConfig(recipe=Recipe.load(SHAPES / "recipe.json"), time_embedding="table")
@@ -68,7 +72,7 @@ def calibrated(base: Callable[[Any], Any], seed: int = 0, **settings: Any) -> Ca
 
         made = base(unet)
         prompts = read_captions(SHAPES / "calibration_prompts.txt")
-        made.calibration = Calibration(prompts, num_inference_steps=50, seed=seed, **settings)
+        made.calibration = Calibration(prompts, seed=seed, **settings)
         return made
 
     return config
@@ -110,17 +114,18 @@ WAYS: dict[str, Callable[[Any], Any] | None] = {
 }
 
 
-def make(source: Path, out: Path, way: str) -> None:
-    """Save the pipeline at `source` with its UNet quantized in `way` to `out`."""
+def make(source: Path, out: Path, way: str, sampling: Sampling) -> None:
+    """Save the pipeline at `source` with its UNet quantized in `way` to `out`; calibration draws by `sampling`."""
     import torch
-    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import UNet2DConditionModel
 
-    pipeline = StableDiffusionPipeline.from_pretrained(source, dtype=torch.float32)
+    pipeline = load_pipeline(source, torch.float32, scheduler=sampling.scheduler)
     make_config = WAYS[way]
     config = None if make_config is None else make_config(pipeline.unet)
     if getattr(config, "calibration", None) is not None:
         from diffusers_bitsfusion import quantize_model
 
+        config.calibration = replace(config.calibration, num_inference_steps=sampling.steps)
         quantize_model(pipeline, config)
     elif config is not None:
         pipeline.unet = UNet2DConditionModel.from_pretrained(
@@ -129,20 +134,19 @@ def make(source: Path, out: Path, way: str) -> None:
     pipeline.save_pretrained(out)
 
 
-def run_way(source: Path, work: Path, way: str, num_images: int | None) -> dict[str, Any]:
+def run_way(source: Path, work: Path, way: str, args: argparse.Namespace) -> dict[str, Any]:
     """Quantize, draw and measure; the report of `bitsfusion evaluate` with the UNet's file size."""
     if way.startswith("SDNQ"):
         import sdnq  # noqa: F401  (registers its method with diffusers)
-    from benchmarks.trained import score, unet_bytes
 
-    folder = source
+    folder, sampling = source, drawing(args)
     if WAYS[way] is not None:
         folder = work / way
         if not (folder / "model_index.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            make(source, folder, way)
-    scales = SCALES if folder == source else ()
-    report = score(source, folder, num_images, work / "images", scales)
+            make(source, folder, way, sampling)
+    scales = args.guidance_scales if folder == source else ()
+    report = score(source, folder, args.num_images, work / "images", scales, sampling)
     return report | {"unet_bytes": unet_bytes(folder)}
 
 
@@ -175,20 +179,19 @@ def scale_table(by_scale: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def run_all(
-    source: Path, work: Path, ways: list[str], peers_python: str, num_images: int | None
-) -> dict[str, dict[str, Any] | str]:
+def run_all(source: Path, work: Path, args: argparse.Namespace) -> dict[str, dict[str, Any] | str]:
     """Every way that has no report yet, each in a fresh process; reports by name."""
+    scales = ["--guidance-scales", *map(str, args.guidance_scales)]
+    arguments = ["-m", "benchmarks.quality", str(source), "--work", str(work), *scales, *drawing_arguments(args)]
     reports: dict[str, dict[str, Any] | str] = {}
-    for way in ways:
+    for way in args.only:
         file = work / "reports" / f"{way}.json"
-        python = peers_python if way.startswith("SDNQ") else sys.executable
+        python = args.peers_python if way.startswith("SDNQ") else sys.executable
         if not file.exists():
             if way.startswith("SDNQ") and not is_installed("sdnq", python):
                 reports[way] = "not installed"
                 continue
-            arguments = ["-m", "benchmarks.quality", str(source), "--work", str(work), "--worker", way]
-            report = run_child([*arguments, *(["--num-images", str(num_images)] if num_images else [])], python)
+            report = run_child([*arguments, "--worker", way], python)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(report, indent=2) + "\n")
         reports[way] = json.loads(file.read_text())
@@ -202,16 +205,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="keeps pipelines, pictures and reports")
     parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
     parser.add_argument("--worker", choices=WAYS, help="run this one here")
-    parser.add_argument("--num-images", type=int, help="of the prompts; default: all")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has SDNQ installed")
+    parser.add_argument(
+        "--guidance-scales", type=float, nargs="+", default=SCALES, help="of full precision's pictures"
+    )
+    add_drawing(parser)
     args = parser.parse_args()
     source, work = args.pipeline.resolve(), args.work.resolve()
     if args.worker:
-        print(json.dumps(run_way(source, work, args.worker, args.num_images)))
+        print(json.dumps(run_way(source, work, args.worker, args)))
     else:
-        reports = run_all(source, work, args.only, args.peers_python, args.num_images)
+        reports = run_all(source, work, args)
         print(table(reports))
-        if "full precision" in reports:
+        if "by_guidance_scale" in reports.get("full precision", {}):
             print("\n" + scale_table(reports["full precision"]["by_guidance_scale"]))
 
 

@@ -72,6 +72,13 @@ def drawing(args: argparse.Namespace) -> Sampling:
     return Sampling(steps=args.num_inference_steps, batch_size=BATCH_SIZE, scheduler=args.scheduler)
 
 
+def drawing_arguments(args: argparse.Namespace) -> list[str]:
+    """The options of `add_drawing` again, for another process."""
+    options = {name: getattr(args, name) for name in ("num_images", "num_inference_steps", "scheduler")}
+    given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not None}
+    return [str(part) for option in given.items() for part in option]
+
+
 def score(
     pipeline: Path,
     folder: Path,
