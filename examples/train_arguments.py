@@ -117,6 +117,9 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--learning_rate", type=float, default=1e-5)
     group.add_argument("--lr_scheduler", default="constant", help="As in diffusers.optimization.")
     group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument(
+        "--shard", action="store_true", help="Share weights, gradients and optimizer out over the processes (FSDP)."
+    )
     group.add_argument("--use_8bit_adam", action="store_true", help="Needs bitsandbytes.")
     group.add_argument("--adam_beta1", type=float, default=0.9)
     group.add_argument("--adam_beta2", type=float, default=0.999)
@@ -166,6 +169,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--validation_scorer needs --validation_file, whose Spec column it reads.")
     if args.init_from is not None and args.stage != "2":
         parser.error("--init_from says where Stage II starts: use it with --stage 2.")
+    if args.shard and args.use_8bit_adam:
+        parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
     if args.walk_steps < 2:
         parser.error("--walk_steps must be at least 2.")
     for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):

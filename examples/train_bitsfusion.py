@@ -40,6 +40,7 @@ from diffusers_bitsfusion.training.loop import LoopOptions, TrainingLoop
 from diffusers_bitsfusion.training.losses import Distillation, NoisePrediction
 from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer
+from diffusers_bitsfusion.training.sharding import ShardedModel
 from diffusers_bitsfusion.training.text import TextEncoder
 from diffusers_bitsfusion.training.timesteps import TimestepDistribution, TimestepErrors
 from diffusers_bitsfusion.training.walks import WalkBatches
@@ -62,8 +63,8 @@ class Training:
         )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
-                "This script does not shard the model: a UNet of Stable Diffusion trains within one GPU's memory. "
-                "Launch it without FSDP and DeepSpeed (`accelerate launch --multi_gpu`)."
+                "Launch this script without accelerate's FSDP and DeepSpeed (`accelerate launch --multi_gpu`). With "
+                "--shard the processes share the model out."
             )
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -161,11 +162,13 @@ class Training:
         return errors
 
     def _run_stage(self, stage: int) -> None:
-        args, student, name = self.args, self.student, f"stage{stage}"
+        args, name = self.args, f"stage{stage}"
         checkpoint = self._checkpoint(stage)
         if checkpoint is None and args.stage == "2":
             self._take_stage_1()
         batches = self._batches(stage, self._distribution())
+        student = self.student.to(self.accelerator.device)
+        sharded = ShardedModel(self.accelerator, student) if args.shard else None
         distils = stage == 1
         objective = Distillation(student, self.teacher.unet, args.feature_weight) if distils else NoisePrediction()
         optimizer = make_optimizer(
@@ -188,7 +191,7 @@ class Training:
         )
         loop = TrainingLoop(
             self.accelerator,
-            student.to(self.accelerator.device),
+            sharded or student,
             objective,
             batches,
             optimizer,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
+from torch.distributed.fsdp import FSDPModule
 
 from diffusers_bitsfusion import evaluation
 from diffusers_bitsfusion.evaluation.compositional import judge
@@ -61,7 +62,8 @@ class Validation:
         """What the training loop calls with the step."""
 
         def validate(step: int) -> None:
-            if self.accelerator.is_main_process:
+            # The processes that share a model compute with it together.
+            if self.accelerator.is_main_process or isinstance(student, FSDPModule):
                 self._validate(name, student, step)
             self.accelerator.wait_for_everyone()
 
@@ -71,6 +73,8 @@ class Validation:
         if self._drawn_by_teacher is None:
             self._drawn_by_teacher = self._draw(self.teacher.unet)
         drawn = self._draw(student)
+        if not self.accelerator.is_main_process:
+            return
         captions = [prompt.caption for prompt in self.prompts]
         columns = [self._drawn_by_teacher[: self.rows], drawn[: self.rows]]
         grid = evaluation.image_grid(columns, ["teacher", f"student, step {step}"], captions[: self.rows])

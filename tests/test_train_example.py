@@ -17,6 +17,7 @@ import train_bitsfusion
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from PIL import Image
+from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
@@ -227,6 +228,50 @@ def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
     assert continued == pytest.approx([e["loss"] for e in expected[3:]], rel=1e-5)
 
 
+def test_processes_that_share_the_model_are_one(command, data, tmp_path):
+    rate = ("--learning_rate", 1e-6, "--validation_prompts", "a b", "--validation_steps", 2)
+    arguments = ("--train_data_dir", data, "--gradient_checkpointing", "--use_ema", *rate, "--num_inference_steps", 2)
+    shared = ("--shard", "--checkpointing_steps", 2)
+    process = run(command(*arguments, *shared, output="two", steps=4, batch=1), processes=2)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    train_bitsfusion.main(command(*arguments, "--checkpointing_steps", 2, output="one", steps=4, batch=2))
+    for stage in ("stage1", "stage2"):
+        found, expected = losses(tmp_path / "two" / stage), losses(tmp_path / "one" / stage)
+        assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+        assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-3)
+    ours, theirs = (state_of(tmp_path / name / "stage2" / "checkpoint-4") for name in ("two", "one"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-6)
+    assert (tmp_path / "two" / "validation" / "stage2-4.png").exists()
+    assert load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
+
+    # What they saved, one continues alone, and what one saved, they do.
+    halfway = {name: tmp_path / name / "stage2" / "checkpoint-2" for name in ("one", "two")}
+    stage_two = (*arguments, "--stage", 2)
+    train_bitsfusion.main(
+        command(*stage_two, "--resume_from_checkpoint", halfway["two"], output="alone", steps=4, batch=2)
+    )
+    continued = command(
+        *stage_two, "--shard", "--resume_from_checkpoint", halfway["one"], output="again", steps=4, batch=1
+    )
+    process = run(continued, processes=2)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    for name in ("alone", "again"):
+        found = [entry["loss"] for entry in losses(tmp_path / name / "stage2")]
+        assert found == pytest.approx([e["loss"] for e in expected[2:]], rel=1e-5)
+        ours = state_of(tmp_path / name / "stage2" / "checkpoint-4")
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-6)
+
+
+def state_of(checkpoint):
+    """All that training carries on: weights, their averages, Adam's first moments in units of the largest."""
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    average = torch.load(checkpoint / "run.pt", weights_only=True)["ema"]["shadow_params"]
+    moments = [1e-3 * state["exp_avg"] / state["exp_avg"].abs().max() for state in optimizer.values()]
+    return load_file(checkpoint / "model.safetensors"), average, moments
+
+
 def test_stage_two_starts_from_stage_one(command, data, tmp_path):
     stage_two = ("--train_data_dir", data, "--stage", 2)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint to start Stage II from. Run Stage I"):
@@ -259,6 +304,7 @@ def test_only_an_estimate(command, data, tmp_path, capsys):
         (("--train_data_dir", "d", "--train_batch_size", 0), "--train_batch_size must be at least 1"),
         (("--train_data_dir", "d", "--proportion_empty_prompts", 2), r"must be in the range \[0, 1\]"),
         (("--train_data_dir", "d", "--init_from", "rounding"), "--init_from says where Stage II starts"),
+        (("--train_data_dir", "d", "--shard", "--use_8bit_adam"), "--shard and --use_8bit_adam do not go together"),
         (("--prompts", "p.txt", "--stage", 1, "--walk_steps", 1), "--walk_steps must be at least 2"),
     ],
 )

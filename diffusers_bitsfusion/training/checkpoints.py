@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .qat import trainable_layers
+from .sharding import gathered, load_whole
 
 _RUN_FILE = "run.json"
 _STATE_FILE = "run.pt"
@@ -98,20 +99,22 @@ def save_checkpoint(
 
 @contextmanager
 def _unwrapped_weights(accelerator: Accelerator) -> Iterator[None]:
-    """Within it, accelerate saves and loads models under their own names, without those of DDP around them.
+    """Within it, accelerate saves and loads models whole and under their own names, without those of DDP around them.
 
-    So a run can go on with another number of processes. What FSDP and DeepSpeed shard does not come here.
+    So a run can go on with another number of processes.
     """
+    is_main = accelerator.is_main_process
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         for model, _ in zip(models, list(weights), strict=False):
-            if accelerator.is_main_process:
-                save_file(accelerator.unwrap_model(model).state_dict(), Path(folder) / SAFE_WEIGHTS_NAME)
+            state = gathered(dict(accelerator.unwrap_model(model).state_dict()), keep=is_main)
+            if is_main:
+                save_file(state, Path(folder) / SAFE_WEIGHTS_NAME)
             weights.pop()
 
     def load(models: list[nn.Module], folder: str) -> None:
         while models:
-            accelerator.unwrap_model(models.pop()).load_state_dict(load_file(Path(folder) / SAFE_WEIGHTS_NAME))
+            load_whole(accelerator.unwrap_model(models.pop()), load_file(Path(folder) / SAFE_WEIGHTS_NAME))
 
     hooks = accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
     try:

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from .batches import Batch, ImageBatches
 from .checkpoints import load_checkpoint, save_checkpoint
 from .losses import Loss
+from .sharding import ShardedModel, gathered, save_optimizer_whole, sliced_like
 from .walks import WalkBatches
 
 LOG_FILE = "losses.jsonl"
@@ -62,7 +63,7 @@ class TrainingLoop:
 
     Args:
         accelerator: prepares the model and the optimizer; nothing else prepared by it may still be in use.
-        student: a model prepared by `prepare_qat`.
+        student: a model prepared by `prepare_qat`, or that shared out over the processes.
         objective: what is minimised.
         batches: where samples come from.
         optimizer: over the student's parameters.
@@ -76,7 +77,7 @@ class TrainingLoop:
     def __init__(
         self,
         accelerator: Accelerator,
-        student: ModelMixin,
+        student: ModelMixin | ShardedModel,
         objective: Objective,
         batches: ImageBatches | WalkBatches,
         optimizer: torch.optim.Optimizer,
@@ -88,9 +89,18 @@ class TrainingLoop:
     ):
         self.accelerator, self.objective, self.batches = accelerator, objective, batches
         self.folder, self.settings, self.options, self.ema = folder, settings, options, ema
-        self.student, self.lr_scheduler = student.train(), lr_scheduler
-        self.parameters = list(student.parameters())
-        self.model, self.optimizer = accelerator.prepare(student, optimizer)
+        self.sharded = student if isinstance(student, ShardedModel) else None
+        whole = student.model if isinstance(student, ShardedModel) else student
+        self.student, self.lr_scheduler = whole.train(), lr_scheduler
+        self.parameters = list(self.student.parameters())
+        self.model: nn.Module
+        if self.sharded is None:
+            self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
+        else:
+            save_optimizer_whole(optimizer, keep=accelerator.is_main_process)
+            # Autocast as ever, but no DDP around it.
+            self.model = accelerator.prepare_model(self.student, evaluation_mode=True)
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
         if ema is not None:
             ema.to(accelerator.device)
         self.step = 0
@@ -105,7 +115,8 @@ class TrainingLoop:
         self.step, state = load_checkpoint(self.accelerator, checkpoint, self.settings)
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            averages = zip(state["ema"]["shadow_params"], self.parameters, strict=True)
+            self.ema.load_state_dict(state["ema"] | {"shadow_params": [sliced_like(*pair) for pair in averages]})
             self.ema.to(self.accelerator.device)
         if state["batches"] is not None:
             sharing = self.batches.sharing
@@ -121,7 +132,7 @@ class TrainingLoop:
         """
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.ema is None else gathered(self.ema.state_dict(), self.accelerator.is_main_process),
             "batches": self._gathered_batches(),
         }
         limit = self.options.checkpoints_total_limit
@@ -181,7 +192,10 @@ class TrainingLoop:
         self.objective.close()
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
-        student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self.sharded is None:
+            student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        else:
+            student = self.sharded.whole()
         self.accelerator.free_memory(self.model, self.optimizer)
         return student.eval()
 
@@ -197,7 +211,7 @@ class TrainingLoop:
                 self._check_finite("loss", values["loss"], batch)
                 accelerator.backward(loss.total)
                 if accelerator.sync_gradients:
-                    norm = accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm)
+                    norm = gathered(accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm))
                     if norm is not None and accelerator.scaler is None:  # fp16's scaler skips such steps itself
                         self._check_finite("gradient", float(norm), batch)
                 rate = self.lr_scheduler.get_last_lr()[0]

@@ -14,6 +14,7 @@ from torch import nn
 from .batches import ImageBatches
 from .loop import TrainingLoop
 from .losses import predict
+from .sharding import local
 from .timesteps import ErrorMeter, TimestepErrors
 from .walks import WalkBatches
 
@@ -45,16 +46,16 @@ class Estimate:
 def static_memory(
     student: nn.Module, frozen: Iterable[nn.Module], ema: bool = True, optimizer_bytes: int = 8
 ) -> dict[str, int]:
-    """Bytes that training holds whatever the batch.
+    """Bytes that training holds on each process whatever the batch.
 
     Args:
-        student: the model in training.
+        student: the model in training; where it is shared out, this process's part of it counts.
         frozen: teacher, VAE, text encoder.
         ema: whether an average of the student is kept.
         optimizer_bytes: optimizer state of each trained parameter: 8 for AdamW, 2 for its 8-bit form.
     """
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    held = sum(p.nbytes for p in student.parameters())
+    trained = sum(local(p).numel() for p in student.parameters() if p.requires_grad)
+    held = sum(local(p).nbytes for p in student.parameters())
     return {
         "latent weights, scales, the rest": held,
         "their gradients": 4 * trained,

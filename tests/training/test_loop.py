@@ -17,6 +17,7 @@ from diffusers_bitsfusion.training.loop import LOG_FILE, LoopOptions, TrainingDi
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer, parameter_groups
+from diffusers_bitsfusion.training.sharding import ShardedModel
 from diffusers_bitsfusion.training.text import TextEncoder
 from diffusers_bitsfusion.training.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.walks import WalkBatches
@@ -227,6 +228,12 @@ def test_errors_along_the_timesteps(make_loop, parts):
     assert errors.errors[-1] > 10 * errors.errors[0] > 0  # (1 - alpha) / alpha grows by far more
     same = measure_timestep_errors(loop.accelerator, parts.unet, parts.unet, loop.batches, scheduler, 4)
     assert max(same.errors) == 0
+
+
+def test_one_process_has_nobody_to_share_with(make_loop):
+    loop = make_loop()
+    with pytest.raises(ValueError, match="is shared out over several processes; launch them, or train without"):
+        ShardedModel(loop.accelerator, loop.student)
 
 
 def test_eight_bit_adam_says_what_it_needs(make_loop, monkeypatch):

@@ -1,0 +1,128 @@
+"""A model in training shared out over the processes (FSDP): weights, gradients, optimizer and average.
+
+Every process holds a slice of each; a block's weights come together while it computes. For models whose training does
+not fit one GPU. Checkpoints hold whole tensors, as without sharding, so a run can go on either way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class ShardedModel:
+    """Shards a model in place, and gives it back whole.
+
+    Units are the model's own that should not be split (diffusers' `_no_split_modules`), and what is left.
+
+    Args:
+        accelerator: its processes share the model.
+        model: whole, on the device, not prepared by accelerate. Make optimizer and average from its parameters after
+            this, not before.
+
+    Raises:
+        ValueError: there is one process only, or fp16, whose gradient scaler knows no slices.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: ModelMixin):
+        if accelerator.num_processes == 1:
+            raise ValueError("A model is shared out over several processes; launch them, or train without sharding.")
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError("A shared-out model does not train in fp16. Use bf16.")
+        self.model = model
+        self._empty = _empty_twin(model)
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        units = set(model._no_split_modules or [])
+        for module in reversed(list(model.modules())):  # the inner before the outer
+            if module is model or type(module).__name__ in units:
+                # The outermost, too, gives its weights back: averages are swapped in between calls.
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+    def whole(self) -> ModelMixin:
+        """The model as it was before, with the present weights, on the device; every process calls it."""
+        self._empty.load_state_dict(gathered(self.model.state_dict()), assign=True)
+        return self._empty.train(self.model.training)
+
+
+def _empty_twin(model: ModelMixin) -> ModelMixin:
+    """A copy whose parameters hold no memory."""
+    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for module in twin.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            empty = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            setattr(module, name, empty)
+    return twin
+
+
+def gathered(state: Any, keep: bool = True) -> Any:
+    """Nested dictionaries and lists with slices made whole; every process calls it.
+
+    Args:
+        state: other tensors and values in it come back as they are.
+        keep: whether this process wants what it gathers; else whole tensors come back empty.
+    """
+    if isinstance(state, DTensor):
+        whole = state.full_tensor()
+        return whole if keep else whole.new_empty(0)
+    if isinstance(state, dict):
+        return {key: gathered(value, keep) for key, value in state.items()}
+    if isinstance(state, list):
+        return [gathered(value, keep) for value in state]
+    return state
+
+
+def sliced_like(whole: Tensor, parameter: Tensor) -> Tensor:
+    """This process's slice of `whole`, if `parameter` is one; else `whole`."""
+    if not isinstance(parameter, DTensor):
+        return whole
+    # Every process has the whole tensor: no need to send anything.
+    return distribute_tensor(
+        whole.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def local(parameter: Tensor) -> Tensor:
+    """What this process holds of a parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """`load_state_dict` of whole tensors into a model that may be sharded."""
+    own = model.state_dict()
+    model.load_state_dict({name: sliced_like(value, own[name]) for name, value in state.items()})
+
+
+def save_optimizer_whole(optimizer: torch.optim.Optimizer, keep: bool) -> None:
+    """Make `state_dict` of an optimizer over slices give whole tensors, and `load_state_dict` take them.
+
+    Args:
+        optimizer: over the parameters of a sharded model.
+        keep: see `gathered`.
+    """
+
+    def save(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        return gathered(state, keep)
+
+    def load(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        sliced = {
+            index: {
+                name: sliced_like(value, parameters[index]) if value.shape == parameters[index].shape else value
+                for name, value in values.items()
+            }
+            for index, values in state["state"].items()
+        }
+        return state | {"state": sliced}
+
+    optimizer.register_state_dict_post_hook(save)
+    optimizer.register_load_state_dict_pre_hook(load)
