@@ -1,11 +1,12 @@
 """What quantization-aware training costs: a QAT step over a full-precision fine-tuning step, and the memory of each.
 
-    python -m benchmarks.training --pipeline runs/shapes/pipeline --batch-size 8
-    python -m benchmarks.training --sd15 --batch-size 4 --dtype bfloat16 --gradient-checkpointing
+    python -m benchmarks.training --pipeline examples/shapes/pipeline --batch-size 8 --target-bits 2.6
+    python -m benchmarks.training --sd15 --batch-size 4 --dtype bfloat16 --gradient-checkpointing [--only quantized]
 
 Both students learn from the same teacher on the same random latents, in one process, called in turn, so that what
 slows the machine slows both; the ratio is the median over the pairs. With --sd15 the UNet has random weights of the
-shape of Stable Diffusion 1.5; both students with AdamW, and the teacher, then hold 29 GB before any activations.
+shape of Stable Diffusion 1.5; both students with AdamW, and the teacher, then hold 29 GB before any activations, one
+of them (--only) 15.5 GB.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
+from benchmarks.measure import peak_rss
 from benchmarks.sd15_shape import random_unet
 from diffusers_bitsfusion import BitsFusionConfig, prepare_qat
 from diffusers_bitsfusion.codec.grid import half_range
@@ -30,6 +32,7 @@ from diffusers_bitsfusion.training.measure import static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer
 from diffusers_bitsfusion.training.qat import trainable_layers
 
+STUDENTS = FULL, QUANTIZED = "full precision", "quantized"
 TOKENS = 77
 MB = 1e6
 
@@ -80,7 +83,7 @@ def gradient_norms(student: Student, batch: Batch) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The ratio of times and the memory of both students."""
+    """Times and memory of the students, and the ratio of both's times."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, arguments.dtype)
     if arguments.sd15:
@@ -88,31 +91,38 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     else:
         plain = UNet2DConditionModel.from_pretrained(arguments.pipeline, subfolder="unet", dtype=torch.float32)
     teacher = copy.deepcopy(plain).requires_grad_(False).eval().to(device, dtype)
-    quantized = prepare_qat(copy.deepcopy(plain), BitsFusionConfig(target_bits=arguments.target_bits))
+    models = {}
+    if FULL in arguments.only:
+        models[FULL] = copy.deepcopy(plain)
+    if QUANTIZED in arguments.only:
+        models[QUANTIZED] = prepare_qat(plain, BitsFusionConfig(target_bits=arguments.target_bits))
     batch = random_batch(plain, arguments.batch_size, arguments.side or plain.config.sample_size, device)
     students = {}
-    for name, model in (("full precision", plain), ("quantized", quantized)):
+    for name, model in models.items():
         if arguments.gradient_checkpointing:
             model.enable_gradient_checkpointing()
         students[name] = Student(model.to(device), teacher, dtype)
     for student in students.values():
         student.step(batch)  # the first allocates the optimizer's state
-    pairs = [[student.step(batch) for student in students.values()] for _ in range(arguments.repeats)]
-    ratios = [quantized / full for full, quantized in pairs]
-    return {
+    rounds = [{name: student.step(batch) for name, student in students.items()} for _ in range(arguments.repeats)]
+    on_gpu = device.type == "cuda"
+    report = {
         "device": str(device),
         "dtype": arguments.dtype,
         "batch_size": arguments.batch_size,
-        "full_precision_seconds": statistics.median(full for full, _ in pairs),
-        "qat_seconds": statistics.median(quantized for _, quantized in pairs),
-        "ratio": statistics.median(ratios),
-        "ratios": ratios,
-        "gradient_norms": gradient_norms(students["quantized"], batch),
+        "seconds": {name: statistics.median(times[name] for times in rounds) for name in students},
+        "peak_mb": (torch.cuda.max_memory_allocated() if on_gpu else peak_rss()) / MB,
         "memory_mb": {
             name: {part: size / MB for part, size in static_memory(student.model, [teacher], ema=False).items()}
             for name, student in students.items()
         },
     }
+    if QUANTIZED in students:
+        report["gradient_norms"] = gradient_norms(students[QUANTIZED], batch)
+    if len(students) == len(STUDENTS):
+        ratios = [times[QUANTIZED] / times[FULL] for times in rounds]
+        report |= {"ratio": statistics.median(ratios), "ratios": ratios}
+    return report
 
 
 def main() -> None:
@@ -126,6 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of autocast")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--only", nargs="+", choices=STUDENTS, default=STUDENTS, metavar="STUDENT")
     print(json.dumps(measure(parser.parse_args()), indent=2))
 
 
