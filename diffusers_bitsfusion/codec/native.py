@@ -26,8 +26,9 @@ _FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=off",
 )  # fmt: skip
 
-# Below this many weights a thread costs more than it saves.
-_WEIGHTS_PER_THREAD = 1 << 17
+# Below this many values a thread costs more than it saves, in loops that compute with each: handing work over to
+# another thread takes as long as some 50 microseconds of it.
+_VALUES_PER_THREAD = 1 << 17
 
 
 # The codes that the loops have for dtypes; decoding to int8 gives the codes of weights.
@@ -108,12 +109,20 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def for_row_ranges(function: Callable[[int, int], None], rows: int, columns: int) -> None:
+def for_row_ranges(
+    function: Callable[[int, int], None], rows: int, columns: int, per_thread: int = _VALUES_PER_THREAD
+) -> None:
     """Call `function(start, stop)` for ranges that cover `rows`, on as many threads as torch uses.
 
     The compiled functions release the interpreter's lock while they run.
+
+    Args:
+        function: of the first row of a range, and the one after its last.
+        rows: their number.
+        columns: values of a row.
+        per_thread: values that are worth a thread.
     """
-    threads = max(1, min(torch.get_num_threads(), rows * columns // _WEIGHTS_PER_THREAD, rows))
+    threads = max(1, min(torch.get_num_threads(), rows * columns // per_thread, rows))
     step = max(1, -(-rows // threads))
     others = [_pool(os.getpid()).submit(function, start, min(start + step, rows)) for start in range(step, rows, step)]
     function(0, min(step, rows))

@@ -16,6 +16,9 @@ _NATIVE_OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
 # Weights that plain torch decodes at a time: few enough that its passes over them stay in a processor's cache.
 _PLAIN_BLOCK = 1 << 20
 
+# Compiled loops write so many bytes in the time that another thread takes to begin.
+_BYTES_PER_THREAD = 1 << 22
+
 _scratch = threading.local()
 
 
@@ -78,7 +81,7 @@ def _decode_native(
             NATIVE_DTYPES[out.dtype],
         )
 
-    for_row_ranges(decode_rows, codes.shape[0], columns)
+    for_row_ranges(decode_rows, codes.shape[0], columns * out.element_size(), _BYTES_PER_THREAD)
     return out
 
 

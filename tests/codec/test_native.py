@@ -1,3 +1,5 @@
+import itertools
+import platform
 import shutil
 from pathlib import Path
 
@@ -59,6 +61,25 @@ def test_compiled_decoding_equals_the_reference_bit_for_bit(bits, dtype, columns
     _, dense, scale = random_packed(5, columns, bits, seed=columns)
     expected = decode_reference(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype))
     assert same_bits(decode(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("flag", ["-mno-avx512vbmi", "-mno-avx512f"])
+def test_processors_with_fewer_instructions_decode_the_same(flag, fresh_library, monkeypatch):
+    if platform.machine() != "x86_64":
+        pytest.skip("the flag is one of x86 compilers")
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, flag))
+    assert native.native_library() is not None
+    for bits, dtype, columns in itertools.product((1, 2, 3, 4), DTYPES[:2], (45, 1001)):
+        _, dense, scale = random_packed(5, columns, bits, seed=columns)
+        expected = decode_reference(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype))
+        assert same_bits(decode(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_codes_of_every_length_are_decoded(bits):
+    for columns in range(1, 1000):
+        codes, dense, scale = random_packed(1, columns, bits, seed=columns)
+        assert torch.equal(decode(dense, scale, bits, columns, torch.empty(1, columns, dtype=torch.int8)), codes)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])

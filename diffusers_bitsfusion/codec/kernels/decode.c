@@ -14,7 +14,9 @@ typedef struct {
     void *out;      /* first element of the row */
     int64_t columns;
     float scale;
-    uint16_t levels[LANES]; /* what digits are in bf16, up to MOST */
+    uint16_t levels[LANES];    /* what digits are in bf16, up to MOST */
+    float float_levels[LANES]; /* and in fp32 */
+    uint8_t digits[5][256];    /* of every byte as a word; for int8 the codes that they mean */
 } Row;
 
 /* word / base, exact for every word of that base (the rows below say how large they get). */
@@ -69,6 +71,15 @@ INLINE void store_words(const Row *row, uint16_t *restrict words, int64_t first,
     }
 }
 
+/* Runs of the block [first, first + count) inside part p of the row's words: word p*part + v is element v. */
+#define FOR_RUN(P) \
+    for (int64_t i = max64(P * part - first, 0), end = min64((P + 1) * part - first, count); i < end; i++)
+
+#ifdef __AVX512VBMI__
+/* A permutation of bytes looks the digits of 64 words up at once, which arithmetic finds a word at a time. Words of more
+ * than a byte are split first. */
+#include "lookup.h"
+#else
 INLINE void row_1bit(const Row *row, const uint8_t *in, int kind) {
     const int64_t width = ceil_div(row->columns, 5);
     uint16_t words[BLOCK]; /* below 3^5 */
@@ -78,10 +89,6 @@ INLINE void row_1bit(const Row *row, const uint8_t *in, int kind) {
         store_words(row, words, first, count, width, kind, 3, 5);
     }
 }
-
-/* Runs of the block [first, first + count) inside part p of the row's words: word p*part + v is element v. */
-#define FOR_RUN(P) \
-    for (int64_t i = max64(P * part - first, 0), end = min64((P + 1) * part - first, count); i < end; i++)
 
 INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
     const int64_t width = ceil_div(row->columns, 3), part = ceil_div(width, 8);
@@ -108,6 +115,8 @@ INLINE void row_3bit(const Row *row, const uint8_t *in, int kind) {
         store_words(row, words, first, count, width, kind, 9, 5);
     }
 }
+
+#endif
 
 INLINE void row_4bit(const Row *row, const uint8_t *in, int kind) {
     const int64_t width = ceil_div(row->columns, 2), part = ceil_div(width, 8);
@@ -137,13 +146,24 @@ INLINE void row_bytes(const Row *row, const uint8_t *restrict in, int kind, int 
     }
 }
 
+INLINE void fill_digits(uint8_t digits[5][256], int base, int zero) {
+    for (int place = 0, divisor = 1; place < 5; place++, divisor *= base)
+        for (int word = 0; word < 256; word++) digits[place][word] = (uint8_t)(word / divisor % base - zero);
+}
+
 INLINE void decode_rows(const uint8_t *dense, const float *scale, char *out, int64_t rows, int64_t columns,
                         int64_t row_bytes_in, int bits, int kind, int64_t element_size) {
     const int half = half_range(bits);
+    Row row = {.columns = columns};
+    if (bits <= 3) fill_digits(row.digits, 2 * half + 1, kind == INT8 ? half : 0);
     for (int64_t r = 0; r < rows; r++) {
         const uint8_t *in = dense + r * row_bytes_in;
-        Row row = {.out = out + r * columns * element_size, .columns = columns, .scale = scale[r]};
-        for (int k = 0; k < MOST; k++) row.levels[k] = bf16_of((float)(k - half) * scale[r]);
+        row.out = out + r * columns * element_size;
+        row.scale = scale[r];
+        for (int k = 0; k < MOST; k++) {
+            row.float_levels[k] = (float)(k - half) * scale[r];
+            row.levels[k] = bf16_of(row.float_levels[k]);
+        }
         if (bits == 1) row_1bit(&row, in, kind);
         else if (bits == 2) row_2bit(&row, in, kind);
         else if (bits == 3) row_3bit(&row, in, kind);
