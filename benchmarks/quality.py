@@ -119,7 +119,7 @@ def make(source: Path, out: Path, way: str, sampling: Sampling) -> None:
     import torch
     from diffusers import UNet2DConditionModel
 
-    pipeline = load_pipeline(source, torch.float32, scheduler=sampling.scheduler)
+    pipeline = load_pipeline(source, sampling.scheduler, torch.float32)
     make_config = WAYS[way]
     config = None if make_config is None else make_config(pipeline.unet)
     if getattr(config, "calibration", None) is not None:
