@@ -26,8 +26,8 @@ _FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=off",
 )  # fmt: skip
 
-# Below this many values a thread costs more than it saves, in loops that compute with each: handing work over to
-# another thread takes as long as some 50 microseconds of it.
+# Below this many values a thread costs more than it saves, where loops compute with each: it takes some 50
+# microseconds to begin.
 _VALUES_PER_THREAD = 1 << 17
 
 

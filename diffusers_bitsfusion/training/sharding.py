@@ -48,7 +48,7 @@ class ShardedModel:
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
     def whole(self) -> ModelMixin:
-        """The model as it was before, with the present weights, on the device; every process calls it."""
+        """The model as it was before, with the present weights, on the CPU; every process calls it."""
         self._empty.load_state_dict(gathered(self.model.state_dict()), assign=True)
         return self._empty.train(self.model.training)
 
@@ -64,7 +64,7 @@ def _empty_twin(model: ModelMixin) -> ModelMixin:
 
 
 def gathered(state: Any, keep: bool = True) -> Any:
-    """Nested dictionaries and lists with slices made whole; every process calls it.
+    """Nested dictionaries and lists with slices made whole, on the CPU; every process calls it.
 
     Args:
         state: other tensors and values in it come back as they are.
@@ -72,7 +72,7 @@ def gathered(state: Any, keep: bool = True) -> Any:
     """
     if isinstance(state, DTensor):
         whole = state.full_tensor()
-        return whole if keep else whole.new_empty(0)
+        return whole.cpu() if keep else whole.new_empty(0)
     if isinstance(state, dict):
         return {key: gathered(value, keep) for key, value in state.items()}
     if isinstance(state, list):
