@@ -30,6 +30,9 @@ from diffusers_bitsfusion.training.timesteps import TimestepDistribution
 
 RECIPE, PROMPTS = "mixed.json", "prompts.txt"
 
+STAGE_1, STAGE_2, CONTROL = "+ Beta timesteps = Stage I", "+ Stage II", "full precision, Stage II's data"
+AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL)
+
 _UNIFORM = ("--recipe", "2", "--time_embedding", "keep")
 _MIXED = ("--recipe", RECIPE, "--time_embedding", "table")
 _PLAIN = ("--feature_weight", "0", "--timestep_sampling", "uniform")
@@ -39,13 +42,11 @@ ROWS: dict[str, tuple[str, ...]] = {
     "+ alternating": (*_UNIFORM, *_PLAIN),
     "+ mixed precision and caching": (*_MIXED, *_PLAIN),
     "+ feature distillation": (*_MIXED, "--timestep_sampling", "uniform"),
-    "+ Beta timesteps = Stage I": _MIXED,
-    "+ Stage II": _MIXED,
-    "full precision, Stage II's data": ("--full_precision",),
+    STAGE_1: _MIXED,
+    STAGE_2: _MIXED,
+    CONTROL: ("--full_precision",),
     "Stage I, prompts alone": (*_MIXED, "--prompts", PROMPTS),
 }
-STAGE_1, STAGE_2, CONTROL = list(ROWS)[5:8]
-AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL)
 
 
 def train_row(args: argparse.Namespace, row: str, seed: int) -> Path:

@@ -90,8 +90,8 @@ class TrainingLoop:
         self.accelerator, self.objective, self.batches = accelerator, objective, batches
         self.folder, self.settings, self.options, self.ema = folder, settings, options, ema
         self.sharded = student if isinstance(student, ShardedModel) else None
-        whole = student.model if isinstance(student, ShardedModel) else student
-        self.student, self.lr_scheduler = whole.train(), lr_scheduler
+        model = student.model if isinstance(student, ShardedModel) else student
+        self.student, self.lr_scheduler = model.train(), lr_scheduler
         self.parameters = list(self.student.parameters())
         self.model: nn.Module
         if self.sharded is None:
