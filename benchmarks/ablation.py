@@ -21,7 +21,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks.quality import SCALES, TARGET, mixed
-from benchmarks.trained import HELD_OUT, HeldOutImages, add_drawing, captioned, drawing, score, train, write_json
+from benchmarks.trained import HeldOutImages, add_drawing, count_trained, drawing, score, train, write_json
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import ArrayImages, TrainingImages
 from diffusers_bitsfusion.training.losses import Distillation
@@ -125,7 +125,7 @@ def write_inputs(args: argparse.Namespace) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     mixed(TARGET)(unet).recipe.save(args.work / RECIPE)
     images = ArrayImages(args.train_data)
-    captions = sorted(set(images.captions[: captioned(images) - HELD_OUT]))
+    captions = sorted(set(images.captions[: count_trained(images)]))
     (args.work / PROMPTS).write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 

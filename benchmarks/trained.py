@@ -20,9 +20,13 @@ DRAWING = Sampling(batch_size=BATCH_SIZE)
 HELD_OUT = 2000  # of the captioned images, at their end: never trained on
 
 
-def captioned(images: ArrayImages) -> int:
-    """How many images have a caption: in the shapes set those without come last."""
-    return images.captions.index("") if "" in images.captions else len(images)
+def count_trained(images: ArrayImages) -> int:
+    """How many images, the first ones, are trained on; the held-out ones follow them.
+
+    In the shapes set those without a caption come last, after both.
+    """
+    captioned = images.captions.index("") if "" in images.captions else len(images)
+    return captioned - HELD_OUT
 
 
 class HeldOutImages(ArrayImages):
@@ -30,7 +34,8 @@ class HeldOutImages(ArrayImages):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        held_out = slice(captioned(self) - HELD_OUT, captioned(self))
+        first = count_trained(self)
+        held_out = slice(first, first + HELD_OUT)
         self.images, self.captions = self.images[held_out], self.captions[held_out]
 
 
@@ -49,7 +54,7 @@ def train(pipeline: Path, data: Path, out: Path, options: Mapping[str, object], 
     given = {
         "pretrained_model_name_or_path": pipeline,
         "train_data_dir": data,
-        "max_train_samples": captioned(ArrayImages(data)) - HELD_OUT,
+        "max_train_samples": count_trained(ArrayImages(data)),
         "checkpoints_total_limit": 1,
         "resume_from_checkpoint": "latest",
         "output_dir": out,

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .batches import Batch, ImageBatches
 from .checkpoints import load_checkpoint, save_checkpoint
 from .losses import Loss
-from .sharding import ShardedModel, gathered, save_optimizer_whole, sliced_like
+from .sharding import ReplicatedModel, ShardedModel, gathered, sliced_like
 from .walks import WalkBatches
 
 LOG_FILE = "losses.jsonl"
@@ -89,18 +89,10 @@ class TrainingLoop:
     ):
         self.accelerator, self.objective, self.batches = accelerator, objective, batches
         self.folder, self.settings, self.options, self.ema = folder, settings, options, ema
-        self.sharded = student if isinstance(student, ShardedModel) else None
-        model = student.model if isinstance(student, ShardedModel) else student
-        self.student, self.lr_scheduler = model.train(), lr_scheduler
+        self.placed = student if isinstance(student, ShardedModel) else ReplicatedModel(accelerator, student)
+        self.student, self.lr_scheduler = self.placed.model.train(), lr_scheduler
         self.parameters = list(self.student.parameters())
-        self.model: nn.Module
-        if self.sharded is None:
-            self.model, self.optimizer = accelerator.prepare(self.student, optimizer)
-        else:
-            save_optimizer_whole(optimizer, keep=accelerator.is_main_process)
-            # Autocast as ever, but no DDP around it.
-            self.model = accelerator.prepare_model(self.student, evaluation_mode=True)
-            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.model, self.optimizer = self.placed.prepare(optimizer)
         if ema is not None:
             ema.to(accelerator.device)
         self.step = 0
@@ -192,10 +184,7 @@ class TrainingLoop:
         self.objective.close()
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
-        if self.sharded is None:
-            student = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-        else:
-            student = self.sharded.whole()
+        student = self.placed.whole()
         self.accelerator.free_memory(self.model, self.optimizer)
         return student.eval()
 

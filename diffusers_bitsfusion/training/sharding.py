@@ -1,7 +1,8 @@
-"""A model in training shared out over the processes (FSDP): weights, gradients, optimizer and average.
+"""How a model in training lies on the processes: whole on each, or shared out over them (FSDP).
 
-Every process holds a slice of each; a block's weights come together while it computes. For models whose training does
-not fit one GPU. Checkpoints hold whole tensors, as without sharding, so a run can go on either way.
+Shared out, every process holds a slice of each weight, gradient, moment and average; a block's weights come together
+while it computes. For models whose training does not fit one GPU. Checkpoints hold whole tensors either way, so that
+a run can go on in the other.
 """
 
 from __future__ import annotations
@@ -17,6 +18,27 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class ReplicatedModel:
+    """A model of which every process holds all.
+
+    Args:
+        accelerator: its processes hold the model.
+        model: on the device, not prepared by accelerate.
+    """
+
+    def __init__(self, accelerator: Accelerator, model: ModelMixin):
+        self.accelerator, self.model = accelerator, model
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """What to call for the forward pass, and the optimizer to step."""
+        self._prepared, optimizer = self.accelerator.prepare(self.model, optimizer)
+        return self._prepared, optimizer
+
+    def whole(self) -> ModelMixin:
+        """The prepared model as it was before, with the present weights."""
+        return self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
 
 
 class ShardedModel:
@@ -38,7 +60,7 @@ class ShardedModel:
             raise ValueError("A model is shared out over several processes; launch them, or train without sharding.")
         if accelerator.mixed_precision == "fp16":
             raise ValueError("A shared-out model does not train in fp16. Use bf16.")
-        self.model = model
+        self.accelerator, self.model = accelerator, model
         self._empty = _empty_twin(model)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         units = set(model._no_split_modules or [])
@@ -46,6 +68,13 @@ class ShardedModel:
             if module is model or type(module).__name__ in units:
                 # The outermost, too, gives its weights back: averages are swapped in between calls.
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, Any]:
+        """As of `ReplicatedModel`; the optimizer saves whole tensors."""
+        _save_whole(optimizer, keep=self.accelerator.is_main_process)
+        # Autocast as ever, but no DDP around it.
+        model = self.accelerator.prepare_model(self.model, evaluation_mode=True)
+        return model, self.accelerator.prepare_optimizer(optimizer)
 
     def whole(self) -> ModelMixin:
         """The model as it was before, with the present weights, on the CPU; every process calls it."""
@@ -102,7 +131,7 @@ def load_whole(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict({name: sliced_like(value, own[name]) for name, value in state.items()})
 
 
-def save_optimizer_whole(optimizer: torch.optim.Optimizer, keep: bool) -> None:
+def _save_whole(optimizer: torch.optim.Optimizer, keep: bool) -> None:
     """Make `state_dict` of an optimizer over slices give whole tensors, and `load_state_dict` take them.
 
     Args:
