@@ -186,8 +186,10 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         content = copy.deepcopy(self.__dict__)
         if isinstance(self.recipe, Recipe):
             content["recipe"] = dict(self.recipe)
-        if self.is_resolved:  # how one machine computes is not for the others that load the checkpoint
+        if self.is_resolved:  # how one machine computes, and where it keeps its files, is not for the others that load
             content |= {"compute": "auto", "resident": "packed"}
+            if isinstance(self.recipe, str) and os.path.exists(self.recipe):
+                content["recipe"] = os.path.basename(os.path.abspath(self.recipe))
         if isinstance(self.calibration, Calibration):
             content["calibration"] = self.calibration.to_dict()
         return {"quant_method": self.quant_method.value, **content}

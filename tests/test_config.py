@@ -213,3 +213,19 @@ def test_a_checkpoint_does_not_say_how_to_compute():
     assert BitsFusionConfig.from_dict(config.to_dict()).compute == "int8"
     config.format_version = 1
     assert config.to_dict()["compute"] == "auto" and config.to_dict()["resident"] == "packed"
+
+
+def test_a_checkpoint_does_not_say_where_its_recipe_lay(tmp_path):
+    file = tmp_path / "r.json"
+    Recipe({"conv": 3}).save(file)
+    resolved = {
+        "format_version": 1,
+        "layers": {"conv": {"bits": 3, "shape": [2, 2]}},
+        "time_embedding": {"type": "keep"},
+    }
+    config = BitsFusionConfig(recipe=file, **resolved)
+    assert config.to_dict()["recipe"] == "r.json"
+    assert BitsFusionConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+    assert BitsFusionConfig(recipe=file).to_dict()["recipe"] == str(file)
+    hub = BitsFusionConfig(recipe="someone/recipes", **resolved)
+    assert hub.to_dict()["recipe"] == "someone/recipes"
