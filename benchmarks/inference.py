@@ -1,7 +1,7 @@
 """Time of one UNet call beside full precision and beside other packages, interleaved: one command, its tables.
 
     python -m benchmarks.inference --work DIR [--peers-python PYTHON] [--sizes 64 32] [--repeats 5] [--compiled]
-        [--device cpu|cuda] [--shape sd15|sdxl] [--only NAME ...]
+        [--device cpu|cuda] [--dtypes float32 ...] [--shape sd15|sdxl] [--only NAME ...]
 
 Every contestant lives in a process of its own with its model loaded, and is asked for one call at a time, all in turn,
 so that the machine's drift cancels in the ratios: a ratio is that of two calls of the same round. Medians are shown,
@@ -42,23 +42,25 @@ class Contestant:
         return [*common, *peer, *self.options, *(["--compiled"] if compiled else [])]
 
 
-def contestants(half: str, compiled: bool) -> dict[str, Contestant]:
-    """All ways by name; `half` is the half precision that suits the device. `torch.compile` needs a C compiler."""
-    short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-    found = {short[dtype]: Contestant("fp16", dtype) for dtype in ("float32", half)}
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def contestants(dtypes: list[str], compiled: bool) -> dict[str, Contestant]:
+    """All ways by name, full precision in each dtype first. `torch.compile` needs a C compiler."""
+    found = {SHORT[dtype]: Contestant("fp16", dtype) for dtype in dtypes}
     ways = {
         "exact": ("--compute", "exact"),
         "int8": ("--compute", "int8"),
         "int8 resident": ("--compute", "int8", "--resident", "int8"),
     }
-    for dtype in ("float32", half):
+    for dtype in dtypes:
         for way, options in ways.items():
-            found[f"ours {way} {short[dtype]}"] = Contestant("ours", dtype, options)
+            found[f"ours {way} {SHORT[dtype]}"] = Contestant("ours", dtype, options)
         if not compiled:
             options = (*ways["exact"], "--no-compiler")
-            found[f"ours exact without a compiler {short[dtype]}"] = Contestant("ours", dtype, options)
-    for name in PEERS:
-        found[f"{name} {short[half]}"] = Contestant(name, half, peer=name)
+            found[f"ours exact without a compiler {SHORT[dtype]}"] = Contestant("ours", dtype, options)
+        for name in PEERS:
+            found[f"{name} {SHORT[dtype]}"] = Contestant(name, dtype, peer=name)
     return found
 
 
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for models, 5 GB (sdxl: 15 GB)")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers installed")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=SHORT, help="default: float32, and bfloat16 (float16 on a GPU)")
     parser.add_argument("--shape", choices=SHAPES, default="sd15")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 32], help="latents' height and width")
     parser.add_argument("--batch", type=int, default=2)
@@ -157,9 +160,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--only", nargs="+", help="names of contestants; full precision always runs")
     arguments = parser.parse_args()
-    half = "float16" if arguments.device == "cuda" else "bfloat16"
-    entered = contestants(half, arguments.compiled)
-    baselines = list(entered)[:2]
+    dtypes = arguments.dtypes or ["float32", "float16" if arguments.device == "cuda" else "bfloat16"]
+    entered = contestants(dtypes, arguments.compiled)
+    baselines = [SHORT[dtype] for dtype in dtypes]
     if arguments.only:
         entered = {name: entered[name] for name in dict.fromkeys([*baselines, *arguments.only])}
     for name, entry in list(entered.items()):
