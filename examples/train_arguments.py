@@ -61,6 +61,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no_balance", action="store_true", help="Plain grids of 2**n levels instead of 2**n + 1.")
     group.add_argument("--scale_init", default="alternating", help='"alternating" or "minmax".')
+    group.add_argument(
+        "--init",
+        choices=("rounding", "calibrated"),
+        default="rounding",
+        help="What Stage I starts from: rounded weights, or weights rounded for the inputs that layers see while the "
+        "teacher draws a few pictures.",
+    )
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -169,6 +176,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--validation_scorer needs --validation_file, whose Spec column it reads.")
     if args.init_from is not None and args.stage != "2":
         parser.error("--init_from says where Stage II starts: use it with --stage 2.")
+    if args.init == "calibrated" and (args.full_precision or args.stage == "2"):
+        parser.error("--init says how Stage I starts with quantized layers: use it without --full_precision.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
     if args.walk_steps < 2:

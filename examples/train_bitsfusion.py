@@ -22,8 +22,8 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import ModelCard
 from train_arguments import of_stage, parse_args, stages
-from train_data import make_batches, open_training_images
-from train_models import load_teacher, prepare_student
+from train_data import calibration_prompts, make_batches, open_training_images
+from train_models import calibrate_student, load_teacher, prepare_student
 from train_validation import Validation
 
 from diffusers_bitsfusion import convert, size_report
@@ -166,6 +166,8 @@ class Training:
         checkpoint = self._checkpoint(stage)
         if checkpoint is None and args.stage == "2":
             self._take_stage_1()
+        if checkpoint is None and stage == 1 and args.init == "calibrated" and not args.estimate_only:
+            calibrate_student(args, self.student, self.teacher, calibration_prompts(args, self.images))
         batches = self._batches(stage, self._distribution())
         student = self.student.to(self.accelerator.device)
         sharded = ShardedModel(self.accelerator, student) if args.shard else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
+from diffusers_bitsfusion import Calibration
 from diffusers_bitsfusion.evaluation import read_captions
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import TrainingImages, open_images
@@ -30,6 +32,16 @@ def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -
     return TrainingImages(
         source, _resolution(args, teacher), args.center_crop, args.random_flip, args.max_train_samples
     )
+
+
+def calibration_prompts(args: argparse.Namespace, images: TrainingImages | None) -> list[str]:
+    """What the teacher draws to calibrate a start: the prompts of the command line, else captions of the images."""
+    if args.prompts is not None:
+        return read_captions(args.prompts)
+    assert images is not None
+    generator = torch.Generator().manual_seed(args.seed)
+    chosen = torch.randperm(len(images), generator=generator)[: Calibration.num_samples]
+    return [images.load(int(index), generator)["caption"] for index in chosen]
 
 
 def make_batches(

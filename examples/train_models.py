@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from diffusers_bitsfusion import BitsFusionConfig, prepare_qat
+from diffusers_bitsfusion import BitsFusionConfig, Calibration, prepare_qat
+from diffusers_bitsfusion.calibration.run import calibrate
 from diffusers_bitsfusion.plan import matches
+from diffusers_bitsfusion.training.qat import start_calibrated, trainable_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -67,3 +70,13 @@ def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
             if matches(name, ("time_embedding", "time_emb_proj")):
                 parameter.requires_grad_(False)
     return student
+
+
+def calibrate_student(
+    args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline, prompts: Sequence[str]
+) -> None:
+    """Let a prepared student start from weights rounded for the inputs that layers see while the teacher draws."""
+    bits = {name: layer.bits for name, layer in trainable_layers(student).items()}
+    calibration = Calibration(prompts, seed=args.seed)
+    options = {"scale_init": args.scale_init, "balance": not args.no_balance}
+    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, **options))

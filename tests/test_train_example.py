@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -14,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 import train_bitsfusion
+import train_models
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
+
+from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
@@ -134,6 +138,21 @@ def test_two_steps_of_stage_one(source, command, data, tmp_path, fresh_accelerat
     train_bitsfusion.main(command(*arguments, "--stage", 1))
     assert len(losses(tmp_path / "out" / "stage1")) == 2
     assert StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet.is_quantized
+
+
+def test_stage_one_can_start_from_calibrated_rounding(command, data, source_folder, tmp_path, monkeypatch):
+    """With a rate that changes nothing, what comes out is what calibrated quantization gives."""
+    brief = partial(Calibration, num_inference_steps=2)
+    monkeypatch.setattr(train_models, "Calibration", brief)
+    given = ("--train_data_dir", data, "--stage", 1, "--init", "calibrated")
+    train_bitsfusion.main(command(*given, "--learning_rate", 1e-12, steps=1))
+    order = torch.randperm(len(CAPTIONS), generator=torch.Generator().manual_seed(0))
+    calibration = brief([CAPTIONS[index] for index in order], seed=0)
+    pipeline = StableDiffusionPipeline.from_pretrained(source_folder)
+    quantize_model(pipeline, BitsFusionConfig(target_bits=2.6), progress=False, calibration=calibration)
+    expected = {name: value for name, value in pipeline.unet.state_dict().items() if not value.is_floating_point()}
+    trained = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet.state_dict()
+    assert expected and all(torch.equal(trained[name], value) for name, value in expected.items())
 
 
 def test_every_part_can_be_switched_off(command, data, tmp_path):
@@ -304,6 +323,11 @@ def test_only_an_estimate(command, data, tmp_path, capsys):
         (("--train_data_dir", "d", "--train_batch_size", 0), "--train_batch_size must be at least 1"),
         (("--train_data_dir", "d", "--proportion_empty_prompts", 2), r"must be in the range \[0, 1\]"),
         (("--train_data_dir", "d", "--init_from", "rounding"), "--init_from says where Stage II starts"),
+        (
+            ("--prompts", "p", "--stage", 1, "--full_precision", "--init", "calibrated"),
+            "--init says how Stage I starts",
+        ),
+        (("--train_data_dir", "d", "--stage", 2, "--init", "calibrated"), "--init says how Stage I starts"),
         (("--train_data_dir", "d", "--shard", "--use_8bit_adam"), "--shard and --use_8bit_adam do not go together"),
         (("--prompts", "p.txt", "--stage", 1, "--walk_steps", 1), "--walk_steps must be at least 2"),
     ],

@@ -30,8 +30,8 @@ def check_pipeline(pipeline: Any) -> None:
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(
-            f"Calibration runs the whole pipeline, and a {type(pipeline).__name__} alone cannot be run: call "
-            "quantize_model(pipeline, config, calibration=...)."
+            f"Calibration runs the whole pipeline, and a {type(pipeline).__name__} alone cannot be run: pass the "
+            "pipeline that it belongs to, as in quantize_model(pipeline, config, calibration=...)."
         )
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"Calibration draws prompts, and {type(pipeline).__name__} takes none.")

@@ -16,6 +16,10 @@ from .packed import autocast
 
 LayerT = TypeVar("LayerT", bound="TrainableWeight")
 
+# Latent weights that are made to round to a given code stay this share of a step away from it at most, which leaves
+# room for rounding errors before the next code begins.
+_WITHIN = 0.49
+
 # A step of the optimizer may carry a scale across zero. It is held here, and its gradient leads back.
 _LEAST_SCALE = 1e-8
 
@@ -70,6 +74,22 @@ class TrainableWeight(nn.Module):
         )
         twin.register_parameter("bias", bias)
         return twin
+
+    @torch.no_grad()
+    def start_from(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Make the layer round to given codes: each latent weight moves as little as it must.
+
+        Args:
+            codes: integers [out, columns] within the grid.
+            scale: fp32 [out], positive.
+            bias: [out], or None to keep the layer's.
+        """
+        codes, row_scale = codes.to(self.weight), scale.to(self.weight).unsqueeze(1)
+        nearest = self.weight.flatten(1).clamp((codes - _WITHIN) * row_scale, (codes + _WITHIN) * row_scale)
+        self.weight.copy_(nearest.view_as(self.weight))
+        self.scale.copy_(scale)
+        if bias is not None:
+            self.bias.copy_(bias)
 
     @torch.no_grad()
     def codes_and_scale(self) -> tuple[Tensor, Tensor]:

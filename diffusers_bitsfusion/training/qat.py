@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 
-from ..codec.radix import pack_dense
+from ..calibration.denoising import check_pipeline
+from ..calibration.layers import CalibratedLayer
+from ..calibration.run import calibrate
+from ..calibration.settings import Calibration
+from ..codec.radix import pack_dense, unpack_dense
 from ..config import FORMAT_VERSION, BitsFusionConfig
 from ..nn.convert import packed_twin, replace_module
 from ..nn.trainable import QATConv2d, QATLinear, trainable_twin
@@ -37,8 +42,11 @@ def trainable_layers(model: torch.nn.Module) -> dict[str, QATLinear | QATConv2d]
 
 
 def prepare_qat(
-    model: ModelMixin, config: BitsFusionConfig | None = None, layers: Iterable[str] | None = None
-) -> ModelMixin:
+    model: ModelMixin | DiffusionPipeline,
+    config: BitsFusionConfig | None = None,
+    layers: Iterable[str] | None = None,
+    calibration: Calibration | Mapping[str, Any] | bool | None = None,
+) -> ModelMixin | DiffusionPipeline:
     """Make the layers that `quantize_model` would pack trainable at their bits, in place.
 
     Each becomes a `QATLinear` or `QATConv2d`, an `nn.Linear` or `nn.Conv2d` with an fp32 latent `weight` and an fp32
@@ -47,24 +55,78 @@ def prepare_qat(
     asks for. Load the model in fp32 and train under autocast.
 
     Args:
-        model: a diffusers model that is not quantized.
+        model: a diffusers model that is not quantized; with `calibration` the pipeline around it, of which the
+            component that `config.components` names is prepared (`convert` then takes that component).
         config: as for `quantize_model`; `BitsFusionConfig()` when left out.
         layers: names of the layers to make trainable, the others staying in floating point; all when left out. To
             study one layer alone: `prepare_qat(unet, BitsFusionConfig(recipe=2), layers=["conv_in"])`. The layer that
             was there is not touched, and can be put back.
+        calibration: start from codes, scales and biases that suit the inputs which the layers see while the pipeline
+            draws: `True`, or a `Calibration` that says what to run. Each latent weight then moves as little as it must
+            to round to its code. `config.calibration` when left out.
 
     Returns:
         The same object.
 
     Raises:
         ValueError: it is quantized, prepared or offloaded already, holds NaN or infinite weights, the config does not
-            suit it, or `layers` names one that the config does not quantize.
+            suit it, or `layers` names one that the config does not quantize; calibration is asked for and it is not a
+            pipeline that draws prompts and has one model to train, or is to tune, which training does itself.
     """
-    refuse_dispatched(model, "prepare")
     config = copy.deepcopy(config or BitsFusionConfig())
+    asked = Calibration.of(config.calibration if calibration is None else calibration)
+    if asked is None:
+        return _prepare(model, config, _plan(model, config, layers))
+    check_pipeline(model)
+    component = _only_component(model, config)
+    if asked.tuning_steps:
+        raise ValueError("tuning_steps of the calibration tune a packed model; training trains more. Leave them 0.")
+    config.calibration = asked.summary()
+    plan = _plan(component, config, layers)
+    start = calibrate(
+        model,
+        component,
+        plan.bits,
+        asked,
+        scale_init=config.scale_init,
+        iterations=config.scale_iterations,
+        balance=config.balance,
+    )
+    start_calibrated(_prepare(component, config, plan), start)
+    return model
+
+
+@torch.no_grad()
+def start_calibrated(model: ModelMixin, calibrated: Mapping[str, CalibratedLayer]) -> None:
+    """Let a prepared model start from calibrated layers, in place.
+
+    Args:
+        model: prepared by `prepare_qat`, not trained yet.
+        calibrated: by layer name, from `calibrate` with the same bits, grid and weights.
+    """
+    layers = trainable_layers(model)
+    for name, start in calibrated.items():
+        layer = layers[name]
+        codes = unpack_dense(start.codes, layer.bits, layer.weight[0].numel())
+        layer.start_from(codes, start.scale, start.bias)
+
+
+def _only_component(pipeline: DiffusionPipeline, config: BitsFusionConfig) -> ModelMixin:
+    found = [part for name in config.components if isinstance(part := pipeline.components.get(name), ModelMixin)]
+    if len(found) != 1:
+        raise ValueError(f"Of {config.components} the pipeline has {len(found)} models to train; name one.")
+    return found[0]
+
+
+def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | None) -> Plan:
+    refuse_dispatched(model, "prepare")
     plan = make_plan(model, config, model._keep_in_fp32_modules or [])
     if layers is not None:
         plan.bits = _selected(plan.bits, layers)
+    return plan
+
+
+def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMixin:
     for name, bits in plan.bits.items():
         try:
             layer = trainable_twin(
