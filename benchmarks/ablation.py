@@ -6,7 +6,8 @@ PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes expo
 holds already is not done again, and an interrupted training goes on, so the command can be stopped and started at
 will (`timeout 150m python -m benchmarks.ablation ...`). Arguments that are not known here go to
 examples/train_bitsfusion.py, before those of the row. Rows add up, as in the paper. Then follow the control that it
-lacks, full precision trained on the same data for as long as Stage II, and Stage I on the captions alone.
+lacks, full precision trained on the same data for as long as Stage II, and Stage I on the captions alone, or from
+calibrated rounding.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     STAGE_2: _MIXED,
     CONTROL: ("--full_precision",),
     "Stage I, prompts alone": (*_MIXED, "--prompts", PROMPTS),
+    "Stage I, calibrated start": (*_MIXED, "--init", "calibrated"),
 }
 
 
