@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
+from diffusers_bitsfusion.codec.native import native_library
 from diffusers_bitsfusion.nn import packed
 from diffusers_bitsfusion.ops import conv, linear
 
@@ -42,6 +43,14 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_library() -> Iterator[None]:
+    """Forget the compiled library before and after, for tests that change how it is found."""
+    native_library.cache_clear()
+    yield
+    native_library.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,7 @@ class NativeLibrary:
     rescale: Callable[..., None]
     rescale_geglu: Callable[..., None]
     block_weight: Callable[..., None]
+    multiply: Callable[..., None] | None  # where the processor has AVX2
     attention: Callable[..., None]
     attention_queries: int  # that a unit of `attention`'s work has; 0 where the processor lacks the instructions
 
@@ -68,6 +69,7 @@ def native_library() -> NativeLibrary | None:
         found.argtypes, found.restype = arguments, None
         return found
 
+    multiply = function("multiply", *[pointer] * 3, *[size] * 3, integer)
     return NativeLibrary(
         decode=function("decode", *[pointer] * 3, *[size] * 3, integer, integer),
         quantize=function("quantize", *[pointer] * 4, *[size] * 3, *[integer] * 3, real, integer, integer),
@@ -77,6 +79,7 @@ def native_library() -> NativeLibrary | None:
         rescale=function("rescale", *[pointer] * 5, size, size, integer),
         rescale_geglu=function("rescale_geglu", *[pointer] * 5, size, size, integer),
         block_weight=function("block_weight", *[pointer] * 2, *[size] * 6),
+        multiply=multiply if library.bitsfusion_multiplies() else None,
         attention=function("attention", *[pointer] * 5, *[size] * 4, real, size, size, integer),
         attention_queries=library.bitsfusion_attention_queries(),
     )

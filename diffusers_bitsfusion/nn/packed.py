@@ -133,7 +133,7 @@ class PackedWeight(nn.Module):
         """How `forward` computes, or would with other settings; raises as `ops.select.choose_way`."""
         assert self.bits is not None
         settings = compute or self.compute, resident or self.resident
-        return choose_way(*settings, self.bits, self.codes.device, self.sensitive)
+        return choose_way(*settings, self.bits, self.codes.device, self.sensitive, isinstance(self, nn.Linear))
 
     def set_compute(self, compute: str, resident: str) -> None:
         """Change how `forward` computes; see `diffusers_bitsfusion.set_compute`, raises as `ops.select.choose_way`."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .activations import quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
+from .products import int_mm
 
 # int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory is used
 # again. For few tokens at a time a product waits for its weight, which it reads anew.
@@ -59,8 +60,11 @@ def linear(
         return F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
     tokens, token_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
-    y = multiply(tokens, token_scale, weight, scale.view(torch.float32), bias, x.dtype)
+    float_scale = scale.view(torch.float32)
+    if x.device.type == "cuda":
+        y = _multiply_on_gpu(tokens, token_scale, weight, float_scale, bias, x.dtype)
+    else:
+        y = _multiply_on_cpu(tokens, token_scale, weight, bits, float_scale, bias, x.dtype)
     return y.view(*x.shape[:-1], shape[0])
 
 
@@ -94,7 +98,7 @@ def linear_geglu(
         return hidden * F.gelu(gate)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
     tokens, token_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
-    y = _multiply_on_cpu(tokens, token_scale, weight, scale.view(torch.float32), bias, x.dtype, geglu=True)
+    y = _multiply_on_cpu(tokens, token_scale, weight, bits, scale.view(torch.float32), bias, x.dtype, geglu=True)
     return y.view(*x.shape[:-1], shape[0] // 2)
 
 
@@ -107,6 +111,7 @@ def _multiply_on_cpu(
     tokens: Tensor,
     token_scale: Tensor,
     weight: Tensor,
+    bits: int,
     scale: Tensor,
     bias: Tensor | None,
     dtype: torch.dtype,
@@ -118,17 +123,8 @@ def _multiply_on_cpu(
     sums = torch.empty(min(block, len(tokens)), len(weight), dtype=torch.int32)
     for start in range(0, len(tokens), block):
         part = slice(start, start + block)
-        finish(_int_mm(tokens[part], weight, sums), token_scale[part], scale, bias, out[part])
+        finish(int_mm(tokens[part], weight, bits, sums), token_scale[part], scale, bias, out[part])
     return out
-
-
-def _int_mm(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
-    """tokens weightᵀ in the first rows of `sums`."""
-    sums = sums[: len(tokens)]
-    # Of single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
-    if weight.shape[1] == 1:
-        return torch.mul(tokens.to(torch.int32), weight.T, out=sums)
-    return torch._int_mm(tokens, weight.T, out=sums)
 
 
 def _multiply_on_gpu(

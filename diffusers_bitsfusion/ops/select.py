@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..codec.native import native_library
+from .products import why_no_int_mm
 
 COMPUTES = ("auto", "exact", "int8")
 RESIDENTS = ("packed", "int8")
@@ -45,7 +46,9 @@ def check_settings(compute: str, resident: str) -> None:
         raise ValueError(f'resident="int8" is for compute="int8" only, got compute={compute!r}')
 
 
-def choose_way(compute: str, resident: str, bits: int, device: torch.device, sensitive: bool = False) -> Way:
+def choose_way(
+    compute: str, resident: str, bits: int, device: torch.device, sensitive: bool = False, linear: bool = False
+) -> Way:
     """The way of a layer.
 
     Args:
@@ -54,6 +57,7 @@ def choose_way(compute: str, resident: str, bits: int, device: torch.device, sen
         bits: of the layer's codes, 1 to 8.
         device: where the codes are; "meta" for an offloaded layer, which is judged as on a CPU.
         sensitive: whether the layer's input is not normalised, so that eight bits are too few for it.
+        linear: whether it is a linear layer rather than a convolution.
 
     Raises:
         ValueError: the device has no integer arithmetic, or codes that are offloaded should stay resident.
@@ -67,6 +71,8 @@ def choose_way(compute: str, resident: str, bits: int, device: torch.device, sen
     if device.type in ("cpu", "meta") and bits > _BITS_WITHOUT_VNNI and not torch.cpu._is_vnni_supported():
         reason = f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
         return Way("exact", _decoding(device), reason)
+    if device.type in ("cpu", "meta") and linear and (slow := why_no_int_mm()) is not None:
+        return Way("exact", _decoding(device), slow)
     if sensitive:
         return Way("exact", _decoding(device), "its input is not normalised: eight bits are too few for it")
     if resident == "packed":

@@ -21,14 +21,6 @@ all_bits = pytest.mark.parametrize("bits", range(1, 9))
 
 
 @pytest.fixture
-def fresh_library():
-    """Forget the compiled library before and after, for tests that change how it is found."""
-    native.native_library.cache_clear()
-    yield
-    native.native_library.cache_clear()
-
-
-@pytest.fixture
 def no_compiler(fresh_library, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from diffusers_bitsfusion.ops import attention as module
 from diffusers_bitsfusion.ops.attention import attention
+from diffusers_bitsfusion.ops.select import why_no_bf16_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,8 +28,9 @@ def inputs(batch, heads, queries, keys, width, dtype=torch.float32, seed=0, size
 
 
 def numpy_attention(query, key, value):
-    """(softmax(q kᵀ / √width) v, the same of |v|) of bf16 inputs in double precision."""
-    query, key, value = (x.bfloat16().double().numpy() for x in (query, key, value))
+    """(softmax(q kᵀ / √width) v, the same of |v|) in double precision, of inputs in bf16 where that is computed in."""
+    dtype = query.dtype if why_no_bf16_attention(query.device) else torch.bfloat16
+    query, key, value = (x.to(dtype).double().numpy() for x in (query, key, value))
     scores = query @ key.swapaxes(-1, -2) / np.sqrt(query.shape[-1])
     shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
     shares /= shares.sum(axis=-1, keepdims=True)

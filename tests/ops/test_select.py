@@ -1,9 +1,10 @@
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from diffusers_bitsfusion.ops import select
+from diffusers_bitsfusion.ops import products, select
 from diffusers_bitsfusion.ops.select import check_settings, choose_way, why_no_int8
 
 CPU = torch.device("cpu")
@@ -17,10 +18,11 @@ def test_auto_is_exact_and_says_so(compute, bits):
     assert f'compute="{compute}"' in way.reason
 
 
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_this_machine_multiplies_integers(bits):
-    assert choose_way("int8", "packed", bits, CPU).arithmetic == "int8"
-    assert "kept" in choose_way("int8", "int8", bits, CPU).weights
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("bits", range(1, 8))
+def test_this_machine_multiplies_integers(bits, linear):
+    assert choose_way("int8", "packed", bits, CPU, linear=linear).arithmetic == "int8"
+    assert "kept" in choose_way("int8", "int8", bits, CPU, linear=linear).weights
 
 
 def test_the_way_names_how_weights_are_decoded(monkeypatch):
@@ -35,6 +37,18 @@ def test_codes_that_overflow_without_vnni_stay_exact(monkeypatch, bits):
     way = choose_way("int8", "int8", bits, CPU)
     assert way.arithmetic == ("exact" if bits == 8 else "int8")
     assert ("VNNI" in way.reason) == (bits == 8)
+
+
+def test_linear_layers_stay_exact_where_integers_are_multiplied_slowly(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert choose_way("int8", "packed", 2, CPU, linear=True).arithmetic == "int8"
+    for library, reason in ((None, "no C compiler"), (SimpleNamespace(multiply=None), "neither VNNI nor AVX2")):
+        monkeypatch.setattr(products, "native_library", lambda library=library: library)
+        way = choose_way("int8", "int8", 2, CPU, linear=True)
+        assert way.arithmetic == "exact" and reason in way.reason
+        assert choose_way("int8", "int8", 2, CPU).arithmetic == "int8"  # a convolution
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert choose_way("int8", "packed", 8, CPU, linear=True).arithmetic == "int8"
 
 
 @pytest.mark.parametrize(

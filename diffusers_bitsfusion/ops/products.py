@@ -1,0 +1,59 @@
+"""Integer products of tokens and codes on a CPU: a plain reference, the fast ways, and the choice."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..codec.native import for_row_ranges, native_library
+
+# Products that are worth a thread; one makes some 40 a nanosecond.
+_PRODUCTS_PER_THREAD = 1 << 22
+
+
+def why_no_int_mm() -> str | None:
+    """Why integer products are slower here than those of fp32, or None where they are not."""
+    if torch.cpu._is_vnni_supported():
+        return None
+    native = native_library()
+    if native is None:
+        return "torch multiplies integers slowly on this processor, which lacks VNNI, and there is no C compiler"
+    return None if native.multiply is not None else "this processor has neither VNNI nor AVX2"
+
+
+def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
+    """tokens weightᵀ.
+
+    Args:
+        tokens: int8 [tokens, in].
+        weight: int8 [out, in].
+        sums: int32 [at least tokens, out]; its first rows are written and returned.
+    """
+    sums = sums[: len(tokens)]
+    # Of single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
+    if weight.shape[1] == 1:
+        return torch.mul(tokens.to(torch.int32), weight.T, out=sums)
+    return torch._int_mm(tokens, weight.T, out=sums)
+
+
+def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
+    """`int_mm_reference` by the fastest way there is; `weight`: codes of `bits`, without VNNI at most 7."""
+    native = native_library()
+    if torch.cpu._is_vnni_supported() or native is None or native.multiply is None:
+        return int_mm_reference(tokens, weight, sums)
+    multiply, tokens, weight, sums = native.multiply, tokens.contiguous(), weight.contiguous(), sums[: len(tokens)]
+    rows, columns = weight.shape
+
+    def multiply_tokens(start: int, stop: int) -> None:
+        multiply(
+            tokens.data_ptr() + start * columns,
+            weight.data_ptr(),
+            sums.data_ptr() + start * rows * sums.element_size(),
+            stop - start,
+            columns,
+            rows,
+            bits,
+        )
+
+    for_row_ranges(multiply_tokens, len(tokens), weight.numel(), _PRODUCTS_PER_THREAD)
+    return sums
