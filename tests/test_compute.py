@@ -20,20 +20,21 @@ from diffusers_bitsfusion.compute import packed_layers
 from diffusers_bitsfusion.nn import attention as nn_attention
 from diffusers_bitsfusion.nn.attention import BFloat16AttnProcessor, set_attention
 from diffusers_bitsfusion.nn.feed_forward import IntegerGEGLU
+from diffusers_bitsfusion.ops import linear as linear_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 residents = pytest.mark.parametrize("resident", ["packed", "int8"])
 
 
-def sensitive(name):
-    """Whether a layer's input is not normalised: it stays exact."""
-    return name.endswith(("conv_in", "conv_shortcut"))
+def stays_exact(name, layer):
+    """Whether a layer's input is not normalised, or its codes would overflow on a processor without VNNI."""
+    return name.endswith(("conv_in", "conv_shortcut")) or (layer.bits == 8 and not torch.cpu._is_vnni_supported())
 
 
 def in_integers(model):
     """The layers that should compute in integers."""
-    return {name: layer for name, layer in packed_layers(model).items() if not sensitive(name)}
+    return {name: layer for name, layer in packed_layers(model).items() if not stays_exact(name, layer)}
 
 
 def relative_error(output, expected):
@@ -74,7 +75,9 @@ def test_kept_codes_are_never_decoded_while_drawing(packed_unet, call_unet, deco
 def test_the_config_chooses_while_quantizing_and_while_loading(make_config, source_folder, call_unet, resident):
     config = make_config(compute="int8", resident=resident)
     quantized = quantize_model(tiny_unet(), config, progress=False)
-    assert all(layer.computes_int8 != sensitive(name) for name, layer in packed_layers(quantized).items())
+    assert {name for name, layer in packed_layers(quantized).items() if layer.computes_int8} == {
+        *in_integers(quantized)
+    }
     loaded = UNet2DConditionModel.from_pretrained(source_folder / "unet", quantization_config=config)
     assert torch.equal(call_unet(loaded), call_unet(quantized))
     set_compute(loaded, "exact")
@@ -250,17 +253,23 @@ def gates(model):
     return [module for module in model.modules() if isinstance(module, GEGLU)]
 
 
-def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(packed_unet, call_unet, monkeypatch):
-    set_compute(packed_unet, "int8")
-    assert {type(gate) for gate in gates(packed_unet)} == {IntegerGEGLU}
-    found = call_unet(packed_unet)
-    set_compute(packed_unet, "exact")
-    assert {type(gate) for gate in gates(packed_unet)} == {GEGLU}
-    set_compute(packed_unet, "int8")
+def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(make_config, call_unet, monkeypatch):
+    unet = quantize_model(tiny_unet(), make_config(recipe=2), progress=False)
+    calls = []
+    rescale_geglu = linear_module.rescale_geglu
+    monkeypatch.setattr(linear_module, "rescale_geglu", lambda *args: calls.append(1) or rescale_geglu(*args))
+    set_compute(unet, "int8")
+    assert {type(gate) for gate in gates(unet)} == {IntegerGEGLU}
+    found = call_unet(unet)
+    assert len(calls) == len(gates(unet)) > 0
+    set_compute(unet, "exact")
+    assert {type(gate) for gate in gates(unet)} == {GEGLU}
+    set_compute(unet, "int8")
     monkeypatch.setattr(IntegerGEGLU, "forward", GEGLU.forward)
-    # In one operation with the projection or after it: the same but for rounding.
-    assert 0 < relative_error(found, call_unet(packed_unet)) < 1e-3
-    assert {type(gate) for gate in gates(packed_unet.dequantize())} == {GEGLU}
+    # In one operation with the projection or after it: the same but for rounding, which may tip an activation's code.
+    assert relative_error(found, call_unet(unet)) < 0.01
+    assert len(calls) == len(gates(unet))
+    assert {type(gate) for gate in gates(unet.dequantize())} == {GEGLU}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -305,7 +314,7 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     weights = sum(torch.Size(layer.weight_shape).numel() for layer in rounded.values())
     assert kept.total_bytes == report.total_bytes + weights
     assert f"{len(rounded):>6}  int8, weights int8 codes kept in memory" in str(kept)
-    assert kept.to_dict()["ways"]["conv_out"]["arithmetic"] == "int8"
+    assert kept.to_dict()["ways"][next(iter(rounded))]["arithmetic"] == "int8"
     assert kept.to_dict()["ways"]["conv_in"]["arithmetic"] == "exact"
     assert "not normalised" in kept.ways["conv_in"].reason
 

@@ -68,13 +68,13 @@ def choose_way(
     obstacle = why_no_int8(device)
     if obstacle is not None:
         raise ValueError(f'compute="int8" is not possible here: {obstacle}. Use compute="exact".')
+    if sensitive:
+        return Way("exact", _decoding(device), "its input is not normalised: eight bits are too few for it")
     if device.type in ("cpu", "meta") and bits > _BITS_WITHOUT_VNNI and not torch.cpu._is_vnni_supported():
         reason = f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
         return Way("exact", _decoding(device), reason)
     if device.type in ("cpu", "meta") and linear and (slow := why_no_int_mm()) is not None:
         return Way("exact", _decoding(device), slow)
-    if sensitive:
-        return Way("exact", _decoding(device), "its input is not normalised: eight bits are too few for it")
     if resident == "packed":
         return Way("int8", _decoding(device), 'compute="int8"')
     if device.type == "meta":
