@@ -108,7 +108,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--proportion_empty_prompts", type=float, default=0.1, help="Probability of training on the empty text."
     )
-    group.add_argument("--walk_steps", type=int, default=50, help="Steps of the teacher's walk, with --prompts.")
+    group.add_argument("--walk_steps", type=int, default=10, help="Steps of the teacher's walk, with --prompts.")
     group.add_argument("--guidance_scale", type=float, default=7.5, help="Of the teacher's walk.")
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="If not as saved.")
 

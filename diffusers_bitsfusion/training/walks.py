@@ -61,7 +61,7 @@ class WalkBatches:
         sharing: Sharing,
         latent_shape: tuple[int, int, int],
         *,
-        walk_steps: int = 50,
+        walk_steps: int = 10,
         guidance_scale: float = 7.5,
         text_dropout: float = 0.1,
         seed: int = 0,
