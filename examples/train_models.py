@@ -80,3 +80,4 @@ def calibrate_student(
     calibration = Calibration(prompts, seed=args.seed)
     options = {"scale_init": args.scale_init, "balance": not args.no_balance}
     start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, **options))
+    student.qat_state.config.calibration = calibration.summary()  # as `prepare_qat` records it

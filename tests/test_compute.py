@@ -253,9 +253,8 @@ def gates(model):
     return [module for module in model.modules() if isinstance(module, GEGLU)]
 
 
-def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(make_config, call_unet, monkeypatch):
-    unet = quantize_model(tiny_unet(), make_config(recipe=2), progress=False)
-    calls = []
+def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(packed_unet, call_unet, monkeypatch):
+    unet, calls = packed_unet, []
     rescale_geglu = linear_module.rescale_geglu
     monkeypatch.setattr(linear_module, "rescale_geglu", lambda *args: calls.append(1) or rescale_geglu(*args))
     set_compute(unet, "int8")
@@ -266,8 +265,8 @@ def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(make_conf
     assert {type(gate) for gate in gates(unet)} == {GEGLU}
     set_compute(unet, "int8")
     monkeypatch.setattr(IntegerGEGLU, "forward", GEGLU.forward)
-    # In one operation with the projection or after it: the same but for rounding, which may tip an activation's code.
-    assert relative_error(found, call_unet(unet)) < 0.01
+    # In one operation with the projection or after it: the same but for rounding.
+    assert relative_error(found, call_unet(unet)) < 1e-3
     assert len(calls) == len(gates(unet))
     assert {type(gate) for gate in gates(unet.dequantize())} == {GEGLU}
 
@@ -314,7 +313,7 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     weights = sum(torch.Size(layer.weight_shape).numel() for layer in rounded.values())
     assert kept.total_bytes == report.total_bytes + weights
     assert f"{len(rounded):>6}  int8, weights int8 codes kept in memory" in str(kept)
-    assert kept.to_dict()["ways"][next(iter(rounded))]["arithmetic"] == "int8"
+    assert kept.to_dict()["ways"]["conv_out"]["arithmetic"] == ("int8" if "conv_out" in rounded else "exact")
     assert kept.to_dict()["ways"]["conv_in"]["arithmetic"] == "exact"
     assert "not normalised" in kept.ways["conv_in"].reason
 

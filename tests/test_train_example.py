@@ -151,8 +151,10 @@ def test_stage_one_can_start_from_calibrated_rounding(command, data, source_fold
     pipeline = StableDiffusionPipeline.from_pretrained(source_folder)
     quantize_model(pipeline, BitsFusionConfig(target_bits=2.6), progress=False, calibration=calibration)
     expected = {name: value for name, value in pipeline.unet.state_dict().items() if not value.is_floating_point()}
-    trained = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet.state_dict()
+    unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    trained = unet.state_dict()
     assert expected and all(torch.equal(trained[name], value) for name, value in expected.items())
+    assert unet.config.quantization_config.calibration == calibration.summary()
 
 
 def test_every_part_can_be_switched_off(command, data, tmp_path):

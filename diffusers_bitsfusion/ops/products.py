@@ -25,8 +25,8 @@ def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     """tokens weightᵀ.
 
     Args:
-        tokens: int8 [tokens, in].
-        weight: int8 [out, in].
+        tokens: int8 [tokens, in], contiguous.
+        weight: int8 [out, in], contiguous.
         sums: int32 [at least tokens, out]; its first rows are written and returned.
     """
     sums = sums[: len(tokens)]
@@ -41,7 +41,7 @@ def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
     native = native_library()
     if torch.cpu._is_vnni_supported() or native is None or native.multiply is None:
         return int_mm_reference(tokens, weight, sums)
-    multiply, tokens, weight, sums = native.multiply, tokens.contiguous(), weight.contiguous(), sums[: len(tokens)]
+    multiply, sums = native.multiply, sums[: len(tokens)]
     rows, columns = weight.shape
 
     def multiply_tokens(start: int, stop: int) -> None:

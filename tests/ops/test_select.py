@@ -19,7 +19,7 @@ def test_auto_is_exact_and_says_so(compute, bits):
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("bits", range(1, 8))
+@pytest.mark.parametrize("bits", range(1, 9 if torch.cpu._is_vnni_supported() else 8))
 def test_this_machine_multiplies_integers(bits, linear):
     assert choose_way("int8", "packed", bits, CPU, linear=linear).arithmetic == "int8"
     assert "kept" in choose_way("int8", "int8", bits, CPU, linear=linear).weights
