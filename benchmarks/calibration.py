@@ -1,7 +1,7 @@
 """What calibration brings, and what it costs.
 
     python -m benchmarks.calibration quality PIPELINE --prompts HELD_OUT.tsv [--calibration-prompts FILE] [--recipe 2]
-    python -m benchmarks.calibration cost --work DIR [--memory-gb 8] [--samples 16] [--steps 20] [--tuning-steps 0]
+    python -m benchmarks.calibration cost --work DIR [--memory-gb 8] [--samples 16] [--steps 20] [--dtype float32]
 
 `quality` quantizes a pipeline without and with calibration, and compares it with full precision: PSNR of the pictures
 at equal seeds, and the error of the predicted noise, relative to its square, on inputs of full precision's own
@@ -87,8 +87,8 @@ def settings(
     return found
 
 
-def random_sd15_pipeline() -> StableDiffusionPipeline:
-    """SD-1.5's UNet with random weights, in bf16; text encoder and VAE, which are not calibrated, are tiny."""
+def random_sd15_pipeline(dtype: torch.dtype) -> StableDiffusionPipeline:
+    """SD-1.5's UNet with random weights; text encoder and VAE, which are not calibrated, are tiny."""
     from examples.tiny import tiny_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
@@ -108,12 +108,12 @@ def random_sd15_pipeline() -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    return pipeline.to("cuda", torch.float16) if torch.cuda.is_available() else pipeline.to(torch.bfloat16)
+    return pipeline.to("cuda" if torch.cuda.is_available() else "cpu", dtype)
 
 
 def cost(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds and peak memory of the whole calibration; interrupted, it goes on from DIR."""
-    pipeline = random_sd15_pipeline()
+    pipeline = random_sd15_pipeline(getattr(torch, arguments.dtype))
     calibration = Calibration(
         num_samples=arguments.samples,
         num_inference_steps=arguments.steps,
@@ -155,6 +155,9 @@ def main() -> None:
     of_cost.add_argument("--samples", type=int, default=16)
     of_cost.add_argument("--steps", type=int, default=20)
     of_cost.add_argument("--tuning-steps", type=int, default=0)
+    of_cost.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of the pipeline"
+    )
     of_cost.set_defaults(measure=cost)
     arguments = parser.parse_args()
     print(json.dumps(arguments.measure(arguments), indent=2))

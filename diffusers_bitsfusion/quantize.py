@@ -51,7 +51,7 @@ def quantize_model(
     config = config or BitsFusionConfig()
     asked = Calibration.of(config.calibration if calibration is None else calibration)
     if asked is not None:
-        check_pipeline(model)
+        check_pipeline(model, tunes=asked.tuning_steps > 0)
     if not isinstance(model, DiffusionPipeline):
         return _quantize(model, config, progress)
     components = {name: part for name in config.components if (part := model.components.get(name)) is not None}
@@ -80,6 +80,7 @@ def _quantize(
     packer = ModelPacker(model, config, dtype, exclude, progress)
     calibrated: dict[str, CalibratedLayer] = {}
     calls: list[Call] = []
+    timesteps = packer.plan.timesteps if packer.plan.time_embedding == "cache" else None
     if calibration is not None:
         calibrated = calibrate(
             pipeline,
@@ -93,7 +94,7 @@ def _quantize(
         )
         packer.config.calibration = calibration.summary()
         if calibration.tuning_steps:
-            calls = record_calls(pipeline, model, calibration, progress)
+            calls = record_calls(pipeline, model, calibration, timesteps, progress)
     for name, parameter in list(model.named_parameters()):
         layer = name.removesuffix(".weight")
         if layer in calibrated:
@@ -103,7 +104,7 @@ def _quantize(
     quantizer.adopt(packer)
     quantizer.finish(model)
     if calibration is not None and calls:
-        tune_packed(model, calls, calibration, progress)
+        tune_packed(model, calls, calibration, timesteps, progress)
     model.hf_quantizer = quantizer
     model.register_to_config(_pre_quantization_dtype=dtype)
     return model

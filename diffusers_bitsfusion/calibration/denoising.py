@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,19 +14,24 @@ from torch import Tensor, nn
 
 from .calls import Call, recording
 from .moments import InputMoments, sample_inputs
+from .noising import Noising, check_scheduler
 from .settings import Calibration, default_prompts
 
 # Positions of a picture that count in each call: neighbours see nearly the same.
 _POSITIONS = 64
 
-_NOISE_STREAM, _POSITION_STREAM, _PROMPT_STREAM = range(3)
+_NOISE_STREAM, _POSITION_STREAM, _PROMPT_STREAM, _TUNING_STREAM = range(4)
 
 
-def check_pipeline(pipeline: Any) -> None:
+def check_pipeline(pipeline: Any, tunes: bool = False) -> None:
     """Refuse what cannot be run on prompts.
 
+    Args:
+        pipeline: what a user gave.
+        tunes: whether its pictures are to be noised anew as well.
+
     Raises:
-        ValueError: not a pipeline, or one that takes no prompt.
+        ValueError: not a pipeline, one that takes no prompt, or to be tuned and its scheduler has no noise schedule.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(
@@ -35,6 +40,8 @@ def check_pipeline(pipeline: Any) -> None:
         )
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"Calibration draws prompts, and {type(pipeline).__name__} takes none.")
+    if tunes:
+        check_scheduler(pipeline.scheduler)
 
 
 class Denoising:
@@ -87,26 +94,38 @@ class Denoising:
             for hook in hooks:
                 hook.remove()
 
-    def record(self, batch: int) -> list[Call]:
-        """Draw the pictures of a batch; the model's calls."""
-        with recording(self.model) as calls, _quiet(self.pipeline), _without_half(self.pipeline):
-            self._draw(batch)
-        return calls
+    @torch.no_grad()
+    def record(self, batch: int, timesteps: Sequence[float] | None = None) -> list[Call]:
+        """Draw the pictures of a batch, noise them anew as often as the model was called, and let it predict.
 
-    def _draw(self, batch: int) -> None:
+        Each row of a call gets noise and a timestep of its own, one of `timesteps` if given; text and guidance stay as
+        the pipeline gave them.
+
+        Raises:
+            ValueError: the model does not take the latents alone.
+        """
+        noising = Noising(self.pipeline.scheduler, _seed(self.calibration.seed, batch, _TUNING_STREAM), timesteps)
+        with _quiet(self.pipeline), _without_half(self.pipeline):
+            with recording(self.model) as calls:
+                latents = self._draw(batch)
+            return [noising.repeat(call, latents, self.model) for call in calls]
+
+    def _draw(self, batch: int) -> Tensor:
+        """Final latents [pictures, ...] of a batch."""
         calibration = self.calibration
         first = batch * calibration.batch_size
         prompts = self._prompts[first : first + calibration.batch_size]
         seeds = [_seed(calibration.seed, first + i, _NOISE_STREAM) for i in range(len(prompts))]
         guidance = {} if calibration.guidance_scale is None else {"guidance_scale": calibration.guidance_scale}
-        self.pipeline(
+        return self.pipeline(
             prompt=prompts,
             num_inference_steps=calibration.num_inference_steps,
             # On the CPU, so that the noise is the same on every device.
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="latent",
+            return_dict=False,
             **guidance,
-        )
+        )[0]
 
 
 def _check_finite(called: Mapping[str, InputMoments]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -93,20 +93,32 @@ def calibrate(
 
 
 def record_calls(
-    pipeline: DiffusionPipeline, model: ModelMixin, calibration: Calibration, progress: bool = True
+    pipeline: DiffusionPipeline,
+    model: ModelMixin,
+    calibration: Calibration,
+    timesteps: Sequence[float] | None = None,
+    progress: bool = True,
 ) -> list[Call]:
-    """The model's calls while the pipeline draws, in the order of the batches; after `calibrate`, if with a cache.
+    """What the model predicts on its own pictures, noised anew, in the order of the batches.
 
-    Under `accelerate launch` batches are shared out, and every process gets all calls.
+    Called after `calibrate`, if with a cache. Under `accelerate launch` batches are shared out, and every process gets
+    all calls.
+
+    Args:
+        pipeline, model, calibration, progress: as for `calibrate`.
+        timesteps: those that the quantized model will know; None for all.
+
+    Raises:
+        ValueError: the model does not take the latents alone.
     """
     denoising, state = Denoising(pipeline, model, calibration), process_state()
-    folder = _tuning_folder(calibration)
+    folder = _tuning_folder(calibration, timesteps)
     own: dict[int, list[Call]] = {}
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
     for batch in tqdm(batches, desc="Drawing, to tune on", disable=not _shows(progress)):
         calls = None if folder is None else folder.load_calls(batch)
         if calls is None:
-            calls = denoising.record(batch)
+            calls = denoising.record(batch, timesteps)
             if folder is not None:
                 folder.save_calls(batch, calls)
         own[batch] = calls
@@ -114,12 +126,18 @@ def record_calls(
     return [call for batch in sorted(everyones) for call in everyones[batch]]
 
 
-def tune_packed(model: ModelMixin, calls: list[Call], calibration: Calibration, progress: bool = True) -> None:
-    """Tune a packed model on calls of the full-precision one, as `calibration` says; see `tuning.tune`.
+def tune_packed(
+    model: ModelMixin,
+    calls: list[Call],
+    calibration: Calibration,
+    timesteps: Sequence[float] | None = None,
+    progress: bool = True,
+) -> None:
+    """Tune a packed model on calls of `record_calls` with the same timesteps; see `tuning.tune`.
 
     Under `accelerate launch` every process does the same, and the first one keeps the state.
     """
-    folder, state = _tuning_folder(calibration), process_state()
+    folder, state = _tuning_folder(calibration, timesteps), process_state()
     saved = time.monotonic()
 
     def save(reached: Mapping[str, Any]) -> None:
@@ -141,8 +159,10 @@ def tune_packed(model: ModelMixin, calls: list[Call], calibration: Calibration, 
     )
 
 
-def _tuning_folder(calibration: Calibration) -> TuningFolder | None:
-    return None if calibration.cache_dir is None else TuningFolder(calibration.cache_dir, calibration.tuning_steps)
+def _tuning_folder(calibration: Calibration, timesteps: Sequence[float] | None) -> TuningFolder | None:
+    if calibration.cache_dir is None:
+        return None
+    return TuningFolder(calibration.cache_dir, calibration.tuning_steps, timesteps)
 
 
 def _gather(

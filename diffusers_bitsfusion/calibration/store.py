@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -92,11 +93,14 @@ class TuningFolder:
     Args:
         folder: of the calibration.
         steps: of tuning; a state of other ones is not looked at.
+        timesteps: that calls are restricted to; calls at others are not looked at either. None for all.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], steps: int):
-        self._folder = Path(folder)
-        self._state = self._folder / f"tuning{steps}.pt"
+    def __init__(self, folder: str | os.PathLike[str], steps: int, timesteps: Sequence[float] | None):
+        known = "" if timesteps is None else f"-{zlib.crc32(repr(sorted(timesteps)).encode()):08x}"
+        self._folder = Path(folder) / f"tuning{known}"
+        self._folder.mkdir(exist_ok=True)
+        self._state = self._folder / f"state{steps}.pt"
 
     def save_calls(self, batch: int, calls: Sequence[Call]) -> None:
         _save(self._calls(batch), [(call.args, call.kwargs, call.output) for call in calls])

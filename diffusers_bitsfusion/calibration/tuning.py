@@ -142,7 +142,8 @@ def tune(
         call = _with_floats(calls[order[index]].to(device))
         with torch.autocast(device.type, half, enabled=half is not None):
             predicted = call.repeat(model)
-        return (predicted.float() - call.output).square().mean().clamp_min(_LEAST_ERROR).log()
+        errors = (predicted.float() - call.output).square().flatten(1).mean(dim=1)
+        return errors.clamp_min(_LEAST_ERROR).log().mean()
 
     with _hooked(channels), _bounded(model, memory, lambda: log_error(0)), torch.enable_grad():
         parameters = [parameter for channel in channels for parameter in channel.parameters]

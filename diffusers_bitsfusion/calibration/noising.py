@@ -1,0 +1,80 @@
+"""Pictures noised anew: calls of the model as many as wanted from few pictures, at the timesteps that matter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call
+
+# Timesteps are Beta(3, 1) as in the paper's Stage I (section 6): with much noise it is decided what will be drawn.
+_ALPHA = 3
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Refuse a scheduler whose noise `Noising` does not know.
+
+    Raises:
+        ValueError: it has no `alphas_cumprod`.
+    """
+    if not hasattr(scheduler, "alphas_cumprod"):
+        raise ValueError(
+            f"Tuning noises pictures anew, and {type(scheduler).__name__} has no alphas_cumprod to do it by. Leave "
+            "tuning_steps 0."
+        )
+
+
+class Noising:
+    """Calls at random timesteps of pictures that a model has drawn.
+
+    Args:
+        scheduler: of the pipeline, with `alphas_cumprod`. What a model gets from other samplers of such a noise
+            schedule is the same: sqrt(alpha_bar) * latents + sqrt(1 - alpha_bar) * noise.
+        seed: of timesteps and noise.
+        timesteps: those that the quantized model will know; None for all.
+    """
+
+    def __init__(self, scheduler: Any, seed: int, timesteps: Sequence[float] | None = None):
+        self._alphas_cumprod: Tensor = scheduler.alphas_cumprod.float().cpu()
+        known = range(len(self._alphas_cumprod)) if timesteps is None else sorted(timesteps)
+        self._known = torch.tensor(known, dtype=torch.float32)
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def repeat(self, call: Call, latents: Tensor, model: nn.Module) -> Call:
+        """The call with each of its rows at another timestep, and what the model predicts there; on the CPU.
+
+        Args:
+            call: with rows for each picture, once or, under guidance, several times over.
+            latents: [pictures, ...], what was drawn in the end.
+            model: in full precision.
+
+        Raises:
+            ValueError: the model does not take the latents alone (inpainting, for example).
+        """
+        bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+        name = next(iter(bound.arguments))
+        sample, timestep = bound.arguments[name], bound.arguments["timestep"]
+        if sample.shape[1:] != latents.shape[1:]:
+            raise ValueError(
+                f"Tuning noises the pictures' latents {list(latents.shape)}, but {type(model).__name__} takes "
+                f"{list(sample.shape)}. Leave tuning_steps 0."
+            )
+        clean = latents.float().cpu().repeat(len(sample) // len(latents), *[1] * (latents.dim() - 1))
+        timesteps = self._draw(len(clean))
+        alpha_bar = self._alphas_cumprod[timesteps.round().long()].view(-1, *[1] * (clean.dim() - 1))
+        noise = torch.randn(clean.shape, generator=self._generator)
+        bound.arguments[name] = (alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise).to(sample.dtype)
+        bound.arguments["timestep"] = timesteps if timestep.is_floating_point() else timesteps.long()
+        device = next(model.parameters()).device
+        noised = Call(bound.args, bound.kwargs, call.output).to(device)
+        return replace(noised, output=noised.repeat(model)).to(torch.device("cpu"))
+
+    def _draw(self, count: int) -> Tensor:
+        """fp32 [count], each the known timestep next to one of Beta(3, 1) scaled to all."""
+        drawn = torch.rand(count, generator=self._generator) ** (1 / _ALPHA) * len(self._alphas_cumprod)
+        return self._known[(drawn.floor().unsqueeze(1) - self._known).abs().argmin(dim=1)]
