@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -95,11 +96,11 @@ class Denoising:
                 hook.remove()
 
     @torch.no_grad()
-    def record(self, batch: int, timesteps: Sequence[float] | None = None) -> list[Call]:
-        """Draw the pictures of a batch, noise them anew as often as the model was called, and let it predict.
+    def record(self, batch: int, count: int, timesteps: Sequence[float] | None = None) -> list[Call]:
+        """Draw the pictures of a batch, noise them anew `count` times, and let the model predict.
 
         Each row of a call gets noise and a timestep of its own, one of `timesteps` if given; text and guidance stay as
-        the pipeline gave them.
+        the pipeline gave them in its calls, one after another.
 
         Raises:
             ValueError: the model does not take the latents alone.
@@ -108,7 +109,7 @@ class Denoising:
         with _quiet(self.pipeline), _without_half(self.pipeline):
             with recording(self.model) as calls:
                 latents = self._draw(batch)
-            return [noising.repeat(call, latents, self.model) for call in calls]
+            return [noising.repeat(call, latents, self.model) for call in islice(cycle(calls), count)]
 
     def _draw(self, batch: int) -> Tensor:
         """Final latents [pictures, ...] of a batch."""

@@ -21,7 +21,7 @@ from .moments import InputMoments
 from .passes import plan_passes
 from .settings import Calibration
 from .store import CalibrationFolder, TuningFolder
-from .tuning import tune
+from .tuning import CALLS, tune
 
 # Seconds of drawing that an interruption may cost; moments are large, so they are not written after every batch.
 _SAVE_EVERY = 120.0
@@ -99,7 +99,7 @@ def record_calls(
     timesteps: Sequence[float] | None = None,
     progress: bool = True,
 ) -> list[Call]:
-    """What the model predicts on its own pictures, noised anew, in the order of the batches.
+    """What the model predicts on its own pictures, noised anew until each step of tuning has calls of its own.
 
     Called after `calibrate`, if with a cache. Under `accelerate launch` batches are shared out, and every process gets
     all calls.
@@ -113,12 +113,13 @@ def record_calls(
     """
     denoising, state = Denoising(pipeline, model, calibration), process_state()
     folder = _tuning_folder(calibration, timesteps)
+    count = -(-calibration.tuning_steps * CALLS // denoising.num_batches)
     own: dict[int, list[Call]] = {}
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
     for batch in tqdm(batches, desc="Drawing, to tune on", disable=not _shows(progress)):
         calls = None if folder is None else folder.load_calls(batch)
         if calls is None:
-            calls = denoising.record(batch, timesteps)
+            calls = denoising.record(batch, count, timesteps)
             if folder is not None:
                 folder.save_calls(batch, calls)
         own[batch] = calls

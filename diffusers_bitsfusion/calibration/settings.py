@@ -28,8 +28,8 @@ class Calibration:
         seed: of the choice of prompts, the noise and the positions sampled.
         batch_size: pictures drawn at once. It changes the result as little as another seed does.
         tuning_steps: steps that tune scales, biases and norms of the packed model (`tuning.py`) on the pictures of
-            this run, noised anew `num_inference_steps` times each; a step takes four batches and their gradients. 0
-            leaves them as rounding found them.
+            this run; each takes four batches of them, noised anew, and their gradients. 0 leaves all as rounding
+            found it.
         memory_gb: GB (1e9 bytes) that calibration may take beside the pipeline, on the device that the model is on.
         cache_dir: folder that keeps what is done, so that an interrupted run goes on from there; under
             `accelerate launch` on a disk that all processes share. None keeps nothing.

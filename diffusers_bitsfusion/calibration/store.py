@@ -92,15 +92,15 @@ class TuningFolder:
 
     Args:
         folder: of the calibration.
-        steps: of tuning; a state of other ones is not looked at.
-        timesteps: that calls are restricted to; calls at others are not looked at either. None for all.
+        steps: of tuning.
+        timesteps: that calls are restricted to; None for all. What others, or other steps, have left is not looked at.
     """
 
     def __init__(self, folder: str | os.PathLike[str], steps: int, timesteps: Sequence[float] | None):
         known = "" if timesteps is None else f"-{zlib.crc32(repr(sorted(timesteps)).encode()):08x}"
-        self._folder = Path(folder) / f"tuning{known}"
+        self._folder = Path(folder) / f"tuning{steps}{known}"
         self._folder.mkdir(exist_ok=True)
-        self._state = self._folder / f"state{steps}.pt"
+        self._state = self._folder / "state.pt"
 
     def save_calls(self, batch: int, calls: Sequence[Call]) -> None:
         _save(self._calls(batch), [(call.args, call.kwargs, call.output) for call in calls])

@@ -31,8 +31,8 @@ _WARM_UP = 20
 # Errors below are none: the logarithm of a prediction without any error must have no slope.
 _LEAST_ERROR = 1e-12
 
-# Of a step: calls are of one timestep each, and what suits one timestep harms another.
-_CALLS = 4
+# Of a step: what suits one picture and timestep harms another.
+CALLS = 4
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
@@ -136,7 +136,7 @@ def tune(
         parameter.requires_grad_(False)
     half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
     channels = _channels(model)
-    order = _order(len(calls), steps * _CALLS, seed)
+    order = _order(len(calls), steps * CALLS, seed)
 
     def log_error(index: int) -> Tensor:
         call = _with_floats(calls[order[index]].to(device))
@@ -155,8 +155,8 @@ def tune(
                 group["lr"] = LEARNING_RATE * _schedule(step, steps)
             optimizer.zero_grad()
             total = 0.0
-            for index in range(step * _CALLS, (step + 1) * _CALLS):
-                loss = log_error(index) / _CALLS
+            for index in range(step * CALLS, (step + 1) * CALLS):
+                loss = log_error(index) / CALLS
                 loss.backward()
                 total += float(loss.detach())
             if not math.isfinite(total):

@@ -76,23 +76,24 @@ def tuned(make_pipeline, config, make_calibration):
     return tune
 
 
-def test_the_noise_comes_closer_and_codes_stay(make_pipeline, tuned, make_calibration):
+def test_the_noise_comes_closer_on_unseen_pictures_and_codes_stay(make_pipeline, tuned, make_calibration):
     pipeline = make_pipeline()
-    denoising = Denoising(pipeline, pipeline.unet, make_calibration())
-    calls = [call for batch in range(3) for call in denoising.record(batch)]
+    denoising = Denoising(pipeline, pipeline.unet, make_calibration(seed=1))
+    calls = [call for batch in range(3) for call in denoising.record(batch, 3)]
 
     @torch.no_grad()
     def error(unet):
-        return sum(float(F.mse_loss(call.repeat(unet), call.output)) for call in calls)
+        errors = [(call.repeat(unet) - call.output).square().mean(dim=(1, 2, 3)) for call in calls]
+        return float(torch.cat(errors).log().mean().exp())  # each sample counts by what its error changes in proportion
 
-    before, after = tuned(tuning_steps=0), tuned()
-    assert error(after) < 0.8 * error(before)
+    before, after = tuned(tuning_steps=0), tuned(tuning_steps=100)
+    assert error(after) < 0.9 * error(before)
     codes = [name for name, _ in before.named_parameters() if name.endswith(".codes")]
     assert codes and all(torch.equal(before.get_parameter(name), after.get_parameter(name)) for name in codes)
     for name, parameter in after.named_parameters():
         assert parameter.grad is None
         assert parameter.requires_grad == before.get_parameter(name).requires_grad
-    assert after.config.quantization_config.calibration["tuning_steps"] == 25
+    assert after.config.quantization_config.calibration["tuning_steps"] == 100
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -125,10 +126,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_pat
     assert equal_models(resumed, whole)
 
 
-def test_another_number_of_steps_starts_anew_from_the_same_calls(tuned, monkeypatch, tmp_path, equal_models):
+def test_another_number_of_steps_starts_anew(tuned, tmp_path, equal_models):
     fresh = tuned(tuning_steps=5)
     tuned(cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(Denoising, "_draw", None)
     assert equal_models(tuned(cache_dir=tmp_path / "cache", tuning_steps=5), fresh)
 
 
