@@ -5,8 +5,9 @@
 
 `quality` quantizes a pipeline without and with calibration, and compares it with full precision: PSNR of the pictures
 at equal seeds, and the error of the predicted noise, relative to its square, on inputs of full precision's own
-denoising (sharper than PSNR, which a few pictures that come out as other ones rule). `cost` calibrates a pipeline with
-a UNet of SD-1.5's shape and random weights, on this machine, and prints seconds and peak memory over the pipeline's.
+denoising (sharper than PSNR, which a few pictures that come out as other ones rule), and how much of classifier-free
+guidance is kept there. `cost` calibrates a pipeline with a UNet of SD-1.5's shape and random weights, on this machine,
+and prints seconds and peak memory over the pipeline's.
 """
 
 from __future__ import annotations
@@ -41,6 +42,17 @@ def noise_error(unet: torch.nn.Module, calls: Sequence[Call]) -> float:
     return float(sum(errors) / sum(call.output.square().sum() for call in calls))
 
 
+@torch.no_grad()
+def guidance_kept(unet: torch.nn.Module, calls: Sequence[Call]) -> float:
+    """What the prompt adds to the prediction without it, projected onto what it adds in full precision; 1 for that."""
+    along = square = 0.0
+    for call in calls:
+        (without, given), (plain, full) = call.repeat(unet).chunk(2), call.output.chunk(2)
+        along += float(((given - without) * (full - plain)).sum())
+        square += float((full - plain).square().sum())
+    return along / square
+
+
 def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each setting."""
     prompts = read_captions(arguments.prompts)[: arguments.num_images]
@@ -67,6 +79,7 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             "psnr": float(psnr.mean()),
             "standard_error": float(psnr.std(ddof=1) / np.sqrt(len(psnr))),
             "noise_error": noise_error(pipeline.unet, calls),
+            "guidance_kept": guidance_kept(pipeline.unet, calls),
             "cpu_seconds": measured["cpu_seconds"],
         }
         print(json.dumps(row), flush=True)

@@ -70,9 +70,9 @@ class Noising:
         noise = torch.randn(clean.shape, generator=self._generator)
         bound.arguments[name] = (alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise).to(sample.dtype)
         bound.arguments["timestep"] = timesteps if timestep.is_floating_point() else timesteps.long()
-        device = next(model.parameters()).device
-        noised = Call(bound.args, bound.kwargs, call.output).to(device)
-        return replace(noised, output=noised.repeat(model)).to(torch.device("cpu"))
+        noised = Call(bound.args, bound.kwargs, call.output)
+        predicted = noised.to(next(model.parameters()).device).repeat(model)
+        return replace(noised, output=predicted.cpu())
 
     def _draw(self, count: int) -> Tensor:
         """fp32 [count], each the known timestep next to one of Beta(3, 1) scaled to all."""

@@ -84,7 +84,8 @@ def test_the_noise_comes_closer_on_unseen_pictures_and_codes_stay(make_pipeline,
     @torch.no_grad()
     def error(unet):
         errors = [(call.repeat(unet) - call.output).square().mean(dim=(1, 2, 3)) for call in calls]
-        return float(torch.cat(errors).log().mean().exp())  # each sample counts by what its error changes in proportion
+        # By logarithms, so that each sample counts by what its error changes in proportion.
+        return float(torch.cat(errors).log().mean().exp())
 
     before, after = tuned(tuning_steps=0), tuned(tuning_steps=100)
     assert error(after) < 0.9 * error(before)
