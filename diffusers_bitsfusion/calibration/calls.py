@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser during sampling; of both halves, with and without the prompt, where it is guided.
+    """One call of the denoiser, as during sampling; of both halves, with and without the prompt, where it is guided.
 
     Attributes:
         args, kwargs: its arguments, as the pipeline gave them.

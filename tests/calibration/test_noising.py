@@ -89,10 +89,8 @@ def test_pictures_are_noised_as_often_as_asked(make_pipeline, make_calibration, 
 
 
 def test_a_model_whose_features_are_cached_sees_their_timesteps(make_pipeline, make_calibration, tmp_path):
-    for timesteps in (
-        [1, 501],
-        [7],
-    ):  # calls at the first two, still in the folder, would be refused by the second model
+    # Calls at the first two, still in the folder, would be refused by the second model.
+    for timesteps in ([1, 501], [7]):
         config = BitsFusionConfig(recipe=2, time_embedding={"type": "cache", "timesteps": timesteps})
         calibration = make_calibration(num_samples=1, tuning_steps=2, cache_dir=tmp_path / "cache")
         unet = quantize_model(make_pipeline(), config, progress=False, calibration=calibration).unet

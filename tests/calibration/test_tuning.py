@@ -76,6 +76,23 @@ def tuned(make_pipeline, config, make_calibration):
     return tune
 
 
+def test_the_noise_of_the_calls_tuned_on_comes_closer(make_pipeline, tuned, make_calibration):
+    pipeline = make_pipeline()
+    denoising = Denoising(pipeline, pipeline.unet, make_calibration())
+    with recording(pipeline.unet) as calls:
+        for batch in range(3):
+            denoising._draw(batch)
+
+    @torch.no_grad()
+    def error(unet):
+        return sum(float(F.mse_loss(call.repeat(unet), call.output)) for call in calls)
+
+    unet = tuned(tuning_steps=0)
+    before = error(unet)
+    tuning.tune(unet, calls, 25, progress=False)
+    assert error(unet) < 0.8 * before
+
+
 def test_the_noise_comes_closer_on_unseen_pictures_and_codes_stay(make_pipeline, tuned, make_calibration):
     pipeline = make_pipeline()
     denoising = Denoising(pipeline, pipeline.unet, make_calibration(seed=1))
