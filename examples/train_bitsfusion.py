@@ -28,6 +28,7 @@ from train_validation import Validation
 
 from diffusers_bitsfusion import convert, size_report
 from diffusers_bitsfusion.card import add_section
+from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.checkpoints import (
     checkpoints,
@@ -42,7 +43,7 @@ from diffusers_bitsfusion.training.measure import estimate, measure_timestep_err
 from diffusers_bitsfusion.training.optimizer import make_optimizer
 from diffusers_bitsfusion.training.sharding import ShardedModel
 from diffusers_bitsfusion.training.text import TextEncoder
-from diffusers_bitsfusion.training.timesteps import TimestepDistribution, TimestepErrors
+from diffusers_bitsfusion.training.timesteps import TimestepErrors
 from diffusers_bitsfusion.training.walks import WalkBatches
 
 logger = get_logger(__name__)
@@ -142,7 +143,7 @@ class Training:
             return TimestepDistribution.beta(count, self.args.timestep_alpha)
         file = self.folder / ERRORS_FILE
         errors = TimestepErrors.load(file) if file.exists() else self._measure_timestep_errors()
-        return TimestepDistribution.proportional(count, errors)
+        return errors.distribution(count)
 
     def _measure_timestep_errors(self) -> TimestepErrors:
         """The curve of the rounded model, kept in OUTPUT_DIR."""

@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_bitsfusion import Calibration
 from diffusers_bitsfusion.evaluation import read_captions
+from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import TrainingImages, open_images
 from diffusers_bitsfusion.training.text import TextEncoder
-from diffusers_bitsfusion.training.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.walks import WalkBatches
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
 
@@ -31,6 +31,10 @@ class Call:
 
     def to(self, device: torch.device) -> Call:
         return Call(*send_to_device((self.args, self.kwargs, self.output), device))
+
+    def float(self) -> Call:
+        """The call with half precision as fp32."""
+        return Call(*convert_to_fp32((self.args, self.kwargs, self.output)))
 
 
 @contextmanager

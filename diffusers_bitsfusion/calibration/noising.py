@@ -8,12 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 
+from ..timesteps import TimestepDistribution
 from .calls import Call
 
-# Timesteps are Beta(3, 1) as in the paper's Stage I (section 6): with much noise it is decided what will be drawn.
-_ALPHA = 3
+# Share of rows without text, as in the paper's Stage I. Of a pipeline's own calls under guidance it is a half, but the
+# guidance scale multiplies the prediction with text.
+_DROPPED = 0.1
 
 
 def check_scheduler(scheduler: Any) -> None:
@@ -41,12 +44,16 @@ class Noising:
 
     def __init__(self, scheduler: Any, seed: int, timesteps: Sequence[float] | None = None):
         self._alphas_cumprod: Tensor = scheduler.alphas_cumprod.float().cpu()
+        # As in the paper's Stage I (section 6): with much noise it is decided what will be drawn.
+        self._distribution = TimestepDistribution.beta(len(self._alphas_cumprod))
         known = range(len(self._alphas_cumprod)) if timesteps is None else sorted(timesteps)
         self._known = torch.tensor(known, dtype=torch.float32)
         self._generator = torch.Generator().manual_seed(seed)
 
     def repeat(self, call: Call, latents: Tensor, model: nn.Module) -> Call:
         """The call with each of its rows at another timestep, and what the model predicts there; on the CPU.
+
+        A guided call has every picture twice, first without its text; here a tenth of all rows is without.
 
         Args:
             call: with rows for each picture, once or, under guidance, several times over.
@@ -56,7 +63,8 @@ class Noising:
         Raises:
             ValueError: the model does not take the latents alone (inpainting, for example).
         """
-        bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+        args, kwargs = self._mostly_with_text(call, len(latents))
+        bound = inspect.signature(model.forward).bind(*args, **kwargs)
         name = next(iter(bound.arguments))
         sample, timestep = bound.arguments[name], bound.arguments["timestep"]
         if sample.shape[1:] != latents.shape[1:]:
@@ -74,7 +82,20 @@ class Noising:
         predicted = noised.to(next(model.parameters()).device).repeat(model)
         return replace(noised, output=predicted.cpu())
 
+    def _mostly_with_text(self, call: Call, pictures: int) -> tuple[Any, Any]:
+        """Arguments of a guided call, the conditioning of most rows replaced by that with text; others as they are."""
+        rows = len(call.output)
+        if rows != 2 * pictures:
+            return call.args, call.kwargs
+        given = torch.rand(rows, generator=self._generator) >= _DROPPED
+        index = torch.arange(rows) % pictures + given * pictures
+        return recursively_apply(
+            lambda tensor: tensor[index],
+            (call.args, call.kwargs),
+            test_type=lambda value: isinstance(value, Tensor) and value.shape[:1] == (rows,),
+        )
+
     def _draw(self, count: int) -> Tensor:
         """fp32 [count], each the known timestep next to one of Beta(3, 1) scaled to all."""
-        drawn = torch.rand(count, generator=self._generator) ** (1 / _ALPHA) * len(self._alphas_cumprod)
-        return self._known[(drawn.floor().unsqueeze(1) - self._known).abs().argmin(dim=1)]
+        drawn = self._distribution.timesteps(torch.rand(count, generator=self._generator))
+        return self._known[(drawn.unsqueeze(1) - self._known).abs().argmin(dim=1)]

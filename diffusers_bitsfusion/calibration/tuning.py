@@ -139,7 +139,7 @@ def tune(
     order = _order(len(calls), steps * CALLS, seed)
 
     def log_error(index: int) -> Tensor:
-        call = _with_floats(calls[order[index]].to(device))
+        call = calls[order[index]].to(device).float()
         with torch.autocast(device.type, half, enabled=half is not None):
             predicted = call.repeat(model)
         errors = (predicted.float() - call.output).square().flatten(1).mean(dim=1)
@@ -201,17 +201,6 @@ def _to_fp32(model: nn.Module) -> dict[nn.Parameter, torch.dtype]:
     for parameter in dtypes:
         parameter.data = parameter.data.float()
     return dtypes
-
-
-def _with_floats(call: Call) -> Call:
-    def convert(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.float() if value.is_floating_point() else value
-        if isinstance(value, Mapping):
-            return {key: convert(part) for key, part in value.items()}
-        return [convert(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-    return Call(tuple(convert(call.args)), convert(call.kwargs), call.output.float())
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..timesteps import TimestepDistribution
 from .images import TrainingImages
 from .text import TextEncoder
-from .timesteps import TimestepDistribution
 
 # Streams of random numbers that must not meet: every use of a position has its own.
 STREAM_IMAGE, STREAM_NOISE, STREAM_WALK, STREAM_ORDER = range(4)

@@ -1,4 +1,4 @@
-"""Which timesteps are trained on (paper, section 6): uniform, Beta, or in proportion to the quantization error."""
+"""What quantization does along the timesteps (paper, section 6), measured while training or for the next run."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..timesteps import TimestepDistribution
 
 BINS = 20
 
@@ -30,6 +32,10 @@ class TimestepErrors:
     def load(cls, path: Path) -> TimestepErrors:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
+    def distribution(self, num_timesteps: int) -> TimestepDistribution:
+        """Timesteps in proportion to the errors, interpolated between the bins."""
+        return TimestepDistribution(np.interp(np.arange(num_timesteps) + 0.5, self.timesteps, self.errors))
+
     def save(self, path: Path) -> None:
         content = {"timesteps": self.timesteps, "errors": self.errors}
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -48,51 +54,6 @@ class TimestepErrors:
         axes.set(xlabel="timestep", ylabel="squared error of the clean latents", title="Quantization error")
         axes.grid(alpha=0.3)
         figure.savefig(path, dpi=150)
-
-
-class TimestepDistribution:
-    """A probability for each of the timesteps 0 to len(weights) - 1, drawn from by inverting its cumulative sum.
-
-    Args:
-        weights: [timesteps], not negative, in proportion to the probabilities.
-
-    Raises:
-        ValueError: the weights are negative, not finite or all zero.
-    """
-
-    def __init__(self, weights: np.ndarray):
-        if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-            raise ValueError("Weights of timesteps must be finite, not negative and not all zero.")
-        self.probabilities = weights / weights.sum()
-        self._cumulative = torch.from_numpy(np.cumsum(self.probabilities))
-
-    @classmethod
-    def uniform(cls, num_timesteps: int) -> TimestepDistribution:
-        return cls(np.ones(num_timesteps))
-
-    @classmethod
-    def beta(cls, num_timesteps: int, alpha: float = 3.0) -> TimestepDistribution:
-        """Beta(alpha, 1) scaled to [0, num_timesteps) and rounded down; the paper's is alpha = 3.
-
-        Raises:
-            ValueError: `alpha` is not positive.
-        """
-        if not alpha > 0:
-            raise ValueError(f"alpha of the Beta distribution must be positive, got {alpha}.")
-        return cls(np.diff(np.linspace(0, 1, num_timesteps + 1) ** alpha))
-
-    @classmethod
-    def proportional(cls, num_timesteps: int, errors: TimestepErrors) -> TimestepDistribution:
-        """In proportion to measured errors, interpolated between the bins."""
-        return cls(np.interp(np.arange(num_timesteps) + 0.5, errors.timesteps, errors.errors))
-
-    def __len__(self) -> int:
-        return len(self.probabilities)
-
-    def timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps int64 for `uniform`, floating in [0, 1), any shape; increasing in it."""
-        found = torch.searchsorted(self._cumulative, uniform.double(), right=True)
-        return found.clamp_max(len(self) - 1)
 
 
 class ErrorMeter:

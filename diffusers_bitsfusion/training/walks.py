@@ -9,10 +9,10 @@ import torch
 from diffusers import ModelMixin, SchedulerMixin
 from torch import Tensor
 
+from ..timesteps import TimestepDistribution
 from .batches import STREAM_NOISE, STREAM_WALK, Batch, Sharing, generator_of, sample_at
 from .losses import predict
 from .text import TextEncoder
-from .timesteps import TimestepDistribution
 
 
 @dataclass

@@ -36,23 +36,34 @@ def repeated(noising, count):
     return [noising.repeat(guided_call(), LATENTS, Model()) for _ in range(count)]
 
 
-def test_rows_are_noised_by_the_schedule_and_predicted_with_their_own_text():
+def test_rows_are_noised_by_the_schedule_and_predicted():
     scheduler = DDIMScheduler()
     betas = np.linspace(0.0001, 0.02, 1000)
     alpha_bar = np.cumprod(1 - betas)
     noise = []
     for call in repeated(Noising(scheduler, seed=0), 200):
-        sample, timesteps = call.args[:2]
+        sample, timesteps, text = call.args
         assert timesteps.shape == (4,) and not timesteps.is_floating_point()
         known = alpha_bar[timesteps.numpy()].reshape(-1, 1, 1, 1)
         noise.append((sample.numpy() - np.sqrt(known) * 2.0) / np.sqrt(1 - known))
-        text = guided_call().kwargs["encoder_hidden_states"]
         expected = sample + (timesteps + text).view(-1, 1, 1, 1)
         torch.testing.assert_close(call.output, expected)
     noise = np.stack(noise)
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     rows = noise.transpose(1, 0, 2, 3, 4).reshape(4, -1)
     assert np.abs(np.corrcoef(rows) - np.eye(4)).max() < 0.05, "rows have noise of their own"
+
+
+def test_of_guided_calls_a_tenth_of_the_rows_has_no_text_and_the_others_that_of_their_picture():
+    text = torch.stack([call.args[2] for call in repeated(Noising(DDIMScheduler(), 0), 1000)])
+    assert torch.equal(text.abs(), torch.tensor([1.0, 2.0, 1.0, 2.0]).expand(1000, 4))
+    assert ((text < 0).float().mean(dim=0) - 0.1).abs().max() < 0.03
+
+
+def test_without_guidance_rows_keep_what_they_were_given():
+    text = torch.tensor([-1.0, 2.0])
+    call = Call((torch.zeros(2, 4, 3, 3), torch.tensor(500)), {"encoder_hidden_states": text}, torch.zeros(2, 4, 3, 3))
+    assert torch.equal(Noising(DDIMScheduler(), 0).repeat(call, LATENTS, Model()).args[2], text)
 
 
 def test_timesteps_are_beta_3_1():

@@ -11,6 +11,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from diffusers_bitsfusion import prepare_qat
+from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import Sharing
 from diffusers_bitsfusion.training.checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights
 from diffusers_bitsfusion.training.loop import LOG_FILE, LoopOptions, TrainingDiverged, TrainingLoop
@@ -19,7 +20,6 @@ from diffusers_bitsfusion.training.measure import estimate, measure_timestep_err
 from diffusers_bitsfusion.training.optimizer import make_optimizer, parameter_groups
 from diffusers_bitsfusion.training.sharding import ShardedModel
 from diffusers_bitsfusion.training.text import TextEncoder
-from diffusers_bitsfusion.training.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.walks import WalkBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -3,9 +3,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch import nn
 
+from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import Sharing
 from diffusers_bitsfusion.training.text import TextEncoder
-from diffusers_bitsfusion.training.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.walks import WalkBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
