@@ -115,13 +115,17 @@ WAYS: dict[str, Callable[[Any], Any] | None] = {
 
 
 def make(source: Path, out: Path, way: str, sampling: Sampling) -> None:
-    """Save the pipeline at `source` with its UNet quantized in `way` to `out`; calibration draws by `sampling`."""
+    """Save the pipeline at `source` with its UNet quantized in `way` to `out`, for the timesteps of `sampling`."""
     import torch
     from diffusers import UNet2DConditionModel
 
     pipeline = load_pipeline(source, sampling.scheduler, torch.float32)
     make_config = WAYS[way]
     config = None if make_config is None else make_config(pipeline.unet)
+    if getattr(config, "time_embedding", None) == "cache":
+        pipeline.scheduler.set_timesteps(sampling.steps)
+        timesteps = sorted(set(pipeline.scheduler.timesteps.tolist()))
+        config.time_embedding = {"type": "cache", "timesteps": timesteps}
     if getattr(config, "calibration", None) is not None:
         from diffusers_bitsfusion import quantize_model
 

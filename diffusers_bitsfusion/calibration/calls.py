@@ -19,22 +19,29 @@ class Call:
     Attributes:
         args, kwargs: its arguments, as the pipeline gave them.
         output: the predicted noise (or velocity), floating [rows, ...].
+        guidance: what the text adds to `output`, floating [rows, ...], 0 in rows without; None where unknown.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+    guidance: Tensor | None = None
 
     def repeat(self, model: nn.Module) -> Tensor:
         """The prediction of `model` for the same arguments."""
         return model(*self.args, **self.kwargs)[0]
 
     def to(self, device: torch.device) -> Call:
-        return Call(*send_to_device((self.args, self.kwargs, self.output), device))
+        return Call(*send_to_device(self.parts, device))
 
     def float(self) -> Call:
         """The call with half precision as fp32."""
-        return Call(*convert_to_fp32((self.args, self.kwargs, self.output)))
+        return Call(*convert_to_fp32(self.parts))
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """What `Call` is made of, in order."""
+        return self.args, self.kwargs, self.output, self.guidance
 
 
 @contextmanager

@@ -53,7 +53,8 @@ class Noising:
     def repeat(self, call: Call, latents: Tensor, model: nn.Module) -> Call:
         """The call with each of its rows at another timestep, and what the model predicts there; on the CPU.
 
-        A guided call has every picture twice, first without its text; here a tenth of all rows is without.
+        A guided call has every picture twice, first without its text; here a tenth of all rows is without. The others
+        are predicted without text as well, to tell what it adds.
 
         Args:
             call: with rows for each picture, once or, under guidance, several times over.
@@ -63,39 +64,56 @@ class Noising:
         Raises:
             ValueError: the model does not take the latents alone (inpainting, for example).
         """
-        args, kwargs = self._mostly_with_text(call, len(latents))
-        bound = inspect.signature(model.forward).bind(*args, **kwargs)
-        name = next(iter(bound.arguments))
-        sample, timestep = bound.arguments[name], bound.arguments["timestep"]
-        if sample.shape[1:] != latents.shape[1:]:
-            raise ValueError(
-                f"Tuning noises the pictures' latents {list(latents.shape)}, but {type(model).__name__} takes "
-                f"{list(sample.shape)}. Leave tuning_steps 0."
-            )
-        clean = latents.float().cpu().repeat(len(sample) // len(latents), *[1] * (latents.dim() - 1))
+        rows, pictures = len(call.output), len(latents)
+        sample, timesteps = self._noise(latents.float().cpu().repeat(rows // pictures, *[1] * (latents.dim() - 1)))
+        if rows != 2 * pictures:
+            noised = _at(call, model, sample, timesteps)
+            return replace(noised, output=_predict(model, noised))
+        without = torch.arange(rows) % pictures
+        given = torch.rand(rows, generator=self._generator) >= _DROPPED
+        noised = _at(_of_rows(call, without + given * pictures), model, sample, timesteps)
+        output = _predict(model, noised)
+        unguided = _predict(model, _at(_of_rows(call, without), model, sample, timesteps))
+        return replace(noised, output=output, guidance=output - unguided)
+
+    def _noise(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents [rows, ...] noised, and the timesteps fp32 [rows]."""
         timesteps = self._draw(len(clean))
         alpha_bar = self._alphas_cumprod[timesteps.round().long()].view(-1, *[1] * (clean.dim() - 1))
         noise = torch.randn(clean.shape, generator=self._generator)
-        bound.arguments[name] = (alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise).to(sample.dtype)
-        bound.arguments["timestep"] = timesteps if timestep.is_floating_point() else timesteps.long()
-        noised = Call(bound.args, bound.kwargs, call.output)
-        predicted = noised.to(next(model.parameters()).device).repeat(model)
-        return replace(noised, output=predicted.cpu())
-
-    def _mostly_with_text(self, call: Call, pictures: int) -> tuple[Any, Any]:
-        """Arguments of a guided call, the conditioning of most rows replaced by that with text; others as they are."""
-        rows = len(call.output)
-        if rows != 2 * pictures:
-            return call.args, call.kwargs
-        given = torch.rand(rows, generator=self._generator) >= _DROPPED
-        index = torch.arange(rows) % pictures + given * pictures
-        return recursively_apply(
-            lambda tensor: tensor[index],
-            (call.args, call.kwargs),
-            test_type=lambda value: isinstance(value, Tensor) and value.shape[:1] == (rows,),
-        )
+        return alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * noise, timesteps
 
     def _draw(self, count: int) -> Tensor:
         """fp32 [count], each the known timestep next to one of Beta(3, 1) scaled to all."""
         drawn = self._distribution.timesteps(torch.rand(count, generator=self._generator))
         return self._known[(drawn.unsqueeze(1) - self._known).abs().argmin(dim=1)]
+
+
+def _at(call: Call, model: nn.Module, sample: Tensor, timesteps: Tensor) -> Call:
+    """The call for another sample at other timesteps."""
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
+    name = next(iter(bound.arguments))
+    given, timestep = bound.arguments[name], bound.arguments["timestep"]
+    if given.shape[1:] != sample.shape[1:]:
+        raise ValueError(
+            f"Tuning noises a picture's latents {list(sample.shape[1:])}, but {type(model).__name__} takes "
+            f"{list(given.shape[1:])}. Leave tuning_steps 0."
+        )
+    bound.arguments[name] = sample.to(given.dtype)
+    bound.arguments["timestep"] = timesteps if timestep.is_floating_point() else timesteps.long()
+    return replace(call, args=bound.args, kwargs=bound.kwargs)
+
+
+def _of_rows(call: Call, rows: Tensor) -> Call:
+    """The call with the given rows, int64, of all that has a row for each."""
+    args, kwargs = recursively_apply(
+        lambda tensor: tensor[rows],
+        (call.args, call.kwargs),
+        test_type=lambda value: isinstance(value, Tensor) and value.shape[:1] == call.output.shape[:1],
+    )
+    return replace(call, args=args, kwargs=kwargs)
+
+
+def _predict(model: nn.Module, call: Call) -> Tensor:
+    """On the CPU."""
+    return call.to(next(model.parameters()).device).repeat(model).cpu()

@@ -103,7 +103,7 @@ class TuningFolder:
         self._state = self._folder / "state.pt"
 
     def save_calls(self, batch: int, calls: Sequence[Call]) -> None:
-        _save(self._calls(batch), [(call.args, call.kwargs, call.output) for call in calls])
+        _save(self._calls(batch), [call.parts for call in calls])
 
     def load_calls(self, batch: int) -> list[Call] | None:
         """The calls of a batch, or None where it has not been drawn."""

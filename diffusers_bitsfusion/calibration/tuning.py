@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..nn.packed import PackedWeight, float_bits
 from .calls import Call
+from .guidance import Guidance
 
 # Of Adam: relative to a channel's own scale for gains, to the spread of a layer's output for offsets.
 LEARNING_RATE = 0.01
@@ -113,8 +114,9 @@ def tune(
     """Tune a packed model in place: Adam on the logarithm of its predictions' mean square error.
 
     Steps that see much noise make small errors, which decide what is drawn; by logarithms each call counts by what its
-    error changes in proportion. A step takes four calls; calls come in random order, all before any comes again. The
-    rate rises for 20 steps and then falls to zero as a cosine.
+    error changes in proportion. What predictions lack of guidance is added to their targets (`guidance.py`). A step
+    takes four calls; calls come in random order, all before any comes again. The rate rises for 20 steps and falls to
+    zero as a cosine.
 
     Args:
         model: packed, on the device to use; half precision computes in bf16, and comes back in its own dtype.
@@ -136,19 +138,22 @@ def tune(
         parameter.requires_grad_(False)
     half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
     channels = _channels(model)
+    guidance = Guidance()
     order = _order(len(calls), steps * CALLS, seed)
 
-    def log_error(index: int) -> Tensor:
+    def predict(index: int) -> tuple[Tensor, Call]:
         call = calls[order[index]].to(device).float()
         with torch.autocast(device.type, half, enabled=half is not None):
-            predicted = call.repeat(model)
-        errors = (predicted.float() - call.output).square().flatten(1).mean(dim=1)
+            return call.repeat(model).float(), call
+
+    def log_error(predicted: Tensor, call: Call) -> Tensor:
+        errors = (predicted - guidance.target(call)).square().flatten(1).mean(dim=1)
         return errors.clamp_min(_LEAST_ERROR).log().mean()
 
-    with _hooked(channels), _bounded(model, memory, lambda: log_error(0)), torch.enable_grad():
+    with _hooked(channels), _bounded(model, memory, lambda: log_error(*predict(0))), torch.enable_grad():
         parameters = [parameter for channel in channels for parameter in channel.parameters]
         optimizer = torch.optim.Adam(parameters, betas=_BETAS)
-        start = _load(state, channels, optimizer)
+        start = _load(state, channels, optimizer, guidance)
         bar = tqdm(total=steps, initial=start, desc="Tuning scales, biases and norms", disable=not progress)
         for step in range(start, steps):
             for group in optimizer.param_groups:
@@ -156,16 +161,19 @@ def tune(
             optimizer.zero_grad()
             total = 0.0
             for index in range(step * CALLS, (step + 1) * CALLS):
-                loss = log_error(index) / CALLS
+                predicted, call = predict(index)
+                loss = log_error(predicted, call) / CALLS
                 loss.backward()
+                guidance.note(predicted, call)
                 total += float(loss.detach())
             if not math.isfinite(total):
                 raise ValueError(f"The loss is {total} in step {step + 1} of tuning. Calibrate in torch.float32.")
             optimizer.step()
+            guidance.step()
             bar.set_postfix(mse=f"{math.exp(total):.3g}", refresh=False)
             bar.update()
             if save is not None:
-                save(_state(step + 1, channels, optimizer))
+                save(_state(step + 1, channels, optimizer, guidance))
         bar.close()
     for channel in channels:
         channel.fold()
@@ -256,17 +264,25 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
 
 
-def _state(step: int, channels: Sequence[Channels], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _state(
+    step: int, channels: Sequence[Channels], optimizer: torch.optim.Optimizer, guidance: Guidance
+) -> dict[str, Any]:
     return {
         "step": step,
         "spreads": [channel.spread for channel in channels],
         "values": [parameter.detach() for channel in channels for parameter in channel.parameters],
         "optimizer": optimizer.state_dict(),
+        "surplus": guidance.surplus,
     }
 
 
 @torch.no_grad()
-def _load(state: Mapping[str, Any] | None, channels: Sequence[Channels], optimizer: torch.optim.Optimizer) -> int:
+def _load(
+    state: Mapping[str, Any] | None,
+    channels: Sequence[Channels],
+    optimizer: torch.optim.Optimizer,
+    guidance: Guidance,
+) -> int:
     """Go on from `state`; the number of steps done."""
     if state is None:
         return 0
@@ -275,4 +291,5 @@ def _load(state: Mapping[str, Any] | None, channels: Sequence[Channels], optimiz
     for parameter, value in zip(optimizer.param_groups[0]["params"], state["values"], strict=True):
         parameter.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
+    guidance.surplus = state["surplus"]
     return state["step"]

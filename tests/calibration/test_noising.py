@@ -60,10 +60,17 @@ def test_of_guided_calls_a_tenth_of_the_rows_has_no_text_and_the_others_that_of_
     assert ((text < 0).float().mean(dim=0) - 0.1).abs().max() < 0.03
 
 
+def test_what_the_text_adds_is_told_for_the_same_noise():
+    for call in repeated(Noising(DDIMScheduler(), 0), 20):
+        added = torch.where(call.args[2] > 0, 2 * call.args[2], 0)  # texts are 1 and 2, without they are -1 and -2
+        torch.testing.assert_close(call.guidance, added.view(-1, 1, 1, 1).expand(4, 4, 3, 3), rtol=0, atol=1e-3)
+
+
 def test_without_guidance_rows_keep_what_they_were_given():
     text = torch.tensor([-1.0, 2.0])
     call = Call((torch.zeros(2, 4, 3, 3), torch.tensor(500)), {"encoder_hidden_states": text}, torch.zeros(2, 4, 3, 3))
-    assert torch.equal(Noising(DDIMScheduler(), 0).repeat(call, LATENTS, Model()).args[2], text)
+    noised = Noising(DDIMScheduler(), 0).repeat(call, LATENTS, Model())
+    assert torch.equal(noised.args[2], text) and noised.guidance is None
 
 
 def test_timesteps_are_beta_3_1():
@@ -121,5 +128,5 @@ def test_a_scheduler_without_a_noise_schedule_is_said_before_anything_is_drawn(
 
 def test_a_model_that_takes_more_than_the_latents_is_named():
     call = Call((torch.zeros(4, 9, 3, 3), torch.tensor(500)), {}, torch.zeros(4, 4, 3, 3))
-    with pytest.raises(ValueError, match=r"latents \[2, 4, 3, 3\], but Model takes \[4, 9, 3, 3\]"):
+    with pytest.raises(ValueError, match=r"latents \[4, 3, 3\], but Model takes \[9, 3, 3\]"):
         Noising(DDIMScheduler(), 0).repeat(call, LATENTS, Model())
