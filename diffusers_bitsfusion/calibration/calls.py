@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import convert_to_fp32, send_to_device
+from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 
 
@@ -20,19 +21,25 @@ class Call:
         args, kwargs: its arguments, as the pipeline gave them.
         output: the predicted noise (or velocity), floating [rows, ...].
         guidance: what the text adds to `output`, floating [rows, ...], 0 in rows without; None where unknown.
+        shared: further arguments by name, which other calls have as well: for as many rows, of which `rows` are taken.
+        rows: int64 [rows]; None without `shared`.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
     guidance: Tensor | None = None
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    rows: Tensor | None = None
 
     def repeat(self, model: nn.Module) -> Tensor:
         """The prediction of `model` for the same arguments."""
-        return model(*self.args, **self.kwargs)[0]
+        return model(*self.args, **self.kwargs, **self._taken())[0]
 
     def to(self, device: torch.device) -> Call:
-        return Call(*send_to_device(self.parts, device))
+        """The call on a device, with arguments of its own."""
+        kwargs = {**self.kwargs, **self._taken()}
+        return Call(*send_to_device((self.args, kwargs, self.output, self.guidance), device))
 
     def float(self) -> Call:
         """The call with half precision as fp32."""
@@ -41,7 +48,15 @@ class Call:
     @property
     def parts(self) -> tuple[Any, ...]:
         """What `Call` is made of, in order."""
-        return self.args, self.kwargs, self.output, self.guidance
+        return self.args, self.kwargs, self.output, self.guidance, self.shared, self.rows
+
+    def _taken(self) -> Mapping[str, Any]:
+        """Of `shared`, the rows of this call."""
+        return recursively_apply(
+            lambda tensor: tensor[self.rows],
+            self.shared,
+            test_type=lambda value: isinstance(value, Tensor) and value.shape[:1] == self.output.shape[:1],
+        )
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 
 from ..timesteps import TimestepDistribution
@@ -67,13 +66,13 @@ class Noising:
         rows, pictures = len(call.output), len(latents)
         sample, timesteps = self._noise(latents.float().cpu().repeat(rows // pictures, *[1] * (latents.dim() - 1)))
         if rows != 2 * pictures:
-            noised = _at(call, model, sample, timesteps)
+            noised = _at(call, model, sample, timesteps, torch.arange(rows))
             return replace(noised, output=_predict(model, noised))
         without = torch.arange(rows) % pictures
         given = torch.rand(rows, generator=self._generator) >= _DROPPED
-        noised = _at(_of_rows(call, without + given * pictures), model, sample, timesteps)
+        noised = _at(call, model, sample, timesteps, without + given * pictures)
         output = _predict(model, noised)
-        unguided = _predict(model, _at(_of_rows(call, without), model, sample, timesteps))
+        unguided = _predict(model, replace(noised, rows=without))
         return replace(noised, output=output, guidance=output - unguided)
 
     def _noise(self, clean: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,29 +88,18 @@ class Noising:
         return self._known[(drawn.unsqueeze(1) - self._known).abs().argmin(dim=1)]
 
 
-def _at(call: Call, model: nn.Module, sample: Tensor, timesteps: Tensor) -> Call:
-    """The call for another sample at other timesteps."""
-    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs)
-    name = next(iter(bound.arguments))
-    given, timestep = bound.arguments[name], bound.arguments["timestep"]
+def _at(call: Call, model: nn.Module, sample: Tensor, timesteps: Tensor, rows: Tensor) -> Call:
+    """The call for another sample at other timesteps, with the other arguments of the given rows, int64."""
+    bound = inspect.signature(model.forward).bind(*call.args, **call.kwargs).arguments
+    name = next(iter(bound))
+    given, timestep = bound.pop(name), bound.pop("timestep")
     if given.shape[1:] != sample.shape[1:]:
         raise ValueError(
             f"Tuning noises a picture's latents {list(sample.shape[1:])}, but {type(model).__name__} takes "
             f"{list(given.shape[1:])}. Leave tuning_steps 0."
         )
-    bound.arguments[name] = sample.to(given.dtype)
-    bound.arguments["timestep"] = timesteps if timestep.is_floating_point() else timesteps.long()
-    return replace(call, args=bound.args, kwargs=bound.kwargs)
-
-
-def _of_rows(call: Call, rows: Tensor) -> Call:
-    """The call with the given rows, int64, of all that has a row for each."""
-    args, kwargs = recursively_apply(
-        lambda tensor: tensor[rows],
-        (call.args, call.kwargs),
-        test_type=lambda value: isinstance(value, Tensor) and value.shape[:1] == call.output.shape[:1],
-    )
-    return replace(call, args=args, kwargs=kwargs)
+    new = {name: sample.to(given.dtype), "timestep": timesteps if timestep.is_floating_point() else timesteps.long()}
+    return Call((), new, call.output, shared=bound, rows=rows)
 
 
 def _predict(model: nn.Module, call: Call) -> Tensor:

@@ -12,6 +12,7 @@ from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.calibration.calls import Call
 from diffusers_bitsfusion.calibration.denoising import Denoising
 from diffusers_bitsfusion.calibration.noising import Noising
+from diffusers_bitsfusion.calibration.store import TuningFolder
 
 LATENTS = torch.full((2, 4, 3, 3), 2.0)
 
@@ -36,13 +37,18 @@ def repeated(noising, count):
     return [noising.repeat(guided_call(), LATENTS, Model()) for _ in range(count)]
 
 
+def arguments(call):
+    kwargs = call.to(torch.device("cpu")).kwargs
+    return [kwargs[name] for name in ("sample", "timestep", "encoder_hidden_states")]
+
+
 def test_rows_are_noised_by_the_schedule_and_predicted():
     scheduler = DDIMScheduler()
     betas = np.linspace(0.0001, 0.02, 1000)
     alpha_bar = np.cumprod(1 - betas)
     noise = []
     for call in repeated(Noising(scheduler, seed=0), 200):
-        sample, timesteps, text = call.args
+        sample, timesteps, text = arguments(call)
         assert timesteps.shape == (4,) and not timesteps.is_floating_point()
         known = alpha_bar[timesteps.numpy()].reshape(-1, 1, 1, 1)
         noise.append((sample.numpy() - np.sqrt(known) * 2.0) / np.sqrt(1 - known))
@@ -55,27 +61,40 @@ def test_rows_are_noised_by_the_schedule_and_predicted():
 
 
 def test_of_guided_calls_a_tenth_of_the_rows_has_no_text_and_the_others_that_of_their_picture():
-    text = torch.stack([call.args[2] for call in repeated(Noising(DDIMScheduler(), 0), 1000)])
+    text = torch.stack([arguments(call)[2] for call in repeated(Noising(DDIMScheduler(), 0), 1000)])
     assert torch.equal(text.abs(), torch.tensor([1.0, 2.0, 1.0, 2.0]).expand(1000, 4))
     assert ((text < 0).float().mean(dim=0) - 0.1).abs().max() < 0.03
 
 
 def test_what_the_text_adds_is_told_for_the_same_noise():
     for call in repeated(Noising(DDIMScheduler(), 0), 20):
-        added = torch.where(call.args[2] > 0, 2 * call.args[2], 0)  # texts are 1 and 2, without they are -1 and -2
+        text = arguments(call)[2]
+        added = torch.where(text > 0, 2 * text, 0)  # texts are 1 and 2, without they are -1 and -2
         torch.testing.assert_close(call.guidance, added.view(-1, 1, 1, 1).expand(4, 4, 3, 3), rtol=0, atol=1e-3)
+
+
+def test_calls_share_their_text_in_memory_and_in_the_folder(tmp_path):
+    noising, template = Noising(DDIMScheduler(), 0), guided_call()
+    calls = [noising.repeat(template, LATENTS, Model()) for _ in range(3)]
+    folder = TuningFolder(tmp_path, 1, None)
+    folder.save_calls(0, calls)
+    for found in (calls, folder.load_calls(0)):
+        assert len({call.shared["encoder_hidden_states"].data_ptr() for call in found}) == 1
+        for call, expected in zip(found, calls, strict=True):
+            assert torch.equal(call.repeat(Model()), expected.output)
+            assert torch.equal(call.guidance, expected.guidance)
 
 
 def test_without_guidance_rows_keep_what_they_were_given():
     text = torch.tensor([-1.0, 2.0])
     call = Call((torch.zeros(2, 4, 3, 3), torch.tensor(500)), {"encoder_hidden_states": text}, torch.zeros(2, 4, 3, 3))
     noised = Noising(DDIMScheduler(), 0).repeat(call, LATENTS, Model())
-    assert torch.equal(noised.args[2], text) and noised.guidance is None
+    assert torch.equal(arguments(noised)[2], text) and noised.guidance is None
 
 
 def test_timesteps_are_beta_3_1():
     calls = repeated(Noising(DDIMScheduler(), seed=1), 1000)
-    timesteps = np.concatenate([call.args[1].numpy() for call in calls])
+    timesteps = np.concatenate([arguments(call)[1].numpy() for call in calls])
     levels = np.array([200, 400, 600, 800])
     below = (timesteps[:, None] < levels).mean(axis=0)
     np.testing.assert_allclose(below, (levels / 1000) ** 3, atol=0.03)
@@ -84,14 +103,14 @@ def test_timesteps_are_beta_3_1():
 
 def test_only_timesteps_that_the_quantized_model_knows():
     known = [1.0, 400.0, 990.0]
-    timesteps = torch.cat([call.args[1] for call in repeated(Noising(DDIMScheduler(), 0, known), 100)])
+    timesteps = torch.cat([arguments(call)[1] for call in repeated(Noising(DDIMScheduler(), 0, known), 100)])
     assert set(timesteps.tolist()) == {1, 400, 990}
 
 
 def test_the_seed_decides():
     one, same, other = (repeated(Noising(DDIMScheduler(), seed), 2) for seed in (3, 3, 4))
-    assert all(torch.equal(a.args[0], b.args[0]) for a, b in zip(one, same, strict=True))
-    assert not any(torch.equal(a.args[0], b.args[0]) for a, b in zip(one, other, strict=True))
+    assert all(torch.equal(arguments(a)[0], arguments(b)[0]) for a, b in zip(one, same, strict=True))
+    assert not any(torch.equal(arguments(a)[0], arguments(b)[0]) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("scheduler", [PNDMScheduler, DDIMScheduler, EulerDiscreteScheduler])
@@ -102,7 +121,7 @@ def test_pictures_are_noised_as_often_as_asked(make_pipeline, make_calibration, 
     drawn = Denoising(pipeline, pipeline.unet, make_calibration())._draw(0)
     assert len(calls) == 5
     for call in calls:
-        assert call.args[0].shape == (2, *drawn.shape[1:])
+        assert arguments(call)[0].shape == (2, *drawn.shape[1:])
         torch.testing.assert_close(call.repeat(pipeline.unet), call.output)
 
 
