@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec.radix import pack_dense
-from .moments import InputMoments, channel_blocks, moment_bytes
+from .moments import InputMoments, block_sizes
 from .rounding import Factor, factorize
 from .scales import quantize_rows_for_inputs
 
@@ -80,9 +80,9 @@ def _factors(moments: InputMoments, blocks: range, centred: bool) -> list[Factor
 
 def rounding_bytes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> int:
     """Bytes that `quantize_layer` takes at most beside the weight and its moments."""
-    taps = layer.weight[0, 0].numel()
-    largest = max(taps * (stop - start) for start, stop in channel_blocks(layer, most_columns))
+    sizes = block_sizes(layer, most_columns)
     weights = layer.weight.numel()
     at_once = min(weights, max(_WEIGHTS_AT_ONCE, layer.weight[0].numel()))
-    # Factors of one group, and at most three copies of a block while it is factorized.
-    return moment_bytes(layer, most_columns) + 3 * 4 * largest**2 + _BYTES_PER_WEIGHT * at_once + 10 * weights
+    factors = sum(size**2 for size in sizes) // getattr(layer, "groups", 1)  # of one group
+    # At most three copies of a block while it is factorized.
+    return 4 * factors + 3 * 4 * max(sizes) ** 2 + _BYTES_PER_WEIGHT * at_once + 10 * weights

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+# Rows of a strip of `Gram`: above half of the matrix by little, and products that a GEMM is still fast at.
+_STRIP = 256
+
 
 def sample_inputs(layer: nn.Linear | nn.Conv2d, x: Tensor, most: int, generator: torch.Generator) -> Tensor:
     """Inputs of a layer as rows: its weight, flattened to [out, columns], times a row is an output at one position.
@@ -66,9 +69,51 @@ def channel_blocks(layer: nn.Linear | nn.Conv2d, most_columns: int) -> list[tupl
 
 def moment_bytes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> int:
     """Bytes that `InputMoments` of the layer takes."""
+    total = 0
+    for size in block_sizes(layer, most_columns):
+        total += size + sum(min(_STRIP, left) * left for left in range(size, 0, -_STRIP))
+    return 4 * total
+
+
+def block_sizes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> list[int]:
+    """Columns of each block."""
     taps = layer.weight[0, 0].numel()
-    sides = [taps * (stop - start) for start, stop in channel_blocks(layer, most_columns)]
-    return 4 * sum(side * side + side for side in sides)
+    return [taps * (stop - start) for start, stop in channel_blocks(layer, most_columns)]
+
+
+class Gram:
+    """Sum of rowᵀ row, a symmetric matrix, of which one triangle is kept: half the memory and half the arithmetic.
+
+    Args:
+        size: columns of the rows.
+        device: to sum on.
+
+    Attributes:
+        strips: fp32 [256, size - 256 * i] each, from the diagonal to the right; the last is lower.
+    """
+
+    def __init__(self, size: int, device: torch.device):
+        self.strips = [
+            torch.zeros(min(_STRIP, size - first), size - first, device=device) for first in range(0, size, _STRIP)
+        ]
+
+    def add(self, rows: Tensor) -> None:
+        """Count in rows fp32 [positions, size]."""
+        for first, strip in zip(range(0, rows.shape[1], _STRIP), self.strips, strict=True):
+            strip.addmm_(rows[:, first : first + _STRIP].T, rows[:, first:])
+
+    def diagonal(self) -> Tensor:
+        """fp32 [size]."""
+        return torch.cat([strip.diagonal() for strip in self.strips])
+
+    def full(self) -> Tensor:
+        """Both triangles, fp32 [size, size]."""
+        size = self.strips[0].shape[1]
+        full = torch.empty(size, size, device=self.strips[0].device)
+        for first, strip in zip(range(0, size, _STRIP), self.strips, strict=True):
+            full[first : first + _STRIP, first:] = strip
+            full[first:, first : first + _STRIP] = strip.T
+        return full
 
 
 class InputMoments:
@@ -78,7 +123,7 @@ class InputMoments:
         blocks: (first, last + 1) column of each block.
         count: rows seen.
         total: fp32 [columns], sum of the rows.
-        products: per block fp32 [size, size], sum of rowᵀ row.
+        products: of each block, the sum of rowᵀ row.
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, most_columns: int):
@@ -86,22 +131,22 @@ class InputMoments:
         self.blocks = [(taps * start, taps * stop) for start, stop in channel_blocks(layer, most_columns)]
         self.count = 0
         self.total = torch.zeros(self.blocks[-1][1], device=device)
-        self.products = [torch.zeros(stop - start, stop - start, device=device) for start, stop in self.blocks]
+        self.products = [Gram(stop - start, device) for start, stop in self.blocks]
 
     def add(self, rows: Tensor) -> None:
         """Count in rows fp32 [positions, columns]."""
         self.count += len(rows)
         self.total += rows.sum(dim=0)
         for (start, stop), product in zip(self.blocks, self.products, strict=True):
-            product.addmm_(rows[:, start:stop].T, rows[:, start:stop])
+            product.add(rows[:, start:stop])
 
     def sum_over_processes(self) -> None:
         """Add up what all processes have seen."""
         count = torch.tensor(self.count, device=self.total.device)
         self.count = int(reduce(count, "sum"))
         self.total = reduce(self.total, "sum")
-        for i, product in enumerate(self.products):
-            self.products[i] = reduce(product, "sum")
+        for product in self.products:
+            product.strips = [reduce(strip, "sum") for strip in product.strips]
 
     @property
     def is_finite(self) -> bool:
@@ -114,7 +159,7 @@ class InputMoments:
 
     def second_moment(self, block: int, centred: bool) -> Tensor:
         """E[x xᵀ] of a block, fp32 [size, size]; `centred`: the covariance."""
-        moment = self.products[block] / max(1, self.count)
+        moment = self.products[block].full().div_(max(1, self.count))
         if centred:
             start, stop = self.blocks[block]
             mean = self.mean()[start:stop]
@@ -122,10 +167,11 @@ class InputMoments:
         return moment
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "total": self.total, "products": self.products}
+        return {"count": self.count, "total": self.total, "products": [product.strips for product in self.products]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = state["count"]
         self.total.copy_(state["total"])
-        for product, saved in zip(self.products, state["products"], strict=True):
-            product.copy_(saved)
+        for product, strips in zip(self.products, state["products"], strict=True):
+            for strip, saved in zip(product.strips, strips, strict=True):
+                strip.copy_(saved)

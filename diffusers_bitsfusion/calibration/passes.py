@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import nn
 
@@ -20,7 +21,7 @@ class Passes:
     """How layers are spread over runs of the pipeline.
 
     Attributes:
-        groups: layer names of each run.
+        groups: layer names of each run, in the order to round them in.
         most_columns: columns of a block of second moments at most.
     """
 
@@ -31,8 +32,8 @@ class Passes:
 def plan_passes(layers: Mapping[str, nn.Linear | nn.Conv2d], memory: float) -> Passes:
     """As few runs of the pipeline as the memory allows.
 
-    While layers of a pass are rounded, the moments of the others wait, and one layer is worked on: together they stay
-    within the memory. Where a single layer does not, blocks of moments are made smaller.
+    While a layer is rounded, the moments of those after it wait: together they stay within the memory. The layers that
+    take most to round come last, when fewer wait. Where a single layer does not fit, blocks become smaller.
 
     Args:
         layers: what to calibrate, by name.
@@ -42,25 +43,40 @@ def plan_passes(layers: Mapping[str, nn.Linear | nn.Conv2d], memory: float) -> P
         ValueError: the memory does not suffice for the largest layer even without correlations between channels.
     """
     most_columns = MOST_COLUMNS
-    while (need := _largest_need(layers, most_columns)) > memory:
+    while (need := max(_Needs.of(layer, most_columns).alone for layer in layers.values())) > memory:
         if most_columns == 1:
             raise ValueError(
                 f"memory_gb={memory / 1e9:g} is too little for calibration: the largest layer needs {need / 1e9:.2g}."
             )
         most_columns //= 2
-    room = memory - max(rounding_bytes(layer, most_columns) for layer in layers.values())
-    groups: list[list[str]] = []
-    taken = room
-    for name, layer in layers.items():
-        size = moment_bytes(layer, most_columns)
-        if taken + size > room:
-            groups.append([])
-            taken = 0
-        groups[-1].append(name)
-        taken += size
+    needs = {name: _Needs.of(layer, most_columns) for name, layer in layers.items()}
+    groups: list[list[str]] = [[]]
+    for name in layers:
+        together = sorted([*groups[-1], name], key=lambda name: needs[name].rounding)
+        if _most([needs[name] for name in together]) > memory:
+            groups.append([name])
+        else:
+            groups[-1] = together
     return Passes(groups, most_columns)
 
 
-def _largest_need(layers: Mapping[str, nn.Linear | nn.Conv2d], most_columns: int) -> int:
-    moments = max(moment_bytes(layer, most_columns) for layer in layers.values())
-    return moments + max(rounding_bytes(layer, most_columns) for layer in layers.values())
+@dataclass(frozen=True)
+class _Needs:
+    """Bytes of a layer: its moments, and what rounding takes beside them."""
+
+    moments: int
+    rounding: int
+
+    @classmethod
+    def of(cls, layer: nn.Linear | nn.Conv2d, most_columns: int) -> _Needs:
+        return cls(moment_bytes(layer, most_columns), rounding_bytes(layer, most_columns))
+
+    @property
+    def alone(self) -> int:
+        return self.moments + self.rounding
+
+
+def _most(needs: Sequence[_Needs]) -> int:
+    """Bytes at the worst moment, of layers that are rounded in this order."""
+    waiting = list(accumulate(need.moments for need in reversed(needs)))[::-1]  # a layer's own among them
+    return max(moments + need.rounding for moments, need in zip(waiting, needs, strict=True))

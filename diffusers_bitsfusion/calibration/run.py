@@ -23,8 +23,10 @@ from .settings import Calibration
 from .store import CalibrationFolder, TuningFolder
 from .tuning import CALLS, tune
 
-# Seconds of drawing that an interruption may cost; moments are large, so they are not written after every batch.
+# Seconds of drawing that an interruption may cost; moments are large, so they are not written after every batch, and
+# where writing is slow it may take a tenth of the time.
 _SAVE_EVERY = 120.0
+_SAVE_SHARE = 0.1
 
 # Numbers of each weight that tell one model from another.
 _HASHED = 1024
@@ -83,6 +85,7 @@ def calibrate(
         _gather(Denoising(pipeline, model, calibration), moments, folder, index, title, progress)
         for moment in moments.values():
             moment.sum_over_processes()
+        moments = {name: moments[name] for name in missing}
         for name in tqdm(missing, desc=f"Rounding layers, {title}", disable=not _shows(progress)):
             done[name] = _round(layers[name], name, moments.pop(name), bits[name], options)
             if folder is not None:
@@ -179,7 +182,7 @@ def _gather(
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
     start = 0 if folder is None else folder.load_moments(index, moments)
     steps = denoising.calibration.num_inference_steps
-    saved = time.monotonic()
+    pause, saved = _SAVE_EVERY, time.monotonic()
     with tqdm(
         total=len(batches) * steps, initial=start * steps, desc=f"Drawing, {title}", disable=not _shows(progress)
     ) as bar:
@@ -187,9 +190,11 @@ def _gather(
             denoising.gather(batch, moments, on_call=partial(_advance, bar, count * steps))
             bar.update(count * steps - bar.n)
             last = count == len(batches)
-            if folder is not None and (last or time.monotonic() - saved > _SAVE_EVERY):
+            if folder is not None and (last or time.monotonic() - saved > pause):
+                started = time.monotonic()
                 folder.save_moments(index, count, moments)
                 saved = time.monotonic()
+                pause = max(_SAVE_EVERY, (saved - started) / _SAVE_SHARE)
 
 
 def _advance(bar: tqdm, goal: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,7 @@ def test_other_seeds_look_at_other_inputs(calibrated, equal_models):
 @pytest.mark.parametrize("stage", ["drawing", "rounding"])
 def test_an_interrupted_run_goes_on_where_it_stopped(calibrated, monkeypatch, tmp_path, stage, equal_models):
     monkeypatch.setattr(calibration_run, "_SAVE_EVERY", 0)
+    monkeypatch.setattr(calibration_run, "_SAVE_SHARE", math.inf)
     whole = calibrated()
     drawn, rounded = [], []
     draw, quantize_layer = Denoising._draw, calibration_run.quantize_layer
@@ -117,6 +119,7 @@ SCRIPT = """
 import sys
 sys.path[:0] = [sys.argv[3]]
 import torch
+import math
 from pathlib import Path
 from tiny import tiny_pipeline
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
