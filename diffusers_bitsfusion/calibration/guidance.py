@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .calls import Call
+from .calls import Call, square_errors
 
 # Of the lost share, by which targets are corrected after a step: slower than tuning itself, faster than its schedule.
 _RATE = 0.05
@@ -17,7 +17,9 @@ _RATE = 0.05
 class Guidance:
     """Targets with more of what the text adds, by as much as a model's predictions lack of it.
 
-    After each step the share grows by a twentieth of what they lacked in it, or falls where they had too much.
+    After each step the share grows by a twentieth of what they lacked in it, or falls where they had too much. A row
+    counts by the inverse of its error: with little noise the error is many times what the text adds, and says nothing
+    about it.
 
     Attributes:
         surplus: share of the text's part that targets have beside it.
@@ -33,9 +35,12 @@ class Guidance:
 
     def note(self, predicted: Tensor, call: Call) -> None:
         """Look at a prediction [rows, ...]."""
-        if call.guidance is not None:
-            self._along += float(((predicted.detach() - call.output) * call.guidance).sum())
-            self._square += float(call.guidance.square().sum())
+        if call.guidance is None:
+            return
+        predicted, added = predicted.detach(), call.guidance.flatten(1)
+        weights = 1 / square_errors(predicted, call.output)
+        self._along += float(weights @ ((predicted - call.output).flatten(1) * added).sum(dim=1))
+        self._square += float(weights @ added.square().sum(dim=1))
 
     def step(self) -> None:
         """Correct by what has been noted since the last step."""

@@ -21,16 +21,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm.auto import tqdm
 
 from ..nn.packed import PackedWeight, float_bits
-from .calls import Call
+from .calls import Call, square_errors
 from .guidance import Guidance
 
 # Of Adam: relative to a channel's own scale for gains, to the spread of a layer's output for offsets.
 LEARNING_RATE = 0.01
 _BETAS = (0.9, 0.99)
 _WARM_UP = 20
-
-# Errors below are none: the logarithm of a prediction without any error must have no slope.
-_LEAST_ERROR = 1e-12
 
 # Of a step: what suits one picture and timestep harms another.
 CALLS = 4
@@ -147,8 +144,7 @@ def tune(
             return call.repeat(model).float(), call
 
     def log_error(predicted: Tensor, call: Call) -> Tensor:
-        errors = (predicted - guidance.target(call)).square().flatten(1).mean(dim=1)
-        return errors.clamp_min(_LEAST_ERROR).log().mean()
+        return square_errors(predicted, guidance.target(call)).log().mean()
 
     with _hooked(channels), _bounded(model, memory, lambda: log_error(*predict(0))), torch.enable_grad():
         parameters = [parameter for channel in channels for parameter in channel.parameters]

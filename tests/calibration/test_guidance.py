@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,10 @@ def call():
     return Call((), {}, output, added)
 
 
+def _along(error, added):
+    return (error * added).flatten(1).sum(1).view(-1, 1, 1, 1)
+
+
 def test_a_call_without_guidance_is_predicted_as_it_is(call):
     guidance, plain = Guidance(), replace(call, guidance=None)
     guidance.note(call.output + 1, plain)
@@ -30,17 +35,35 @@ def test_a_call_without_guidance_is_predicted_as_it_is(call):
 
 def test_a_twentieth_of_the_lost_share_is_added(call):
     guidance = Guidance()
-    # Of two looks at equal calls with 0.6 and 0.8 of it the mean counts; an error across the text's part does not.
+    # An error across the text's part is none of it.
     across = torch.randn(call.output.shape, generator=torch.Generator().manual_seed(1))
-    across -= (across * call.guidance).sum() / call.guidance.square().sum() * call.guidance
-    guidance.note(call.output - 0.4 * call.guidance + across, call)
-    guidance.note(call.output - 0.2 * call.guidance, call)
+    across -= _along(across, call.guidance) / _along(call.guidance, call.guidance) * call.guidance
+    guidance.note(call.output - 0.3 * call.guidance + across, call)
     guidance.step()
     assert guidance.surplus == pytest.approx(0.05 * 0.3, rel=1e-4)
     torch.testing.assert_close(guidance.target(call), call.output + 0.015 * call.guidance)
     guidance.note(call.output + 0.1 * call.guidance, call)
     guidance.step()
     assert guidance.surplus == pytest.approx(0.05 * (0.3 - 0.1), rel=1e-4)
+
+
+def test_rows_count_by_the_inverse_of_their_error(call):
+    guidance = Guidance()
+    errors = np.random.default_rng(0).standard_normal(call.output.shape)
+    errors = (errors * np.array([0.1, 1, 10]).reshape(-1, 1, 1, 1)).astype(np.float32)
+    added = call.guidance.double().numpy()
+    weights = 1 / np.square(errors).mean((1, 2, 3))
+    along = (errors * added).sum((1, 2, 3)) @ weights
+    for row in range(3):  # in one call or in several
+        part = replace(call, output=call.output[row : row + 1], guidance=call.guidance[row : row + 1])
+        guidance.note(part.output + torch.from_numpy(errors[row : row + 1]), part)
+    guidance.step()
+    expected = -0.05 * along / (np.square(added).sum((1, 2, 3)) @ weights)
+    assert guidance.surplus == pytest.approx(expected, rel=1e-5)
+    guidance = Guidance()
+    guidance.note(call.output + torch.from_numpy(errors), call)
+    guidance.step()
+    assert guidance.surplus == pytest.approx(expected, rel=1e-5)
 
 
 def test_predictions_that_shrink_it_come_to_keep_all(call):
