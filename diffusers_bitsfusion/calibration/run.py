@@ -83,9 +83,7 @@ def calibrate(
         moments = {name: InputMoments(layers[name], passes.most_columns) for name in names}
         title = f"pass {index + 1} of {len(passes.groups)}"
         _gather(Denoising(pipeline, model, calibration), moments, folder, index, title, progress)
-        for moment in moments.values():
-            moment.sum_over_processes()
-        moments = {name: moments[name] for name in missing}
+        moments = _summed(moments, missing)
         for name in tqdm(missing, desc=f"Rounding layers, {title}", disable=not _shows(progress)):
             done[name] = _round(layers[name], name, moments.pop(name), bits[name], options)
             if folder is not None:
@@ -200,6 +198,13 @@ def _gather(
 def _advance(bar: tqdm, goal: int) -> None:
     """A step, but not past `goal`: a scheduler may call the model more often than it makes steps."""
     bar.update(min(1, goal - bar.n))
+
+
+def _summed(moments: Mapping[str, InputMoments], names: Sequence[str]) -> dict[str, InputMoments]:
+    """What all processes have seen, of the layers that this one rounds."""
+    for moment in moments.values():
+        moment.sum_over_processes()
+    return {name: moments[name] for name in names}
 
 
 def _round(

@@ -119,7 +119,6 @@ SCRIPT = """
 import sys
 sys.path[:0] = [sys.argv[3]]
 import torch
-import math
 from pathlib import Path
 from tiny import tiny_pipeline
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
