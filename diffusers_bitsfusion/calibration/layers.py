@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec.radix import pack_dense
-from .moments import InputMoments, block_sizes
+from .moments import InputMoments, column_blocks
 from .rounding import Factor, factorize
 from .scales import quantize_rows_for_inputs
 
@@ -80,7 +80,7 @@ def _factors(moments: InputMoments, blocks: range, centred: bool) -> list[Factor
 
 def rounding_bytes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> int:
     """Bytes that `quantize_layer` takes at most beside the weight and its moments."""
-    sizes = block_sizes(layer, most_columns)
+    sizes = [stop - start for start, stop in column_blocks(layer, most_columns)]
     weights = layer.weight.numel()
     at_once = min(weights, max(_WEIGHTS_AT_ONCE, layer.weight[0].numel()))
     factors = sum(size**2 for size in sizes) // getattr(layer, "groups", 1)  # of one group

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
-# Rows of a strip of `Gram`: above half of the matrix by little, and products that a GEMM is still fast at.
-_STRIP = 256
+from .gram import Gram, gram_numel
 
 
 def sample_inputs(layer: nn.Linear | nn.Conv2d, x: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -67,53 +66,16 @@ def channel_blocks(layer: nn.Linear | nn.Conv2d, most_columns: int) -> list[tupl
     ]
 
 
+def column_blocks(layer: nn.Linear | nn.Conv2d, most_columns: int) -> list[tuple[int, int]]:
+    """(first, last + 1) column of each of `channel_blocks`."""
+    taps = layer.weight[0, 0].numel()
+    return [(taps * start, taps * stop) for start, stop in channel_blocks(layer, most_columns)]
+
+
 def moment_bytes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> int:
     """Bytes that `InputMoments` of the layer takes."""
-    total = 0
-    for size in block_sizes(layer, most_columns):
-        total += size + sum(min(_STRIP, left) * left for left in range(size, 0, -_STRIP))
-    return 4 * total
-
-
-def block_sizes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> list[int]:
-    """Columns of each block."""
-    taps = layer.weight[0, 0].numel()
-    return [taps * (stop - start) for start, stop in channel_blocks(layer, most_columns)]
-
-
-class Gram:
-    """Sum of rowᵀ row, a symmetric matrix, of which one triangle is kept: half the memory and half the arithmetic.
-
-    Args:
-        size: columns of the rows.
-        device: to sum on.
-
-    Attributes:
-        strips: fp32 [256, size - 256 * i] each, from the diagonal to the right; the last is lower.
-    """
-
-    def __init__(self, size: int, device: torch.device):
-        self.strips = [
-            torch.zeros(min(_STRIP, size - first), size - first, device=device) for first in range(0, size, _STRIP)
-        ]
-
-    def add(self, rows: Tensor) -> None:
-        """Count in rows fp32 [positions, size]."""
-        for first, strip in zip(range(0, rows.shape[1], _STRIP), self.strips, strict=True):
-            strip.addmm_(rows[:, first : first + _STRIP].T, rows[:, first:])
-
-    def diagonal(self) -> Tensor:
-        """fp32 [size]."""
-        return torch.cat([strip.diagonal() for strip in self.strips])
-
-    def full(self) -> Tensor:
-        """Both triangles, fp32 [size, size]."""
-        size = self.strips[0].shape[1]
-        full = torch.empty(size, size, device=self.strips[0].device)
-        for first, strip in zip(range(0, size, _STRIP), self.strips, strict=True):
-            full[first : first + _STRIP, first:] = strip
-            full[first:, first : first + _STRIP] = strip.T
-        return full
+    sizes = [stop - start for start, stop in column_blocks(layer, most_columns)]
+    return 4 * sum(gram_numel(size) + size for size in sizes)
 
 
 class InputMoments:
@@ -127,8 +89,8 @@ class InputMoments:
     """
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, most_columns: int):
-        taps, device = layer.weight[0, 0].numel(), layer.weight.device
-        self.blocks = [(taps * start, taps * stop) for start, stop in channel_blocks(layer, most_columns)]
+        device = layer.weight.device
+        self.blocks = column_blocks(layer, most_columns)
         self.count = 0
         self.total = torch.zeros(self.blocks[-1][1], device=device)
         self.products = [Gram(stop - start, device) for start, stop in self.blocks]
@@ -146,7 +108,7 @@ class InputMoments:
         self.count = int(reduce(count, "sum"))
         self.total = reduce(self.total, "sum")
         for product in self.products:
-            product.strips = [reduce(strip, "sum") for strip in product.strips]
+            product.values.copy_(reduce(product.values, "sum"))
 
     @property
     def is_finite(self) -> bool:
@@ -167,11 +129,10 @@ class InputMoments:
         return moment
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "total": self.total, "products": [product.strips for product in self.products]}
+        return {"count": self.count, "total": self.total, "products": [product.values for product in self.products]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = state["count"]
         self.total.copy_(state["total"])
-        for product, strips in zip(self.products, state["products"], strict=True):
-            for strip, saved in zip(product.strips, strips, strict=True):
-                strip.copy_(saved)
+        for product, saved in zip(self.products, state["products"], strict=True):
+            product.values.copy_(saved)

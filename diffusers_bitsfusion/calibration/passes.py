@@ -43,13 +43,14 @@ def plan_passes(layers: Mapping[str, nn.Linear | nn.Conv2d], memory: float) -> P
         ValueError: the memory does not suffice for the largest layer even without correlations between channels.
     """
     most_columns = MOST_COLUMNS
-    while (need := max(_Needs.of(layer, most_columns).alone for layer in layers.values())) > memory:
+    needs = _needs(layers, most_columns)
+    while (most := max(_most([need]) for need in needs.values())) > memory:
         if most_columns == 1:
             raise ValueError(
-                f"memory_gb={memory / 1e9:g} is too little for calibration: the largest layer needs {need / 1e9:.2g}."
+                f"memory_gb={memory / 1e9:g} is too little for calibration: the largest layer needs {most / 1e9:.2g}."
             )
         most_columns //= 2
-    needs = {name: _Needs.of(layer, most_columns) for name, layer in layers.items()}
+        needs = _needs(layers, most_columns)
     groups: list[list[str]] = [[]]
     for name in layers:
         together = sorted([*groups[-1], name], key=lambda name: needs[name].rounding)
@@ -67,13 +68,12 @@ class _Needs:
     moments: int
     rounding: int
 
-    @classmethod
-    def of(cls, layer: nn.Linear | nn.Conv2d, most_columns: int) -> _Needs:
-        return cls(moment_bytes(layer, most_columns), rounding_bytes(layer, most_columns))
 
-    @property
-    def alone(self) -> int:
-        return self.moments + self.rounding
+def _needs(layers: Mapping[str, nn.Linear | nn.Conv2d], most_columns: int) -> dict[str, _Needs]:
+    return {
+        name: _Needs(moment_bytes(layer, most_columns), rounding_bytes(layer, most_columns))
+        for name, layer in layers.items()
+    }
 
 
 def _most(needs: Sequence[_Needs]) -> int:

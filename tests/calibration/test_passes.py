@@ -20,7 +20,7 @@ with torch.device("meta"):
 def held(layer, most_columns) -> int:
     """Bytes of a layer's moments, counted in the tensors themselves."""
     moments = InputMoments(layer, most_columns)
-    tensors = [moments.total, *(strip for product in moments.products for strip in product.strips)]
+    tensors = [moments.total, *(product.values for product in moments.products)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
