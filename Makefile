@@ -22,7 +22,7 @@ wheel: $(VENV)/installed
 	    > $$(build/clean/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/dependencies.pth
 	build/clean/bin/pip install --quiet --no-deps dist/*.whl
 	cd build && clean/bin/python -c "import diffusers_bitsfusion as d; assert 'build/clean' in d.__file__, d.__file__"
-	build/clean/bin/python examples/demo.py --out build/demo
+	build/clean/bin/python examples/demo.py --out build/demo --steps 5
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

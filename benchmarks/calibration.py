@@ -1,6 +1,7 @@
 """What calibration brings, and what it costs.
 
     python -m benchmarks.calibration quality PIPELINE --prompts HELD_OUT.tsv [--calibration-prompts FILE] [--recipe 2]
+        [--samples 4 16] [--calibration-steps 5 20] [--tuning-steps 0 80] [--seeds 0 1 2]
     python -m benchmarks.calibration cost --work DIR [--memory-gb 8] [--samples 16] [--steps 20] [--dtype float32]
 
 `quality` quantizes a pipeline without and with calibration, and compares it with full precision: PSNR of the pictures
@@ -17,6 +18,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +63,9 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     pipeline = load_pipeline(arguments.pipeline, arguments.scheduler)
     calls = record(pipeline, pipeline.unet, prompts[:6], replace(sampling, seed=7), CALLS, progress=False).calls
     reference = generate_images(pipeline, prompts, sampling)
-    base = Calibration(
-        own,
-        num_samples=arguments.samples,
-        num_inference_steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-    )
+    base = Calibration(own, guidance_scale=arguments.guidance_scale)
     rows = []
-    for label, calibration in settings(base, arguments.seeds, arguments.sweep, arguments.tuning_steps).items():
+    for label, calibration in settings(base, arguments).items():
         pipeline = load_pipeline(arguments.pipeline, arguments.scheduler)
         recipe = int(arguments.recipe) if arguments.recipe.isdecimal() else Recipe.load(arguments.recipe)
         config = BitsFusionConfig(recipe=recipe, time_embedding="table")
@@ -87,16 +84,13 @@ def quality(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def settings(
-    base: Calibration, seeds: int, sweep: bool, tuning_steps: Sequence[int]
-) -> Mapping[str, Calibration | None]:
-    """Without, with (several seeds), tuned, and on request fewer and more samples and steps."""
+def settings(base: Calibration, arguments: argparse.Namespace) -> Mapping[str, Calibration | None]:
+    """Without calibration, and each combination of what was asked for."""
     found: dict[str, Calibration | None] = {"uncalibrated": None}
-    found |= {f"calibrated, seed {seed}": replace(base, seed=seed) for seed in range(seeds)}
-    found |= {f"tuned, {count} steps": replace(base, tuning_steps=count) for count in tuning_steps}
-    if sweep:
-        found |= {f"{count} samples": replace(base, num_samples=count) for count in (2, 4, 8, 32, 64)}
-        found |= {f"{count} steps": replace(base, num_inference_steps=count) for count in (5, 10, 50)}
+    asked = product(arguments.samples, arguments.calibration_steps, arguments.tuning_steps, arguments.seeds)
+    for samples, steps, tuning, seed in asked:
+        label = f"{samples} pictures of {steps} steps, tuned by {tuning}, seed {seed}"
+        found[label] = replace(base, num_samples=samples, num_inference_steps=steps, tuning_steps=tuning, seed=seed)
     return found
 
 
@@ -154,13 +148,14 @@ def main() -> None:
     of_quality.add_argument("--calibration-prompts", type=Path, help="the same; default: the shipped list")
     of_quality.add_argument("--recipe", default="2", help="bits of all layers, or a recipe's path")
     of_quality.add_argument("--num-images", type=int, default=48)
-    of_quality.add_argument("--steps", type=int, default=20)
+    of_quality.add_argument("--steps", type=int, default=20, help="that the compared pictures are drawn in")
     of_quality.add_argument("--guidance-scale", type=float, default=7.5)
     of_quality.add_argument("--scheduler", help="diffusers scheduler; default: the pipeline's own")
-    of_quality.add_argument("--samples", type=int, default=16, help="pictures drawn to calibrate")
-    of_quality.add_argument("--tuning-steps", type=int, nargs="*", default=[], help="tuned as well, by so many steps")
-    of_quality.add_argument("--seeds", type=int, default=3, help="calibration seeds")
-    of_quality.add_argument("--sweep", action="store_true", help="other numbers of samples and steps too")
+    several: dict[str, Any] = {"type": int, "nargs": "+"}
+    of_quality.add_argument("--samples", **several, default=[16], help="pictures drawn to calibrate")
+    of_quality.add_argument("--calibration-steps", **several, default=[20], help="that they are drawn in")
+    of_quality.add_argument("--tuning-steps", **several, default=[0], help="tuned as well, by so many steps")
+    of_quality.add_argument("--seeds", **several, default=[0, 1, 2], help="of calibration")
     of_quality.set_defaults(measure=quality)
     of_cost = commands.add_parser("cost")
     of_cost.add_argument("--work", type=Path, required=True, help="folder that keeps what is done")

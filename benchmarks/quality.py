@@ -101,7 +101,7 @@ WAYS: dict[str, Callable[[Any], Any] | None] = {
     "by analysis 2.03": shipped,
     **{f"by analysis 2.03, calibrated, seed {seed}": calibrated(shipped, seed) for seed in SEEDS},
     **{f"by analysis 2.03, tuned, seed {seed}": calibrated(shipped, seed, **TUNED) for seed in SEEDS},
-    **{f"uniform {n}, calibrated": calibrated(uniform(n)) for n in (1, 2, 3)},
+    **{f"uniform {n}, calibrated, seed {seed}": calibrated(uniform(n), seed) for n in (1, 2, 3) for seed in SEEDS},
     "SDNQ uint2, row-wise": sdnq(weights_dtype="uint2", group_size=-1),
     "SDNQ uint2": sdnq(weights_dtype="uint2"),
     "SDNQ uint2 everywhere, row-wise": sdnq(**EVERY_LAYER, group_size=-1),

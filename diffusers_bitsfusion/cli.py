@@ -46,6 +46,7 @@ def quantize(
         typer.Option(help="For --calibrate: a prompt a line, or a tab-separated file with a Prompt column."),
     ] = None,
     samples: Annotated[int, typer.Option(help="For --calibrate: pictures drawn.")] = 16,
+    steps: Annotated[int, typer.Option(help="For --calibrate: inference steps of each picture.")] = 20,
     tuning_steps: Annotated[
         int, typer.Option(help="For --calibrate: steps that tune scales, biases and norms after rounding.")
     ] = 0,
@@ -68,7 +69,12 @@ def quantize(
         )
         if calibrate:
             calibration = _calibration(
-                destination, prompts, num_samples=samples, tuning_steps=tuning_steps, memory_gb=memory_gb
+                destination,
+                prompts,
+                num_samples=samples,
+                num_inference_steps=steps,
+                tuning_steps=tuning_steps,
+                memory_gb=memory_gb,
             )
             _quantize_calibrated(source, destination, config, getattr(torch, dtype), calibration)
         else:

@@ -23,22 +23,23 @@ def test_prompts_are_lines_or_a_column(source_folder, tmp_path, monkeypatch, tex
 
     monkeypatch.setattr("diffusers_bitsfusion.quantize_model", record)
     (tmp_path / "prompts").write_text(text)
-    options = ("--calibrate", "--prompts", tmp_path / "prompts", "--samples", 5, "--memory-gb", 2)
+    options = ("--calibrate", "--prompts", tmp_path / "prompts", "--samples", 5, "--steps", 7, "--memory-gb", 2)
     result = run("quantize", source_folder, tmp_path / "out", *options)
     assert "far enough" in result.stderr
     calibration = seen["calibration"]
     assert calibration.prompts == ["a cat", "a red car"]
-    assert (calibration.num_samples, calibration.memory_gb) == (5, 2)
+    assert (calibration.num_samples, calibration.num_inference_steps, calibration.memory_gb) == (5, 7, 2)
 
 
 def test_a_calibrated_pipeline_is_saved_and_the_cache_is_gone(source_folder, tmp_path):
-    options = ("--recipe", 1, "--calibrate", "--samples", 1, "--tuning-steps", 2)
+    options = ("--recipe", 1, "--calibrate", "--samples", 1, "--steps", 3, "--tuning-steps", 2)
     result = run("quantize", source_folder, tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     assert "packed weights" in result.stdout
     loaded = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
     said = loaded.unet.config.quantization_config.calibration
-    assert (said["num_samples"], said["tuning_steps"], said["prompts"]) == (1, 2, "default")
+    assert [said[name] for name in ("num_samples", "num_inference_steps", "tuning_steps")] == [1, 3, 2]
+    assert said["prompts"] == "default"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 

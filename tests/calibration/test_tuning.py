@@ -70,7 +70,7 @@ def tuned(make_pipeline, config, make_calibration):
 
     def tune(dtype=torch.float32, **changes):
         pipeline = make_pipeline().to(dtype)
-        calibration = make_calibration(**({"tuning_steps": 25} | changes))
+        calibration = make_calibration(**({"tuning_steps": 10} | changes))
         return quantize_model(pipeline, config, progress=False, calibration=calibration).unet
 
     return tune
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_pat
     schedule, steps = tuning._schedule, []
 
     def interrupting(step, count):
-        if len(steps) == 7:
+        if len(steps) == 4:
             raise KeyboardInterrupt
         steps.append(step)
         return schedule(step, count)
@@ -140,7 +140,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_pat
         patched.setattr(tuning, "_schedule", lambda *given: steps.append(given[0]) or schedule(*given))
         patched.setattr(Denoising, "_draw", None)
         resumed = tuned(cache_dir=tmp_path / "cache")
-    assert steps == list(range(25))
+    assert steps == list(range(10))
     assert equal_models(resumed, whole)
 
 

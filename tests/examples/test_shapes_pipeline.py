@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 
 from examples.shapes.captions import heldout_prompts
@@ -37,8 +37,9 @@ def test_it_loads_where_this_package_is_not_imported():
 
 
 def test_it_draws_what_it_is_asked_for():
-    """Guessing draws nothing right. 24 prompts and 25 steps: a look at it, not its score."""
+    """Guessing draws nothing right. 24 prompts and ten steps: a look at it, not its score."""
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)  # needs few steps
     prompts = heldout_prompts(24)
-    images = generate(pipeline, [prompt.caption for prompt in prompts], 25, batch_size=24)
-    assert score_by_category(prompts, images)["overall"] >= 0.5
+    images = generate(pipeline, [prompt.caption for prompt in prompts], 10, batch_size=24)
+    assert score_by_category(prompts, images)["overall"] >= 0.6

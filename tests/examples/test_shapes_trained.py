@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from diffusers_bitsfusion import size_report
 from examples.shapes.captions import heldout_prompts
@@ -27,9 +27,10 @@ def test_it_is_small_and_of_the_published_average():
 
 
 def test_it_draws_what_it_is_asked_for():
-    """Rounded to as many bits without training, the same pipeline draws a tenth of its prompts."""
+    """Rounded to as many bits without training, the same pipeline draws a fourth of its prompts."""
     unet = UNet2DConditionModel.from_pretrained(TRAINED, dtype=torch.float32)
     pipeline = StableDiffusionPipeline.from_pretrained(SHAPES / "pipeline", unet=unet, dtype=torch.float32)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)  # needs few steps
     prompts = heldout_prompts(24)
-    images = generate(pipeline, [prompt.caption for prompt in prompts], 50, batch_size=24)
-    assert score_by_category(prompts, images)["overall"] >= 0.5
+    images = generate(pipeline, [prompt.caption for prompt in prompts], 10, batch_size=24)
+    assert score_by_category(prompts, images)["overall"] >= 0.6
