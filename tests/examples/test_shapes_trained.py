@@ -27,7 +27,7 @@ def test_it_is_small_and_of_the_published_average():
 
 
 def test_it_draws_what_it_is_asked_for():
-    """Rounded to as many bits without training, the same pipeline draws a fourth of its prompts."""
+    """Rounded to as many bits without training, the same pipeline draws 0.29 of these prompts."""
     unet = UNet2DConditionModel.from_pretrained(TRAINED, dtype=torch.float32)
     pipeline = StableDiffusionPipeline.from_pretrained(SHAPES / "pipeline", unet=unet, dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)  # needs few steps
