@@ -14,7 +14,8 @@ def analyze(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline in full precision.")],
     out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted analysis goes on from it.")],
     method: Annotated[
-        str, typer.Option(help='"full", or an estimate: "prediction", "gradient", "output" or "weight".')
+        str,
+        typer.Option(help='"full", "calibrated", or an estimate: "prediction", "gradient", "output" or "weight".'),
     ] = "full",
     prompts: Annotated[
         Path | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -11,6 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..calibration.calls import Call, square_errors
+from ..calibration.layers import quantize_layer
+from ..calibration.moments import InputMoments, sample_inputs
+from ..calibration.passes import MOST_COLUMNS
+from ..ops.decode import decode_weight
 from .results import Item
 from .rounding import holding, round_weight
 from .study import Record, Study
@@ -18,6 +23,9 @@ from .study import Record, Study
 # Random directions of the output that each call is differentiated along. 8 calls leave each estimate with a relative
 # deviation of 25 %, the same for all layers in part: little against sensitivities that differ a thousandfold.
 _PROBES = 4
+
+# Positions of each sample whose inputs calibrate a layer, on average: here a few calls stand for all of a calibration.
+_POSITIONS = 512
 
 
 def measure_weight(study: Study, items: Iterable[Item]) -> Iterator[Record]:
@@ -103,6 +111,51 @@ def measure_prediction(study: Study, items: Iterable[Item]) -> Iterator[Record]:
         with holding(layer, round_weight(layer.weight, bits)):
             errors = [F.mse_loss(call.repeat(study.model), call.output) for call in study.reference.calls]
         yield (name, bits), {"prediction_error": float(torch.stack(errors).mean())}
+
+
+@torch.no_grad()
+def measure_calibrated(study: Study, items: Iterable[Item]) -> Iterator[Record]:
+    """The change of the prediction with the layer calibrated, as `calibrated_error`.
+
+    The layer is calibrated for its inputs in every second of the recorded calls, and the prediction is that of the
+    others. The square error of each sample counts relative to the one it has with all layers rounded to 2 bits: steps
+    with much noise make small errors, which decide what is drawn.
+
+    Raises:
+        ValueError: there is only one call.
+    """
+    seen, rest = study.reference.calls[::2], study.reference.calls[1::2]
+    if not rest:
+        raise ValueError(
+            'The method "calibrated" needs two calls: raise calls, and the pictures or steps that make them.'
+        )
+    with ExitStack() as stack:
+        for layer in study.layers.values():
+            stack.enter_context(holding(layer, round_weight(layer.weight, 2)))
+        usual = [square_errors(call.repeat(study.model), call.output) for call in rest]
+    for name, widths in _by_layer(items).items():
+        layer = study.layers[name]
+        moments = _input_moments(study, layer, seen)
+        for bits in widths:
+            found = quantize_layer(layer, moments, bits, scale_init="alternating", iterations=10, balance=True)
+            weight = decode_weight(found.codes, found.scale, bits, tuple(layer.weight.shape), torch.float32)
+            with holding(layer, weight, found.bias):
+                errors = [(call.repeat(study.model) - call.output).square().flatten(1).mean(dim=1) for call in rest]
+            yield (name, bits), {"calibrated_error": float((torch.cat(errors) / torch.cat(usual)).mean())}
+
+
+def _input_moments(study: Study, layer: nn.Linear | nn.Conv2d, calls: Sequence[Call]) -> InputMoments:
+    moments = InputMoments(layer, MOST_COLUMNS)
+    generator = torch.Generator().manual_seed(study.settings.sampling.seed)
+    hook = layer.register_forward_pre_hook(
+        lambda layer, args: moments.add(sample_inputs(layer, args[0], _POSITIONS, generator))
+    )
+    try:
+        for call in calls:
+            call.repeat(study.model)
+    finally:
+        hook.remove()
+    return moments
 
 
 def _by_layer(items: Iterable[Item]) -> dict[str, list[int]]:

@@ -40,11 +40,14 @@ def layer_cost(weight: Tensor) -> LayerCost:
 
 
 @contextmanager
-def holding(layer: nn.Linear | nn.Conv2d, weight: Tensor) -> Iterator[None]:
-    """Give a layer another weight within the block."""
-    own = layer.weight.data
-    layer.weight.data = weight.to(own.dtype)
+def holding(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor | None = None) -> Iterator[None]:
+    """Give a layer another weight, and where one is given another bias, within the block."""
+    given = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    own = {name: layer.get_parameter(name).data for name in given}
+    for name, value in given.items():
+        layer.get_parameter(name).data = value.to(own[name].dtype)
     try:
         yield
     finally:
-        layer.weight.data = own
+        for name, value in own.items():
+            layer.get_parameter(name).data = value

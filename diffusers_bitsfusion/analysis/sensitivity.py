@@ -63,6 +63,7 @@ class Method:
 
 METHODS = {
     "full": Method(single_layer.measure, ("mse", "psnr", "ssim"), ("qat_steps", "learning_rate", "sampling", "lpips")),
+    "calibrated": Method(estimates.measure_calibrated, ("calibrated_error",), ("calls", "sampling")),
     "prediction": Method(estimates.measure_prediction, ("prediction_error",), ("calls", "sampling")),
     "gradient": Method(estimates.measure_gradient, ("gradient_error",), ("calls", "sampling")),
     "output": Method(estimates.measure_output, ("output_error",), ("calls", "sampling")),
@@ -90,7 +91,8 @@ def analyze(
         source: folder or Hub id of a pipeline in full precision.
         out: folder for the result, `analysis.jsonl`, and what is needed to go on.
         captions: what to draw; not needed for "weight".
-        method: "full": round the layer, train it, draw and compare, as the paper does. Estimates, from good to
+        method: "full": round the layer, train it, draw and compare, as the paper does. "calibrated": change of the
+            predicted noise with the layer calibrated, for models that will be. Estimates for any other, from good to
             cheap: "prediction": change of the predicted noise with the layer rounded; "gradient": the same to second
             order, for all layers at once; "output": change of the layer's own output; "weight": of its weight.
         settings: numbers of pictures, steps and so on.
@@ -102,7 +104,7 @@ def analyze(
         ImportError: the full analysis needs a package of the extra `eval`.
         OSError: the pipeline cannot be read, or the result not written.
         ValueError: `out` holds an analysis of another model or other settings, the pipeline is quantized already, an
-            unknown method, or there are no captions.
+            unknown method, there are no captions, or "calibrated" has a single call to look at.
     """
     way = _method(method, captions, settings)
     state = process_state(timeout=_PATIENCE)

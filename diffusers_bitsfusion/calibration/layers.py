@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..codec.radix import pack_dense
+from ..codec.scales import quantize_rows
 from .moments import InputMoments, column_blocks
 from .rounding import Factor, factorize
 from .scales import quantize_rows_for_inputs
@@ -44,6 +46,7 @@ def quantize_layer(
     """Round a layer's weight for the inputs that `moments` has seen.
 
     The error of the output has a mean, which a bias can take, so that with a bias only the inputs' covariance counts.
+    Where `moments` has seen nothing, each weight goes to its nearest level.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.
@@ -54,11 +57,12 @@ def quantize_layer(
     codes, scales = [], []
     for group, rows in enumerate(weight.chunk(groups)):
         blocks = range(group * blocks_per_group, (group + 1) * blocks_per_group)
-        factors = _factors(moments, blocks, centred=layer.bias is not None)
+        round_rows = quantize_rows  # of a layer that was never called
+        if moments.count:
+            factors = _factors(moments, blocks, centred=layer.bias is not None)
+            round_rows = partial(quantize_rows_for_inputs, factors=factors)
         for part in rows.split(max(1, _WEIGHTS_AT_ONCE // rows.shape[1])):
-            found = quantize_rows_for_inputs(
-                part, factors, bits, scale_init=scale_init, iterations=iterations, balance=balance
-            )
+            found = round_rows(part, bits=bits, scale_init=scale_init, iterations=iterations, balance=balance)
             codes.append(found[0])
             scales.append(found[1])
     code, scale = torch.cat(codes), torch.cat(scales)

@@ -76,7 +76,8 @@ def target_of(full):
 
 @pytest.fixture(scope="session")
 def estimates(run_analysis) -> dict[str, Analysis]:
-    return {name: run_analysis(method=name) for name in ("prediction", "gradient", "output", "weight")}
+    methods = ("calibrated", "prediction", "gradient", "output", "weight")
+    return {name: run_analysis(method=name) for name in methods}
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import rankdata
 from tiny_transformers import tiny_sd3
 from torch import nn
@@ -14,10 +15,13 @@ from torch import nn
 from diffusers_bitsfusion.analysis import estimates as module
 from diffusers_bitsfusion.analysis.recording import Reference, record
 from diffusers_bitsfusion.analysis.results import Analysis
+from diffusers_bitsfusion.analysis.rounding import holding
 from diffusers_bitsfusion.analysis.single_layer import trained_weight
 from diffusers_bitsfusion.analysis.statistics import rank_correlations
 from diffusers_bitsfusion.analysis.study import Study
 from diffusers_bitsfusion.calibration.calls import Call
+from diffusers_bitsfusion.calibration.rounding import factorize
+from diffusers_bitsfusion.calibration.scales import quantize_rows_for_inputs
 from diffusers_bitsfusion.codec.scales import quantize_rows
 
 from .conftest import CAPTIONS, DEAD, SETTINGS
@@ -30,6 +34,13 @@ STRIDED = "up_blocks.0.resnets.0.conv1"
 def rounded(weight: torch.Tensor, bits: int) -> torch.Tensor:
     codes, scale = quantize_rows(weight.flatten(1), bits)
     return (codes * scale[:, None]).view_as(weight)
+
+
+def sample_errors(model, calls) -> np.ndarray:
+    """Mean square error of each sample of the calls."""
+    with torch.no_grad():
+        changes = torch.cat([call.repeat(model) - call.output for call in calls])
+    return changes.square().mean(dim=(1, 2, 3)).numpy()
 
 
 @pytest.fixture
@@ -71,6 +82,49 @@ def test_prediction_error_is_the_change_of_the_models_output(estimates, study, n
     assert estimates["prediction"].records[name, 2]["prediction_error"] == pytest.approx(np.mean(errors), rel=1e-4)
 
 
+@pytest.mark.parametrize("name", [LINEAR, STRIDED])
+def test_calibrated_error_is_that_of_the_layer_calibrated_for_other_calls(estimates, study, name):
+    layer, inputs = study.layers[name], []
+    first, second = study.reference.calls[::2], study.reference.calls[1::2]
+    with layer.register_forward_hook(lambda layer, args, output: inputs.append(args[0])), torch.no_grad():
+        for call in first:
+            call.repeat(study.model)
+    rows = [F.unfold(x, layer.kernel_size, padding=1).mT if x.dim() == 4 else x for x in inputs]
+    rows = torch.cat([row.reshape(-1, layer.weight[0].numel()) for row in rows])
+    mean, moment = rows.mean(dim=0), rows.T @ rows / len(rows)
+    if layer.bias is not None:
+        moment -= torch.outer(mean, mean)
+    weight = layer.weight.flatten(1)
+    codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], 2)
+    changed = {"weight": (codes * scale[:, None]).view_as(layer.weight)}
+    if layer.bias is not None:
+        changed["bias"] = layer.bias + (weight - codes * scale[:, None]) @ mean
+    with holding(layer, **changed):
+        found = sample_errors(study.model, second)
+    for each in study.layers.values():
+        each.weight.data = rounded(each.weight, 2)
+    expected = np.mean(found / sample_errors(study.model, second))
+    assert estimates["calibrated"].records[name, 2]["calibrated_error"] == pytest.approx(expected, rel=0.02)
+
+
+def test_calibrated_layers_change_the_prediction_less_than_rounded_ones(estimates, study):
+    calls, alone = study.reference.calls[1::2], []
+    nearest = {name: rounded(layer.weight, 2) for name, layer in study.layers.items()}
+    for name, layer in study.layers.items():
+        with holding(layer, nearest[name]):
+            alone.append(sample_errors(study.model, calls))
+    for name, layer in study.layers.items():
+        layer.weight.data = nearest[name]
+    usual = sample_errors(study.model, calls)
+    assert sum(estimates["calibrated"].damage(2).values()) < 0.7 * sum(np.mean(errors / usual) for errors in alone)
+
+
+def test_calibrating_needs_a_call_beside_the_one_that_is_measured(study):
+    study.reference.calls[1:] = []
+    with pytest.raises(ValueError, match="needs two calls: raise calls"):
+        next(module.measure_calibrated(study, [(LINEAR, 2)]))
+
+
 def test_gradient_error_is_the_first_order_change_of_the_prediction(study, monkeypatch):
     """||J d||^2 by forward differentiation, which needs no random directions."""
     monkeypatch.setattr(module, "_PROBES", 100)
@@ -100,7 +154,7 @@ def test_estimates_of_the_prediction_rank_layers_as_the_full_analysis_does(full,
     assert rank_correlations(full, estimates[method])["all"] > 0.8
 
 
-@pytest.mark.parametrize("method", ["prediction", "gradient", "output", "weight"])
+@pytest.mark.parametrize("method", ["calibrated", "prediction", "gradient", "output", "weight"])
 def test_a_layer_that_gives_nothing_does_no_damage(estimates, method):
     assert all(estimates[method].damage(bits)[DEAD] == 0 for bits in (1, 2, 3))
 
@@ -129,7 +183,7 @@ def transformer_study() -> Study:
     }
     with torch.no_grad():
         call = Call((), arguments, model(**arguments)[0])
-    reference = Reference(np.empty((0, 0, 0, 3), np.uint8), [call])
+    reference = Reference(np.empty((0, 0, 0, 3), np.uint8), [call, call])
     return Study(SimpleNamespace(transformer=model), [], SETTINGS, None, reference)
 
 
@@ -138,7 +192,12 @@ def test_transformers_and_layers_that_are_never_called(transformer_study, monkey
     items = [(name, 2) for name in transformer_study.layers]
     unread, rest = "transformer_blocks.1.unread", "transformer_blocks.0.attn.to_v"
     damage = {}
-    for measure in (module.measure_output, module.measure_gradient, module.measure_prediction):
+    for measure in (
+        module.measure_output,
+        module.measure_gradient,
+        module.measure_prediction,
+        module.measure_calibrated,
+    ):
         records = dict(measure(transformer_study, items))
         assert list(records) == items
         damage[measure] = {name: next(iter(metrics.values())) for (name, _), metrics in records.items()}

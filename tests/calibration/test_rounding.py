@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffusers_bitsfusion.calibration.rounding import DAMPING, factorize, project, round_with_compensation
-from diffusers_bitsfusion.calibration.scales import quantize_rows_for_inputs
+from diffusers_bitsfusion.calibration.scales import RATE, quantize_rows_for_inputs
 from diffusers_bitsfusion.codec.grid import code_range
 from diffusers_bitsfusion.codec.scales import quantize_rows
 
@@ -98,9 +98,50 @@ def test_damping_grows_until_an_indefinite_moment_can_be_factorized():
     assert torch.isfinite(upper).all() and (added > 0.5).all()
 
 
+def bits_of_entropy(codes) -> np.ndarray:
+    """Entropy of each row's codes, bits a weight."""
+    counts = [np.unique(row, return_counts=True)[1] / len(row) for row in np.asarray(codes)]
+    return np.array([-(shares * np.log2(shares)).sum() for shares in counts])
+
+
+def cost(weight, codes, scale, moment) -> np.ndarray:
+    """What rows are chosen by, in bits a weight; -inf for a row without an error."""
+    error = output_error(weight, codes, scale, moment).numpy()
+    with np.errstate(divide="ignore"):
+        return 0.5 * np.log2(error) + RATE * bits_of_entropy(codes)
+
+
+@pytest.mark.parametrize(("bits", "balance"), [(1, True), (2, True), (2, False), (3, True)])
+def test_rows_are_the_candidates_of_least_error_and_entropy(bits, balance):
+    weight, moment = random_weight(6, 40), correlated_moment(40)
+    damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(40)
+    levels = code_range(bits, balance)
+    codes, scale = quantize_rows(weight, bits, balance=balance)
+    first = scale.double().numpy()
+    best = [
+        (float(cost(weight[[i]], codes[[i]], scale[[i]], damped)[0]), codes[i].numpy(), first[i]) for i in range(6)
+    ]
+
+    def attempt(scale) -> None:
+        codes = optimal_brain_codes(weight, moment, scale, *levels)
+        for i, (row, exact) in enumerate(zip(codes, weight.double().numpy(), strict=True)):
+            refit = row @ damped.double().numpy() @ exact / (row @ damped.double().numpy() @ row)
+            found = cost(weight[[i]], torch.from_numpy(row)[None], torch.tensor([refit]), damped)[0]
+            if found < best[i][0]:
+                best[i] = found, row, refit
+
+    for multiple in (1.0, 0.9, 1.1, 1.25, 1.45):
+        attempt(first * multiple)
+    for _ in range(2):
+        attempt(np.array([scale for _, _, scale in best]))
+    codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], bits, balance=balance)
+    assert np.array_equal(codes.numpy(), [row for _, row, _ in best])
+    assert np.allclose(scale, [scale for _, _, scale in best], rtol=1e-5)
+
+
 @pytest.mark.parametrize("balance", [True, False])
 @pytest.mark.parametrize("bits", [1, 2, 3, 5, 8])
-def test_the_output_error_is_never_above_plain_rounding_and_mostly_far_below(bits, balance):
+def test_error_and_entropy_are_never_worse_than_plain_roundings_and_the_error_mostly_far_below(bits, balance):
     weight = random_weight(24, 80)
     weight[3] = 0  # a dead channel
     moment = correlated_moment(80)
@@ -108,10 +149,19 @@ def test_the_output_error_is_never_above_plain_rounding_and_mostly_far_below(bit
     codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], bits, balance=balance)
     low, high = code_range(bits, balance)
     assert codes.dtype == torch.int8 and low <= codes.min() and codes.max() <= high
-    plain = output_error(weight, *quantize_rows(weight, bits, balance=balance), damped)
-    found = output_error(weight, codes, scale, damped)
-    assert (found <= plain * (1 + 1e-5)).all() and found.sum() < 0.6 * plain.sum()
+    plain = quantize_rows(weight, bits, balance=balance)
+    assert (cost(weight, codes, scale, damped) <= cost(weight, *plain, damped) + 1e-4).all()
+    assert output_error(weight, codes, scale, damped).sum() < 0.6 * output_error(weight, *plain, damped).sum()
     assert not codes[3].any() and scale[3] == 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_codes_take_fewer_bits_than_those_of_the_scale_of_least_error(bits, monkeypatch):
+    weight, moment = random_weight(64, 160), correlated_moment(160)
+    codes, _ = quantize_rows_for_inputs(weight, [factorize(moment)], bits)
+    monkeypatch.setattr("diffusers_bitsfusion.calibration.scales.RATE", 0.0)
+    least, _ = quantize_rows_for_inputs(weight, [factorize(moment)], bits)
+    assert bits_of_entropy(codes).mean() < bits_of_entropy(least).mean() - 0.02
 
 
 def test_nan_weights_are_refused():
