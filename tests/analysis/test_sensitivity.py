@@ -180,7 +180,7 @@ def test_a_folder_of_other_settings_or_another_model_is_refused(run_analysis, tm
 
 
 def test_what_cannot_be_done_is_said_at_once(run_analysis, tmp_path):
-    with pytest.raises(ValueError, match="method must be one of full, prediction"):
+    with pytest.raises(ValueError, match="method must be one of full, calibrated, prediction"):
         run_analysis(tmp_path, method="best")
     with pytest.raises(ValueError, match="there are no prompts"):
         run_analysis(tmp_path, captions=[])
