@@ -67,9 +67,8 @@ def train_row(args: argparse.Namespace, row: str, seed: int) -> Path:
     stage = ["--stage", "1", "--max_train_steps", str(args.steps)]
     if row in SECOND_STAGES:
         first = SECOND_STAGES[row]
-        start = Path("rounding")
-        if first is not None:
-            start = train_row(args, first, seed) / "stage1" / f"checkpoint-{args.steps}"
+        stage_1 = None if first is None else train_row(args, first, seed)
+        start = "rounding" if stage_1 is None else stage_1 / "stage1" / f"checkpoint-{args.steps}"
         stage = ["--stage", "2", "--init_from", str(start), "--max_train_steps", str(args.stage2_steps)]
         stage += ["--learning_rate", str(args.stage2_learning_rate)]
     switches = [str(args.work / switch) if switch in (RECIPE, PROMPTS) else switch for switch in ROWS[row]]

@@ -132,7 +132,7 @@ def measure_calibrated(study: Study, items: Iterable[Item]) -> Iterator[Record]:
     with ExitStack() as stack:
         for layer in study.layers.values():
             stack.enter_context(holding(layer, round_weight(layer.weight, 2)))
-        usual = [square_errors(call.repeat(study.model), call.output) for call in rest]
+        usual = torch.cat([square_errors(call.repeat(study.model), call.output) for call in rest])
     for name, widths in _by_layer(items).items():
         layer = study.layers[name]
         moments = _input_moments(study, layer, seen)
@@ -141,7 +141,7 @@ def measure_calibrated(study: Study, items: Iterable[Item]) -> Iterator[Record]:
             weight = decode_weight(found.codes, found.scale, bits, tuple(layer.weight.shape), torch.float32)
             with holding(layer, weight, found.bias):
                 errors = [(call.repeat(study.model) - call.output).square().flatten(1).mean(dim=1) for call in rest]
-            yield (name, bits), {"calibrated_error": float((torch.cat(errors) / torch.cat(usual)).mean())}
+            yield (name, bits), {"calibrated_error": float((torch.cat(errors) / usual).mean())}
 
 
 def _input_moments(study: Study, layer: nn.Linear | nn.Conv2d, calls: Sequence[Call]) -> InputMoments:

@@ -149,9 +149,10 @@ def test_error_and_entropy_are_never_worse_than_plain_roundings_and_the_error_mo
     codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], bits, balance=balance)
     low, high = code_range(bits, balance)
     assert codes.dtype == torch.int8 and low <= codes.min() and codes.max() <= high
-    plain = quantize_rows(weight, bits, balance=balance)
-    assert (cost(weight, codes, scale, damped) <= cost(weight, *plain, damped) + 1e-4).all()
-    assert output_error(weight, codes, scale, damped).sum() < 0.6 * output_error(weight, *plain, damped).sum()
+    nearest = quantize_rows(weight, bits, balance=balance)
+    assert (cost(weight, codes, scale, damped) <= cost(weight, *nearest, damped) + 1e-4).all()
+    plain, found = output_error(weight, *nearest, damped), output_error(weight, codes, scale, damped)
+    assert (found <= plain * (1 + 1e-5)).all() and found.sum() < 0.6 * plain.sum()
     assert not codes[3].any() and scale[3] == 1
 
 
