@@ -6,8 +6,8 @@ PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes expo
 holds already is not done again, and an interrupted training goes on, so the command can be stopped and started at
 will (`timeout 150m python -m benchmarks.ablation ...`). Arguments that are not known here go to
 examples/train_bitsfusion.py, before those of the row. Rows add up, as in the paper. Then follow the control that it
-lacks, full precision trained on the same data for as long as Stage II, and Stage I on the captions alone, or from
-calibrated rounding.
+lacks, full precision trained on the same data for as long as Stage II, then Stage I on the captions alone, and both
+Stages from calibrated rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from diffusers_bitsfusion.training.text import TextEncoder
 RECIPE, PROMPTS = "mixed.json", "prompts.txt"
 
 STAGE_1, STAGE_2, CONTROL = "+ Beta timesteps = Stage I", "+ Stage II", "full precision, Stage II's data"
-AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL)
+CALIBRATED_1, CALIBRATED_2 = "Stage I, calibrated start", "Stage II, calibrated start"
+SECOND_STAGES = {STAGE_2: STAGE_1, CALIBRATED_2: CALIBRATED_1, CONTROL: None}  # and the row that each goes on from
+AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL, CALIBRATED_1, CALIBRATED_2)
 
 _UNIFORM = ("--recipe", "2", "--time_embedding", "keep")
 _MIXED = ("--recipe", RECIPE, "--time_embedding", "table")
@@ -47,7 +49,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     STAGE_2: _MIXED,
     CONTROL: ("--full_precision",),
     "Stage I, prompts alone": (*_MIXED, "--prompts", PROMPTS),
-    "Stage I, calibrated start": (*_MIXED, "--init", "calibrated"),
+    CALIBRATED_1: (*_MIXED, "--init", "calibrated"),
+    CALIBRATED_2: _MIXED,
 }
 
 
@@ -62,9 +65,9 @@ def train_row(args: argparse.Namespace, row: str, seed: int) -> Path:
         "seed": seed,
     }
     stage = ["--stage", "1", "--max_train_steps", str(args.steps)]
-    if row in (STAGE_2, CONTROL):
-        stage_1 = None if row == CONTROL else train_row(args, STAGE_1, seed)
-        start = "rounding" if stage_1 is None else stage_1 / "stage1" / f"checkpoint-{args.steps}"
+    if row in SECOND_STAGES:
+        first = SECOND_STAGES[row]
+        start = train_row(args, first, seed) / "stage1" / f"checkpoint-{args.steps}" if first else "rounding"
         stage = ["--stage", "2", "--init_from", str(start), "--max_train_steps", str(args.stage2_steps)]
         stage += ["--learning_rate", str(args.stage2_learning_rate)]
     switches = [str(args.work / switch) if switch in (RECIPE, PROMPTS) else switch for switch in ROWS[row]]

@@ -177,7 +177,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.init_from is not None and args.stage != "2":
         parser.error("--init_from says where Stage II starts: use it with --stage 2.")
     if args.init == "calibrated" and (args.full_precision or args.stage == "2"):
-        parser.error("--init says how Stage I starts with quantized layers: use it without --full_precision.")
+        parser.error("--init says how Stage I starts: use it neither with --full_precision nor with --stage 2 alone.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
     if args.walk_steps < 2:

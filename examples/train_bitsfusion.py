@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -110,6 +111,15 @@ class Training:
         other = path is not None and self.args.stage == "both" and read_settings(path)[1]["stage"] != stage
         return None if other else path
 
+    @property
+    def _calibration(self) -> dict[str, Any] | None:
+        """What the student's start was calibrated with; the packed pipeline says so."""
+        return None if self.args.full_precision else self.student.qat_state.config.calibration
+
+    def _take_calibration(self, checkpoint: Path) -> None:
+        if not self.args.full_precision:
+            self.student.qat_state.config.calibration = read_settings(checkpoint)[1].get("calibration")
+
     def _take_stage_1(self) -> None:
         """Take the weights that Stage I left."""
         start = self.args.init_from
@@ -122,6 +132,7 @@ class Training:
                 "--init_from, or start from rounded weights with --init_from rounding."
             )
         load_weights(self.student, path, self.fingerprint)
+        self._take_calibration(path)
 
     def _sharing(self, stage: int) -> Sharing:
         return Sharing(
@@ -165,9 +176,11 @@ class Training:
     def _run_stage(self, stage: int) -> None:
         args, name = self.args, f"stage{stage}"
         checkpoint = self._checkpoint(stage)
-        if checkpoint is None and args.stage == "2":
+        if checkpoint is not None:
+            self._take_calibration(checkpoint)
+        elif args.stage == "2":
             self._take_stage_1()
-        if checkpoint is None and stage == 1 and args.init == "calibrated" and not args.estimate_only:
+        elif stage == 1 and args.init == "calibrated" and not args.estimate_only:
             calibrate_student(args, self.student, self.teacher, calibration_prompts(args, self.images))
         batches = self._batches(stage, self._distribution())
         student = self.student.to(self.accelerator.device)
@@ -202,7 +215,7 @@ class Training:
                 args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
             ),
             self.folder / name,
-            settings | {"seed": args.seed, "use_ema": args.use_ema},
+            settings | {"seed": args.seed, "use_ema": args.use_ema, "calibration": self._calibration},
             options,
             EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
         )

@@ -157,6 +157,28 @@ def test_stage_one_can_start_from_calibrated_rounding(command, data, source_fold
     assert unet.config.quantization_config.calibration == calibration.summary()
 
 
+def test_stage_two_in_a_run_of_its_own_goes_on_from_a_calibrated_start(command, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_models, "Calibration", partial(Calibration, num_inference_steps=2))
+    whole, apart = tmp_path / "out", tmp_path / "apart"
+    calibrated = ("--train_data_dir", data, "--init", "calibrated")
+    train_bitsfusion.main(command(*calibrated))
+    stage_one = whole / "stage1" / "checkpoint-2"
+    train_bitsfusion.main(
+        command("--train_data_dir", data, "--stage", 2, "--init_from", stage_one, output=apart.name)
+    )
+    assert losses(apart / "stage2") == losses(whole / "stage2")
+    records = [config_of(folder)["calibration"] for folder in (whole, apart)]
+    assert records[0] == records[1] and records[0]["prompts"] == f"{len(CAPTIONS)} of the user's"
+
+    again = ("--stage", 1, "--resume_from_checkpoint", stage_one)
+    train_bitsfusion.main(command(*calibrated, *again, output="resumed", steps=3))
+    assert config_of(tmp_path / "resumed")["calibration"] == records[0]
+
+
+def config_of(folder):
+    return json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
+
+
 def test_every_part_can_be_switched_off(command, data, tmp_path):
     plain = ("--no_balance", "--scale_init", "minmax", "--recipe", 2, "--time_embedding", "keep")
     less = ("--feature_weight", 0, "--timestep_sampling", "uniform", "--proportion_empty_prompts", 0)
