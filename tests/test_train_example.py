@@ -163,9 +163,7 @@ def test_stage_two_in_a_run_of_its_own_goes_on_from_a_calibrated_start(command, 
     calibrated = ("--train_data_dir", data, "--init", "calibrated")
     train_bitsfusion.main(command(*calibrated))
     stage_one = whole / "stage1" / "checkpoint-2"
-    train_bitsfusion.main(
-        command("--train_data_dir", data, "--stage", 2, "--init_from", stage_one, output=apart.name)
-    )
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 2, "--init_from", stage_one, output=apart.name))
     assert losses(apart / "stage2") == losses(whole / "stage2")
     records = [config_of(folder)["calibration"] for folder in (whole, apart)]
     assert records[0] == records[1] and records[0]["prompts"] == f"{len(CAPTIONS)} of the user's"

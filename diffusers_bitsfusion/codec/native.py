@@ -11,9 +11,9 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,9 +26,8 @@ _FLAGS = (
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=off",
 )  # fmt: skip
 
-# Below this many values a thread costs more than it saves, where loops compute with each: it takes some 50
-# microseconds to begin.
-_VALUES_PER_THREAD = 1 << 17
+# Below this many values a thread costs more than it saves, where loops compute with each.
+_VALUES_PER_THREAD = 1 << 14
 
 
 # The codes that the loops have for dtypes; decoding to int8 gives the codes of weights.
@@ -36,20 +35,42 @@ NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.in
 
 
 @dataclass(frozen=True)
-class NativeLibrary:
-    """The compiled functions; arguments as in `kernels/`."""
+class Loop:
+    """A compiled loop over rows."""
 
-    decode: Callable[..., None]
-    quantize: Callable[..., None]
-    quantize_tokens: Callable[..., None]
-    range: Callable[..., None]
-    quantize_affine: Callable[..., None]
-    rescale: Callable[..., None]
-    rescale_geglu: Callable[..., None]
-    block_weight: Callable[..., None]
-    multiply: Callable[..., None] | None  # where the processor has AVX2
-    attention: Callable[..., None]
-    attention_queries: int  # that a unit of `attention`'s work has; 0 where the processor lacks the instructions
+    _address: int | None
+    _run: Callable[..., None]
+    _parallel: int | None
+
+    def __call__(self, rows: int, columns: int, *arguments: int, per_thread: int = _VALUES_PER_THREAD) -> None:
+        """Go over `rows`, on the threads that torch computes with; the interpreter's lock is released meanwhile.
+
+        Args:
+            rows: their number.
+            columns: values of a row.
+            arguments: addresses and integers, in the order of the struct beside the loop in `kernels/`.
+            per_thread: values that are worth a thread.
+        """
+        threads = torch.get_num_threads() if self._parallel and rows * columns >= 2 * per_thread else 1
+        words = (ctypes.c_int64 * len(arguments))(*arguments)
+        self._run(self._parallel, self._address, words, rows, threads)
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """The compiled loops; what each does stands in `kernels/`."""
+
+    decode: Loop
+    quantize: Loop
+    quantize_tokens: Loop
+    range: Loop
+    quantize_affine: Loop
+    rescale: Loop
+    rescale_geglu: Loop
+    block_weight: Loop
+    multiply: Loop | None  # where the processor has AVX2
+    attention: Loop
+    attention_queries: int  # that a row of `attention` has; 0 where the processor lacks the instructions
 
 
 @functools.cache
@@ -62,27 +83,31 @@ def native_library() -> NativeLibrary | None:
         library = ctypes.CDLL(str(_build(compiler)))
     except (OSError, subprocess.CalledProcessError):
         return None
-    pointer, size, integer, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
+    run = library.bitsfusion_run
+    run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
+    run.restype = None
+    parallel = _address(getattr(ctypes.pythonapi, "GOMP_parallel", None))
 
-    def function(name: str, *arguments: type) -> Callable[..., None]:
-        found = library[f"bitsfusion_{name}"]
-        found.argtypes, found.restype = arguments, None
-        return found
+    def loop(name: str) -> Loop:
+        return Loop(_address(library[f"bitsfusion_{name}"]), run, parallel)
 
-    multiply = function("multiply", *[pointer] * 3, *[size] * 3, integer)
     return NativeLibrary(
-        decode=function("decode", *[pointer] * 3, *[size] * 3, integer, integer),
-        quantize=function("quantize", *[pointer] * 4, *[size] * 3, *[integer] * 3, real, integer, integer),
-        quantize_tokens=function("quantize_tokens", *[pointer] * 3, size, size, integer),
-        range=function("range", pointer, pointer, size, size, integer),
-        quantize_affine=function("quantize_affine", *[pointer] * 4, size, size, integer),
-        rescale=function("rescale", *[pointer] * 5, size, size, integer),
-        rescale_geglu=function("rescale_geglu", *[pointer] * 5, size, size, integer),
-        block_weight=function("block_weight", *[pointer] * 2, *[size] * 6),
-        multiply=multiply if library.bitsfusion_multiplies() else None,
-        attention=function("attention", *[pointer] * 5, *[size] * 4, real, size, size, integer),
+        decode=loop("decode"),
+        quantize=loop("quantize"),
+        quantize_tokens=loop("quantize_tokens"),
+        range=loop("range"),
+        quantize_affine=loop("quantize_affine"),
+        rescale=loop("rescale"),
+        rescale_geglu=loop("rescale_geglu"),
+        block_weight=loop("block_weight"),
+        multiply=loop("multiply") if library.bitsfusion_multiplies() else None,
+        attention=loop("attention"),
         attention_queries=library.bitsfusion_attention_queries(),
     )
+
+
+def _address(function: Any) -> int | None:
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 def _build(compiler: str) -> Path:
@@ -110,30 +135,3 @@ def _cpu_name() -> str:
         lines = cpuinfo.read_text().splitlines()
         return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
     return platform.processor()
-
-
-def for_row_ranges(
-    function: Callable[[int, int], None], rows: int, columns: int, per_thread: int = _VALUES_PER_THREAD
-) -> None:
-    """Call `function(start, stop)` for ranges that cover `rows`, on as many threads as torch uses.
-
-    The compiled functions release the interpreter's lock while they run.
-
-    Args:
-        function: of the first row of a range, and the one after its last.
-        rows: their number.
-        columns: values of a row.
-        per_thread: values that are worth a thread.
-    """
-    threads = max(1, min(torch.get_num_threads(), rows * columns // per_thread, rows))
-    step = max(1, -(-rows // threads))
-    others = [_pool(os.getpid()).submit(function, start, min(start + step, rows)) for start in range(step, rows, step)]
-    function(0, min(step, rows))
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _pool(process: int) -> ThreadPoolExecutor:
-    """Workers of this process; threads do not survive a fork, so a child makes its own."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), thread_name_prefix="bitsfusion")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import NATIVE_DTYPES, for_row_ranges, native_library
+from .native import NATIVE_DTYPES, native_library
 from .radix import dense_width, pack_dense
 from .scales import GAUSSIAN_STEP, check_finite, num_starts, quantize_rows
 
@@ -32,25 +32,18 @@ def quantize_to_dense(
     rows, columns = weight.shape
     dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8)
     scale = torch.empty(rows, dtype=torch.float32)
-
-    def quantize_range(start: int, stop: int) -> None:
-        scratch = torch.empty(5 * columns + 512, dtype=torch.uint8)
-        native.quantize(
-            weight.data_ptr() + start * columns * weight.element_size(),
-            dense.data_ptr() + start * dense.shape[1],
-            scale.data_ptr() + start * scale.element_size(),
-            scratch.data_ptr(),
-            stop - start,
-            columns,
-            dense.shape[1],
-            NATIVE_DTYPES[weight.dtype],
-            bits,
-            balance,
-            GAUSSIAN_STEP[balance][bits - 1],
-            num_starts(bits),
-            iterations,
-        )
-
-    for_row_ranges(quantize_range, rows, columns)
+    gaussian_step = torch.tensor(GAUSSIAN_STEP[balance][bits - 1], dtype=torch.float32)
+    native.quantize(
+        rows,
+        columns,
+        *(tensor.data_ptr() for tensor in (weight, dense, scale, gaussian_step)),
+        columns,
+        dense.shape[1],
+        NATIVE_DTYPES[weight.dtype],
+        bits,
+        balance,
+        num_starts(bits),
+        iterations,
+    )
     check_finite(scale)
     return dense, scale

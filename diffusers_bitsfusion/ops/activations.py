@@ -5,13 +5,11 @@ Both ways give the same codes and scales, bit for bit. NaN or infinite activatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codec.native import NATIVE_DTYPES, NativeLibrary, for_row_ranges, native_library
+from ..codec.native import NATIVE_DTYPES, Loop, NativeLibrary, native_library
 
 # Smallest range of values that is told from zero; its reciprocal is finite.
 _TINY = 1e-30
@@ -43,18 +41,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     x = _loadable(x).contiguous()
     rows, columns = x.shape
     codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
-
-    def quantize_rows(start: int, stop: int) -> None:
-        native.quantize_tokens(
-            x.data_ptr() + start * columns * x.element_size(),
-            codes.data_ptr() + start * columns,
-            scale.data_ptr() + start * scale.element_size(),
-            stop - start,
-            columns,
-            NATIVE_DTYPES[x.dtype],
-        )
-
-    for_row_ranges(quantize_rows, rows, columns)
+    addresses = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
+    native.quantize_tokens(rows, columns, *addresses, columns, NATIVE_DTYPES[x.dtype])
     return codes, scale
 
 
@@ -84,25 +72,13 @@ def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = _loadable(x)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
-    chunks, dtype = -(-x.numel() // _CHUNK), NATIVE_DTYPES[x.dtype]
-    # Row ranges start at multiples of a step, so a row of `bounds` belongs to one range alone.
-    bounds = torch.zeros(chunks, 2)
-
-    def find_range(start: int, stop: int) -> None:
-        first, last = start * _CHUNK, min(stop * _CHUNK, x.numel())
-        native.range(x.data_ptr(), bounds.data_ptr() + 8 * start, first, last - first, dtype)
-
-    for_row_ranges(find_range, chunks, _CHUNK)
+    chunks, sizes = -(-x.numel() // _CHUNK), (x.numel(), _CHUNK, NATIVE_DTYPES[x.dtype])
+    bounds = torch.empty(chunks, 2)
+    native.range(chunks, _CHUNK, x.data_ptr(), bounds.data_ptr(), *sizes)
     scale, inverse, zero_point = _affine(bounds[:, 0].amin(), bounds[:, 1].amax())
     codes = torch.empty_like(x, dtype=torch.uint8)
-
-    def quantize_range(start: int, stop: int) -> None:
-        first, last = start * _CHUNK, min(stop * _CHUNK, x.numel())
-        native.quantize_affine(
-            x.data_ptr(), codes.data_ptr(), inverse.data_ptr(), zero_point.data_ptr(), first, last - first, dtype
-        )
-
-    for_row_ranges(quantize_range, chunks, _CHUNK)
+    addresses = (tensor.data_ptr() for tensor in (x, codes, inverse, zero_point))
+    native.quantize_affine(chunks, _CHUNK, *addresses, *sizes)
     return codes, scale.view(1), zero_point.to(torch.int32).view(1)
 
 
@@ -160,7 +136,7 @@ def rescale_geglu(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias:
 
 
 def _rescale_rows(
-    function: Callable[..., None],
+    loop: Loop,
     sums: Tensor,
     token_scale: Tensor,
     weight_scale: Tensor,
@@ -168,24 +144,12 @@ def _rescale_rows(
     out: Tensor,
 ) -> Tensor:
     if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
-        return out.copy_(_rescale_rows(function, sums, token_scale, weight_scale, bias, torch.empty(out.shape)))
+        return out.copy_(_rescale_rows(loop, sums, token_scale, weight_scale, bias, torch.empty(out.shape)))
     rows, columns = sums.shape
     bias = torch.zeros(columns) if bias is None else bias.to(torch.float32).contiguous()
     weight_scale = weight_scale.contiguous()
-
-    def rescale_range(start: int, stop: int) -> None:
-        function(
-            sums.data_ptr() + start * columns * sums.element_size(),
-            token_scale.data_ptr() + start * token_scale.element_size(),
-            weight_scale.data_ptr(),
-            bias.data_ptr(),
-            out.data_ptr() + start * out.shape[1] * out.element_size(),
-            stop - start,
-            out.shape[1],
-            NATIVE_DTYPES[out.dtype],
-        )
-
-    for_row_ranges(rescale_range, rows, columns)
+    addresses = (tensor.data_ptr() for tensor in (sums, token_scale, weight_scale, bias, out))
+    loop(rows, columns, *addresses, out.shape[1], NATIVE_DTYPES[out.dtype])
     return out
 
 

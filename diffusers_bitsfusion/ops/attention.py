@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codec.native import NATIVE_DTYPES, for_row_ranges, native_library
+from ..codec.native import NATIVE_DTYPES, native_library
 from .select import why_no_bf16_attention
 
 # Entries of a head that the compiled loop has room for.
@@ -62,20 +60,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     strides = torch.tensor([x.stride()[:3] for x in (query, key, value, out)])
     native = native_library()
     assert native is not None
-    units = batch * heads * -(-tokens // native.attention_queries)
-
-    def attend_units(start: int, stop: int) -> None:
-        native.attention(
-            *(x.data_ptr() for x in (query, key, value, out, strides)),
-            heads,
-            tokens,
-            key.shape[2],
-            width,
-            math.log2(math.e) / math.sqrt(width),
-            start,
-            stop,
-            NATIVE_DTYPES[dtype],
-        )
-
-    for_row_ranges(attend_units, units, native.attention_queries * key.shape[2])
+    units, keys = batch * heads * -(-tokens // native.attention_queries), key.shape[2]
+    addresses = (x.data_ptr() for x in (query, key, value, out, strides))
+    sizes = heads, tokens, keys, width, NATIVE_DTYPES[dtype]
+    native.attention(units, native.attention_queries * keys, *addresses, *sizes)
     return out

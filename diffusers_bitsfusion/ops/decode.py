@@ -7,7 +7,7 @@ import threading
 import torch
 from torch import Tensor
 
-from ..codec.native import NATIVE_DTYPES, NativeLibrary, for_row_ranges, native_library
+from ..codec.native import NATIVE_DTYPES, native_library
 from ..codec.radix import code_planes
 from .select import has_triton
 
@@ -17,7 +17,7 @@ _NATIVE_OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
 _PLAIN_BLOCK = 1 << 20
 
 # Compiled loops write so many bytes in the time that another thread takes to begin.
-_BYTES_PER_THREAD = 1 << 22
+_BYTES_PER_THREAD = 1 << 16
 
 _scratch = threading.local()
 
@@ -53,7 +53,10 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
         return _decode_in_blocks(codes, scale, bits, columns, out)
     if out.dtype not in _NATIVE_OUTPUTS:
         return out.copy_(decode(codes, scale, bits, columns, torch.empty(out.shape)))
-    return _decode_native(native, codes, scale, bits, columns, out)
+    addresses, sizes = (codes.data_ptr(), scale.data_ptr(), out.data_ptr()), (columns, codes.shape[1], bits)
+    row_bytes = columns * out.element_size()
+    native.decode(len(codes), row_bytes, *addresses, *sizes, NATIVE_DTYPES[out.dtype], per_thread=_BYTES_PER_THREAD)
+    return out
 
 
 def _decode_in_blocks(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
@@ -61,27 +64,6 @@ def _decode_in_blocks(codes: Tensor, scale: Tensor, bits: int, columns: int, out
     for start in range(0, codes.shape[0], rows):
         part = slice(start, start + rows)
         decode_reference(codes[part], scale[part], bits, columns, out[part])
-    return out
-
-
-def _decode_native(
-    native: NativeLibrary, codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor
-) -> Tensor:
-    width = codes.shape[1]
-
-    def decode_rows(start: int, stop: int) -> None:
-        native.decode(
-            codes.data_ptr() + start * width,
-            scale.data_ptr() + start * scale.element_size(),
-            out.data_ptr() + start * columns * out.element_size(),
-            stop - start,
-            columns,
-            width,
-            bits,
-            NATIVE_DTYPES[out.dtype],
-        )
-
-    for_row_ranges(decode_rows, codes.shape[0], columns * out.element_size(), _BYTES_PER_THREAD)
     return out
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codec.native import NativeLibrary, for_row_ranges, native_library
+from ..codec.native import NativeLibrary, native_library
 
 # Outputs of a block; how many oneDNN takes depends on the shape and the processor.
 _BLOCKS = (64, 48, 32, 16)
@@ -78,8 +78,5 @@ def _has_blocks_of(native: NativeLibrary, tensor: Tensor, plain: Tensor, block: 
 def _write(native: NativeLibrary, plain: Tensor, address: int, block: int) -> None:
     outputs, inputs, *kernel = plain.shape
     taps = torch.Size(kernel).numel()
-
-    def write_blocks(first: int, last: int) -> None:
-        native.block_weight(plain.data_ptr(), address, outputs, inputs, taps, block, first, last)
-
-    for_row_ranges(write_blocks, -(-outputs // block), block * inputs * taps)
+    sizes = outputs, inputs, taps, block
+    native.block_weight(-(-outputs // block), block * inputs * taps, plain.data_ptr(), address, *sizes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codec.native import for_row_ranges, native_library
+from ..codec.native import native_library
 
 # Products that are worth a thread; one makes some 40 a nanosecond.
 _PRODUCTS_PER_THREAD = 1 << 22
@@ -41,19 +41,8 @@ def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
     native = native_library()
     if torch.cpu._is_vnni_supported() or native is None or native.multiply is None:
         return int_mm_reference(tokens, weight, sums)
-    multiply, sums = native.multiply, sums[: len(tokens)]
+    sums = sums[: len(tokens)]
     rows, columns = weight.shape
-
-    def multiply_tokens(start: int, stop: int) -> None:
-        multiply(
-            tokens.data_ptr() + start * columns,
-            weight.data_ptr(),
-            sums.data_ptr() + start * rows * sums.element_size(),
-            stop - start,
-            columns,
-            rows,
-            bits,
-        )
-
-    for_row_ranges(multiply_tokens, len(tokens), weight.numel(), _PRODUCTS_PER_THREAD)
+    addresses = tokens.data_ptr(), weight.data_ptr(), sums.data_ptr()
+    native.multiply(len(tokens), weight.numel(), *addresses, columns, rows, bits, per_thread=_PRODUCTS_PER_THREAD)
     return sums

@@ -1,6 +1,8 @@
+import ctypes
 import itertools
 import platform
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -120,39 +122,65 @@ def test_half_precision_weights_are_read_exactly(bits, dtype):
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_number_of_threads_changes_nothing(threads):
+def python_loop(function, parallel=True):
+    """A loop that calls `function(arguments, start, stop)`; whoever keeps it keeps the callback alive."""
+    callback = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64, ctypes.c_int64)(function)
+    compiled = native.native_library().decode
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    return callback, native.Loop(address, compiled._run, compiled._parallel if parallel else None)
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch computes with."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(count, threads):
     torch.manual_seed(2)
     weight = torch.randn(37, 1 << 14)
     expected = [quantize_to_dense(row.unsqueeze(0), 2) for row in weight]
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        dense, scale = quantize_to_dense(weight, 2)
-        decoded = decode(dense, scale, 2, 1 << 14, torch.empty(37, 1 << 14))
-    finally:
-        torch.set_num_threads(before)
+    threads(count)
+    dense, scale = quantize_to_dense(weight, 2)
+    decoded = decode(dense, scale, 2, 1 << 14, torch.empty(37, 1 << 14))
     assert torch.equal(dense, torch.cat([d for d, _ in expected]))
     assert torch.equal(scale, torch.cat([s for _, s in expected]))
     assert torch.equal(decoded, unpack_dense(dense, 2, 1 << 14) * scale[:, None])
 
 
-@given(st.integers(0, 50), st.integers(1, 1 << 20))
-@settings(deadline=None, max_examples=60)
-def test_row_ranges_cover_every_row_once(rows, columns):
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 50])
+def test_every_row_is_gone_over_once_with_the_arguments(rows, count, threads):
+    threads(count)
     ranges = []
-    native.for_row_ranges(lambda start, stop: ranges.append((start, stop)), rows, columns)
-    assert sorted(row for start, stop in ranges for row in range(start, stop)) == list(range(rows))
+    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop, words[:3])))
+    loop(rows, 1 << 20, 3, -4, 1 << 40)
+    assert sorted(row for start, stop, _ in ranges for row in range(start, stop)) == list(range(rows))
+    assert {tuple(words) for *_, words in ranges} == {(3, -4, 1 << 40)}
 
 
-@pytest.mark.parametrize("bad_row", [0, 9])
-def test_an_error_in_any_range_reaches_the_caller(bad_row):
-    def fail(start, stop):
-        if start <= bad_row < stop:
-            raise RuntimeError(f"row {bad_row}")
+def test_ranges_run_at_the_same_time_where_that_is_worth_it(threads):
+    threads(2)
+    meeting = threading.Barrier(2)
+    met = []
+    _, loop = python_loop(lambda words, start, stop: met.append(meeting.wait(timeout=60)))
+    loop(10, 1 << 20)
+    assert sorted(met) == [0, 1]
 
-    with pytest.raises(RuntimeError, match=f"row {bad_row}"):
-        native.for_row_ranges(fail, 10, 1 << 20)
+    ranges = []
+    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)))
+    loop(10, 1)
+    assert ranges == [(0, 10)]
+
+
+def test_without_threads_to_share_with_one_range_is_all():
+    ranges = []
+    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)), parallel=False)
+    loop(10, 1 << 20)
+    assert ranges == [(0, 10)]
 
 
 def test_without_a_compiler_there_is_no_library(no_compiler):

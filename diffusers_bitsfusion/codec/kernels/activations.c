@@ -27,10 +27,18 @@ INLINE void quantize_token(const void *x, int64_t first, int64_t columns, int dt
     else if (dtype == BFLOAT16) { DO(BFLOAT16) }  \
     else { DO(FLOAT16) }
 
-/* x: [rows, columns] of `dtype`; codes: int8 [rows, columns]; scale: float [rows]. */
-void bitsfusion_quantize_tokens(const void *x, int8_t *codes, float *scale, int64_t rows, int64_t columns, int dtype) {
-#define DO(DTYPE) \
-    for (int64_t r = 0; r < rows; r++) quantize_token(x, r * columns, columns, DTYPE, codes + r * columns, scale + r);
+typedef struct {
+    const void *x; /* [rows, columns] of `dtype` */
+    int8_t *codes; /* [rows, columns] */
+    float *scale;  /* [rows] */
+    int64_t columns, dtype;
+} TokenArguments;
+
+void bitsfusion_quantize_tokens(const TokenArguments *a, int64_t start, int64_t stop) {
+    const int64_t columns = a->columns, dtype = a->dtype;
+#define DO(DTYPE)                          \
+    for (int64_t r = start; r < stop; r++) \
+        quantize_token(a->x, r * columns, columns, DTYPE, a->codes + r * columns, a->scale + r);
     FOR_DTYPE(DO)
 #undef DO
 }
@@ -42,45 +50,70 @@ INLINE int32_t ordered(float value) { /* integers in the order of the numbers, N
 
 INLINE float of_ordered(int32_t key) { return float_of_bits((uint32_t)(key ^ ((key >> 31) & 0x7fffffff))); }
 
-/* The smallest and the largest of zero and x[first] ... x[first + count - 1], `dtype`. */
-void bitsfusion_range(const void *x, float *low_high, int64_t first, int64_t count, int dtype) {
-    int32_t low = 0, high = 0;
-#define DO(DTYPE)                                                    \
-    for (int64_t i = first; i < first + count; i++) {                \
-        const int32_t key = ordered(load(x, i, DTYPE));              \
-        low = key < low ? key : low;                                 \
-        high = key > high ? key : high;                              \
+typedef struct {
+    const void *x; /* [count] of `dtype`, of which a row of the loop is a chunk */
+    float *bounds; /* [chunks, 2] */
+    int64_t count, chunk, dtype;
+} RangeArguments;
+
+/* Of each chunk the smallest and the largest value, and zero. */
+void bitsfusion_range(const RangeArguments *a, int64_t start, int64_t stop) {
+    const int64_t dtype = a->dtype;
+    for (int64_t c = start; c < stop; c++) {
+        const int64_t first = c * a->chunk, last = min64(first + a->chunk, a->count);
+        int32_t low = 0, high = 0;
+#define DO(DTYPE)                                          \
+    for (int64_t i = first; i < last; i++) {               \
+        const int32_t key = ordered(load(a->x, i, DTYPE)); \
+        low = key < low ? key : low;                       \
+        high = key > high ? key : high;                    \
     }
-    FOR_DTYPE(DO)
+        FOR_DTYPE(DO)
 #undef DO
-    low_high[0] = of_ordered(low);
-    low_high[1] = of_ordered(high);
+        a->bounds[2 * c] = of_ordered(low);
+        a->bounds[2 * c + 1] = of_ordered(high);
+    }
 }
 
-/* x[first] ... x[first + count - 1] of `dtype` to codes at the same places; inverse and zero_point: one float each. */
-void bitsfusion_quantize_affine(const void *x, uint8_t *restrict codes, const float *inverse, const float *zero_point,
-                                int64_t first, int64_t count, int dtype) {
-    const float factor = *inverse, zero = *zero_point;
+typedef struct {
+    const void *x;                     /* [count] of `dtype`, of which a row of the loop is a chunk */
+    uint8_t *codes;                    /* [count] */
+    const float *inverse, *zero_point; /* one each */
+    int64_t count, chunk, dtype;
+} AffineArguments;
+
+void bitsfusion_quantize_affine(const AffineArguments *a, int64_t start, int64_t stop) {
+    const float factor = *a->inverse, zero = *a->zero_point;
+    const int64_t last = min64(stop * a->chunk, a->count), dtype = a->dtype;
+    const void *const x = a->x;
+    uint8_t *restrict codes = a->codes;
 #define DO(DTYPE)                                     \
-    for (int64_t i = first; i < first + count; i++)   \
+    for (int64_t i = start * a->chunk; i < last; i++) \
         codes[i] = (uint8_t)clip(rintf(load(x, i, DTYPE) * factor) + zero, 0.0f, 255.0f);
     FOR_DTYPE(DO)
 #undef DO
 }
 
-/* Sums of products of codes to outputs: sums int32 [rows, columns]; token_scale float [rows]; weight_scale and bias
- * float [columns]; out [rows, columns], `dtype` fp32 or bf16. */
-void bitsfusion_rescale(const int32_t *restrict sums, const float *restrict token_scale,
-                        const float *restrict weight_scale, const float *restrict bias, void *out, int64_t rows,
-                        int64_t columns, int dtype) {
-    for (int64_t r = 0; r < rows; r++) {
-        const int32_t *restrict in = sums + r * columns;
-        const float scale = token_scale[r];
-        if (dtype == FLOAT32) {
-            float *restrict y = (float *)out + r * columns;
+typedef struct {
+    const int32_t *sums;              /* [rows, columns] */
+    const float *token_scale;         /* [rows] */
+    const float *weight_scale, *bias; /* [columns] */
+    void *out;                        /* [rows, columns], `dtype` fp32 or bf16 */
+    int64_t columns, dtype;
+} RescaleArguments;
+
+/* Sums of products of codes to outputs. */
+void bitsfusion_rescale(const RescaleArguments *a, int64_t start, int64_t stop) {
+    const int64_t columns = a->columns;
+    const float *restrict weight_scale = a->weight_scale, *restrict bias = a->bias;
+    for (int64_t r = start; r < stop; r++) {
+        const int32_t *restrict in = a->sums + r * columns;
+        const float scale = a->token_scale[r];
+        if (a->dtype == FLOAT32) {
+            float *restrict y = (float *)a->out + r * columns;
             for (int64_t i = 0; i < columns; i++) y[i] = (float)in[i] * weight_scale[i] * scale + bias[i];
         } else {
-            uint16_t *restrict y = (uint16_t *)out + r * columns;
+            uint16_t *restrict y = (uint16_t *)a->out + r * columns;
             for (int64_t i = 0; i < columns; i++) y[i] = bf16_of((float)in[i] * weight_scale[i] * scale + bias[i]);
         }
     }
@@ -112,22 +145,22 @@ INLINE float gelu_of(float x) {
     return x * (x > 0.0f ? 1.0f - tail : tail);
 }
 
-/* The same, and of the halves of each row, hidden and gate, the product hidden * gelu(gate): sums int32 [rows, 2 half];
- * token_scale float [rows]; weight_scale and bias float [2 half]; out [rows, half], `dtype` fp32 or bf16. */
-void bitsfusion_rescale_geglu(const int32_t *restrict sums, const float *restrict token_scale,
-                              const float *restrict weight_scale, const float *restrict bias, void *out, int64_t rows,
-                              int64_t half, int dtype) {
-    for (int64_t r = 0; r < rows; r++) {
-        const int32_t *restrict hidden = sums + 2 * r * half, *restrict gate = hidden + half;
-        const float scale = token_scale[r];
+/* The same, and of the halves of each row, hidden and gate, the product hidden * gelu(gate): sums [rows, 2 columns];
+ * weight_scale and bias [2 columns]. */
+void bitsfusion_rescale_geglu(const RescaleArguments *a, int64_t start, int64_t stop) {
+    const int64_t half = a->columns;
+    const float *restrict weight_scale = a->weight_scale, *restrict bias = a->bias;
+    for (int64_t r = start; r < stop; r++) {
+        const int32_t *restrict hidden = a->sums + 2 * r * half, *restrict gate = hidden + half;
+        const float scale = a->token_scale[r];
 #define GATED(I)                                                   \
     (((float)hidden[I] * weight_scale[I] * scale + bias[I]) *      \
      gelu_of((float)gate[I] * weight_scale[half + I] * scale + bias[half + I]))
-        if (dtype == FLOAT32) {
-            float *restrict y = (float *)out + r * half;
+        if (a->dtype == FLOAT32) {
+            float *restrict y = (float *)a->out + r * half;
             for (int64_t i = 0; i < half; i++) y[i] = GATED(i);
         } else {
-            uint16_t *restrict y = (uint16_t *)out + r * half;
+            uint16_t *restrict y = (uint16_t *)a->out + r * half;
             for (int64_t i = 0; i < half; i++) y[i] = bf16_of(GATED(i));
         }
 #undef GATED

@@ -139,23 +139,31 @@ INLINE void pack_values(const void *x, int64_t first, int64_t stride, int64_t co
 
 typedef struct { int64_t batch, head, token; } strides; /* in elements; those of a head's entries are 1 */
 
-INLINE void attend(const void *q, const void *k, const void *v, void *out, strides qs, strides ks, strides vs,
-                   strides os, int64_t batch, int64_t head, int64_t first_query, int64_t queries, int64_t keys,
-                   int64_t width, float factor, int dtype) {
+typedef struct {
+    const void *q, *k, *v; /* `dtype` (fp32 or bf16) [batch, heads, tokens, width], width <= 256 */
+    void *out;             /* so, too */
+    const strides *of;     /* of these four */
+    int64_t heads, queries, keys, width, dtype;
+} AttentionArguments;
+
+INLINE void attend(const AttentionArguments *a, int64_t batch, int64_t head, int64_t first_query, int64_t queries,
+                   float factor, int dtype) { /* dtype: a constant where this is inlined */
+    const strides qs = a->of[0], ks = a->of[1], vs = a->of[2], os = a->of[3];
+    const int64_t keys = a->keys, width = a->width;
     const int64_t even = width + width % 2, columns = ceil_div(width, LANES) * LANES;
     const int64_t rows = ceil_div(queries, ROWS) * ROWS;
     const int64_t q0 = batch * qs.batch + head * qs.head + first_query * qs.token;
     const int64_t k0 = batch * ks.batch + head * ks.head, v0 = batch * vs.batch + head * vs.head;
     for (int64_t r = 0; r < rows; r++)
-        load_row(q, q0 + r * qs.token, r < queries ? width : 0, even, dtype, work.queries + r * even);
+        load_row(a->q, q0 + r * qs.token, r < queries ? width : 0, even, dtype, work.queries + r * even);
     memset(work.sums, 0, sizeof(float) * rows * columns);
     memset(work.totals, 0, sizeof(float) * rows * LANES);
     for (int64_t r = 0; r < rows; r++) work.largest[r] = -INFINITY;
 
     for (int64_t first = 0; first < keys; first += KEYS) {
         const int64_t count = min64(keys - first, KEYS), places = ceil_div(count, 2 * LANES) * 2 * LANES;
-        pack_keys(k, k0 + first * ks.token, ks.token, count, width, places, dtype);
-        pack_values(v, v0 + first * vs.token, vs.token, count, width, places, columns, dtype);
+        pack_keys(a->k, k0 + first * ks.token, ks.token, count, width, places, dtype);
+        pack_values(a->v, v0 + first * vs.token, vs.token, count, width, places, columns, dtype);
         for (int64_t r = 0; r < rows; r += ROWS) {
             multiply(work.queries + r * even, even, work.keys, places, work.scores, KEYS, even / 2, places / LANES, 0);
             for (int64_t i = 0; i < ROWS; i++) {
@@ -173,30 +181,24 @@ INLINE void attend(const void *q, const void *k, const void *v, void *out, strid
         const float share = 1.0f / _mm512_reduce_add_ps(_mm512_load_ps(work.totals + r * LANES));
         for (int64_t i = 0; i < width; i++) {
             const float y = work.sums[r * columns + i] * share;
-            if (dtype == BFLOAT16) ((uint16_t *)out)[o0 + r * os.token + i] = bf16_of(y);
-            else ((float *)out)[o0 + r * os.token + i] = y;
+            if (dtype == BFLOAT16) ((uint16_t *)a->out)[o0 + r * os.token + i] = bf16_of(y);
+            else ((float *)a->out)[o0 + r * os.token + i] = y;
         }
     }
 }
 
 int bitsfusion_attention_queries(void) { return QUERIES; }
 
-/* Softmax(factor_e q k^T) v, where factor = factor_e log2(e).
- * q, k, v, out: `dtype` (fp32 or bf16) [batch, heads, tokens, width], width <= 256; `stride`: batch, head and token strides of the
- * four, in elements. Units of QUERIES queries are numbered heads first; those from `start` to `stop` are computed. */
-void bitsfusion_attention(const void *q, const void *k, const void *v, void *out, const int64_t *stride, int64_t heads,
-                          int64_t queries, int64_t keys, int64_t width, float factor, int64_t start, int64_t stop,
-                          int dtype) {
-    strides of[4];
-    memcpy(of, stride, sizeof of);
-    const int64_t chunks = ceil_div(queries, QUERIES);
+/* Softmax(q k^T / sqrt(width)) v. A row of this loop is a unit of QUERIES queries; they are numbered heads first. */
+void bitsfusion_attention(const AttentionArguments *a, int64_t start, int64_t stop) {
+    const int64_t chunks = ceil_div(a->queries, QUERIES);
+    const float factor = 1.44269504f / sqrtf((float)a->width); /* log2(e) */
     for (int64_t unit = start; unit < stop; unit++) {
-        const int64_t first = unit % chunks * QUERIES, head = unit / chunks % heads, batch = unit / chunks / heads;
-        const int64_t count = min64(queries - first, QUERIES);
-        if (dtype == BFLOAT16) /* a constant where it is inlined */
-            attend(q, k, v, out, of[0], of[1], of[2], of[3], batch, head, first, count, keys, width, factor, BFLOAT16);
-        else
-            attend(q, k, v, out, of[0], of[1], of[2], of[3], batch, head, first, count, keys, width, factor, FLOAT32);
+        const int64_t first = unit % chunks * QUERIES;
+        const int64_t head = unit / chunks % a->heads, batch = unit / chunks / a->heads;
+        const int64_t count = min64(a->queries - first, QUERIES);
+        if (a->dtype == BFLOAT16) attend(a, batch, head, first, count, factor, BFLOAT16);
+        else attend(a, batch, head, first, count, factor, FLOAT32);
     }
 }
 

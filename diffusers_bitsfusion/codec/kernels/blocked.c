@@ -3,11 +3,19 @@
 
 #define LANES 16 /* outputs written side by side: a cache line */
 
-/* plain: [outputs, inputs, taps]; blocked: [ceil(outputs / block), taps, ceil(inputs / 4), block, 4], then minus the sum
- * of each output's codes, int32 [ceil(outputs / block) * block]. Blocks `first` ... `last - 1` are written; what fills
- * up the last block and the last four inputs is left as it is. block: a multiple of 16. */
-void bitsfusion_block_weight(const int8_t *plain, int8_t *blocked, int64_t outputs, int64_t inputs, int64_t taps,
-                             int64_t block, int64_t first, int64_t last) {
+typedef struct {
+    const int8_t *plain; /* [outputs, inputs, taps] */
+    int8_t *blocked;     /* [ceil(outputs / block), taps, ceil(inputs / 4), block, 4], then minus the sum of each
+                          * output's codes, int32 [ceil(outputs / block) * block] */
+    int64_t outputs, inputs, taps;
+    int64_t block; /* a multiple of 16 */
+} BlockArguments;
+
+/* A row of this loop is a block. What fills up the last block and the last four inputs is left as it is. */
+void bitsfusion_block_weight(const BlockArguments *a, int64_t first, int64_t last) {
+    const int8_t *const plain = a->plain;
+    int8_t *const blocked = a->blocked;
+    const int64_t outputs = a->outputs, inputs = a->inputs, taps = a->taps, block = a->block;
     const int64_t quads = ceil_div(inputs, 4), columns = inputs * taps;
     int8_t *const sums = blocked + ceil_div(outputs, block) * block * taps * quads * 4;
     for (int64_t start = first * block; start < min64(last * block, outputs); start += LANES) {

@@ -1,5 +1,7 @@
-/* What the compiled loops share. Plain C11 for the compiler's vectoriser; no dependency, no threads (the caller splits
- * the rows), no state. */
+/* What the compiled loops share. Plain C11 for the compiler's vectoriser; no dependency, no state.
+ *
+ * A loop takes its arguments as an array of 64-bit words, pointers and integers, in the order of the struct beside it,
+ * and the range of rows to go over; team.c calls it. */
 #ifndef BITSFUSION_COMMON_H
 #define BITSFUSION_COMMON_H
 

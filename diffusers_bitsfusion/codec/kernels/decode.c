@@ -32,16 +32,16 @@ INLINE uint16_t take_digit(uint16_t *word, unsigned base) {
     return digit;
 }
 
-/* Digits to the bf16 values that `levels` has for them. */
+#ifdef __AVX512BW__
+/* Digits to the bf16 values that `levels` has for them: a permutation, which no vectoriser finds. */
 INLINE void look_up(uint16_t *restrict digits, int64_t count, const uint16_t *levels) {
     int64_t i = 0;
-#ifdef __AVX512BW__ /* a permutation of the table by the digits, which no vectoriser finds */
     const __m512i table = _mm512_loadu_si512(levels);
     for (; i + LANES <= count; i += LANES)
         _mm512_storeu_si512(digits + i, _mm512_permutexvar_epi16(_mm512_loadu_si512(digits + i), table));
-#endif
     for (; i < count; i++) digits[i] = levels[digits[i]];
 }
+#endif
 
 /* One digit of each word to the columns from `start`. Kind and base are constants where this is inlined, so each loop
  * is a few vector instructions. */
@@ -57,8 +57,12 @@ INLINE void store_digits(const Row *row, uint16_t *restrict words, int64_t start
         for (int64_t i = 0; i < count; i++) out[i] = (int8_t)(take_digit(words + i, base) - half);
     } else {
         uint16_t *restrict out = (uint16_t *)row->out + start;
+#ifdef __AVX512BW__
         for (int64_t i = 0; i < count; i++) out[i] = take_digit(words + i, base);
         look_up(out, count, row->levels);
+#else /* arithmetic is vectorised, reading a table is not */
+        for (int64_t i = 0; i < count; i++) out[i] = bf16_of((float)((int)take_digit(words + i, base) - half) * scale);
+#endif
     }
 }
 
@@ -151,17 +155,23 @@ INLINE void fill_digits(uint8_t digits[5][256], int base, int zero) {
         for (int word = 0; word < 256; word++) digits[place][word] = (uint8_t)(word / divisor % base - zero);
 }
 
-INLINE void decode_rows(const uint8_t *dense, const float *scale, char *out, int64_t rows, int64_t columns,
-                        int64_t row_bytes_in, int bits, int kind, int64_t element_size) {
-    const int half = half_range(bits);
-    Row row = {.columns = columns};
+typedef struct {
+    const uint8_t *dense; /* [rows, row_bytes_in] */
+    const float *scale;   /* [rows] */
+    void *out;            /* [rows, columns] of `kind`, int8 being the codes */
+    int64_t columns, row_bytes_in, bits, kind;
+} DecodeArguments;
+
+INLINE void decode_rows(const DecodeArguments *a, int64_t start, int64_t stop, int kind, int64_t element_size) {
+    const int bits = (int)a->bits, half = half_range(bits);
+    Row row = {.columns = a->columns};
     if (bits <= 3) fill_digits(row.digits, 2 * half + 1, kind == INT8 ? half : 0);
-    for (int64_t r = 0; r < rows; r++) {
-        const uint8_t *in = dense + r * row_bytes_in;
-        row.out = out + r * columns * element_size;
-        row.scale = scale[r];
+    for (int64_t r = start; r < stop; r++) {
+        const uint8_t *in = a->dense + r * a->row_bytes_in;
+        row.out = (char *)a->out + r * a->columns * element_size;
+        row.scale = a->scale[r];
         for (int k = 0; k < MOST; k++) {
-            row.float_levels[k] = (float)(k - half) * scale[r];
+            row.float_levels[k] = (float)(k - half) * row.scale;
             row.levels[k] = bf16_of(row.float_levels[k]);
         }
         if (bits == 1) row_1bit(&row, in, kind);
@@ -172,10 +182,8 @@ INLINE void decode_rows(const uint8_t *dense, const float *scale, char *out, int
     }
 }
 
-/* dense: uint8 [rows, row_bytes_in]; scale: float [rows]; out: [rows, columns] of `kind`, int8 being the codes. */
-void bitsfusion_decode(const uint8_t *dense, const float *scale, void *out, int64_t rows, int64_t columns,
-                       int64_t row_bytes_in, int bits, int kind) {
-    if (kind == FLOAT32) decode_rows(dense, scale, out, rows, columns, row_bytes_in, bits, FLOAT32, 4);
-    else if (kind == BFLOAT16) decode_rows(dense, scale, out, rows, columns, row_bytes_in, bits, BFLOAT16, 2);
-    else decode_rows(dense, scale, out, rows, columns, row_bytes_in, bits, INT8, 1);
+void bitsfusion_decode(const DecodeArguments *a, int64_t start, int64_t stop) {
+    if (a->kind == FLOAT32) decode_rows(a, start, stop, FLOAT32, 4);
+    else if (a->kind == BFLOAT16) decode_rows(a, start, stop, BFLOAT16, 2);
+    else decode_rows(a, start, stop, INT8, 1);
 }

@@ -67,23 +67,29 @@ INLINE void multiply_rows(const uint8_t *panel, const int8_t *weight, const int3
 
 int bitsfusion_multiplies(void) { return 1; }
 
-/* tokens: int8 [rows, columns]; weight: int8 [out, columns], codes of `bits` (1 to 7); sums: int32 [rows, out]. */
-void bitsfusion_multiply(const int8_t *tokens, const int8_t *weight, int32_t *sums, int64_t rows, int64_t columns,
-                         int64_t out, int bits) {
-    const int64_t run = INT16_MAX / (2 * 255 * half_range(bits)); /* 64 vectors of 1-bit codes, one of 7-bit codes */
+typedef struct {
+    const int8_t *tokens; /* [rows, columns] */
+    const int8_t *weight; /* [out, columns], codes of `bits` (1 to 7) */
+    int32_t *sums;        /* [rows, out] */
+    int64_t columns, out, bits;
+} ProductArguments;
+
+void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop) {
+    const int64_t columns = a->columns, out = a->out;
+    const int64_t run = INT16_MAX / (2 * 255 * half_range((int)a->bits)); /* 64 vectors of 1-bit codes, one of 7-bit codes */
     const int64_t most = max64(TOKENS, PANEL / columns / TOKENS * TOKENS);
     uint8_t *panel = malloc((size_t)(most * columns)); /* a tile that is not full has any tokens for the rest */
     int32_t *shifts = malloc(sizeof(int32_t) * (size_t)out);
     for (int64_t r = 0; r < out; r++) {
         shifts[r] = 0;
-        for (int64_t k = 0; k < columns; k++) shifts[r] += weight[r * columns + k];
+        for (int64_t k = 0; k < columns; k++) shifts[r] += a->weight[r * columns + k];
     }
-    for (int64_t first = 0; first < rows; first += most) {
-        const int64_t count = min64(most, rows - first);
-        for (int64_t i = 0; i < count * columns; i++) panel[i] = (uint8_t)(tokens[first * columns + i] ^ 0x80);
+    for (int64_t first = start; first < stop; first += most) {
+        const int64_t count = min64(most, stop - first);
+        for (int64_t i = 0; i < count * columns; i++) panel[i] = (uint8_t)(a->tokens[first * columns + i] ^ 0x80);
         for (int64_t r = 0; r < out; r += ROWS) {
-            const int8_t *two = weight + r * columns;
-            int32_t *to = sums + first * out + r;
+            const int8_t *two = a->weight + r * columns;
+            int32_t *to = a->sums + first * out + r;
             if (r + 1 < out) multiply_rows(panel, two, shifts + r, to, count, columns, run, out, 2);
             else multiply_rows(panel, two, shifts + r, to, count, columns, run, out, 1);
         }

@@ -1,6 +1,8 @@
 /* Weights to the dense form (codec/radix.py), one output channel after another. */
 #include "common.h"
 
+#include <stdlib.h>
+
 static void load_row(const void *weight, int64_t first, int64_t columns, int dtype, float *restrict row) {
     if (dtype == FLOAT32)
         for (int64_t i = 0; i < columns; i++) row[i] = load(weight, first + i, FLOAT32);
@@ -94,27 +96,36 @@ static void pack_row(const uint8_t *restrict digits, uint32_t *restrict words, u
     }
 }
 
-/* weight: [rows, columns] of `dtype`; dense: uint8 [rows, row_bytes_out]; scale: float [rows]; scratch: at least
- * 5 * columns + 512 bytes, aligned to 4. */
-void bitsfusion_quantize(const void *weight, uint8_t *dense, float *scale, void *scratch, int64_t rows,
-                         int64_t columns, int64_t row_bytes_out, int dtype, int bits, int balance, float gaussian_step,
-                         int starts, int iterations) {
-    const int half = half_range(bits);
-    const float low = (float)-half, high = (float)(balance || bits == 8 ? half : half - 1);
+typedef struct {
+    const void *weight;         /* [rows, columns] of `dtype` */
+    uint8_t *dense;             /* [rows, row_bytes_out] */
+    float *scale;               /* [rows] */
+    const float *gaussian_step; /* one */
+    int64_t columns, row_bytes_out, dtype, bits, balance, starts, iterations;
+} QuantizeArguments;
+
+void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop) {
+    const int bits = (int)a->bits, half = half_range(bits);
+    const int64_t columns = a->columns;
+    const float low = (float)-half, high = (float)(a->balance || bits == 8 ? half : half - 1);
+    uint8_t *const scratch = malloc((size_t)(5 * columns + 512));
     float *row = (float *)scratch;
     uint32_t *words = (uint32_t *)scratch; /* the row is no longer needed once its digits are known */
-    uint8_t *digits = (uint8_t *)scratch + 4 * columns + 256;
-    for (int64_t r = 0; r < rows; r++) {
-        load_row(weight, r * columns, columns, dtype, row);
-        scale[r] = alternate(row, columns, low, high, gaussian_step, starts, iterations);
-        if (!isfinite(scale[r])) continue; /* the caller refuses the weight */
-        const float inverse = 1.0f / scale[r];
+    uint8_t *digits = scratch + 4 * columns + 256;
+    for (int64_t r = start; r < stop; r++) {
+        load_row(a->weight, r * columns, columns, (int)a->dtype, row);
+        const float scale =
+            alternate(row, columns, low, high, *a->gaussian_step, (int)a->starts, (int)a->iterations);
+        a->scale[r] = scale;
+        if (!isfinite(scale)) continue; /* the caller refuses the weight */
+        const float inverse = 1.0f / scale;
         for (int64_t i = 0; i < columns; i++) {
             float k = rintf(row[i] * inverse);
             k = k < low ? low : k > high ? high : k;
             digits[i] = (uint8_t)((int)k + half);
         }
         memset(digits + columns, half, 128);
-        pack_row(digits, words, dense + r * row_bytes_out, columns, bits);
+        pack_row(digits, words, a->dense + r * a->row_bytes_out, columns, bits);
     }
+    free(scratch);
 }
