@@ -86,7 +86,8 @@ def native_library() -> NativeLibrary | None:
     run = library.bitsfusion_run
     run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
     run.restype = None
-    parallel = _address(getattr(ctypes.pythonapi, "GOMP_parallel", None))
+    # Looked for in what torch is linked with, so that its OpenMP runtime is found and not another library's.
+    parallel = _address(getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None))
 
     def loop(name: str) -> Loop:
         return Loop(_address(library[f"bitsfusion_{name}"]), run, parallel)
