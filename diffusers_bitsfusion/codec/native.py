@@ -29,7 +29,6 @@ _FLAGS = (
 # Below this many values a thread costs more than it saves, where loops compute with each.
 _VALUES_PER_THREAD = 1 << 14
 
-
 # The codes that the loops have for dtypes; decoding to int8 gives the codes of weights.
 NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
