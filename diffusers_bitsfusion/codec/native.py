@@ -86,10 +86,10 @@ def native_library() -> NativeLibrary | None:
     run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
     run.restype = None
     # Looked for in what torch is linked with, so that its OpenMP runtime is found and not another library's.
-    parallel = _address(getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None))
+    parallel = _address_of(getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None))
 
     def loop(name: str) -> Loop:
-        return Loop(_address(library[f"bitsfusion_{name}"]), run, parallel)
+        return Loop(_address_of(library[f"bitsfusion_{name}"]), run, parallel)
 
     return NativeLibrary(
         decode=loop("decode"),
@@ -106,7 +106,7 @@ def native_library() -> NativeLibrary | None:
     )
 
 
-def _address(function: Any) -> int | None:
+def _address_of(function: Any) -> int | None:
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 

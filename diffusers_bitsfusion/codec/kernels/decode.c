@@ -61,7 +61,8 @@ INLINE void store_digits(const Row *row, uint16_t *restrict words, int64_t start
         for (int64_t i = 0; i < count; i++) out[i] = take_digit(words + i, base);
         look_up(out, count, row->levels);
 #else /* arithmetic is vectorised, reading a table is not */
-        for (int64_t i = 0; i < count; i++) out[i] = bf16_of((float)((int)take_digit(words + i, base) - half) * scale);
+        for (int64_t i = 0; i < count; i++)
+            out[i] = bf16_of((float)((int)take_digit(words + i, base) - half) * scale);
 #endif
     }
 }

@@ -76,7 +76,8 @@ typedef struct {
 
 void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns, out = a->out;
-    const int64_t run = INT16_MAX / (2 * 255 * half_range((int)a->bits)); /* 64 vectors of 1-bit codes, one of 7-bit codes */
+    /* 64 vectors of 1-bit codes, one of 7-bit codes. */
+    const int64_t run = INT16_MAX / (2 * 255 * half_range((int)a->bits));
     const int64_t most = max64(TOKENS, PANEL / columns / TOKENS * TOKENS);
     uint8_t *panel = malloc((size_t)(most * columns)); /* a tile that is not full has any tokens for the rest */
     int32_t *shifts = malloc(sizeof(int32_t) * (size_t)out);
