@@ -57,16 +57,26 @@ def test_compiled_decoding_equals_the_reference_bit_for_bit(bits, dtype, columns
     assert same_bits(decode(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype)), expected)
 
 
-@pytest.mark.parametrize("flag", ["-mno-avx512vbmi", "-mno-avx512f"])
+@pytest.mark.parametrize("flag", ["-mno-avx512vbmi", "-mno-avx512f", "-mno-avx2"])
 def test_processors_with_fewer_instructions_decode_the_same(flag, fresh_library, monkeypatch):
     if platform.machine() != "x86_64":
         pytest.skip("the flag is one of x86 compilers")
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, flag))
     assert native.native_library() is not None
-    for bits, dtype, columns in itertools.product((1, 2, 3, 4), DTYPES[:2], (45, 1001)):
+    for bits, dtype, columns in itertools.product((1, 2, 3, 4), (*DTYPES, torch.int8), (45, 161, 427, 1001)):
         _, dense, scale = random_packed(5, columns, bits, seed=columns)
         expected = decode_reference(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype))
         assert same_bits(decode(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_nothing_is_written_beside_the_output(bits, dtype):
+    for columns in (*range(1, 330), 427, 1001):
+        _, dense, scale = random_packed(2, columns, bits, seed=columns)
+        memory = torch.full((4, columns), 77, dtype=dtype)
+        decode(dense, scale, bits, columns, memory[1:3])
+        assert (memory[0] == 77).all() and (memory[3] == 77).all()
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3])

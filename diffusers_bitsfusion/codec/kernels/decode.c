@@ -2,7 +2,7 @@
  * runs over plain vectors. */
 #include "common.h"
 
-#ifdef __AVX512BW__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -20,9 +20,12 @@ typedef struct {
 } Row;
 
 /* word / base, exact for every word of that base (the rows below say how large they get). */
+INLINE uint32_t multiplier_of(unsigned base) { return base == 3 ? 21846 : base == 5 ? 13108 : base == 9 ? 58255 : 3856; }
+
+INLINE int shift_of(unsigned base) { return base == 9 ? 3 : 0; }
+
 INLINE uint16_t divide(uint16_t word, unsigned base) {
-    const uint32_t multiplier = base == 3 ? 21846 : base == 5 ? 13108 : base == 9 ? 58255 : 3856;
-    return (uint16_t)((uint16_t)((word * multiplier) >> 16) >> (base == 9 ? 3 : 0));
+    return (uint16_t)((uint16_t)((word * multiplier_of(base)) >> 16) >> shift_of(base));
 }
 
 /* The lowest digit of a word, which becomes its quotient. */
@@ -84,6 +87,8 @@ INLINE void store_words(const Row *row, uint16_t *restrict words, int64_t first,
 /* A permutation of bytes looks the digits of 64 words up at once, which arithmetic finds a word at a time. Words of more
  * than a byte are split first. */
 #include "lookup.h"
+#elif defined(__AVX2__)
+#include "divide.h"
 #else
 INLINE void row_1bit(const Row *row, const uint8_t *in, int kind) {
     const int64_t width = ceil_div(row->columns, 5);
