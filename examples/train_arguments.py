@@ -108,8 +108,16 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--proportion_empty_prompts", type=float, default=0.1, help="Probability of training on the empty text."
     )
-    group.add_argument("--walk_steps", type=int, default=10, help="Steps of the teacher's walk, with --prompts.")
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="Of the teacher's walk.")
+    group.add_argument(
+        "--drawing_steps", type=int, default=10, help="Steps of the teacher's drawings, with --prompts."
+    )
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="Of those drawings.")
+    group.add_argument(
+        "--redraw_every",
+        type=int,
+        default=10,
+        help="Training steps that a batch of drawings serves, noised anew at each.",
+    )
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="If not as saved.")
 
 
@@ -180,9 +188,8 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--init says how Stage I starts: use it neither with --full_precision nor with --stage 2 alone.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
-    if args.walk_steps < 2:
-        parser.error("--walk_steps must be at least 2.")
-    for name in ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps"):
+    counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
+    for name in (*counts, "drawing_steps", "redraw_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")
     if not 0 <= args.proportion_empty_prompts <= 1:

@@ -30,7 +30,7 @@ from train_validation import Validation
 from diffusers_bitsfusion import convert, size_report
 from diffusers_bitsfusion.card import add_section
 from diffusers_bitsfusion.timesteps import TimestepDistribution
-from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
+from diffusers_bitsfusion.training.batches import Batches, Sharing
 from diffusers_bitsfusion.training.checkpoints import (
     checkpoints,
     find_checkpoint,
@@ -45,7 +45,6 @@ from diffusers_bitsfusion.training.optimizer import make_optimizer
 from diffusers_bitsfusion.training.sharding import ShardedModel
 from diffusers_bitsfusion.training.text import TextEncoder
 from diffusers_bitsfusion.training.timesteps import TimestepErrors
-from diffusers_bitsfusion.training.walks import WalkBatches
 
 logger = get_logger(__name__)
 
@@ -142,7 +141,7 @@ class Training:
             self.accelerator.process_index,
         )
 
-    def _batches(self, stage: int, distribution: TimestepDistribution) -> ImageBatches | WalkBatches:
+    def _batches(self, stage: int, distribution: TimestepDistribution) -> Batches:
         parts = self.images, self.teacher, self.text, self.scheduler, distribution, self._sharing(stage)
         return make_batches(self.args, stage, *parts)
 

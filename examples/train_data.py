@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers_bitsfusion import Calibration
 from diffusers_bitsfusion.evaluation import read_captions
 from diffusers_bitsfusion.timesteps import TimestepDistribution
-from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
+from diffusers_bitsfusion.training.batches import Batches, ImageBatches, Sharing
+from diffusers_bitsfusion.training.drawings import DrawnBatches
 from diffusers_bitsfusion.training.images import TrainingImages, open_images
 from diffusers_bitsfusion.training.text import TextEncoder
-from diffusers_bitsfusion.training.walks import WalkBatches
 
 
 def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -> TrainingImages | None:
@@ -53,8 +53,8 @@ def make_batches(
     scheduler: SchedulerMixin,
     distribution: TimestepDistribution,
     sharing: Sharing,
-) -> ImageBatches | WalkBatches:
-    """The samples of a stage: the teacher's walks in Stage I where there are prompts, else images."""
+) -> Batches:
+    """The samples of a stage: the teacher's drawings in Stage I where there are prompts, else images."""
     common: dict[str, Any] = {
         "text_dropout": args.proportion_empty_prompts,
         "seed": 2 * args.seed + stage - 1,  # no two stages of any seeds share their noise
@@ -62,7 +62,7 @@ def make_batches(
     }
     if stage == 1 and args.prompts is not None:
         side = _resolution(args, teacher) // teacher.vae_scale_factor
-        return WalkBatches(
+        return DrawnBatches(
             read_captions(args.prompts),
             teacher.unet,
             text,
@@ -70,8 +70,9 @@ def make_batches(
             distribution,
             sharing,
             (teacher.unet.config.in_channels, side, side),
-            walk_steps=args.walk_steps,
+            num_inference_steps=args.drawing_steps,
             guidance_scale=args.guidance_scale,
+            renewed_every=args.redraw_every,
             **common,
         )
     assert images is not None

@@ -128,7 +128,7 @@ def fresh_accelerate():
 @pytest.mark.parametrize("source", ["prompts in bf16", "dataset"])
 def test_two_steps_of_stage_one(source, command, data, tmp_path, fresh_accelerate):
     if source == "prompts in bf16":
-        arguments = ("--prompts", data / "prompts.txt", "--walk_steps", 3, "--mixed_precision", "bf16")
+        arguments = ("--prompts", data / "prompts.txt", "--drawing_steps", 2, "--mixed_precision", "bf16")
     else:
         pictures = [Image.fromarray(image) for image in np.load(data / "images.npy")]
         saved = tmp_path / "saved"
@@ -249,9 +249,9 @@ def test_killed_and_continued_it_is_the_uninterrupted_run(command, data, tmp_pat
 
 def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
     # At the paper's rate: Adam's first steps are as large as it whatever the gradient, and a high one makes the run
-    # chaotic, so that the last bits of sums in another order would show; guidance magnifies them on its walks, too.
-    rate = ("--learning_rate", 1e-5, "--guidance_scale", 1)
-    arguments = ("--prompts", data / "prompts.txt", "--walk_steps", 3, "--stage", 1, "--use_ema", *rate)
+    # chaotic, so that the last bits of sums in another order would show; guidance magnifies them in drawings, too.
+    rate, drawing = ("--learning_rate", 1e-5), ("--guidance_scale", 1, "--drawing_steps", 2, "--redraw_every", 2)
+    arguments = ("--prompts", data / "prompts.txt", "--stage", 1, "--use_ema", *drawing, *rate)
     process = run(command(*arguments, "--checkpointing_steps", 3, output="two", steps=5, batch=1), processes=2)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
@@ -261,7 +261,7 @@ def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
     # Adam would not notice gradients summed instead of averaged, their norm does.
     assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-3)
 
-    # What two processes saved, one continues, walks included.
+    # What two processes saved, one continues, in the middle of a set of drawings.
     checkpoint = tmp_path / "two" / "stage1" / "checkpoint-3"
     resume = ("--resume_from_checkpoint", checkpoint)
     train_bitsfusion.main(command(*arguments, *resume, output="continued", steps=5, batch=2))
@@ -351,7 +351,7 @@ def test_only_an_estimate(command, data, tmp_path, capsys):
         ),
         (("--train_data_dir", "d", "--stage", 2, "--init", "calibrated"), "--init says how Stage I starts"),
         (("--train_data_dir", "d", "--shard", "--use_8bit_adam"), "--shard and --use_8bit_adam do not go together"),
-        (("--prompts", "p.txt", "--stage", 1, "--walk_steps", 1), "--walk_steps must be at least 2"),
+        (("--prompts", "p.txt", "--stage", 1, "--redraw_every", 0), "--redraw_every must be at least 1"),
     ],
 )
 def test_wrong_combinations_of_arguments(arguments, message, command, capsys):

@@ -7,6 +7,7 @@ from any step without any generator's state.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,7 +24,7 @@ from .images import TrainingImages
 from .text import TextEncoder
 
 # Streams of random numbers that must not meet: every use of a position has its own.
-STREAM_IMAGE, STREAM_NOISE, STREAM_WALK, STREAM_ORDER = range(4)
+STREAM_IMAGE, STREAM_NOISE, STREAM_DRAWING, STREAM_ORDER = range(4)
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Batch:
         noisy: fp32 [batch, channels, height, width] latents.
         timesteps: int64 [batch].
         states: [batch, tokens, width] text states, those of the empty text where it was dropped.
-        target: as `noisy`, what the model should predict; None where only the teacher knows.
+        target: as `noisy`, what the model should predict.
     """
 
     positions: list[int]
@@ -44,7 +45,7 @@ class Batch:
     noisy: Tensor
     timesteps: Tensor
     states: Tensor
-    target: Tensor | None = None
+    target: Tensor
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -94,26 +95,27 @@ def sample_at(seed: int, position: int, count: int) -> int:
     return int(_order(seed, epoch, count)[place])
 
 
-class ImageBatches:
-    """Batches from captioned images: encoded by the VAE, noise added.
+class Batches(ABC):
+    """Latents of pictures with noise added.
 
     Args:
-        images: the data.
-        vae: encodes them; its dtype is used.
         text: encodes captions.
         scheduler: gives the noise schedule and what the model predicts.
         distribution: of timesteps.
         sharing: how batches are shared out.
         text_dropout: probability that a caption is replaced by the empty text.
         seed: of everything random.
-        num_workers: processes that read and decode images.
         device: where batches go.
+
+    Attributes:
+        skipped: indices of images that did not decode.
+        renewed_every: `start` prepares the samples of so many steps; None where it prepares those of all.
     """
+
+    renewed_every: int | None = None
 
     def __init__(
         self,
-        images: TrainingImages,
-        vae: AutoencoderKL,
         text: TextEncoder,
         scheduler: SchedulerMixin,
         distribution: TimestepDistribution,
@@ -121,35 +123,24 @@ class ImageBatches:
         *,
         text_dropout: float = 0.1,
         seed: int = 0,
-        num_workers: int = 0,
         device: torch.device | str = "cpu",
     ):
-        self.images, self.vae, self.text, self.scheduler = images, vae, text, scheduler
-        self.distribution, self.sharing = distribution, sharing
-        self.text_dropout, self.seed, self.num_workers, self.device = text_dropout, seed, num_workers, device
+        self.text, self.scheduler, self.distribution, self.sharing = text, scheduler, distribution, sharing
+        self.text_dropout, self.seed, self.device = text_dropout, seed, device
         self.skipped: set[int] = set()
-        self._batches: Iterator[Any] = iter(())
 
+    @abstractmethod
     def start(self, step: int) -> None:
         """Let `next` continue from the first forward pass of `step`."""
-        loader = DataLoader(
-            _Positioned(self.images, self.seed),
-            batch_sampler=_Positions(self.sharing, step),
-            num_workers=self.num_workers,
-            collate_fn=list,
-        )
-        self._batches = iter(loader)
 
     def next(self) -> Batch:
         """The next batch of this process."""
-        samples = next(self._batches)
-        self.skipped.update(index for sample in samples for index in sample["skipped"])
+        samples = self._samples()
         positions = [sample["position"] for sample in samples]
         captions = [sample["caption"] for sample in samples]
         generators = [generator_of(self.seed, STREAM_NOISE, position) for position in positions]
         chance = torch.stack([torch.rand(2, generator=generator) for generator in generators])
-        pixels = torch.stack([sample["pixels"] for sample in samples])
-        clean = self._encode(pixels, generators)
+        clean = self._latents(samples, generators)
         noise = _normal_like(clean, generators)
         timesteps = self.distribution.timesteps(chance[:, 0]).to(self.device)
         return Batch(
@@ -161,27 +152,68 @@ class ImageBatches:
             self._target(clean, noise, timesteps),
         )
 
-    def advance(self, batch: Batch, teacher: Tensor | None) -> None:
-        """Images know nothing of what the teacher predicted."""
+    @abstractmethod
+    def _samples(self) -> list[dict[str, Any]]:
+        """Samples of the next batch, each with its `position` and `caption`."""
 
-    def state(self) -> Tensor | None:
-        """Nothing: the step says all."""
-        return None
-
-    def load_state(self, state: Tensor | None) -> None:
-        """See `state`."""
-
-    @torch.no_grad()
-    def _encode(self, pixels: Tensor, generators: list[torch.Generator]) -> Tensor:
-        distribution = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        latents = distribution.mean + distribution.std * _normal_like(distribution.mean, generators)
-        return latents.float() * self.vae.config.scaling_factor
+    @abstractmethod
+    def _latents(self, samples: list[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
+        """Their clean latents, fp32 [batch, channels, height, width]; what is random from each one's generator."""
 
     def _target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
             return self.scheduler.get_velocity(clean, noise, timesteps)
         return {"epsilon": noise, "sample": clean}[kind]
+
+
+class ImageBatches(Batches):
+    """Batches from captioned images, encoded by the VAE.
+
+    Args:
+        images: the data.
+        vae: encodes them; its dtype is used.
+        text, scheduler, distribution, sharing: see `Batches`.
+        num_workers: processes that read and decode images.
+        **options: see `Batches`.
+    """
+
+    def __init__(
+        self,
+        images: TrainingImages,
+        vae: AutoencoderKL,
+        text: TextEncoder,
+        scheduler: SchedulerMixin,
+        distribution: TimestepDistribution,
+        sharing: Sharing,
+        *,
+        num_workers: int = 0,
+        **options: Any,
+    ):
+        super().__init__(text, scheduler, distribution, sharing, **options)
+        self.images, self.vae, self.num_workers = images, vae, num_workers
+        self._loaded: Iterator[Any] = iter(())
+
+    def start(self, step: int) -> None:
+        loader = DataLoader(
+            _Positioned(self.images, self.seed),
+            batch_sampler=_Positions(self.sharing, step),
+            num_workers=self.num_workers,
+            collate_fn=list,
+        )
+        self._loaded = iter(loader)
+
+    def _samples(self) -> list[dict[str, Any]]:
+        samples = next(self._loaded)
+        self.skipped.update(index for sample in samples for index in sample["skipped"])
+        return samples
+
+    @torch.no_grad()
+    def _latents(self, samples: list[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
+        pixels = torch.stack([sample["pixels"] for sample in samples])
+        distribution = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        latents = distribution.mean + distribution.std * _normal_like(distribution.mean, generators)
+        return latents.float() * self.vae.config.scaling_factor
 
 
 def _normal_like(tensor: Tensor, generators: list[torch.Generator]) -> Tensor:

@@ -16,11 +16,10 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .batches import Batch, ImageBatches
+from .batches import Batch, Batches
 from .checkpoints import load_checkpoint, save_checkpoint
 from .losses import Loss
 from .sharding import ReplicatedModel, ShardedModel, gathered, sliced_like
-from .walks import WalkBatches
 
 LOG_FILE = "losses.jsonl"
 
@@ -79,7 +78,7 @@ class TrainingLoop:
         accelerator: Accelerator,
         student: ModelMixin | ShardedModel,
         objective: Objective,
-        batches: ImageBatches | WalkBatches,
+        batches: Batches,
         optimizer: torch.optim.Optimizer,
         lr_scheduler: Any,
         folder: Path,
@@ -110,11 +109,6 @@ class TrainingLoop:
             averages = zip(state["ema"]["shadow_params"], self.parameters, strict=True)
             self.ema.load_state_dict(state["ema"] | {"shadow_params": [sliced_like(*pair) for pair in averages]})
             self.ema.to(self.accelerator.device)
-        if state["batches"] is not None:
-            sharing = self.batches.sharing
-            own = [place for micro in range(sharing.accumulation) for place in sharing.places(micro)]
-            latents = state["batches"][own]
-            self.batches.load_state(latents.unflatten(0, (sharing.accumulation, sharing.batch_size)))
 
     def save(self) -> Path:
         """Write a checkpoint.
@@ -125,7 +119,6 @@ class TrainingLoop:
         state = {
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "ema": None if self.ema is None else gathered(self.ema.state_dict(), self.accelerator.is_main_process),
-            "batches": self._gathered_batches(),
         }
         limit = self.options.checkpoints_total_limit
         return save_checkpoint(self.accelerator, self.folder, self.step, state, self.settings, limit)
@@ -208,7 +201,6 @@ class TrainingLoop:
                 if accelerator.sync_gradients:
                     self.lr_scheduler.step()
                 self.optimizer.zero_grad()
-            self.batches.advance(batch, loss.teacher)
             sums = {name: sums.get(name, 0.0) + value for name, value in values.items()}
         if self.ema is not None:
             self.ema.step(self.parameters)
@@ -226,20 +218,6 @@ class TrainingLoop:
             f"The {what} is {value} in step {self.step + 1}. Process {self.accelerator.process_index} had the samples "
             f"{batch.positions} at the timesteps {batch.timesteps.tolist()}: {batch.captions}. Earlier checkpoints in "
             f"{self.folder} are kept; lower the learning rate, or leave fp16."
-        )
-
-    def _gathered_batches(self) -> Tensor | None:
-        """State of the batches of all processes, [samples of a step, ...] in the order of their places."""
-        state = self.batches.state()
-        if state is None:
-            return None
-        sharing = self.batches.sharing
-        gathered = self.accelerator.gather(state.flatten(0, 1))
-        return (
-            gathered.unflatten(0, (sharing.processes, sharing.accumulation, sharing.batch_size))
-            .transpose(0, 1)
-            .flatten(0, 2)
-            .cpu()
         )
 
 

@@ -22,12 +22,10 @@ class Loss:
     Attributes:
         total: scalar to minimise.
         parts: its detached parts by name, for the log.
-        teacher: the teacher's prediction on the batch, where there is one.
     """
 
     total: Tensor
     parts: dict[str, Tensor]
-    teacher: Tensor | None = None
 
 
 class BlockFeatures:
@@ -88,7 +86,7 @@ class Distillation:
         if not self._features:
             target, prediction = self._teach(batch), _predict(model, batch)
             noise = F.mse_loss(prediction.float(), target.float())
-            return Loss(noise, {"noise": noise.detach()}, target)
+            return Loss(noise, {"noise": noise.detach()})
         of_student, of_teacher = self._features
         with of_teacher.recording() as theirs:
             target = self._teach(batch)
@@ -97,7 +95,7 @@ class Distillation:
         noise = F.mse_loss(prediction.float(), target.float())
         feature = torch.stack([F.mse_loss(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]).sum()
         total = noise + self.feature_weight * feature
-        return Loss(total, {"noise": noise.detach(), "feature": feature.detach()}, target)
+        return Loss(total, {"noise": noise.detach(), "feature": feature.detach()})
 
     def close(self) -> None:
         """Take the hooks off both models."""
@@ -114,7 +112,6 @@ class NoisePrediction:
 
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """The loss of `model`, the student as prepared by accelerate."""
-        assert batch.target is not None
         loss = F.mse_loss(_predict(model, batch).float(), batch.target.float())
         return Loss(loss, {"noise": loss.detach()})
 

@@ -11,12 +11,11 @@ from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
-from .batches import ImageBatches
+from .batches import Batches
 from .loop import TrainingLoop
 from .losses import predict
 from .sharding import local
 from .timesteps import ErrorMeter, TimestepErrors
-from .walks import WalkBatches
 
 _GB = 1e9
 
@@ -78,22 +77,19 @@ def estimate(loop: TrainingLoop, memory: dict[str, int]) -> Estimate:
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
-        state = batches.state()
-        state = None if state is None else state.clone()
         batches.start(loop.step)
-        batch = batches.next()
-        loss = loop.objective(loop.model, batch)
+        started = time.perf_counter()
+        loss = loop.objective(loop.model, batches.next())
         loop.accelerator.backward(loss.total)
-        batches.advance(batch, loss.teacher)
-        if state is not None:
-            batches.load_state(state)
         if device.type == "cuda":
             torch.cuda.synchronize()
             grown = torch.cuda.max_memory_allocated() - before
             memory = memory | {"activations": grown - memory["their gradients"]}
-        seconds = time.perf_counter() - start
+        seconds = (time.perf_counter() - started) * batches.sharing.accumulation
+        if batches.renewed_every:
+            seconds += (started - start) / batches.renewed_every
         loop.optimizer.zero_grad()
-    return Estimate(seconds * batches.sharing.accumulation, loop.options.max_train_steps - loop.step, memory)
+    return Estimate(seconds, loop.options.max_train_steps - loop.step, memory)
 
 
 @torch.no_grad()
@@ -101,7 +97,7 @@ def measure_timestep_errors(
     accelerator: Accelerator,
     student: ModelMixin,
     teacher: ModelMixin,
-    batches: ImageBatches | WalkBatches,
+    batches: Batches,
     scheduler: SchedulerMixin,
     num_samples: int = 2560,
 ) -> TimestepErrors:
@@ -124,7 +120,6 @@ def measure_timestep_errors(
             quantized = predict(student, batch.noisy, batch.timesteps, batch.states)
         exact = predict(teacher, batch.noisy, batch.timesteps, batch.states)
         meter.update(quantized, exact, batch.timesteps)
-        batches.advance(batch, exact)
     device = accelerator.device
     total = accelerator.reduce(torch.stack([meter.sums, meter.counts]).float().to(device), "sum")
     meter.sums, meter.counts = total.double().cpu()

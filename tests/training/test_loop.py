@@ -14,13 +14,13 @@ from diffusers_bitsfusion import prepare_qat
 from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import Sharing
 from diffusers_bitsfusion.training.checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights
+from diffusers_bitsfusion.training.drawings import DrawnBatches
 from diffusers_bitsfusion.training.loop import LOG_FILE, LoopOptions, TrainingDiverged, TrainingLoop
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer, parameter_groups
 from diffusers_bitsfusion.training.sharding import ShardedModel
 from diffusers_bitsfusion.training.text import TextEncoder
-from diffusers_bitsfusion.training.walks import WalkBatches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,9 +35,8 @@ def make_loop(parts, make_config, tmp_path):
         text = TextEncoder(parts.tokenizer, parts.text_encoder)
         beta = TimestepDistribution.beta(1000)
         sharing = Sharing(2 // accumulation, accumulation)
-        batches = WalkBatches(
-            ["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), walk_steps=3, seed=2
-        )
+        drawing = {"num_inference_steps": 2, "renewed_every": 3, "seed": 2}
+        batches = DrawnBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **drawing)
         optimizer = make_optimizer(student, learning_rate=1e-3)
         return TrainingLoop(
             Accelerator(cpu=True),
@@ -144,7 +143,7 @@ def test_nan_stops_the_run_and_names_the_batch(make_loop):
     def broken(model, batch):
         calls.append(batch)
         loss = forward(model, batch)
-        return loss if len(calls) < 4 else type(loss)(loss.total * torch.nan, loss.parts, loss.teacher)
+        return loss if len(calls) < 4 else type(loss)(loss.total * torch.nan, loss.parts)
 
     loop.objective = broken
     with pytest.raises(TrainingDiverged, match=r"loss is nan in step 4.* samples \[6, 7\] .*'a b'"):
@@ -195,6 +194,23 @@ def test_the_trial_step_learns_nothing(make_loop):
     plain.train()
     tried.train()
     assert losses(tried) == losses(plain)
+
+
+def test_a_step_costs_its_share_of_the_drawings(make_loop, monkeypatch):
+    loop, clock = make_loop(accumulation=2), [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    def takes(seconds, function):
+        def call(*args):
+            clock[0] += seconds
+            return function(*args)
+
+        return call
+
+    loop.batches.start = takes(30, loop.batches.start)
+    loop.objective = takes(2, loop.objective)
+    cost = estimate(loop, {})
+    assert cost.seconds_per_step == 2 * 2 + 30 / 3  # two forward passes; a set serves three steps
 
 
 def test_memory_is_counted(make_loop):
