@@ -78,6 +78,8 @@ def estimate(loop: TrainingLoop, memory: dict[str, int]) -> Estimate:
             before = torch.cuda.memory_allocated()
         start = time.perf_counter()
         batches.start(loop.step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         started = time.perf_counter()
         loss = loop.objective(loop.model, batches.next())
         loop.accelerator.backward(loss.total)
