@@ -7,7 +7,7 @@ from torch import nn
 
 from diffusers_bitsfusion import prepare_qat
 from diffusers_bitsfusion.training.batches import Batch
-from diffusers_bitsfusion.training.losses import BlockFeatures, Distillation, NoisePrediction
+from diffusers_bitsfusion.training.losses import BlockFeatures, Distillation, NoisePrediction, predict
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,8 +80,10 @@ def test_a_teacher_in_half_precision(batch, make_config):
     teacher = tiny_unet().requires_grad_(False)
     student = prepare_qat(copy.deepcopy(teacher), make_config())
     full = Distillation(student, teacher)(student, batch)
-    half = Distillation(student, copy.deepcopy(teacher).bfloat16())(student, batch)
-    assert half.total.dtype == torch.float32
+    objective = Distillation(student, copy.deepcopy(teacher).bfloat16())
+    half = objective(student, batch)
+    taught = predict(objective.teacher, batch.noisy, batch.timesteps, batch.states)
+    assert taught.dtype == torch.bfloat16 and half.total.dtype == torch.float32
     assert half.total.item() == pytest.approx(full.total.item(), rel=0.1)
 
 

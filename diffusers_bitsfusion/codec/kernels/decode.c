@@ -16,7 +16,7 @@ typedef struct {
     float scale;
     uint16_t levels[LANES];    /* what digits are in bf16, up to MOST */
     float float_levels[LANES]; /* and in fp32 */
-    uint8_t digits[5][256];    /* of every byte as a word; for int8 the codes that they mean */
+    uint8_t digits[5][256];    /* for lookup.h: of every byte as a word; for int8 the codes that they mean */
 } Row;
 
 /* word / base, exact for every word of that base (the rows below say how large they get). */
@@ -171,7 +171,9 @@ typedef struct {
 INLINE void decode_rows(const DecodeArguments *a, int64_t start, int64_t stop, int kind, int64_t element_size) {
     const int bits = (int)a->bits, half = half_range(bits);
     Row row = {.columns = a->columns};
+#ifdef __AVX512VBMI__
     if (bits <= 3) fill_digits(row.digits, 2 * half + 1, kind == INT8 ? half : 0);
+#endif
     for (int64_t r = start; r < stop; r++) {
         const uint8_t *in = a->dense + r * a->row_bytes_in;
         row.out = (char *)a->out + r * a->columns * element_size;
