@@ -31,12 +31,11 @@ benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.storage --work benchmarks/work
 
 # torch first, by version: installed with the package it would be resolved to the newest build.
-# Not compiled: most modules are never imported, and the others are compiled then.
 $(VENV)/installed: pyproject.toml examples/shapes/requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --no-compile --upgrade pip
-	$(BIN)/pip install --quiet --no-compile "$(TORCH)"
-	$(BIN)/pip install --quiet --no-compile -e ".[dev,eval,train,plot,app]" -r examples/shapes/requirements.txt
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet -e ".[dev,eval,train,plot,app]" -r examples/shapes/requirements.txt
 	touch $@
 
 clean:
