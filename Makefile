@@ -30,12 +30,14 @@ lint: $(VENV)/installed
 benchmark: $(VENV)/installed
 	$(BIN)/python -m benchmarks.storage --work benchmarks/work
 
-# torch first, by version: installed with the package it would be resolved to the newest build.
+# torch first, by version: installed with the package it would be resolved to the newest build. pip would compile on
+# one core; what does not compile is other packages' templates and tests.
 $(VENV)/installed: pyproject.toml examples/shapes/requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[dev,eval,train,plot,app]" -r examples/shapes/requirements.txt
+	$(BIN)/pip install --quiet --no-compile "$(TORCH)"
+	$(BIN)/pip install --quiet --no-compile -e ".[dev,eval,train,plot,app]" -r examples/shapes/requirements.txt
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 clean:
