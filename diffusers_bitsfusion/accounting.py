@@ -23,8 +23,15 @@ from .weight_files import stem, weight_files
 
 MB = 1e6
 
-# Tables of text encoders, which are neither Linear nor Conv2d though a file shows no difference.
-_EMBEDDINGS = ("token_embedding", "position_embedding", "embed_tokens", "shared", "relative_attention_bias")
+# Tables, which are neither Linear nor Conv2d though a file shows no difference.
+_EMBEDDINGS = (
+    "class_embedding",
+    "token_embedding",
+    "position_embedding",
+    "embed_tokens",
+    "shared",
+    "relative_attention_bias",
+)
 
 # (name, shape, bytes) of a tensor
 TensorSize = tuple[str, tuple[int, ...], int]
@@ -169,7 +176,8 @@ def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport
 
 def _pipeline_report(path: Path) -> PipelineSizeReport:
     quantized, others = {}, {}
-    for folder in sorted(child for child in path.iterdir() if child.is_dir()):
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name in index):
         config = folder / "config.json"
         if config.is_file() and _is_ours(json.loads(config.read_text(encoding="utf-8"))):
             quantized[folder.name] = _file_report(folder)
@@ -188,6 +196,8 @@ def _file_report(path: Path) -> SizeReport:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if not _is_ours(config):
         raise ValueError(f"The model in {path} is not quantized by diffusers_bitsfusion.")
+    if "layers" not in config["quantization_config"]:
+        raise ValueError(f"{path / 'config.json'} is damaged: its quantization_config names no layers.")
     files = weight_files(path)
     tensors = [tensor for file in files for tensor in _read_header(file)]
     overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from yaml import YAMLError
 
 from .accounting import MB, PipelineSizeReport, SizeReport, size_report
 from .histogram import draw_histogram
@@ -19,7 +20,7 @@ _TAG = "bitsfusion"
 _BODY = """
 # {title}
 
-A `{kind}` whose weights are packed at about 2 bits each, by
+A `{kind}` whose weights are packed at {bits}, by
 [BitsFusion](https://arxiv.org/abs/2406.04333) as implemented in `diffusers_bitsfusion`.
 
 ```bash
@@ -31,7 +32,7 @@ import torch
 import diffusers_bitsfusion  # registers the method; without it diffusers says "Unknown quantization type"
 from diffusers import {kind}
 
-{variable} = {kind}.from_pretrained("{title}", dtype={dtype})
+{variable} = {kind}.from_pretrained("{title}", {variant}dtype={dtype})
 ```
 
 The weights were rounded to this precision. Unless they were also trained in it (quantization-aware training), a model
@@ -54,10 +55,15 @@ _CARRIED = ("license", "license_name", "license_link", "pipeline_tag", "language
 def is_users_own(folder: Path) -> bool:
     """Whether `folder` has a card that nobody generated, which must not be replaced."""
     card = folder / _CARD_FILE
-    return card.exists() and not any(mark in card.read_text(encoding="utf-8") for mark in _GENERATED)
+    return card.exists() and not any(mark in _read(card) for mark in _GENERATED)
 
 
-def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -> None:
+def _read(card: Path) -> str:
+    """A card in any encoding: others wrote it, and only metadata and marks in ASCII are looked for."""
+    return card.read_text(encoding="utf-8", errors="replace")
+
+
+def write_card(folder: Path, saved: Any, title: str, token: str | None = None, variant: str | None = None) -> None:
     """Write the card of a saved model or pipeline, and a picture of each recipe beside it.
 
     Licence and base model come from the card of the model that it was made from, where there is one: in its folder,
@@ -68,6 +74,7 @@ def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -
         saved: the model or pipeline itself.
         title: what the card calls it, a folder name or Hub id.
         token: for the Hub, to read the card of a private base model; not written anywhere.
+        variant: of the weight files, which must be named to load them.
     """
     kind = type(saved).__name__
     report = size_report(folder)
@@ -75,6 +82,8 @@ def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -
     body = _BODY.format(
         title=title,
         kind=kind,
+        bits=_bits({name: part.average_bits.layers for name, part in reports.items()}),
+        variant=f'variant="{variant}", ' if variant else "",
         dtype=saved.dtype,
         variable="pipe" if isinstance(report, PipelineSizeReport) else "model",
         figures="\n\n".join(_figures(name, part) for name, part in reports.items()),
@@ -94,7 +103,7 @@ def check_card(folder: Path) -> None:
         FileNotFoundError: it has none, or a user's own.
     """
     card = folder / _CARD_FILE
-    if not card.is_file() or _OURS not in card.read_text(encoding="utf-8"):
+    if not card.is_file() or _OURS not in _read(card):
         raise FileNotFoundError(f"{folder} has no card written by diffusers_bitsfusion; save the model there first.")
 
 
@@ -119,13 +128,13 @@ def _lineage(name_or_path: str, token: str | None) -> dict[str, Any]:
     source = None
     try:
         card = Path(hf_hub_download(hub_id, _CARD_FILE, token=token)) if hub_id else _local_card(name_or_path)
-        source = ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data if card else None
+        source = ModelCard(_read(card), ignore_metadata_errors=True).data if card else None
     except GatedRepoError:
         pass  # it is there, though its card is not for everyone
     except RepositoryNotFoundError:
         hub_id = None  # a path that is gone, not a Hub id
-    except OSError:
-        pass  # no card, or no network: then the card goes without what it would have said
+    except (OSError, ValueError, YAMLError):
+        pass  # no card, no network, or a card of broken metadata: then ours goes without what it would have said
     carried = {key: source.get(key) for key in _CARRIED} if source else {}
     if source and _TAG in (source.get("tags") or []):  # quantized before: made from what that was made from
         hub_id = source.get("base_model")
@@ -150,6 +159,13 @@ def _local_card(name_or_path: str) -> Path | None:
     """The card in a model's folder, or in that of the pipeline around it."""
     folders = [Path(name_or_path), Path(name_or_path).parent] if name_or_path else []
     return next((folder / _CARD_FILE for folder in folders if (folder / _CARD_FILE).is_file()), None)
+
+
+def _bits(averages: dict[str, float]) -> str:
+    shown = [f"{average:.2f} bits" for average in averages.values()]
+    if len(shown) == 1:
+        return f"{shown[0]} each on average"
+    return "on average " + ", ".join(f"{bits} ({name})" for name, bits in zip(averages, shown, strict=True))
 
 
 def _picture(name: str) -> str:

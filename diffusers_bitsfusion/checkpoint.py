@@ -42,6 +42,7 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
         rows, columns, bits = layer["shape"][0], _columns(layer), layer["bits"]
         key = f"{name}.codes"
         if key in decoded:
+            decoded[key] = decoded[key].cpu()  # transformers reads onto the model's device
             packed = _packed_bytes(key, decoded[key], (rows, byte_width(columns, bits)), config["compression"])
             if packed.numel() and int(packed.max()) > largest_byte(bits):
                 raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")

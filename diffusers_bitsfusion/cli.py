@@ -7,12 +7,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from . import cli_analysis
-from .cli_common import default_prompts, user_errors
+from .cli_common import config_folder, default_prompts, is_model, read_config, refuse_quantized, user_errors
 
 app = typer.Typer(
     name="bitsfusion",
@@ -45,12 +45,17 @@ def quantize(
         Path | None,
         typer.Option(help="For --calibrate: a prompt a line, or a tab-separated file with a Prompt column."),
     ] = None,
-    samples: Annotated[int, typer.Option(help="For --calibrate: pictures drawn.")] = 16,
-    steps: Annotated[int, typer.Option(help="For --calibrate: inference steps of each picture.")] = 20,
+    samples: Annotated[int | None, typer.Option(help="For --calibrate: pictures drawn.  [default: 16]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="For --calibrate: inference steps of each picture.  [default: 20]")
+    ] = None,
     tuning_steps: Annotated[
-        int, typer.Option(help="For --calibrate: steps that tune scales, biases and norms after rounding.")
-    ] = 0,
-    memory_gb: Annotated[float, typer.Option(help="For --calibrate: GB that it may take beside the pipeline.")] = 8.0,
+        int | None,
+        typer.Option(help="For --calibrate: steps that tune scales, biases and norms after rounding.  [default: 0]"),
+    ] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(help="For --calibrate: GB that it may take beside the pipeline.  [default: 8]")
+    ] = None,
 ) -> None:
     """Quantize a pipeline or model and save it packed."""
     import torch
@@ -59,23 +64,24 @@ def quantize(
 
     if dtype not in _DTYPES:
         raise typer.BadParameter(f"{dtype!r} is none of {', '.join(_DTYPES)}", param_hint="--dtype")
-    if prompts is not None and not calibrate:
-        raise typer.BadParameter("only --calibrate draws prompts", param_hint="--prompts")
+    settings = {
+        "num_samples": samples,
+        "num_inference_steps": steps,
+        "tuning_steps": tuning_steps,
+        "memory_gb": memory_gb,
+    }
+    given = {name: value for name, value in settings.items() if value is not None}
+    if (given or prompts is not None) and not calibrate:
+        raise typer.BadParameter("--prompts, --samples, --steps, --tuning-steps and --memory-gb are for --calibrate")
     with user_errors():
         config = BitsFusionConfig(
             recipe=int(recipe) if recipe.isdecimal() else recipe,
             target_bits=target_bits,
             time_embedding=time_embedding,
         )
+        refuse_quantized(source, config.components)
         if calibrate:
-            calibration = _calibration(
-                destination,
-                prompts,
-                num_samples=samples,
-                num_inference_steps=steps,
-                tuning_steps=tuning_steps,
-                memory_gb=memory_gb,
-            )
+            calibration = _calibration(destination, prompts, given)
             _quantize_calibrated(source, destination, config, getattr(torch, dtype), calibration)
         else:
             loaded = _load(source, quantization_config=config, dtype=getattr(torch, dtype))
@@ -193,7 +199,7 @@ app.command()(cli_analysis.analyze)
 app.command()(cli_analysis.allocate)
 
 
-def _calibration(destination: Path, prompts: Path | None, **settings):
+def _calibration(destination: Path, prompts: Path | None, settings: dict[str, Any]):
     from . import Calibration
     from .evaluation import read_captions
 
@@ -229,10 +235,10 @@ def _load(source: str, **kwargs):
     """A pipeline, or where `source` holds a model, that model by the class its config names."""
     import diffusers
 
-    config = Path(source) / "config.json"
-    if not config.is_file():
+    folder = config_folder(source)
+    if not is_model(folder):
         return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)
-    name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
+    name = read_config(folder / "config.json").get("_class_name")
     if not name or not hasattr(diffusers, name):
-        raise ValueError(f"{config} names no diffusers class (_class_name is {name!r}).")
+        raise ValueError(f"{folder / 'config.json'} names no diffusers class (_class_name is {name!r}).")
     return getattr(diffusers, name).from_pretrained(source, **kwargs)

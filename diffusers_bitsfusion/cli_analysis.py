@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_common import default_prompts, user_errors
+from .cli_common import config_folder, default_prompts, is_model, read_config, user_errors
 
 
 def analyze(
@@ -112,10 +112,11 @@ def _shapes(source: str) -> dict[str, tuple[int, ...]]:
     from .evaluation import DENOISERS
 
     place = {}
-    if not (Path(source) / "config.json").is_file():
-        index = diffusers.DiffusionPipeline.load_config(source)
+    folder = config_folder(source)
+    if not is_model(folder):
+        index = read_config(folder / "model_index.json")
         place["subfolder"] = next((name for name in DENOISERS if (index.get(name) or [None])[0]), "unet")
-    config = diffusers.UNet2DConditionModel.load_config(source, **place)  # any class reads any config
+    config = diffusers.UNet2DConditionModel.load_config(folder, **place)  # any class reads any config
     with init_empty_weights():
         model = getattr(diffusers, config["_class_name"]).from_config(config)
     return {name: tuple(layer.weight.shape) for name, layer in analysed_layers(model).items()}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
+from huggingface_hub import snapshot_download
 
 
 @contextmanager
@@ -30,3 +33,40 @@ def default_prompts(*folders: str | None) -> Path:
     if found is None:
         raise ValueError("No prompts: give a file with --prompts.")
     return found
+
+
+def config_folder(source: str) -> Path:
+    """The folder of a pipeline or model; of a Hub id a folder with its configs, which are downloaded.
+
+    Raises:
+        OSError, ValueError: there is neither such a folder nor such a repository.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    return Path(snapshot_download(source, allow_patterns=["model_index.json", "config.json", "*/config.json"]))
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a `config_folder` is that of a model rather than of a pipeline."""
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def refuse_quantized(source: str, components: Iterable[str]) -> None:
+    """Refuse to quantize what is quantized, which loads as it is whatever is asked for.
+
+    Args:
+        source: folder or Hub id of a pipeline or a model.
+        components: of a pipeline, those that would be quantized.
+
+    Raises:
+        ValueError: the config of one, or of the model, has a quantization_config.
+    """
+    folder = config_folder(source)
+    for file in (folder / part / "config.json" for part in ("", *components)):
+        if file.is_file() and "quantization_config" in read_config(file):
+            raise ValueError(f"{file} is of a model that is quantized already. Quantize the original.")

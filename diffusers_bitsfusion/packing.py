@@ -195,20 +195,3 @@ def raise_missing(model: nn.Module, names: list[str]) -> NoReturn:
     """
     shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise ValueError(f"The checkpoint for {type(model).__name__} lacks {shown}. It is incomplete; download it again.")
-
-
-def refuse_dispatched(model: ModelMixin, action: str) -> None:
-    """Refuse to swap layers under accelerate's hooks, which hold on to the old ones.
-
-    Args:
-        model: a diffusers model.
-        action: what was asked for, for the message.
-
-    Raises:
-        ValueError: accelerate offloads the model or spreads it over devices.
-    """
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        raise ValueError(
-            f"Cannot {action} this {type(model).__name__}: accelerate offloads it or spreads it over devices. Do it "
-            "before, or take the hooks off by accelerate.hooks.remove_hook_from_submodules(model)."
-        )

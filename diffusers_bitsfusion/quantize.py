@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
 from .calibration import Calibration
@@ -16,7 +16,8 @@ from .calibration.denoising import check_pipeline
 from .calibration.layers import CalibratedLayer
 from .calibration.run import calibrate, record_calls, tune_packed
 from .config import BitsFusionConfig
-from .packing import ModelPacker, refuse_dispatched
+from .hooks import refuse_dispatched
+from .packing import ModelPacker
 from .quantizer import BitsFusionQuantizer
 from .text_encoders import BitsFusionTextQuantizer
 
@@ -53,10 +54,13 @@ def quantize_model(
     if asked is not None:
         check_pipeline(model, tunes=asked.tuning_steps > 0)
     if not isinstance(model, DiffusionPipeline):
+        _check_kind(model, "this")
         return _quantize(model, config, progress)
     components = {name: part for name in config.components if (part := model.components.get(name)) is not None}
     if not components:
         raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
+    for name, component in components.items():
+        _check_kind(component, name)
     for name, component in components.items():
         _quantize(component, config, progress, model, _for_component(asked, name))
     return model
@@ -108,6 +112,15 @@ def _quantize(
     model.hf_quantizer = quantizer
     model.register_to_config(_pre_quantization_dtype=dtype)
     return model
+
+
+def _check_kind(model: Any, name: str) -> None:
+    # Several ControlNets in one have no config that could say that they are packed.
+    if not isinstance(model, (ConfigMixin, PreTrainedModel)):
+        raise ValueError(
+            f"Cannot quantize {name}: {type(model).__name__} is no single model of diffusers or transformers. "
+            "Quantize its parts by `quantize_model(part)`, each on its own."
+        )
 
 
 def _for_component(calibration: Calibration | None, name: str) -> Calibration | None:

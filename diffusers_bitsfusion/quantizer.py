@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from .checkpoint import decode_state_dict, encode_state_dict
 from .compute import set_compute
 from .config import BitsFusionConfig
+from .hooks import refuse_dispatched
 from .nn.attention import set_attention
 from .nn.convert import float_twin, replace_module
 from .nn.feed_forward import set_geglu
 from .nn.packed import PackedWeight
 from .nn.time_features import TimeFeatures
 from .nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
-from .packing import ModelPacker, install_packed_layers, raise_missing, refuse_dispatched
+from .packing import ModelPacker, install_packed_layers, raise_missing
 from .saving import as_plain_model, as_quantized_model
 
 logger = logging.get_logger(__name__)
@@ -32,6 +33,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     use_keep_in_fp32_modules = True
     required_packages = ["zstandard"]
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Not while quantizing: threads would replace layers under each other's hands."""
+        return self.pre_quantized
 
     quantization_config: BitsFusionConfig
 
@@ -180,7 +186,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             self.quantization_config = self._packer.finish()
             self._packer = None
             _warn_untrained()
-        _own_memory(model)
+        _own_memory(model, decoded=self.quantization_config.compression is not None)
         set_compute(model, self.quantization_config.compute, self.quantization_config.resident)
         self.pre_quantized = True
         model.is_quantized = True
@@ -234,10 +240,10 @@ def _is_offloaded(module: nn.Module) -> bool:
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
 
-def _own_memory(model: ModelMixin) -> None:
+def _own_memory(model: ModelMixin, decoded: bool) -> None:
     """Copy what was not packed or decoded here: a single view would keep the whole file mapped into memory."""
     for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not name.endswith(".codes"):
+        if not parameter.is_meta and not (decoded and name.endswith(".codes")):
             parameter.data = parameter.data.clone()
 
 

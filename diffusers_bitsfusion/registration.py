@@ -10,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from .config import BitsFusionConfig, BitsFusionMethod
 from .lora import creating_lora_layer
 from .quantizer import BitsFusionQuantizer
-from .saving import saving_pipeline, uploading_pipeline
+from .saving import saving_pipeline, switching_pipeline, uploading_pipeline
 from .text_encoders import BitsFusionTextQuantizer
 
 _METHOD = BitsFusionMethod.BITSFUSION.value
@@ -27,4 +27,5 @@ def register() -> None:
     register_quantization_config(_METHOD)(BitsFusionConfig)
     DiffusionPipeline.save_pretrained = saving_pipeline(DiffusionPipeline.save_pretrained)
     DiffusionPipeline._upload_folder = uploading_pipeline(DiffusionPipeline._upload_folder)
+    DiffusionPipeline.from_pipe = classmethod(switching_pipeline(DiffusionPipeline.from_pipe.__func__))
     LoraModel._create_new_module = staticmethod(creating_lora_layer(LoraModel._create_new_module))

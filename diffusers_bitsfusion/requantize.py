@@ -59,7 +59,8 @@ def _requantize(layer: PackedWeight, balance: bool) -> float:
     codes, scale = quantize_to_dense(target, layer.bits, balance=balance)
     after = unpack_dense(codes, layer.bits, columns) * scale[:, None]
     branch = target - before
-    kept = float(((after - before) * branch).sum() / branch.square().sum())
+    size = branch.square().sum()
+    kept = float(((after - before) * branch).sum() / size) if size else 1.0
     if kept >= MIN_KEPT:
         layer.set_codes(codes, scale)
         layer.shrink_branch(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import shutil
 import tempfile
@@ -56,7 +57,7 @@ class QuantizedModelMixin(_Base):
             raise ValueError("A quantized model is saved as safetensors only; leave out `safe_serialization=False`.")
         directory = Path(save_directory)
         if push_to_hub:
-            kwargs.setdefault("repo_id", directory.name)
+            kwargs.setdefault("repo_id", _title(directory))
         prepare_saving(self)
         # An earlier save left a plain dict there.
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
@@ -70,8 +71,9 @@ class QuantizedModelMixin(_Base):
                 push_to_hub=push_to_hub,
                 **kwargs,
             )
-            if not _inside_pipeline.get() and not is_users_own(directory):
-                write_card(scratch, self, title=directory.name)
+            # The others write no config, whose figures a card shows.
+            if is_main_process and not _inside_pipeline.get() and not is_users_own(directory):
+                write_card(scratch, self, title=_title(directory), variant=variant)
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """diffusers puts its own card into what it uploads; ours has the figures."""
@@ -84,7 +86,7 @@ class QuantizedModelMixin(_Base):
         """As `ModelMixin.to`, which refuses dtype None (`save_lora_adapter`) and the model's own (IP-Adapters) too."""
         if "dtype" in kwargs and kwargs["dtype"] in (None, self.dtype):
             del kwargs["dtype"]
-        return super().to(*args, **kwargs)
+        return super().to(*(None if argument is self.dtype else argument for argument in args), **kwargs)
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
         """As that of UNets, which ends by casting the model to its own dtype: only what it put in needs that."""
@@ -110,12 +112,34 @@ class QuantizedModelMixin(_Base):
             "fuse_qkv_projections() cannot join packed layers. Call `dequantize()` first, or do without it."
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For pickles and copies, since a module has no class of this one's name but the plain one."""
+        return _empty_quantized, (_plain_class(self),), self.__dict__
+
+
+class _EqualToPlain(type):
+    """Of classes equal to the one that they extend: `from_pipe` takes over no model of another type."""
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__mro__[2]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[2])
+
 
 @functools.cache
 def _quantized_class(plain: type) -> type:
     # Same name and module: diffusers writes them into config.json and model_index.json.
     names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (QuantizedModelMixin, plain), names)
+    return _EqualToPlain(plain.__name__, (QuantizedModelMixin, plain), names)
+
+
+def _plain_class(model: QuantizedModelMixin) -> type:
+    return type(model).__mro__[2]
+
+
+def _empty_quantized(plain: type) -> Any:
+    return object.__new__(_quantized_class(plain))
 
 
 def as_quantized_model(model: ModelMixin) -> None:
@@ -127,7 +151,7 @@ def as_quantized_model(model: ModelMixin) -> None:
 
 def as_plain_model(model: ModelMixin) -> None:
     """Take the mixin and the quantization config from a model, so that it saves and loads without this package."""
-    model.__class__ = type(model).__mro__[2]
+    model.__class__ = _plain_class(model)
     dropped = ("quantization_config", "_pre_quantization_dtype")
     model._internal_dict = FrozenDict({k: v for k, v in model._internal_dict.items() if k not in dropped})
 
@@ -153,9 +177,13 @@ def replacing(directory: Path) -> Iterator[Path]:
             for name in sorted(new):
                 os.replace(scratch / folder / name, directory / folder / name)
             for file in stale:
-                file.unlink()
+                file.unlink(missing_ok=True)  # another process may be saving the same
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _title(folder: Path) -> str:
+    return folder.resolve().name
 
 
 def _flush(file: Path) -> None:
@@ -182,13 +210,14 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _holds_quantized_model(self):
             return original(self, save_directory, *args, **kwargs)
         if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", Path(save_directory).name)
+            kwargs.setdefault("repo_id", _title(Path(save_directory)))
+        variant = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments.get("variant")
         token = _inside_pipeline.set(True)
         try:
             with replacing(Path(save_directory)) as scratch:
                 original(self, str(scratch), *args, **kwargs)
                 if not is_users_own(Path(save_directory)):
-                    write_card(scratch, self, title=Path(save_directory).name)
+                    write_card(scratch, self, title=_title(Path(save_directory)), variant=variant)
         finally:
             _inside_pipeline.reset(token)
 
@@ -208,3 +237,15 @@ def uploading_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, working_dir, repo_id, *args, **kwargs)
 
     return upload_folder
+
+
+def switching_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`DiffusionPipeline.from_pipe`, which casts to fp32 unless told otherwise: not what a quantized model can be."""
+
+    @functools.wraps(original)
+    def from_pipe(cls: type, pipeline: Any, **kwargs: Any) -> Any:
+        if _holds_quantized_model(pipeline) and not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = pipeline.dtype
+        return original(cls, pipeline, **kwargs)
+
+    return from_pipe

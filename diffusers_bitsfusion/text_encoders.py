@@ -12,10 +12,11 @@ from transformers.quantizers import HfQuantizer
 
 from .checkpoint import decode_state_dict, encode_state_dict
 from .config import BitsFusionConfig
+from .hooks import refuse_dispatched
 from .lora import prepare_saving
 from .nn.convert import float_twin, replace_module
 from .nn.packed import PackedWeight
-from .packing import ModelPacker, install_packed_layers, raise_missing, refuse_dispatched
+from .packing import ModelPacker, install_packed_layers, raise_missing
 from .plan import matches
 
 
@@ -93,6 +94,9 @@ class BitsFusionTextQuantizer(HfQuantizer):
         decoded = decode_state_dict(found, config.to_dict())
         for name, layer in packed.items():
             layer.codes = nn.Parameter(decoded[f"{name}.codes"].to(layer.codes.device), requires_grad=False)
+        for module in model.modules():  # what no file holds, and was not initialised before: see above
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)
 
     @torch.no_grad()
     def pack(self, model: PreTrainedModel, progress: bool = True) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}(?P<end>\.(safetensors|bin))")
 _ENDS = (".safetensors", ".bin")
+_STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' models and of transformers'
 
 
 def stem(name: str) -> str | None:
@@ -25,8 +26,13 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         FileNotFoundError: there is none.
     """
-    files = sorted(folder.glob("*.safetensors"))
+    files = [file for file in sorted(folder.glob("*.safetensors")) if _is_of_a_model(str(stem(file.name)))]
     if not files:
-        raise FileNotFoundError(f"{folder} holds no .safetensors file.")
+        raise FileNotFoundError(f"{folder} holds no .safetensors file of a model ({', '.join(_STEMS)}).")
     first = min((str(stem(file.name)) for file in files), key=len)
     return [file for file in files if stem(file.name) == first]
+
+
+def _is_of_a_model(stem: str) -> bool:
+    """Not those of adapters, which may lie beside it."""
+    return stem.partition(".")[0] in _STEMS

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_unet
 from torch import nn
 
@@ -195,7 +196,28 @@ def test_cached_features_count_sixteen_bits_a_step(make_config, tmp_path, steps)
     assert report.average_bits.paper == pytest.approx(expected)
 
 
+def test_other_weight_files_in_the_folder_are_not_the_models(packed, tmp_path):
+    _, folder = packed
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for name in ("pytorch_lora_weights", "diffusion_pytorch_model.fp16"):
+        save_file({"x": torch.zeros(1000)}, tmp_path / f"{name}.safetensors")
+    assert size_report(tmp_path).to_dict() == size_report(folder).to_dict()
+
+
+def test_a_table_of_classes_has_no_weights_to_count(make_config, tmp_path):
+    unet = tiny_unet(num_class_embeds=100)
+    report = size_report(quantize_model(unet, make_config(time_embedding="keep"), progress=False))
+    assert report.weights == sum(weight_layers(unet).values())
+
+
 # Pipelines.
+
+
+def test_only_components_belong_to_a_pipeline(packed_folders, tmp_path):
+    shutil.copytree(packed_folders["keep"], tmp_path, dirs_exist_ok=True)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "large").write_bytes(bytes(10_000))
+    assert size_report(tmp_path).to_dict() == size_report(packed_folders["keep"]).to_dict()
 
 
 def test_a_pipelines_folder_lists_every_component(packed_folders):
@@ -250,6 +272,12 @@ def test_what_is_not_ours_or_not_there_is_named(source_folder, tmp_path):
         size_report(source_folder / "unet")
     with pytest.raises(ValueError, match=f"No component of the pipeline in {source_folder} is quantized"):
         size_report(source_folder)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_text('{"quantization_config": {"quant_method": "bitsfusion"}}')
+    save_file({"x": torch.zeros(1)}, damaged / WEIGHTS)
+    with pytest.raises(ValueError, match="config.json is damaged: its quantization_config names no layers"):
+        size_report(damaged)
     with pytest.raises(ValueError, match="This UNet2DConditionModel is not quantized"):
         size_report(tiny_unet())
 

@@ -12,9 +12,15 @@ import accelerate
 import pytest
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.models import modeling_utils
 from safetensors.torch import load_file, save_file
-from tiny import tiny_unet
+from tiny import tiny_controlnet, tiny_unet
 from torch import Tensor, nn
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
@@ -482,3 +488,48 @@ def test_swapping_layers_under_offloading_hooks_is_refused(make_config):
         packed.dequantize()
     remove_hook_from_submodules(packed)
     assert not packed.dequantize().is_quantized
+
+
+def test_swapping_layers_under_diffusers_own_hooks_is_refused(make_config):
+    cpu = torch.device("cpu")
+    plain, packed = tiny_unet(), quantize_model(tiny_unet(), make_config(), progress=False)
+    for unet in (plain, packed):
+        unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
+    with pytest.raises(ValueError, match=r"Cannot quantize .*: diffusers has hooks on it \(group_offloading\)"):
+        quantize_model(plain, make_config())
+    with pytest.raises(ValueError, match=r"Cannot dequantize .*: diffusers has hooks on it \(group_offloading\)"):
+        packed.dequantize()
+    plain = tiny_unet()
+    plain.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"diffusers has hooks on it \(layerwise_casting\)"):
+        quantize_model(plain, make_config())
+
+
+def test_a_model_that_lies_on_the_disk_is_not_saved_from_memory(make_config, tmp_path, call_unet):
+    cpu = torch.device("cpu")
+    packed = quantize_model(tiny_unet(), make_config(), progress=False)
+    where = {"onload_device": cpu, "offload_device": cpu, "offload_type": "leaf_level"}
+    packed.enable_group_offload(**where, offload_to_disk_path=str(tmp_path / "groups"))
+    with pytest.raises(ValueError, match="group offloading has moved its weights to the disk"):
+        packed.save_pretrained(tmp_path / "out")
+    packed = quantize_model(tiny_unet(), make_config(), progress=False)
+    expected = call_unet(packed)
+    packed.enable_group_offload(**where)
+    packed.save_pretrained(tmp_path / "out")
+    assert torch.equal(call_unet(UNet2DConditionModel.from_pretrained(tmp_path / "out")), expected)
+
+
+def test_several_controlnets_in_one_are_refused_before_anything_changes(source_folder, make_config):
+    controlnets = [tiny_controlnet(), tiny_controlnet(1)]
+    pipe = StableDiffusionControlNetPipeline.from_pretrained(source_folder, controlnet=controlnets)
+    with pytest.raises(ValueError, match="Cannot quantize controlnet: MultiControlNetModel is no single model"):
+        quantize_model(pipe, make_config(components=["unet", "controlnet"]), progress=False)
+    assert not getattr(pipe.unet, "is_quantized", False)
+
+
+def test_threads_that_load_shards_do_not_quantize(make_config, tmp_path, monkeypatch):
+    tiny_unet().save_pretrained(tmp_path, max_shard_size="60KB")
+    monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
+    unet = UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=make_config())
+    expected = quantize_model(tiny_unet(), make_config(), progress=False)
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in unet.state_dict().items())

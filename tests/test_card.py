@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from tiny import tiny_unet
 
+from diffusers_bitsfusion import quantize_model
 from diffusers_bitsfusion.card import add_section
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,6 +41,39 @@ def test_the_licence_is_that_of_the_folder_it_was_made_from(save, tmp_path, what
     card = save(base if what == "pipeline" else base / "unet", what)
     assert (card.data.license, card.data.license_name, card.data.license_link) == ("other", "sdxl-turbo", "LICENSE.md")
     assert card.data.base_model is None  # a folder says nothing to others
+
+
+BROKEN = {
+    "a colon": b"---\nHello: this is: my model\n---\n",
+    "a list": b"---\n- one\n- two\n---\n",
+    "a text": b"---\njust a line\n---\n",
+    "a bracket": b"---\nfoo: [1\n---\n",
+    "latin-1": "Modèle d'essai".encode("latin-1"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_card_of_the_original_gives_no_licence_and_stops_no_save(save, tmp_path, kind):
+    (tmp_path / "README.md").write_bytes(BROKEN[kind])
+    assert save(tmp_path).data.license is None
+
+
+def test_a_users_own_card_stays_whatever_its_encoding(pipe, tmp_path):
+    (tmp_path / "README.md").write_bytes(BROKEN["latin-1"])
+    pipe.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == BROKEN["latin-1"]
+
+
+def test_the_card_says_how_to_load_and_how_many_bits(pipe, make_config, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "out", variant="fp16")
+    line = 'pipe = StableDiffusionPipeline.from_pretrained("out", variant="fp16", dtype=torch.float32)'
+    assert line in (tmp_path / "out" / "README.md").read_text()
+    monkeypatch.chdir(tmp_path / "out")
+    unet = quantize_model(tiny_unet(), make_config(recipe=8), progress=False)
+    unet.save_pretrained(".")
+    card = Path("README.md").read_text()
+    assert 'UNet2DConditionModel.from_pretrained("out", dtype=torch.float32)' in card
+    assert "packed at 8.00 bits each on average" in card
 
 
 def test_a_folder_without_a_card_gives_no_licence(save, tmp_path):

@@ -65,6 +65,21 @@ def test_quantize_and_inspect(run, source_folder, tmp_path):
     assert "whole pipeline" in run("inspect", tmp_path / "packed").stdout
 
 
+@pytest.mark.parametrize(
+    "option", [("--tuning-steps", 3), ("--samples", 2), ("--steps", 5), ("--memory-gb", 1), ("--prompts", "p.txt")]
+)
+def test_options_of_calibration_without_it_are_refused(run, source_folder, tmp_path, option):
+    result = run("quantize", source_folder, tmp_path / "packed", *option)
+    assert result.exit_code == 2 and "are for --calibrate" in result.output
+    assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_what_is_quantized_is_not_quantized_again(fails, packed_folders, tmp_path, part):
+    line = fails("quantize", packed_folders["keep"] / part, tmp_path / "packed", "--target-bits", 4)
+    assert "is of a model that is quantized already" in line and not (tmp_path / "packed").exists()
+
+
 def test_inspect_predicts_from_a_config(run, fails, tmp_path):
     (tmp_path / "config.json").write_text(tiny_unet().to_json_string())
     result = run("inspect", "--plan", tmp_path / "config.json", "--target-bits", 2.6, "--json")

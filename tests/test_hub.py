@@ -20,6 +20,7 @@ STATUSES = (401, 403, 429, 500)
 
 COMMON = """
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,8 +28,10 @@ from pathlib import Path
 import huggingface_hub.constants
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from typer.testing import CliRunner
 
 from diffusers_bitsfusion import BitsFusionConfig
+from diffusers_bitsfusion.cli import app
 
 token, folder = sys.argv[1], Path(sys.argv[2])
 time.sleep = lambda seconds: None  # the client waits between its attempts
@@ -87,6 +90,10 @@ for unet in (resumed, again):
     assert all(torch.equal(tensor, expected["unet"][name]) for name, tensor in unet.state_dict().items())
 pipe.save_pretrained(folder / "again")
 pipe.push_to_hub("me/again", token=token)
+os.environ["HF_TOKEN"] = token
+for source in ("studio/base", "studio/unet", "me/unet"):
+    done = CliRunner().invoke(app, ["quantize", source, str(folder / "quantized" / source), "--target-bits", "2.6"])
+    results[f"quantize {source}"] = [str(done.exit_code), done.output]
 (folder / "pulled.json").write_text(json.dumps(results))
 """
 
@@ -98,6 +105,8 @@ def hub(source_folder):
     hub.token = TOKEN
     files = {str(f.relative_to(source_folder)): f.read_bytes() for f in source_folder.rglob("*") if f.is_file()}
     hub.repositories["studio/base"] = Repository(files | {"README.md": BASE_CARD.encode()})
+    unet = {name.removeprefix("unet/"): content for name, content in files.items() if name.startswith("unet/")}
+    hub.repositories["studio/unet"] = Repository(unet)
     with hub.running():
         yield hub
 
@@ -242,6 +251,16 @@ def test_a_hub_that_stops_mid_file_is_named_and_leaves_nothing_half(hub, work, p
     assert "peer closed connection" in outcome["cut"][0]
     assert outcome["in the cache after the cut"] == []
     assert len(ranges(hub, "me/cut")) == 7  # six that were cut, and the whole
+
+
+def test_the_command_quantizes_a_pipeline_and_a_model_by_name(work, pulled):
+    for source in ("studio/base", "studio/unet"):
+        code, output = results(work, "pulled")[f"quantize {source}"]
+        assert code == "0" and "bits a weight" in output, output
+    pushed, here = work / "quantized" / "studio" / "base" / "unet", work / "quantized" / "studio" / "unet"
+    assert (pushed / WEIGHTS).read_bytes() == (here / WEIGHTS).read_bytes()
+    code, output = results(work, "pulled")["quantize me/unet"]
+    assert code == "1" and "is of a model that is quantized already" in output
 
 
 def test_no_token_in_files_cards_configs_or_logs(hub, work, pushed, pulled):

@@ -87,6 +87,14 @@ def test_six_bits_hold_a_strong_lora_and_refuse_a_weak_one(make_config):
     assert max(shares[0.02]) < 0.99 <= min(shares[0.2])
 
 
+def test_a_branch_of_zeros_goes(make_config):
+    unet = fused_unet(make_config, 0)
+    unet.unload_lora()
+    kept = requantize_branches(unet)
+    assert kept and all(share == 1 for share in kept.values())
+    assert not any(packed_layers(unet)[name].branch_rank for name in kept)
+
+
 def test_integer_products_take_the_new_codes(make_config, call_unet):
     unet = fused_unet(make_config, 0.2)
     unet.unload_lora()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny import tiny_unet
@@ -419,7 +420,44 @@ def test_casting_is_refused_in_the_words_of_diffusers(packed_unet):
 
 def test_moving_without_casting_is_allowed(packed_unet, call_unet):
     expected = call_unet(packed_unet)
-    assert torch.equal(call_unet(packed_unet.to("cpu")), expected)
+    for own in (("cpu",), (torch.float32,), ("cpu", torch.float32), (None, None)):
+        assert torch.equal(call_unet(packed_unet.to(*own)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_another_pipeline_takes_a_packed_model_over(source_folder, make_config, dtype):
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=make_config(), dtype=dtype)
+    pipe.to("cpu", dtype)
+    image_to_image = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    assert image_to_image.unet is pipe.unet and image_to_image.unet.is_quantized
+    assert {part.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder)} == {dtype}
+    with pytest.raises(ValueError, match="Casting a quantized model"):
+        StableDiffusionImg2ImgPipeline.from_pipe(pipe, dtype=torch.float16)
+
+
+def test_a_pipeline_without_a_packed_model_is_taken_over_as_ever(source_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder, dtype=torch.bfloat16)
+    assert StableDiffusionImg2ImgPipeline.from_pipe(pipe).dtype == torch.float32  # as diffusers does
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pickle_is_the_same_model(make_config, call_unet, tmp_path, kind):
+    unet = quantize_model(tiny_unet(), make_config(time_embedding=kind), progress=False)
+    again = pickle.loads(pickle.dumps(unet))
+    assert_same_tensors(again, unet)
+    assert torch.equal(call_unet(again), call_unet(unet))
+    again.save_pretrained(tmp_path)
+    assert torch.equal(call_unet(load_unet(tmp_path)), call_unet(unet))
+    assert type(again.dequantize()) is UNet2DConditionModel
+
+
+def test_other_processes_save_weights_alone_as_diffusers_has_them_do(packed_unet, tmp_path, call_unet):
+    packed_unet.save_pretrained(tmp_path, is_main_process=False)
+    assert content(tmp_path).keys() == {WEIGHTS}
+    packed_unet.save_pretrained(tmp_path)
+    packed_unet.save_pretrained(tmp_path, is_main_process=False)
+    assert {"config.json", "README.md", WEIGHTS} <= content(tmp_path).keys()
+    assert torch.equal(call_unet(load_unet(tmp_path)), call_unet(packed_unet))
 
 
 def test_a_reloaded_model_refuses_casting_as_well(packed_folders):
@@ -483,8 +521,9 @@ def test_a_deep_copy_is_a_model_of_its_own(make_config, call_unet, tmp_path, kin
     assert torch.equal(call_unet(load_unet(tmp_path)), expected)
 
 
-def test_loading_does_not_lock_or_map_the_file(packed_unet, tmp_path, call_unet):
-    packed_unet.save_pretrained(tmp_path)
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_loading_does_not_lock_or_map_the_file(make_config, tmp_path, call_unet, compression):
+    quantize_model(tiny_unet(), make_config(compression=compression), progress=False).save_pretrained(tmp_path)
     loaded = load_unet(tmp_path)
     expected = call_unet(loaded)
     (tmp_path / WEIGHTS).write_bytes(bytes((tmp_path / WEIGHTS).stat().st_size))

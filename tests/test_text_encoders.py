@@ -17,12 +17,17 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     PreTrainedModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5EncoderModel,
 )
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, size_report
+from diffusers_bitsfusion.checkpoint import decode_state_dict, encode_state_dict
 from diffusers_bitsfusion.lora import PackedLoraLayer
 from diffusers_bitsfusion.nn import PackedWeight
 
@@ -98,6 +103,47 @@ def test_a_packed_encoder_encodes_what_its_twin_does_and_comes_back_from_its_fol
     again.dequantize()
     assert not packed_layers(again)
     assert torch.equal(encode(again.requires_grad_(False)), found)
+
+
+@pytest.mark.parametrize("family", ["CLIP", "SigLIP"])
+def test_an_image_encoder_comes_back_with_what_no_file_holds(tmp_path, family):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    sizes |= {"image_size": 16, "patch_size": 4}
+    torch.manual_seed(0)
+    encoders = {
+        "CLIP": lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=24, **sizes)),
+        "SigLIP": lambda: SiglipVisionModel(SiglipVisionConfig(**sizes)),
+    }
+    encoder = quantize_model(encoders[family]().eval(), BitsFusionConfig(recipe=4), progress=False)
+    encoder.save_pretrained(tmp_path)
+    pixels = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.full((1000, 1000), float("nan"))  # freed again: memory that is not initialised is not zero by luck
+        again = type(encoder).from_pretrained(tmp_path)
+        assert torch.equal(again(pixels)[0], encoder(pixels)[0])
+    for name, buffer in encoder.named_buffers():
+        assert torch.equal(again.get_buffer(name), buffer), name
+    assert all(torch.equal(value, encoder.state_dict()[name]) for name, value in again.state_dict().items())
+
+
+class OnADevice(Tensor):
+    """Like a tensor on a GPU: numpy gets it by way of the CPU only."""
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
+
+    def cpu(self):
+        return self.as_subclass(Tensor)
+
+
+@pytest.mark.parametrize("compression", ["zstd", None])
+def test_codes_that_were_read_onto_a_device_are_decoded(compression):
+    packed = quantize_model(clip(), BitsFusionConfig(**CONFIG, compression=compression), progress=False)
+    config = packed.hf_quantizer.quantization_config.to_dict()
+    state = encode_state_dict(packed.state_dict(), config)
+    on_device = {name: value.as_subclass(OnADevice) for name, value in state.items()}
+    decoded = decode_state_dict(on_device, config)
+    assert all(torch.equal(decoded[f"{name}.codes"], layer.codes) for name, layer in packed_layers(packed).items())
 
 
 def test_a_lora_on_a_packed_encoder_is_its_twins(packed):

@@ -16,9 +16,10 @@ from ..calibration.run import calibrate
 from ..calibration.settings import Calibration
 from ..codec.radix import pack_dense, unpack_dense
 from ..config import FORMAT_VERSION, BitsFusionConfig
+from ..hooks import refuse_dispatched
 from ..nn.convert import packed_twin, replace_module
 from ..nn.trainable import QATConv2d, QATLinear, trainable_twin
-from ..packing import install_time_features, refuse_dispatched
+from ..packing import install_time_features
 from ..plan import Plan, make_plan
 from ..quantizer import BitsFusionQuantizer
 
