@@ -30,9 +30,12 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
             beside them, so that calls need not decode.
 
     Raises:
-        ValueError: the model has no packed layers, or this machine cannot do what is asked; nothing has changed then.
+        ValueError: it is no model, or has no packed layers, or this machine cannot do what is asked; nothing has
+            changed then.
     """
     check_settings(compute, resident)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"set_compute takes a model, such as `pipe.unet`, got {type(model).__name__}.")
     layers = packed_layers(model)
     if not layers:
         raise ValueError(f"This {type(model).__name__} has no layers quantized by diffusers_bitsfusion.")

@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusers import ModelMixin
 from diffusers.utils import logging
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .analysis.data_free import allocate_data_free
@@ -76,13 +77,18 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         exclude: further module names to leave alone (those kept in fp32).
 
     Raises:
-        ValueError: the model is quantized or prepared for training already, has nothing to quantize, the recipe does
-            not match it, or the target cannot be reached.
+        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize; the
+            recipe does not match it, or the target cannot be reached.
     """
     if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
     if any(isinstance(module, TrainableWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} has adapters. Call `unload_lora_weights()` before, after `fuse_lora()` if "
+            "they are to stay in the weights; or load them afterwards."
+        )
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     plan = Plan({}, *_plan_time(model, config))

@@ -19,11 +19,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models import modeling_utils
+from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import tiny_controlnet, tiny_unet
 from torch import Tensor, nn
 
-from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
+from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model, set_compute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -517,6 +518,21 @@ def test_a_model_that_lies_on_the_disk_is_not_saved_from_memory(make_config, tmp
     packed.enable_group_offload(**where)
     packed.save_pretrained(tmp_path / "out")
     assert torch.equal(call_unet(UNet2DConditionModel.from_pretrained(tmp_path / "out")), expected)
+
+
+def test_a_model_with_adapters_is_not_quantized(make_config):
+    unet = tiny_unet()
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"This UNet2DConditionModel has adapters. Call `unload_lora_weights\(\)`"):
+        quantize_model(unet, make_config(), progress=False)
+    unet.unload_lora()
+    assert quantize_model(unet, make_config(), progress=False).is_quantized
+
+
+def test_a_pipeline_is_not_a_model_that_computes(source_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder)
+    with pytest.raises(ValueError, match=r"set_compute takes a model, such as `pipe.unet`, got Stable"):
+        set_compute(pipe, "int8")
 
 
 def test_several_controlnets_in_one_are_refused_before_anything_changes(source_folder, make_config):

@@ -21,6 +21,9 @@ from .settings import Calibration, default_prompts
 # Positions of a picture that count in each call: neighbours see nearly the same.
 _POSITIONS = 64
 
+# Arguments of pipelines that start from a picture.
+_PICTURES = {"strength", "mask_image", "image_guidance_scale", "controlnet_conditioning_scale"}
+
 _NOISE_STREAM, _POSITION_STREAM, _PROMPT_STREAM, _TUNING_STREAM = range(4)
 
 
@@ -32,7 +35,8 @@ def check_pipeline(pipeline: Any, tunes: bool = False) -> None:
         tunes: whether its pictures are to be noised anew as well.
 
     Raises:
-        ValueError: not a pipeline, one that takes no prompt, or to be tuned and its scheduler has no noise schedule.
+        ValueError: not a pipeline; one that takes no prompt, or pictures as well; to be tuned, and its scheduler
+            has no noise schedule.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(
@@ -41,6 +45,12 @@ def check_pipeline(pipeline: Any, tunes: bool = False) -> None:
         )
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"Calibration draws prompts, and {type(pipeline).__name__} takes none.")
+    if pictures := sorted(_PICTURES & inspect.signature(pipeline.__call__).parameters.keys()):
+        raise ValueError(
+            f"Calibration draws prompts alone, and {type(pipeline).__name__} starts from pictures (it takes "
+            f"{', '.join(pictures)}). Calibrate the text-to-image pipeline of this model: "
+            "AutoPipelineForText2Image.from_pipe(pipeline)."
+        )
     if tunes:
         check_scheduler(pipeline.scheduler)
 

@@ -31,7 +31,7 @@ class Gram:
     """
 
     def __init__(self, size: int, device: torch.device):
-        self.values = torch.zeros(gram_numel(size), device=device)
+        self.values = torch.zeros(gram_numel(size), dtype=torch.float32, device=device)
         shapes = strip_shapes(size)
         parts = self.values.split([rows * columns for rows, columns in shapes])
         self._strips = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]

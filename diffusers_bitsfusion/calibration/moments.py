@@ -92,7 +92,7 @@ class InputMoments:
         device = layer.weight.device
         self.blocks = column_blocks(layer, most_columns)
         self.count = 0
-        self.total = torch.zeros(self.blocks[-1][1], device=device)
+        self.total = torch.zeros(self.blocks[-1][1], dtype=torch.float32, device=device)
         self.products = [Gram(stop - start, device) for start, stop in self.blocks]
 
     def add(self, rows: Tensor) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -28,8 +30,8 @@ from .tuning import CALLS, tune
 _SAVE_EVERY = 120.0
 _SAVE_SHARE = 0.1
 
-# Numbers of each weight that tell one model from another.
-_HASHED = 1024
+# By bytes of an element.
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def calibrate(
@@ -69,7 +71,7 @@ def calibrate(
     state = process_state()
     folder = None
     if calibration.cache_dir is not None:
-        settings = _settings(pipeline, layers, bits, calibration) | options
+        settings = _settings(pipeline, bits, calibration) | options
         folder = CalibrationFolder(calibration.cache_dir, settings, state.process_index)
 
     done: dict[str, CalibratedLayer] = {}
@@ -229,22 +231,27 @@ def _shows(progress: bool) -> bool:
     return progress and process_state().is_local_main_process
 
 
-def _settings(
-    pipeline: DiffusionPipeline,
-    layers: Mapping[str, nn.Linear | nn.Conv2d],
-    bits: Mapping[str, int],
-    calibration: Calibration,
-) -> dict[str, Any]:
+def _settings(pipeline: DiffusionPipeline, bits: Mapping[str, int], calibration: Calibration) -> dict[str, Any]:
     """All that the results depend on, JSON-safe."""
     asked = {key: value for key, value in calibration.to_dict().items() if key not in ("cache_dir", "tuning_steps")}
-    weights = hashlib.sha256()
-    for layer in layers.values():
-        weights.update(layer.weight.detach().flatten()[:_HASHED].float().cpu().numpy().tobytes())
+    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     return asked | {
         "pipeline": type(pipeline).__name__,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": json.loads(pipeline.scheduler.to_json_string()),
         "dtype": str(pipeline.dtype),
         "processes": process_state().num_processes,
-        "weights": weights.hexdigest(),
+        "weights": {name: _checksum(part) for name, part in modules.items()},
         "bits": dict(bits),
     }
+
+
+def _checksum(model: nn.Module) -> str:
+    """Tells models apart by their parameters: names, shapes, and sums of the bits as integers."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        total = None  # of what is offloaded
+        if not parameter.is_meta:
+            bits = parameter.detach().contiguous().flatten().view(_INTEGERS[parameter.element_size()])
+            total = int(bits.sum(dtype=torch.int64))
+        digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
+    return digest.hexdigest()

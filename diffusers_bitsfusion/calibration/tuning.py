@@ -50,7 +50,7 @@ class Channels:
     def __init__(self, module: nn.Module):
         self.module = module
         weight = cast(Tensor, module.scale if isinstance(module, PackedWeight) else module.weight)
-        self.gain = nn.Parameter(torch.ones(weight.shape[0], device=weight.device))
+        self.gain = nn.Parameter(torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device))
         self.offset = None if getattr(module, "bias", None) is None else nn.Parameter(torch.zeros_like(self.gain))
         self.spread: float | None = None
         self._axis = 1 if isinstance(module, (nn.Conv2d, nn.GroupNorm)) else -1

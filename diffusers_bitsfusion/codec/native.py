@@ -80,7 +80,7 @@ def native_library() -> NativeLibrary | None:
         return None
     try:
         library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, RuntimeError, subprocess.CalledProcessError):  # the second: no home folder
         return None
     run = library.bitsfusion_run
     run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
@@ -125,7 +125,7 @@ def _build(compiler: str) -> Path:
 
 
 def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "diffusers_bitsfusion"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers_bitsfusion"
 
 
 def _cpu_name() -> str:

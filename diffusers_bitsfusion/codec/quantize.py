@@ -30,9 +30,9 @@ def quantize_to_dense(
         return pack_dense(codes, bits), scale
     weight = weight.contiguous()
     rows, columns = weight.shape
-    dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8)
-    scale = torch.empty(rows, dtype=torch.float32)
-    gaussian_step = torch.tensor(GAUSSIAN_STEP[balance][bits - 1], dtype=torch.float32)
+    dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8, device="cpu")
+    scale = torch.empty(rows, dtype=torch.float32, device="cpu")
+    gaussian_step = torch.tensor(GAUSSIAN_STEP[balance][bits - 1], dtype=torch.float32, device="cpu")
     native.quantize(
         rows,
         columns,

@@ -39,7 +39,7 @@ def encode_table(codes: Tensor) -> Tensor:
     Third differences along time (the rows before the first are zero), zigzag (0, -1, 1, -2, ... to 0, 1, 2, 3, ...),
     then all low bytes followed by all high bytes.
     """
-    planes = torch.empty(2, *codes.shape, dtype=torch.uint8)
+    planes = torch.empty(2, *codes.shape, dtype=torch.uint8, device=codes.device)
     for part in _column_parts(codes.shape[1]):
         difference = codes[:, part].to(torch.int32)
         for _ in range(_DIFFERENCES):
@@ -56,7 +56,7 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
         ValueError: the frame is damaged or holds a table of another size.
     """
     planes = decompress(frame, 2 * timesteps * features).view(2, timesteps, features)
-    codes = torch.empty(timesteps, features, dtype=torch.int16)
+    codes = torch.empty(timesteps, features, dtype=torch.int16, device=planes.device)
     for part in _column_parts(features):
         low, high = planes[:, :, part].to(torch.int32)
         zigzag = low | (high << 8)

@@ -34,7 +34,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
         ValueError: not UTF-8, no `Prompt` column, no prompt at all, an empty field or a `Spec` that is not JSON.
     """
     lines = _lines(path)
-    header = [name.strip().lower() for name in _fields(lines[0])] if lines else []
+    header = _header(lines)
     if header and "prompt" not in header:
         raise ValueError(f"{path} has no column 'Prompt'; its first line names {', '.join(map(repr, header))}.")
     prompts = [
@@ -54,7 +54,7 @@ def read_captions(path: str | os.PathLike[str]) -> list[str]:
         OSError, ValueError: as of `read_prompts`.
     """
     lines = _lines(path)
-    if lines and "prompt" in lines[0].lower().split("\t"):
+    if "prompt" in _header(lines):
         return [prompt.caption for prompt in read_prompts(path)]
     captions = [line.strip() for line in lines if line.strip()]
     if not captions:
@@ -84,6 +84,10 @@ def _lines(path: str | os.PathLike[str]) -> list[str]:
             return [line.rstrip("\n") for line in stream]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+
+
+def _header(lines: list[str]) -> list[str]:
+    return [name.strip().lower() for name in _fields(lines[0])] if lines else []
 
 
 def _fields(line: str) -> list[str]:

@@ -163,8 +163,8 @@ class PackedWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self.computes_int8:
-            self._renew_int8_weight()
+        if self.computes_int8:  # which this machine may do otherwise
+            self.set_compute(self.compute, self.resident)
 
     def __getattr__(self, name: str) -> Any:
         # Not a property of the class: nn.Linear's constructor assigns `weight`, and a layer without codes keeps it.
@@ -179,8 +179,15 @@ class PackedWeight(nn.Module):
 
 
 def autocast(x: Tensor) -> Tensor:
-    """Input in autocast's dtype, where it is on: the packed layers call no operation that autocast would."""
+    """Input in autocast's dtype, where it is on: the packed layers call no operation that autocast would.
+
+    Raises:
+        TypeError: the input is not floating; the layer has no weights of such a dtype.
+    """
+    if not x.is_floating_point():
+        raise TypeError(f"A packed layer takes floating-point inputs, got {x.dtype}.")
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:  # which autocast leaves alone
+    # Autocast knows nothing of meta tensors, and leaves fp64 alone.
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x
     return x.to(torch.get_autocast_dtype(device))

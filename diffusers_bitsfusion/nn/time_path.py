@@ -102,7 +102,8 @@ class TimePath:
 
         def linear(name: str, x: Tensor) -> Tensor:
             layer = layers[name]
-            return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+            with torch.autocast(x.device.type, enabled=False):
+                return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
         device = layers["time_embedding.linear_1"].weight.device
         hidden = self.model.time_proj(timesteps.to(device)).float()

@@ -1,6 +1,7 @@
 """Activations to eight bits and integer sums back to outputs: plain references, compiled ways, and the choice.
 
-Both ways give the same codes and scales, bit for bit. NaN or infinite activations give NaN scales or outputs.
+Both ways give the same codes and scales, bit for bit. NaN or infinite activations give NaN scales or outputs. Every
+buffer names its dtype: torch's default one may change meanwhile, since loading a model sets it for the whole process.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
         return quantize_tokens_reference(x)
     x = _loadable(x).contiguous()
     rows, columns = x.shape
-    codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows)
+    codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
     addresses = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
     native.quantize_tokens(rows, columns, *addresses, columns, NATIVE_DTYPES[x.dtype])
     return codes, scale
@@ -73,7 +74,7 @@ def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
     chunks, sizes = -(-x.numel() // _CHUNK), (x.numel(), _CHUNK, NATIVE_DTYPES[x.dtype])
-    bounds = torch.empty(chunks, 2)
+    bounds = torch.empty(chunks, 2, dtype=torch.float32)
     native.range(chunks, _CHUNK, x.data_ptr(), bounds.data_ptr(), *sizes)
     scale, inverse, zero_point = _affine(bounds[:, 0].amin(), bounds[:, 1].amax())
     codes = torch.empty_like(x, dtype=torch.uint8)
@@ -122,7 +123,7 @@ def rescale_geglu_reference(
         sums: int32 [tokens, 2 * channels], and other arguments so.
         out: floating [tokens, channels], written and returned.
     """
-    y = rescale_reference(sums, token_scale, weight_scale, bias, torch.empty(sums.shape, device=sums.device))
+    y = rescale_reference(sums, token_scale, weight_scale, bias, torch.empty_like(sums, dtype=torch.float32))
     hidden, gate = y.chunk(2, dim=1)
     return out.copy_(hidden * F.gelu(gate))
 
@@ -144,9 +145,10 @@ def _rescale_rows(
     out: Tensor,
 ) -> Tensor:
     if out.dtype not in (torch.float32, torch.bfloat16) or not out.is_contiguous():
-        return out.copy_(_rescale_rows(loop, sums, token_scale, weight_scale, bias, torch.empty(out.shape)))
+        plain = torch.empty(out.shape, dtype=torch.float32)
+        return out.copy_(_rescale_rows(loop, sums, token_scale, weight_scale, bias, plain))
     rows, columns = sums.shape
-    bias = torch.zeros(columns) if bias is None else bias.to(torch.float32).contiguous()
+    bias = torch.zeros(columns, dtype=torch.float32) if bias is None else bias.to(torch.float32).contiguous()
     weight_scale = weight_scale.contiguous()
     addresses = (tensor.data_ptr() for tensor in (sums, token_scale, weight_scale, bias, out))
     loop(rows, columns, *addresses, out.shape[1], NATIVE_DTYPES[out.dtype])

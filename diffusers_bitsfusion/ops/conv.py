@@ -64,6 +64,11 @@ def conv2d(
     if not int8:
         weight = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), x.dtype)
         return F.conv2d(x, weight, bias, *geometry)
+    if x.shape[1] != groups * shape[1]:  # the kernels do not look
+        raise RuntimeError(
+            f"Given groups={groups}, weight of size {list(shape)}, expected input{list(x.shape)} to have "
+            f"{groups * shape[1]} channels, but got {x.shape[1]} channels instead"
+        )
     if x.numel() == 0:
         return _channels_last(F.conv2d(x, x.new_empty(shape), None, *geometry))
     if int8_weight is None:

@@ -52,7 +52,8 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
     if native is None or not contiguous:
         return _decode_in_blocks(codes, scale, bits, columns, out)
     if out.dtype not in _NATIVE_OUTPUTS:
-        return out.copy_(decode(codes, scale, bits, columns, torch.empty(out.shape)))
+        weights = torch.empty(out.shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are now
+        return out.copy_(decode(codes, scale, bits, columns, weights))
     addresses, sizes = (codes.data_ptr(), scale.data_ptr(), out.data_ptr()), (columns, codes.shape[1], bits)
     row_bytes = columns * out.element_size()
     native.decode(len(codes), row_bytes, *addresses, *sizes, NATIVE_DTYPES[out.dtype], per_thread=_BYTES_PER_THREAD)
@@ -87,7 +88,7 @@ def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int,
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < size:
         with torch.inference_mode(False):  # the buffer outlives an inference mode that this call may be under
-            buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
+            buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
     out = buffer[:size].view(dtype).view(shape)
     decode(codes, scale, bits, out[0].numel(), out.view(shape[0], -1))
     return out

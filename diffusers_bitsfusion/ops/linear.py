@@ -58,14 +58,23 @@ def linear(
     """
     if not int8:
         return F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
+    tokens, token_scale = quantize_tokens(_tokens(x, shape))
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
-    tokens, token_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
     float_scale = scale.view(torch.float32)
     if x.device.type == "cuda":
         y = _multiply_on_gpu(tokens, token_scale, weight, float_scale, bias, x.dtype)
     else:
         y = _multiply_on_cpu(tokens, token_scale, weight, bits, float_scale, bias, x.dtype)
     return y.view(*x.shape[:-1], shape[0])
+
+
+def _tokens(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """[tokens, in], refused in torch's words where the layer has other inputs: the loops do not look at the width."""
+    tokens = x.reshape(-1, x.shape[-1])
+    if tokens.shape[1] != shape[1]:
+        sizes = f"{tokens.shape[0]}x{tokens.shape[1]} and {shape[1]}x{shape[0]}"
+        raise RuntimeError(f"mat1 and mat2 shapes cannot be multiplied ({sizes})")
+    return tokens
 
 
 @torch.library.custom_op(
@@ -96,8 +105,8 @@ def linear_geglu(
     if x.device.type == "cuda":
         hidden, gate = linear(x, codes, scale, bias, bits, shape, True, int8_weight).chunk(2, dim=-1)
         return hidden * F.gelu(gate)
+    tokens, token_scale = quantize_tokens(_tokens(x, shape))
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
-    tokens, token_scale = quantize_tokens(x.reshape(-1, x.shape[-1]))
     y = _multiply_on_cpu(tokens, token_scale, weight, bits, scale.view(torch.float32), bias, x.dtype, geglu=True)
     return y.view(*x.shape[:-1], shape[0] // 2)
 

@@ -55,13 +55,12 @@ def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
         _write(native, plain, torch.ops.mkldnn.data_ptr(tensor), block)
         return tensor
     with torch.inference_mode(False):  # what is kept outlives an inference mode that this call may be under
-        tensor = lay_out(plain, scale, geometry)
-    fitting = [block for block in _BLOCKS if _has_blocks_of(native, tensor, plain, block)]
-    if len(fitting) == 1:
-        tensors[key] = tensor, fitting[0]
-    elif not fitting:
-        tensors[key] = None
-    return tensor  # not kept where a weight, of zeros for example, does not show which layout it has
+        # Not the weight itself: one of zeros, for example, would fit any layout.
+        probe = torch.randint(-127, 128, plain.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+        tensor = lay_out(probe, scale, geometry)
+    fitting = [block for block in _BLOCKS if _has_blocks_of(native, tensor, probe, block)]
+    tensors[key] = (tensor, fitting[0]) if fitting else None
+    return lay_out_in_place(plain, scale, geometry)
 
 
 def _has_blocks_of(native: NativeLibrary, tensor: Tensor, plain: Tensor, block: int) -> bool:

@@ -72,18 +72,19 @@ def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Te
     """`decode.decode_reference` for contiguous tensors; `out` fp32, bf16, fp16 or int8."""
     per_word = digits_per_word(bits)
     width = -(-columns // per_word)
-    _decode_kernel[(codes.shape[0], triton.cdiv(width, _BLOCK))](
-        codes,
-        scale,
-        out,
-        columns,
-        width,
-        codes.shape[1],
-        BITS=bits,
-        BASE=levels(bits),
-        HALF=half_range(bits),
-        PLANES=per_word,
-        CODES=out.dtype == torch.int8,
-        BLOCK=_BLOCK,
-    )
+    with torch.cuda.device_of(codes):  # Triton launches on the current device
+        _decode_kernel[(codes.shape[0], triton.cdiv(width, _BLOCK))](
+            codes,
+            scale,
+            out,
+            columns,
+            width,
+            codes.shape[1],
+            BITS=bits,
+            BASE=levels(bits),
+            HALF=half_range(bits),
+            PLANES=per_word,
+            CODES=out.dtype == torch.int8,
+            BLOCK=_BLOCK,
+        )
     return out

@@ -93,21 +93,22 @@ def linear_triton(
     if rows == 0:
         return out
     block_m = _SMALL_BLOCK_M if rows <= _SMALL_BLOCK_M else _BLOCK_M
-    _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs, _BLOCK_N))](
-        tokens,
-        weight,
-        out,
-        token_scale,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        rows,
-        outputs,
-        inputs,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=block_m,
-        BLOCK_N=_BLOCK_N,
-        BLOCK_K=_BLOCK_K,
-    )
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device
+        _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs, _BLOCK_N))](
+            tokens,
+            weight,
+            out,
+            token_scale,
+            weight_scale,
+            weight_scale if bias is None else bias,
+            rows,
+            outputs,
+            inputs,
+            HAS_BIAS=bias is not None,
+            BLOCK_M=block_m,
+            BLOCK_N=_BLOCK_N,
+            BLOCK_K=_BLOCK_K,
+        )
     return out
 
 
@@ -232,30 +233,31 @@ def conv2d_triton(
         memory_format=torch.channels_last,
     )
     rows = batch * out_height * out_width
-    _conv_kernel[(triton.cdiv(rows, _BLOCK_M), triton.cdiv(outputs // groups, _BLOCK_N), groups)](
-        image,
-        weight,
-        out,
-        image_scale,
-        zero_point,
-        weight_scale,
-        weight_scale if bias is None else bias,
-        height,
-        width,
-        channels,
-        out_height,
-        out_width,
-        outputs // groups,
-        rows,
-        kernel[1],
-        positions,
-        *stride,
-        *padding,
-        *dilation,
-        groups,
-        HAS_BIAS=bias is not None,
-        BLOCK_M=_BLOCK_M,
-        BLOCK_N=_BLOCK_N,
-        BLOCK_K=_BLOCK_K,
-    )
+    with torch.cuda.device_of(image):  # Triton launches on the current device
+        _conv_kernel[(triton.cdiv(rows, _BLOCK_M), triton.cdiv(outputs // groups, _BLOCK_N), groups)](
+            image,
+            weight,
+            out,
+            image_scale,
+            zero_point,
+            weight_scale,
+            weight_scale if bias is None else bias,
+            height,
+            width,
+            channels,
+            out_height,
+            out_width,
+            outputs // groups,
+            rows,
+            kernel[1],
+            positions,
+            *stride,
+            *padding,
+            *dilation,
+            groups,
+            HAS_BIAS=bias is not None,
+            BLOCK_M=_BLOCK_M,
+            BLOCK_N=_BLOCK_N,
+            BLOCK_K=_BLOCK_K,
+        )
     return out

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
@@ -98,6 +98,40 @@ def test_a_cache_of_another_calibration_is_refused(make_pipeline, config, make_c
     with pytest.raises(ValueError, match="holds a calibration with other seed; delete it"):
         other = make_calibration(num_samples=1, seed=1, cache_dir=folder)
         quantize_model(make_pipeline(), config, progress=False, calibration=other)
+
+
+def spaced_otherwise(pipeline):
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, timestep_spacing="linspace")
+
+
+def with_another_norm(pipeline):
+    with torch.no_grad():
+        pipeline.unet.conv_norm_out.weight[-1] += 1e-3
+
+
+def with_another_text_encoder(pipeline):
+    with torch.no_grad():
+        next(pipeline.text_encoder.parameters())[-1] += 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(spaced_otherwise, "scheduler"), (with_another_norm, "weights"), (with_another_text_encoder, "weights")],
+)
+def test_a_cache_of_another_pipeline_is_refused(make_pipeline, config, make_calibration, tmp_path, change, named):
+    calibration = make_calibration(num_samples=1, cache_dir=tmp_path / "cache")
+    quantize_model(make_pipeline(), config, progress=False, calibration=calibration)
+    quantize_model(make_pipeline(), config, progress=False, calibration=calibration)
+    pipeline = make_pipeline()
+    change(pipeline)
+    with pytest.raises(ValueError, match=f"holds a calibration with other {named}; delete it"):
+        quantize_model(pipeline, config, progress=False, calibration=calibration)
+
+
+def test_a_pipeline_that_starts_from_pictures(make_pipeline, config, make_calibration):
+    pipeline = StableDiffusionImg2ImgPipeline.from_pipe(make_pipeline())
+    with pytest.raises(ValueError, match=r"starts from pictures \(it takes strength\).*AutoPipelineForText2Image"):
+        quantize_model(pipeline, config, calibration=make_calibration())
 
 
 def test_a_folder_of_other_things_is_refused(make_pipeline, config, make_calibration, tmp_path):

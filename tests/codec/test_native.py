@@ -233,6 +233,15 @@ def test_a_cache_that_cannot_be_written_is_like_no_compiler(fresh_library, monke
     assert native.native_library() is None
 
 
+def test_without_a_home_there_is_no_library(fresh_library, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native.Path, "home", nowhere)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert native.native_library() is None
+
+
 def test_the_library_is_built_once_and_then_found(fresh_library, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native.native_library() is not None

@@ -30,6 +30,7 @@ def test_column_names_in_any_case_and_order_with_mark_and_windows_lines(write):
 def test_captions_of_either_kind_of_file(write):
     assert read_captions(write("a cat\n\n  a dog \n")) == ["a cat", "a dog"]
     assert read_captions(write("Category\tPrompt\nanimals\ta cat\n")) == ["a cat"]
+    assert read_captions(write('"Prompt"\t" Category "\n"a cat"\tanimals\n')) == ["a cat"]
     with pytest.raises(ValueError, match=r"prompts\.tsv holds no prompts"):
         read_captions(write("\n \n"))
 

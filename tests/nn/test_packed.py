@@ -253,3 +253,27 @@ def test_branches_add_up_and_come_off_from_the_end():
     packed.shrink_branch(0)
     assert torch.equal(packed(x), outputs[0])
     assert packed.state_dict().keys() == {"codes", "scale", "bias"}
+
+
+@every_kind
+def test_integer_inputs_are_refused(kind, base, sizes):
+    layer = packed_layer(base, sizes)
+    with pytest.raises(TypeError, match="takes floating-point inputs, got torch.int64"):
+        layer(torch.ones_like(example_input(base), dtype=torch.int64))
+
+
+@every_kind
+def test_meta_inputs_give_meta_outputs(kind, base, sizes):
+    layer = packed_layer(base, sizes).to("meta")
+    assert layer(example_input(base).to("meta")).shape == packed_layer(base, sizes)(example_input(base)).shape
+
+
+def test_quantizing_goes_on_the_weights_own_device():
+    layer = nn.Linear(10, 6)
+    expected = packed_twin(layer, 2, torch.float32)
+    arguments = {"scale_init": "alternating", "scale_iterations": 10, "balance": True}
+    pack_weight(expected, layer.weight, **arguments)
+    found = packed_twin(layer, 2, torch.float32)
+    with torch.device("meta"):  # stands for a GPU that is the default device
+        pack_weight(found, layer.weight, **arguments)
+    assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)

@@ -170,3 +170,16 @@ def test_plain_torch_decodes_rows_in_blocks(monkeypatch, rows):
     monkeypatch.setattr(decode_module, "_PLAIN_BLOCK", 100)
     dense, scale, exact = random_packed(rows, 45, 2)
     assert torch.equal(decode(dense, scale, 2, 45, torch.empty(rows, 45)), exact)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_torchs_defaults_change_nothing(default):
+    codes, scale = torch.randint(0, 81, (5, 30), dtype=torch.uint8), torch.rand(5) / 3
+    kept = {dtype: decode_weight(codes, scale, 1, (5, 150), dtype) for dtype in (torch.float16, torch.float64)}
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):  # stands for a GPU
+            found = {dtype: decode_weight(codes, scale, 1, (5, 150), dtype) for dtype in kept}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(found[dtype], weight) for dtype, weight in kept.items())

@@ -1,5 +1,7 @@
 """Layers in integer arithmetic, against the same integers in numpy, and against the exact layers."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -269,3 +271,44 @@ def test_without_a_compiler_the_outputs_are_the_same(monkeypatch, kind):
     for module in (activations, decode):
         monkeypatch.setattr(module, "native_library", lambda: None)
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@residents
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_torchs_default_dtype_changes_nothing(resident, dtype, default):
+    linear = int8_layer(nn.Linear, 40, 24, resident=resident, dtype=dtype, bias=False)
+    convolution = int8_layer(nn.Conv2d, 4, 6, 3, resident=resident, dtype=dtype)
+    inputs = torch.randn(600, 40, dtype=dtype), torch.randn(1, 4, 20, 20, dtype=dtype)
+    expected = [layer(x) for layer, x in zip((linear, convolution), inputs, strict=True)]
+    gated = linear(inputs[0], geglu=True)
+    torch.set_default_dtype(default)  # as `from_pretrained(dtype=...)` does, for all threads
+    try:
+        found = [layer(x) for layer, x in zip((linear, convolution), inputs, strict=True)]
+        assert all(torch.equal(y, wanted) for y, wanted in zip(found, expected, strict=True))
+        assert torch.equal(linear(inputs[0], geglu=True), gated)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@residents
+def test_inputs_of_another_width_are_refused_as_by_torch(resident):
+    linear, convolution = (int8_layer(nn.Linear, 8, 6, resident=resident), int8_layer(nn.Conv2d, 8, 6, 3, groups=2))
+    for width in (4, 16):
+        with pytest.raises(RuntimeError, match=f"mat1 and mat2 shapes cannot be multiplied \\(3x{width} and 8x6\\)"):
+            linear(torch.randn(3, width))
+        with pytest.raises(RuntimeError, match=f"to have 8 channels, but got {width} channels"):
+            convolution(torch.randn(1, width, 5, 5))
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        linear(torch.randn(3, 4), geglu=True)
+
+
+@pytest.mark.skipif(torch.cpu._is_vnni_supported(), reason="8 bits overflow without VNNI alone")
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
+def test_a_pickle_of_another_machine_computes_as_this_one_can(kind):
+    layer = int8_layer(kind, *((8, 6) if kind is nn.Linear else (8, 6, 3)), bits=8)
+    x = torch.randn(3, 8) if kind is nn.Linear else torch.randn(2, 8, 5, 5)
+    exact = layer(x)
+    layer.computes_int8 = True  # as where there is VNNI
+    again = pickle.loads(pickle.dumps(layer))
+    assert not again.computes_int8 and torch.equal(again(x), exact)
