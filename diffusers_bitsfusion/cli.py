@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -156,7 +154,7 @@ def evaluate(
             path,
             chosen,
             reference=reference,
-            scorer=None if scorer is None else _load_scorer(scorer),
+            scorer=None if scorer is None else evaluation.load_scorer(scorer),
             clip=clip,
             sampling=evaluation.Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
             guidance_scales=guidance_scale or (),
@@ -221,14 +219,6 @@ def _quantize_calibrated(source: str, destination: Path, config, dtype, calibrat
     state.wait_for_everyone()
     if not state.is_main_process:
         raise typer.Exit()
-
-
-def _load_scorer(name: str):
-    from .evaluation import load_scorer
-
-    # An installed command lacks the working directory, where a scorer of one's own usually lies.
-    sys.path.insert(0, os.getcwd())
-    return load_scorer(name)
 
 
 def _load(source: str, **kwargs):

@@ -56,8 +56,9 @@ class QuantizedModelMixin(_Base):
         if not safe_serialization:
             raise ValueError("A quantized model is saved as safetensors only; leave out `safe_serialization=False`.")
         directory = Path(save_directory)
+        title = _title(directory)
         if push_to_hub:
-            kwargs.setdefault("repo_id", _title(directory))
+            title = kwargs.setdefault("repo_id", title)
         prepare_saving(self)
         # An earlier save left a plain dict there.
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
@@ -73,7 +74,7 @@ class QuantizedModelMixin(_Base):
             )
             # The others write no config, whose figures a card shows.
             if is_main_process and not _inside_pipeline.get() and not is_users_own(directory):
-                write_card(scratch, self, title=_title(directory), variant=variant)
+                write_card(scratch, self, title=title, variant=variant)
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """diffusers puts its own card into what it uploads; ours has the figures."""
@@ -209,15 +210,16 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         if not _holds_quantized_model(self):
             return original(self, save_directory, *args, **kwargs)
+        title = _title(Path(save_directory))
         if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", _title(Path(save_directory)))
+            title = kwargs.setdefault("repo_id", title)
         variant = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments.get("variant")
         token = _inside_pipeline.set(True)
         try:
             with replacing(Path(save_directory)) as scratch:
                 original(self, str(scratch), *args, **kwargs)
                 if not is_users_own(Path(save_directory)):
-                    write_card(scratch, self, title=_title(Path(save_directory)), variant=variant)
+                    write_card(scratch, self, title=title, variant=variant)
         finally:
             _inside_pipeline.reset(token)
 

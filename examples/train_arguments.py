@@ -186,10 +186,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--init_from says where Stage II starts: use it with --stage 2.")
     if args.init == "calibrated" and (args.full_precision or args.stage == "2"):
         parser.error("--init says how Stage I starts: use it neither with --full_precision nor with --stage 2 alone.")
+    if args.full_precision and (args.timestep_sampling == "error" or args.measure_timestep_error):
+        parser.error("In full precision there is no error of quantization to measure along the timesteps.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
     counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
-    for name in (*counts, "drawing_steps", "redraw_every"):
+    of_stage_two = [f"stage2_{name}" for name in counts if getattr(args, f"stage2_{name}", None) is not None]
+    for name in (*counts, *of_stage_two, "drawing_steps", "redraw_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1.")
     if not 0 <= args.proportion_empty_prompts <= 1:

@@ -11,6 +11,7 @@ packed and saved as a pipeline in OUTPUT_DIR, beside the checkpoints of each sta
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, create_repo
 from train_arguments import of_stage, parse_args, stages
 from train_data import calibration_prompts, make_batches, open_training_images
 from train_models import calibrate_student, load_teacher, prepare_student
@@ -67,12 +68,14 @@ class Training:
                 "Launch this script without accelerate's FSDP and DeepSpeed (`accelerate launch --multi_gpu`). With "
                 "--shard the processes share the model out."
             )
+        self.hub = {"repo_id": args.hub_model_id or self.folder.name, "token": args.hub_token}
+        if args.push_to_hub and self.accelerator.is_main_process:
+            # Now, not after days: a token that does not serve says so.
+            self.hub["repo_id"] = create_repo(**self.hub, exist_ok=True).repo_id
         set_seed(args.seed)
         torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
         self.teacher = load_teacher(args, self.accelerator)
         self.scheduler = DDPMScheduler.from_config(self.teacher.scheduler.config)
-        if args.prediction_type is not None:
-            self.scheduler.register_to_config(prediction_type=args.prediction_type)
         self.text = TextEncoder(self.teacher.tokenizer, self.teacher.text_encoder)
         self.student = prepare_student(args)
         self.fingerprint = fingerprint(self.student)
@@ -86,18 +89,28 @@ class Training:
         if args.measure_timestep_error:
             self._measure_timestep_errors().plot(self.folder / "timestep_error.png")
             return
-        self.accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in vars(args).items()})
-        for stage in stages(args):
+        told = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+        self.accelerator.init_trackers(args.tracker_project_name, told)
+        for stage in self._stages():
             self._run_stage(stage)
         if not args.estimate_only:
             self._save_pipeline()
         self.accelerator.end_training()
 
+    def _stages(self) -> tuple[int, ...]:
+        """Those to run: not the first where `--resume_from_checkpoint` names a checkpoint of the second."""
+        which = self.args.resume_from_checkpoint
+        if which in (None, "latest") or self.args.stage != "both":
+            return stages(self.args)
+        named = read_settings(find_checkpoint(self.folder, which))[1]["stage"]
+        return (2,) if named == 2 else (1, 2)
+
     def _checkpoint(self, stage: int) -> Path | None:
         """What `--resume_from_checkpoint` names of this stage.
 
         Raises:
-            FileExistsError: nothing is to be continued, but an earlier run's checkpoints are in the way.
+            FileExistsError: nothing is to be continued, but an earlier run's checkpoints are in the way; or Stage I
+                goes on to another end than the Stage II there has come from.
         """
         folder, which = self.folder / f"stage{stage}", self.args.resume_from_checkpoint
         if which is None and checkpoints(folder):
@@ -107,8 +120,16 @@ class Training:
             )
         path = find_checkpoint(folder, which)
         # A path names one stage's; of two stages, the other has none.
-        other = path is not None and self.args.stage == "both" and read_settings(path)[1]["stage"] != stage
-        return None if other else path
+        if path is None or self.args.stage != "both":
+            return path
+        step, settings = read_settings(path)
+        second = self.folder / "stage2"
+        if stage == settings["stage"] == 1 and step < self.args.max_train_steps and checkpoints(second):
+            raise FileExistsError(
+                f"{second} holds checkpoints that came from another end of Stage I. Delete them, continue one of "
+                "them, or choose another --output_dir."
+            )
+        return path if settings["stage"] == stage else None
 
     @property
     def _calibration(self) -> dict[str, Any] | None:
@@ -226,7 +247,7 @@ class Training:
             cost = estimate(loop, memory)
             self.accelerator.print(f"Stage {stage}, {batches.sharing.total} samples a step: {cost}")
         if not args.estimate_only:
-            loop.train(self.validation and self.validation.of_stage(name, student))
+            loop.train(self.validation and self.validation.of_stage(name, student, options.tracker_offset))
             if batches.skipped:
                 logger.warning("%d images did not decode and were skipped.", len(batches.skipped))
         self.student = loop.finish()
@@ -242,16 +263,23 @@ class Training:
             revision=args.revision,
             variant=args.variant,
             unet=student,
+            scheduler=self.teacher.scheduler,
             dtype=torch.float16,
         )
-        hub = {"repo_id": args.hub_model_id or self.folder.name, "token": args.hub_token} if args.push_to_hub else {}
-        pipeline.save_pretrained(self.folder, push_to_hub=args.push_to_hub, **hub)
-        if args.full_precision:
-            return
-        add_section(self.folder, "Training", self._description())
+        pipeline.save_pretrained(self.folder)
+        if not args.full_precision:
+            add_section(self.folder, "Training", self._description())
+            print(size_report(self.folder / "unet"))
         if args.push_to_hub:
-            ModelCard.load(self.folder / "README.md").push_to_hub(**hub)
-        print(size_report(self.folder / "unet"))
+            self._push(pipeline)
+
+    def _push(self, pipeline: DiffusionPipeline) -> None:
+        """From a folder of its own: OUTPUT_DIR holds checkpoints and logs as well."""
+        with tempfile.TemporaryDirectory() as folder:
+            pipeline.save_pretrained(folder, push_to_hub=True, **self.hub)
+            if not self.args.full_precision:
+                add_section(Path(folder), "Training", self._description())
+                ModelCard.load(Path(folder) / "README.md").push_to_hub(**self.hub)
 
     def _description(self) -> str:
         """What the card says of the training."""

@@ -21,7 +21,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
     """The full-precision pipeline, frozen, in the dtype of mixed precision, on the device.
 
     Raises:
-        ValueError: it is not Stable Diffusion with one text encoder.
+        ValueError: it is not Stable Diffusion with one text encoder, or its UNet takes more than latents.
     """
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -35,6 +35,14 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
             f"{type(pipeline).__name__} is not a Stable Diffusion pipeline with a UNet and one text encoder. "
             "Others can be trained with the parts in diffusers_bitsfusion.training."
         )
+    channels, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
+    if channels != latents:
+        raise ValueError(
+            f"The UNet of {args.pretrained_model_name_or_path} takes {channels} channels where the VAE has {latents}: "
+            "inpainting and the like cannot be trained by this script."
+        )
+    if args.prediction_type is not None:
+        pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     if getattr(pipeline, "safety_checker", None) is not None:
         pipeline.safety_checker = None  # it would black out validation images of a student that draws noise yet
     pipeline.set_progress_bar_config(disable=True)

@@ -58,18 +58,18 @@ class Validation:
         folder = Path(args.output_dir) / "validation"
         return cls(prompts, teacher, accelerator, sampling, folder, scorer, args.validation_grid)
 
-    def of_stage(self, name: str, student: ModelMixin) -> Callable[[int], None]:
-        """What the training loop calls with the step."""
+    def of_stage(self, name: str, student: ModelMixin, tracker_offset: int) -> Callable[[int], None]:
+        """What the training loop calls with the step; to which trackers are told that the offset is added."""
 
         def validate(step: int) -> None:
             # The processes that share a model compute with it together.
             if self.accelerator.is_main_process or isinstance(student, FSDPModule):
-                self._validate(name, student, step)
+                self._validate(name, student, step, step + tracker_offset)
             self.accelerator.wait_for_everyone()
 
         return validate
 
-    def _validate(self, name: str, student: ModelMixin, step: int) -> None:
+    def _validate(self, name: str, student: ModelMixin, step: int, tracked_step: int) -> None:
         if self._drawn_by_teacher is None:
             self._drawn_by_teacher = self._draw(self.teacher.unet)
         drawn = self._draw(student)
@@ -82,20 +82,20 @@ class Validation:
         grid.save(self.folder / f"{name}-{step}.png")
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
-                tracker.log_images({f"{name}/validation": np.asarray(grid)[None]}, step, dataformats="NHWC")
+                tracker.log_images({f"{name}/validation": np.asarray(grid)[None]}, tracked_step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                tracker.log_images({f"{name}/validation": [grid]}, step)
+                tracker.log_images({f"{name}/validation": [grid]}, tracked_step)
         if self.scorer is not None:
-            self._score(name, step, drawn)
+            self._score(name, step, tracked_step, drawn)
 
-    def _score(self, name: str, step: int, drawn: np.ndarray) -> None:
+    def _score(self, name: str, step: int, tracked_step: int, drawn: np.ndarray) -> None:
         categories = [prompt.category for prompt in self.prompts]
         scores = judge(self.scorer, drawn, [prompt.spec for prompt in self.prompts])
         overall = evaluation.bootstrap_scores(scores, categories)["overall"]
         print(
             f"{name}, step {step}: compositional score {overall.value:.3f} ({overall.low:.3f} to {overall.high:.3f})"
         )
-        self.accelerator.log({f"{name}/compositional": overall.value}, step)
+        self.accelerator.log({f"{name}/compositional": overall.value}, tracked_step)
 
     def _draw(self, unet: ModelMixin) -> np.ndarray:
         """(prompts, height, width, 3) uint8, by the teacher's pipeline with `unet` in it."""

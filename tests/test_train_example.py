@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +19,10 @@ import train_bitsfusion
 import train_models
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
 
@@ -82,15 +85,24 @@ def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
     assert "feature" not in losses(out / "stage2")[0]
     assert Image.open(out / "validation" / "stage1-2.png").width > 2 * 192
     assert list((out / "logs").rglob("events.out.tfevents.*"))
+    assert tracked_steps(out / "logs", "stage2/loss") == [3, 4]
+    assert tracked_steps(out / "logs", "stage2/compositional") == [4]
 
     pipeline = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
     assert pipeline.unet.is_quantized and pipeline.unet.config.quantization_config.target_bits == 2.6
     card = (out / "README.md").read_text()
     assert "Stage 1: 2 steps of 2 samples. Stage 2: 2 steps of 2 samples." in card and "--use_ema" in card
-    assert "hf_secret" not in card
+    assert not [file for file in out.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
     pipeline.set_progress_bar_config(disable=True)
     image = pipeline("a b", num_inference_steps=2, output_type="np").images
     assert np.isfinite(image).all()
+
+
+def tracked_steps(folder, tag):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    runs = {str(file.parent) for file in folder.rglob("events.out.tfevents.*")}  # accelerate's settings are one too
+    loaded = [event_accumulator.EventAccumulator(run).Reload() for run in runs]
+    return [event.step for run in loaded if tag in run.Tags()["scalars"] for event in run.Scalars(tag)]
 
 
 def is_bright(images, specs):
@@ -206,6 +218,85 @@ def test_v_prediction_and_timesteps_by_measured_error(command, data, source_fold
     assert len(losses(tmp_path / "out" / "stage2")) == 2
     curve = json.loads((tmp_path / "out" / "timestep_error.json").read_text())
     assert len(curve["errors"]) == len(curve["timesteps"]) > 3
+
+
+def test_the_prediction_type_asked_for_is_that_of_the_trained_pipeline(command, data, tmp_path):
+    asked = ("--prediction_type", "v_prediction", "--stage", 2, "--init_from", "rounding")
+    train_bitsfusion.main(command("--train_data_dir", data, *asked, steps=1))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_continuing_in_stage_two_leaves_stage_one_alone(command, data, tmp_path):
+    steps = ("--train_data_dir", data, "--checkpointing_steps", 1)
+    train_bitsfusion.main(command(*steps))
+    train_bitsfusion.main(command(*steps, output="whole"))
+    out = tmp_path / "out"
+    with pytest.raises(FileExistsError, match="stage2 holds checkpoints that came from another end of Stage I"):
+        train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage1" / "checkpoint-1"))
+    shutil.rmtree(out / "stage2" / "checkpoint-2")
+    before = {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")}
+    train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage2" / "checkpoint-1"))
+    assert {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")} == before
+    assert losses(out / "stage2") == losses(tmp_path / "whole" / "stage2")
+
+
+def test_accelerates_compiling_leaves_no_trace_in_what_is_saved(
+    command, data, tmp_path, monkeypatch, fresh_accelerate
+):
+    arguments = ("--train_data_dir", data, "--checkpointing_steps", 1)
+    train_bitsfusion.main(command(*arguments, output="plain"))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    train_bitsfusion.main(command(*arguments, output="compiled"))
+    for stage in ("stage1", "stage2"):
+        found, expected = losses(tmp_path / "compiled" / stage), losses(tmp_path / "plain" / stage)
+        assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-4)
+        checkpoints = [tmp_path / name / stage / "checkpoint-2" for name in ("plain", "compiled")]
+        plain, compiled = (load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints)
+        assert compiled.keys() == plain.keys()
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "compiled").unet.is_quantized
+
+
+@pytest.mark.parametrize("arguments", [(), ("--stage", 2, "--init_from", "rounding", "--full_precision")])
+def test_what_is_pushed_is_the_pipeline_alone(command, data, tmp_path, monkeypatch, arguments):
+    pushed, cards = [], []
+
+    def upload(*, repo_id, folder_path, **_):
+        files = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*") if file.is_file()]
+        pushed.append((repo_id, files))
+
+    class Repository:
+        def __init__(self, repo_id, **_):
+            self.repo_id = repo_id
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("diffusers.") or name == "train_bitsfusion":
+            for function, stub in (("create_repo", Repository), ("upload_folder", upload)):
+                if function in vars(module):
+                    monkeypatch.setattr(module, function, stub)
+    for module in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
+        monkeypatch.setattr(f"{module}.load_or_create_model_card", lambda *_, **__: ModelCard("# Empty"))
+    monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, repo_id, **_: cards.append((repo_id, str(self))))
+    hub = ("--push_to_hub", "--hub_model_id", "me/trained", "--hub_token", "hf_secret")
+    train_bitsfusion.main(command("--train_data_dir", data, *arguments, *hub, steps=1))
+    ((repository, files),) = pushed
+    assert repository == "me/trained" and "model_index.json" in files
+    assert not [file for file in files if "checkpoint" in file or "stage" in file or "logs" in file]
+    if not arguments:
+        ((repository, card),) = cards
+        assert repository == "me/trained" and "## Training" in card and 'from_pretrained("me/trained"' in card
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_a_hub_that_refuses_says_so_before_training(command, data, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError("401")
+
+    monkeypatch.setattr(train_bitsfusion, "create_repo", refuse)
+    with pytest.raises(OSError, match="401"):
+        train_bitsfusion.main(command("--train_data_dir", data, "--push_to_hub"))
+    assert not (tmp_path / "out" / "stage1").exists()
 
 
 def test_the_error_curve_alone(command, data, tmp_path):
@@ -352,6 +443,14 @@ def test_only_an_estimate(command, data, tmp_path, capsys):
         (("--train_data_dir", "d", "--stage", 2, "--init", "calibrated"), "--init says how Stage I starts"),
         (("--train_data_dir", "d", "--shard", "--use_8bit_adam"), "--shard and --use_8bit_adam do not go together"),
         (("--prompts", "p.txt", "--stage", 1, "--redraw_every", 0), "--redraw_every must be at least 1"),
+        (
+            ("--train_data_dir", "d", "--stage2_gradient_accumulation_steps", 0),
+            "--stage2_gradient_accumulation_steps must be at least 1",
+        ),
+        (
+            ("--train_data_dir", "d", "--full_precision", "--timestep_sampling", "error"),
+            "there is no error of quantization to measure",
+        ),
     ],
 )
 def test_wrong_combinations_of_arguments(arguments, message, command, capsys):
@@ -367,4 +466,13 @@ def test_pipelines_of_another_kind(command, data, tmp_path):
     arguments = command("--train_data_dir", data)
     arguments[1] = str(tmp_path / "other")
     with pytest.raises(ValueError, match="DDPMPipeline is not a Stable Diffusion pipeline"):
+        train_bitsfusion.main(arguments)
+
+
+def test_a_unet_that_takes_more_than_latents(command, data, source_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(source_folder, unet=tiny_unet(in_channels=9))
+    pipeline.save_pretrained(tmp_path / "inpainting")
+    arguments = command("--train_data_dir", data)
+    arguments[1] = str(tmp_path / "inpainting")
+    with pytest.raises(ValueError, match="takes 9 channels where the VAE has 4: inpainting"):
         train_bitsfusion.main(arguments)

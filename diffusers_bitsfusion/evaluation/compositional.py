@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,7 @@ class Estimate:
 
 
 def load_scorer(name: str) -> Scorer:
-    """The function that `name`, written MODULE:FUNCTION, stands for.
+    """The function that `name`, written MODULE:FUNCTION, stands for; modules in the working directory are found.
 
     It takes n images (height, width, 3) uint8 and the n specifications from the prompts file, and returns n numbers,
     0 or False for an image that misses its prompt, 1 or True for one that fits.
@@ -38,6 +40,9 @@ def load_scorer(name: str) -> Scorer:
     module, _, function = name.partition(":")
     if not module or not function:
         raise ValueError(f"The scorer {name!r} is not written MODULE:FUNCTION.")
+    # An installed command, or a script in another folder, lacks the working directory, where a scorer usually lies.
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), function, None)
     except ImportError as error:

@@ -102,6 +102,7 @@ class TimePath:
 
         def linear(name: str, x: Tensor) -> Tensor:
             layer = layers[name]
+            x = x.to(layer.weight.device)  # a model may be spread over several
             with torch.autocast(x.device.type, enabled=False):
                 return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
@@ -110,7 +111,7 @@ class TimePath:
         hidden = self.model.time_embedding.act(linear("time_embedding.linear_1", hidden))
         hidden = F.silu(linear("time_embedding.linear_2", hidden))
         for name in self.blocks:
-            yield linear(f"{name}.time_emb_proj", hidden)
+            yield linear(f"{name}.time_emb_proj", hidden).to(device)
 
 
 def install(model: ModelMixin, lookup: TimeFeatures, sizes: list[tuple[str, int]]) -> None:

@@ -32,13 +32,20 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 def fingerprint(student: ModelMixin) -> str:
     """Tells prepared models apart: a hash of names, shapes, bits and some values of every parameter.
 
-    To be taken before training, when the values are still those of the original model.
+    To be taken before training, when the values are still those of the original model. Scales are computed, in their
+    last bits by each machine its own way: of them counts how.
     """
     digest = hashlib.sha256()
-    bits = {name: (layer.bits, layer.balance) for name, layer in trainable_layers(student).items()}
-    digest.update(json.dumps(bits).encode())
+    layers = trainable_layers(student)
+    digest.update(json.dumps({name: (layer.bits, layer.balance) for name, layer in layers.items()}).encode())
+    if layers:
+        config = student.qat_state.config
+        digest.update(f"{config.scale_init} {config.scale_iterations}".encode())
+    scales = {f"{name}.scale" for name in layers}
     for name, parameter in student.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        if name in scales:
+            continue
         digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
@@ -99,22 +106,26 @@ def save_checkpoint(
 
 @contextmanager
 def _unwrapped_weights(accelerator: Accelerator) -> Iterator[None]:
-    """Within it, accelerate saves and loads models whole and under their own names, without those of DDP around them.
+    """Within it, accelerate saves and loads models whole and under their own names, without those of DDP and
+    torch.compile around them.
 
     So a run can go on with another number of processes.
     """
     is_main = accelerator.is_main_process
 
+    def plain(model: nn.Module) -> nn.Module:
+        return accelerator.unwrap_model(model, keep_torch_compile=False)
+
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         for model, _ in zip(models, list(weights), strict=False):
-            state = gathered(dict(accelerator.unwrap_model(model).state_dict()), keep=is_main)
+            state = gathered(dict(plain(model).state_dict()), keep=is_main)
             if is_main:
                 save_file(state, Path(folder) / SAFE_WEIGHTS_NAME)
             weights.pop()
 
     def load(models: list[nn.Module], folder: str) -> None:
         while models:
-            load_whole(accelerator.unwrap_model(models.pop()), load_file(Path(folder) / SAFE_WEIGHTS_NAME))
+            load_whole(plain(models.pop()), load_file(Path(folder) / SAFE_WEIGHTS_NAME))
 
     hooks = accelerator.register_save_state_pre_hook(save), accelerator.register_load_state_pre_hook(load)
     try:

@@ -75,6 +75,8 @@ class DatasetImages:
     def read(self, index: int) -> tuple[Image.Image, str | Sequence[str]]:
         row = self.dataset[index]
         stored, caption = row[self.image_column], row[self.caption_column]
+        if stored is None:
+            raise UnreadableImage("there is none")
         try:
             image = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
             image.load()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .batches import Batch, Batches
-from .checkpoints import load_checkpoint, save_checkpoint
+from .checkpoints import checkpoints, load_checkpoint, read_settings, save_checkpoint
 from .losses import Loss
 from .sharding import ReplicatedModel, ShardedModel, gathered, sliced_like
 
@@ -98,13 +98,28 @@ class TrainingLoop:
         folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint, as if never interrupted.
+        """Continue from a checkpoint, as if never interrupted; the optimizer's options are those of this run.
 
         Raises:
             ValueError: see `load_checkpoint`.
+            FileExistsError: the folder has later checkpoints, which this run does not lead to.
         """
+        taken, _ = read_settings(checkpoint)
+        if later := [path.name for path in checkpoints(self.folder) if read_settings(path)[0] > taken]:
+            raise FileExistsError(
+                f"{self.folder} holds checkpoints later than {checkpoint}: {', '.join(later)}. Delete them to go on "
+                "from there, or choose another --output_dir."
+            )
+        asked = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.step, state = load_checkpoint(self.accelerator, checkpoint, self.settings)
-        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        for group, options in zip(self.optimizer.param_groups, asked, strict=True):
+            rate = group["lr"] / group["initial_lr"] * options["initial_lr"]  # where the schedule has come to
+            group.update(options | {"lr": rate})
+        rates = {
+            "base_lrs": [options["initial_lr"] for options in asked],
+            "_last_lr": [group["lr"] for group in self.optimizer.param_groups],
+        }
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"] | rates)
         if self.ema is not None:
             averages = zip(state["ema"]["shadow_params"], self.parameters, strict=True)
             self.ema.load_state_dict(state["ema"] | {"shadow_params": [sliced_like(*pair) for pair in averages]})
@@ -225,8 +240,8 @@ class _LossLog:
     """One JSON object a step; on continuing, later steps of the interrupted run are dropped."""
 
     def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines(keepends=True)[:step] if path.exists() else []
-        path.write_text("".join(lines))
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
         self.path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:

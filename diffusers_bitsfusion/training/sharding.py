@@ -38,7 +38,7 @@ class ReplicatedModel:
 
     def whole(self) -> ModelMixin:
         """The prepared model as it was before, with the present weights."""
-        return self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False)
+        return self.accelerator.unwrap_model(self._prepared, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
 class ShardedModel:

@@ -88,6 +88,13 @@ def test_scorers_are_found_by_name_and_judge(plugin):
     assert module.judge(scorer, images, [100, 100]).tolist() == [0.0, 1.0]
 
 
+def test_a_scorer_in_the_working_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "scorer_of_mine.py").write_text("def all_right(images, specs):\n    return [1.0] * len(images)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", ".")])
+    assert load_scorer("scorer_of_mine:all_right")([0, 0], [1, 2]) == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -97,6 +97,8 @@ def test_images_that_do_not_decode_are_skipped_and_named():
     sample = images.load(1, generator())
     assert sample["skipped"] == [1, 2] and sample["caption"] == CAPTIONS[3]
     assert images.load(0, generator())["skipped"] == []
+    absent = TrainingImages(DatasetImages(a_dataset(image=[None, *stored[1:]])), 8)
+    assert absent.load(0, generator())["skipped"] == [0, 1, 2]
     broken = [{"bytes": b"no", "path": None}] * 5
     with pytest.raises(ValueError, match="None of the 5 images of the training set decodes"):
         TrainingImages(DatasetImages(a_dataset(image=broken)), 8).load(3, generator())

@@ -1,6 +1,7 @@
 import copy
 import json
 import resource
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -19,6 +20,7 @@ from diffusers_bitsfusion.training.loop import LOG_FILE, LoopOptions, TrainingDi
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer, parameter_groups
+from diffusers_bitsfusion.training.qat import trainable_layers
 from diffusers_bitsfusion.training.sharding import ShardedModel
 from diffusers_bitsfusion.training.text import TextEncoder
 
@@ -29,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def make_loop(parts, make_config, tmp_path):
     """A Stage I loop from two prompts."""
 
-    def make(folder="stage", steps=4, accumulation=1, settings=None, ema=True, **options):
+    def make(folder="stage", steps=4, accumulation=1, settings=None, ema=True, rate=1e-3, **options):
         student = prepare_qat(copy.deepcopy(parts.unet).requires_grad_(True), make_config())
         scheduler = DDPMScheduler.from_config(parts.scheduler.config)
         text = TextEncoder(parts.tokenizer, parts.text_encoder)
@@ -37,7 +39,7 @@ def make_loop(parts, make_config, tmp_path):
         sharing = Sharing(2 // accumulation, accumulation)
         drawing = {"num_inference_steps": 2, "renewed_every": 3, "seed": 2}
         batches = DrawnBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **drawing)
-        optimizer = make_optimizer(student, learning_rate=1e-3)
+        optimizer = make_optimizer(student, learning_rate=rate)
         return TrainingLoop(
             Accelerator(cpu=True),
             student,
@@ -64,7 +66,7 @@ def test_a_continued_run_is_the_uninterrupted_one(make_loop):
     assert [entry["step"] for entry in losses(whole)] == [1, 2, 3, 4]
     assert losses(whole)[0]["lr"] != losses(whole)[3]["lr"]  # the schedule is continued too
 
-    first = make_loop("cut")
+    first = make_loop("cut", steps=2)
     first.train()
     second = make_loop("cut")
     second.resume(first.folder / "checkpoint-2")
@@ -72,6 +74,43 @@ def test_a_continued_run_is_the_uninterrupted_one(make_loop):
     assert losses(second) == losses(whole)
     for a, b in zip(second.finish().parameters(), whole.finish().parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_run_does_not_go_on_before_checkpoints_that_it_does_not_lead_to(make_loop):
+    first = make_loop(steps=4)
+    first.train()
+    with pytest.raises(
+        FileExistsError, match="holds checkpoints later than .*checkpoint-2: checkpoint-4. Delete them"
+    ):
+        make_loop().resume(first.folder / "checkpoint-2")
+    shutil.rmtree(first.folder / "checkpoint-4")
+    make_loop().resume(first.folder / "checkpoint-2")
+
+
+def test_a_continued_run_has_its_own_rate_at_the_schedules_step(make_loop):
+    make_loop(steps=2).train()
+    second = make_loop(rate=1e-4)
+    second.resume(find_checkpoint(second.folder, "latest"))
+    second.train()
+    rates = [entry["lr"] for entry in losses(second)]
+    expected = [entry["lr"] for entry in trained_losses(make_loop("whole"))]
+    assert rates == pytest.approx(expected[:2] + [rate / 10 for rate in expected[2:]])
+
+
+def trained_losses(loop):
+    loop.train()
+    return losses(loop)
+
+
+def test_the_log_of_a_run_continued_twice_elsewhere_has_each_step_once(make_loop):
+    first = make_loop("first", steps=2)
+    first.train()
+    for _ in range(2):
+        shutil.rmtree(first.folder.parent / "other" / "checkpoint-4", ignore_errors=True)
+        other = make_loop("other")
+        other.resume(first.folder / "checkpoint-2")
+        other.train()
+        assert [entry["step"] for entry in losses(other)] == [3, 4]
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(make_loop):
@@ -133,7 +172,17 @@ def test_fingerprints_tell_models_apart(parts, make_config):
     assert plain == of(copy.deepcopy(parts.unet))
     other = copy.deepcopy(parts.unet)
     other.conv_in.weight.data[0, 0, 0, 0] += 1
-    assert len({plain, of(other), of(copy.deepcopy(parts.unet), recipe=3)}) == 3
+    others = ({"recipe": 3}, {"scale_init": "minmax"}, {"balance": False}, {"scale_iterations": 1})
+    changed = [of(copy.deepcopy(parts.unet), **changes) for changes in others]
+    assert len({plain, of(other), *changed}) == 6
+
+
+def test_a_machine_whose_scales_differ_in_their_last_bits_may_continue(parts, make_config):
+    here, there = (prepare_qat(copy.deepcopy(parts.unet), make_config()) for _ in range(2))
+    with torch.no_grad():
+        for layer in trainable_layers(there).values():
+            layer.scale *= 1 + 2**-23
+    assert fingerprint(here) == fingerprint(there)
 
 
 def test_nan_stops_the_run_and_names_the_batch(make_loop):
