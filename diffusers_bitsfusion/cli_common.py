@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 
 
 @contextmanager
@@ -39,12 +40,16 @@ def config_folder(source: str) -> Path:
     """The folder of a pipeline or model; of a Hub id a folder with its configs, which are downloaded.
 
     Raises:
-        OSError, ValueError: there is neither such a folder nor such a repository.
+        ValueError: it is neither a folder nor a Hub id.
+        OSError: the Hub has no such repository, or cannot be asked.
     """
     folder = Path(source)
     if folder.is_dir():
         return folder
-    return Path(snapshot_download(source, allow_patterns=["model_index.json", "config.json", "*/config.json"]))
+    try:
+        return Path(snapshot_download(source, allow_patterns=["model_index.json", "config.json", "*/config.json"]))
+    except HFValidationError as error:
+        raise ValueError(f"{source} is neither a folder nor a Hub id.") from error
 
 
 def is_model(folder: Path) -> bool:

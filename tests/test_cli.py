@@ -74,6 +74,11 @@ def test_options_of_calibration_without_it_are_refused(run, source_folder, tmp_p
     assert not (tmp_path / "packed").exists()
 
 
+def test_a_folder_that_is_not_there_is_named(fails, tmp_path):
+    line = fails("quantize", tmp_path / "nowhere", tmp_path / "packed")
+    assert line == f"Error: {tmp_path / 'nowhere'} is neither a folder nor a Hub id."
+
+
 @pytest.mark.parametrize("part", ["", "unet"])
 def test_what_is_quantized_is_not_quantized_again(fails, packed_folders, tmp_path, part):
     line = fails("quantize", packed_folders["keep"] / part, tmp_path / "packed", "--target-bits", 4)

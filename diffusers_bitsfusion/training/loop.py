@@ -241,7 +241,8 @@ class _LossLog:
 
     def __init__(self, path: Path, step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
         self.path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:

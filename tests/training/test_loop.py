@@ -68,6 +68,8 @@ def test_a_continued_run_is_the_uninterrupted_one(make_loop):
 
     first = make_loop("cut", steps=2)
     first.train()
+    with (first.folder / LOG_FILE).open("a") as log:
+        log.write('{"step": 3, "lo')  # cut off by a kill
     second = make_loop("cut")
     second.resume(first.folder / "checkpoint-2")
     second.train()
