@@ -66,6 +66,11 @@ def make_config() -> Callable[..., BitsFusionConfig]:
     return make
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that at the end of a run no process waits for another."""
+    items.sort(key=lambda item: item.path.name != "test_train_example.py")
+
+
 @pytest.fixture(scope="session")
 def source_folder(tmp_path_factory) -> Path:
     """An unquantized pipeline as `save_pretrained` wrote it."""
