@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import ceil, floor
 from typing import Any
 
 from diffusers import ModelMixin
@@ -89,6 +90,10 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
             f"This {type(model).__name__} has adapters. Call `unload_lora_weights()` before, after `fuse_lora()` if "
             "they are to stay in the weights; or load them afterwards."
         )
+    names = [name for name, _ in model.named_modules()]
+    for pattern in config.modules_to_not_convert:
+        if not any(matches(name, [pattern]) for name in names):
+            logger.warning("modules_to_not_convert: %s has no %s.", type(model).__name__, pattern)
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     plan = Plan({}, *_plan_time(model, config))
@@ -185,7 +190,14 @@ def _allocate(
     try:
         return allocate_data_free(sizes, config.target_bits * weights - fixed, balance=config.balance)
     except ValueError as error:
-        raise ValueError(f"target_bits={config.target_bits} cannot be reached for this model: {error}.") from error
+        total = sum(sizes.values())
+        least, most = ((fixed + cost_in_bits(bits, config.balance) * total) / weights for bits in (1, 7))
+        reach = f"With these settings target_bits goes from {ceil(100 * least) / 100} to {floor(100 * most) / 100}"
+        if plan.time_embedding == "keep" and why_not_cacheable(model) is None:
+            reach += '; time_embedding="table" takes fewer bits than layers of in_out_bits'
+        raise ValueError(
+            f"target_bits={config.target_bits} cannot be reached for this model: {error}. {reach}."
+        ) from error
 
 
 def fixed_bits(

@@ -79,7 +79,7 @@ def main() -> None:
 
     draw(source, out / "full.png", arguments.steps)
     rows = {"full precision": out / "full.png"}
-    if source == SHAPES:
+    if source.resolve() == SHAPES.resolve():
         draw(source, out / "trained.png", arguments.steps, TRAINED)
         rows["trained in about 2 bits"] = out / "trained.png"
         print(f"\nThe UNet in {TRAINED}, trained in this precision:\n{size_report(TRAINED)}")

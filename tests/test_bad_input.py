@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -127,8 +129,24 @@ def test_a_recipe_that_is_nowhere_is_named():
 
 @pytest.mark.parametrize("target", [0.5, 1.99, 12.0])
 def test_a_target_that_no_assignment_reaches_is_named_with_what_can_be(target):
-    with pytest.raises(ValueError, match=rf"target_bits={target} cannot be reached.*they take 1\.585 to 7\.011"):
+    with pytest.raises(
+        ValueError, match=rf"target_bits={target} cannot be reached.*they take 1\.585 to 7\.011"
+    ) as raised:
         quantize_model(tiny_unet(), BitsFusionConfig(target_bits=target), progress=False)
+    least, most = map(float, re.search(r"goes from ([\d.]+) to ([\d.]+);", str(raised.value)).groups())
+    assert 'time_embedding="table" takes fewer bits' in str(raised.value)
+    for reached in (least, most):
+        quantize_model(tiny_unet(), BitsFusionConfig(target_bits=reached), progress=False)
+    for beyond in (least - 0.01, most + 0.01):
+        with pytest.raises(ValueError, match="cannot be reached"):
+            quantize_model(tiny_unet(), BitsFusionConfig(target_bits=beyond), progress=False)
+
+
+def test_a_module_left_alone_that_is_not_there_is_said(make_config, caplog):
+    with caplog.at_level(logging.WARNING, logger="diffusers_bitsfusion"):
+        quantize_model(tiny_unet(), make_config(modules_to_not_convert=["conv_inn", "attn2.to_k"]), progress=False)
+    said = [message for message in caplog.messages if "modules_to_not_convert" in message]
+    assert said == ["modules_to_not_convert: UNet2DConditionModel has no conv_inn."]
 
 
 def test_a_refused_recipe_or_target_leaves_the_model_untouched(recipe, call_unet):

@@ -107,12 +107,26 @@ def run_export(work: Path, out: Path) -> None:
         )
 
 
+def make_data(folder: Path, images: int | None) -> None:
+    """Make the training set once.
+
+    Raises:
+        ValueError: there is one of another size.
+    """
+    if not (folder / "captions.json").exists():
+        build_dataset(folder, 120_000 if images is None else images)
+        return
+    found = len(np.load(folder / "images.npy", mmap_mode="r"))
+    if images not in (None, found):
+        raise ValueError(f"{folder} holds {found} images, not {images}. Choose another --work-dir.")
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
+    parser.add_argument("--stage", choices=("data", *STAGES, "all"), default="all", help="data: make the set; end")
     parser.add_argument("--work-dir", type=Path, required=True, help="training set, checkpoints, trained parts")
     parser.add_argument("--out", type=Path, default=Path("pipeline"), help="where `export` writes the pipeline")
-    parser.add_argument("--images", type=int, default=120_000, help="size of the training set, rendered once")
+    parser.add_argument("--images", type=int, help="size of the training set, made once; default: 120,000")
     parser.add_argument("--resume", action="store_true", default=None, help="continue from the stage's checkpoint")
     parser.add_argument("--steps", type=int, help="last step of the stage, steps before a resume counted in")
     parser.add_argument("--cooldown", type=int, help="steps at the end over which the learning rate decays to zero")
@@ -129,9 +143,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     state = PartialState(cpu=not torch.cuda.is_available())
-    if state.is_main_process and not (args.work_dir / "data" / "captions.json").exists():
-        build_dataset(args.work_dir / "data", args.images)
+    if state.is_main_process:
+        make_data(args.work_dir / "data", args.images)
     state.wait_for_everyone()
+    if args.stage == "data":
+        return
     given = {f.name: getattr(args, f.name, None) for f in fields(TrainOptions)}
     given = {name: value for name, value in given.items() if value is not None}
     runs = {"vae": run_vae, "decoder": run_decoder, "text": run_text, "unet": run_unet, "clip": run_clip}
