@@ -13,6 +13,7 @@ from yaml import YAMLError
 
 from .accounting import MB, PipelineSizeReport, SizeReport, size_report
 from .histogram import draw_histogram
+from .weight_files import stem, weight_files
 
 _CARD_FILE = "README.md"
 _TAG = "bitsfusion"
@@ -63,7 +64,7 @@ def _read(card: Path) -> str:
     return card.read_text(encoding="utf-8", errors="replace")
 
 
-def write_card(folder: Path, saved: Any, title: str, token: str | None = None, variant: str | None = None) -> None:
+def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -> None:
     """Write the card of a saved model or pipeline, and a picture of each recipe beside it.
 
     Licence and base model come from the card of the model that it was made from, where there is one: in its folder,
@@ -74,11 +75,12 @@ def write_card(folder: Path, saved: Any, title: str, token: str | None = None, v
         saved: the model or pipeline itself.
         title: what the card calls it, a folder name or Hub id.
         token: for the Hub, to read the card of a private base model; not written anywhere.
-        variant: of the weight files, which must be named to load them.
     """
     kind = type(saved).__name__
     report = size_report(folder)
     reports = report.quantized if isinstance(report, PipelineSizeReport) else {kind: report}
+    quantized = folder / next(iter(reports)) if isinstance(report, PipelineSizeReport) else folder
+    variant = str(stem(weight_files(quantized)[0].name)).partition(".")[2]
     body = _BODY.format(
         title=title,
         kind=kind,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,12 +78,11 @@ def quantize(
             target_bits=target_bits,
             time_embedding=time_embedding,
         )
-        refuse_quantized(source, config.components)
         if calibrate:
             calibration = _calibration(destination, prompts, given)
             _quantize_calibrated(source, destination, config, getattr(torch, dtype), calibration)
         else:
-            loaded = _load(source, quantization_config=config, dtype=getattr(torch, dtype))
+            loaded = _load(source, config.components, quantization_config=config, dtype=getattr(torch, dtype))
             loaded.save_pretrained(destination)
         typer.echo(str(size_report(destination)))
 
@@ -211,7 +211,7 @@ def _quantize_calibrated(source: str, destination: Path, config, dtype, calibrat
     from .processes import process_state
 
     state = process_state()
-    pipeline = _load(source, dtype=dtype).to(state.device)
+    pipeline = _load(source, config.components, dtype=dtype).to(state.device)
     quantize_model(pipeline, config, calibration=calibration)
     if state.is_main_process:
         pipeline.save_pretrained(destination)
@@ -221,11 +221,12 @@ def _quantize_calibrated(source: str, destination: Path, config, dtype, calibrat
         raise typer.Exit()
 
 
-def _load(source: str, **kwargs):
-    """A pipeline, or where `source` holds a model, that model by the class its config names."""
+def _load(source: str, components: Iterable[str], **kwargs):
+    """A pipeline, or where `source` holds a model, that model by the class its config names; not quantized yet."""
     import diffusers
 
     folder = config_folder(source)
+    refuse_quantized(folder, components)
     if not is_model(folder):
         return diffusers.DiffusionPipeline.from_pretrained(source, **kwargs)
     name = read_config(folder / "config.json").get("_class_name")

@@ -61,17 +61,16 @@ def read_config(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-def refuse_quantized(source: str, components: Iterable[str]) -> None:
+def refuse_quantized(folder: Path, components: Iterable[str]) -> None:
     """Refuse to quantize what is quantized, which loads as it is whatever is asked for.
 
     Args:
-        source: folder or Hub id of a pipeline or a model.
+        folder: a `config_folder`.
         components: of a pipeline, those that would be quantized.
 
     Raises:
         ValueError: the config of one, or of the model, has a quantization_config.
     """
-    folder = config_folder(source)
     for file in (folder / part / "config.json" for part in ("", *components)):
         if file.is_file() and "quantization_config" in read_config(file):
             raise ValueError(f"{file} is of a model that is quantized already. Quantize the original.")

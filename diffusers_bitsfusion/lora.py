@@ -14,7 +14,6 @@ from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .hooks import refuse_offloaded_to_disk
 from .nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight
 from .nn.time_features import TimeFeatureSlice
 
@@ -194,12 +193,7 @@ def check_fusable(model: Any, adapter_names: list[str] | None) -> None:
 
 
 def prepare_saving(model: Any) -> None:
-    """Put the ranks of all branches into a packed model's config; say which adapters will not be saved.
-
-    Raises:
-        ValueError: diffusers' group offloading keeps the weights on the disk: those in memory are not the model's.
-    """
-    refuse_offloaded_to_disk(model)
+    """Put the ranks of all branches into a packed model's config; say which adapters will not be saved."""
     ranks, unfused = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight) and module.is_packed:

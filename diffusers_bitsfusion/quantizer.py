@@ -34,11 +34,6 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     use_keep_in_fp32_modules = True
     required_packages = ["zstandard"]
 
-    @property
-    def supports_parallel_loading(self) -> bool:
-        """Not while quantizing: threads would replace layers under each other's hands."""
-        return self.pre_quantized
-
     quantization_config: BitsFusionConfig
 
     def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any):
@@ -130,6 +125,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             install(model, lookup_from_config(time), sizes)
 
     # While loading.
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Not while quantizing: threads would replace layers under each other's hands."""
+        return self.pre_quantized
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._leave_alone or not self.pre_quantized or not self.quantization_config.is_resolved:

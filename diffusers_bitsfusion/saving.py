@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from torch import nn
 
 from .card import is_users_own, write_card
 from .config import BitsFusionConfig
+from .hooks import refuse_offloaded_to_disk
 from .hub import explaining_refusals
 from .lora import check_fusable, prepare_saving
 from .weight_files import stem
@@ -51,7 +51,8 @@ class QuantizedModelMixin(_Base):
         The arguments are written out because a pipeline's save passes on only those that it finds in the signature.
 
         Raises:
-            ValueError: `safe_serialization=False`; packed models are saved as safetensors only.
+            ValueError: `safe_serialization=False`; packed models are saved as safetensors only. Or group offloading
+                has moved the weights to the disk.
         """
         if not safe_serialization:
             raise ValueError("A quantized model is saved as safetensors only; leave out `safe_serialization=False`.")
@@ -59,6 +60,7 @@ class QuantizedModelMixin(_Base):
         title = _title(directory)
         if push_to_hub:
             title = kwargs.setdefault("repo_id", title)
+        refuse_offloaded_to_disk(self)
         prepare_saving(self)
         # An earlier save left a plain dict there.
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
@@ -74,7 +76,7 @@ class QuantizedModelMixin(_Base):
             )
             # The others write no config, whose figures a card shows.
             if is_main_process and not _inside_pipeline.get() and not is_users_own(directory):
-                write_card(scratch, self, title=title, variant=variant)
+                write_card(scratch, self, title=title)
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """diffusers puts its own card into what it uploads; ours has the figures."""
@@ -213,13 +215,12 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
         title = _title(Path(save_directory))
         if kwargs.get("push_to_hub"):
             title = kwargs.setdefault("repo_id", title)
-        variant = inspect.signature(original).bind(self, save_directory, *args, **kwargs).arguments.get("variant")
         token = _inside_pipeline.set(True)
         try:
             with replacing(Path(save_directory)) as scratch:
                 original(self, str(scratch), *args, **kwargs)
                 if not is_users_own(Path(save_directory)):
-                    write_card(scratch, self, title=title, variant=variant)
+                    write_card(scratch, self, title=title)
         finally:
             _inside_pipeline.reset(token)
 

@@ -12,7 +12,7 @@ from transformers.quantizers import HfQuantizer
 
 from .checkpoint import decode_state_dict, encode_state_dict
 from .config import BitsFusionConfig
-from .hooks import refuse_dispatched
+from .hooks import refuse_dispatched, refuse_offloaded_to_disk
 from .lora import prepare_saving
 from .nn.convert import float_twin, replace_module
 from .nn.packed import PackedWeight
@@ -126,6 +126,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
     # Saving and undoing.
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        refuse_offloaded_to_disk(model)
         prepare_saving(model)
         return encode_state_dict(model.state_dict(), self.quantization_config.to_dict()), {}
 

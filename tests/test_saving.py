@@ -225,6 +225,16 @@ def test_what_is_pushed_has_a_card_with_its_figures(packed_folders, uploads, wha
     assert f"{report.average_bits.paper:.3f}" in card and f"{report.average_bits.layers:.3f}" in card
 
 
+@pytest.mark.parametrize("what", ["model", "pipeline"])
+def test_what_is_pushed_as_a_variant_says_so(packed_folders, tmp_path, uploads, what):
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
+    saved = pipe if what == "pipeline" else pipe.unet
+    saved.save_pretrained(str(tmp_path / "out"), variant="fp16", push_to_hub=True, repo_id="me/out")
+    ((_, files),) = uploads
+    line = 'from_pretrained("me/out", variant="fp16", dtype=torch.float32)'
+    assert line in files["README.md"].decode() and line in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_a_card_of_our_own_is_renewed_with_the_model(tmp_path, make_config):
     for bits in (2, 5):
         quantize_model(tiny_unet(), make_config(recipe=bits), progress=False).save_pretrained(tmp_path)
