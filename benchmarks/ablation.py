@@ -31,10 +31,11 @@ from diffusers_bitsfusion.training.text import TextEncoder
 
 RECIPE, PROMPTS = "mixed.json", "prompts.txt"
 
+FEATURES = "+ feature distillation"
 STAGE_1, STAGE_2, CONTROL = "+ Beta timesteps = Stage I", "+ Stage II", "full precision, Stage II's data"
 CALIBRATED_1, CALIBRATED_2 = "Stage I, calibrated start", "Stage II, calibrated start"
 SECOND_STAGES = {STAGE_2: STAGE_1, CALIBRATED_2: CALIBRATED_1, CONTROL: None}  # and the row that each goes on from
-AT_ALL_SCALES = (STAGE_1, STAGE_2, CONTROL, CALIBRATED_1, CALIBRATED_2)
+AT_ALL_SCALES = (FEATURES, STAGE_1, STAGE_2, CONTROL, CALIBRATED_1, CALIBRATED_2)
 
 _UNIFORM = ("--recipe", "2", "--time_embedding", "keep")
 _MIXED = ("--recipe", RECIPE, "--time_embedding", "table")
@@ -44,7 +45,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "+ balance": (*_UNIFORM, *_PLAIN, "--scale_init", "minmax"),
     "+ alternating": (*_UNIFORM, *_PLAIN),
     "+ mixed precision and caching": (*_MIXED, *_PLAIN),
-    "+ feature distillation": (*_MIXED, "--timestep_sampling", "uniform"),
+    FEATURES: (*_MIXED, "--timestep_sampling", "uniform"),
     STAGE_1: _MIXED,
     STAGE_2: _MIXED,
     CONTROL: ("--full_precision",),

@@ -56,14 +56,12 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
         ValueError: the frame is damaged or holds a table of another size.
     """
     planes = decompress(frame, 2 * timesteps * features).view(2, timesteps, features)
-    codes = torch.empty(timesteps, features, dtype=torch.int16, device=planes.device)
-    for part in _column_parts(features):
-        low, high = planes[:, :, part].to(torch.int32)
-        zigzag = low | (high << 8)
-        difference = (zigzag >> 1) ^ -(zigzag & 1)
-        for _ in range(_DIFFERENCES):
-            difference = difference.cumsum(dim=0, dtype=torch.int32)
-        codes[:, part] = difference
+    codes = planes[1].to(torch.int16).bitwise_left_shift_(8).bitwise_or_(planes[0])
+    sign = -(codes & 1)
+    codes.bitwise_right_shift_(1).bitwise_and_(0x7FFF).bitwise_xor_(sign)  # the shift of a signed integer keeps its sign
+    first, second, third = torch.zeros(_DIFFERENCES, features, dtype=torch.int16, device=codes.device)
+    for row in codes:  # sums wrap around, as the differences do
+        row.copy_(third.add_(second.add_(first.add_(row))))
     return codes
 
 
