@@ -10,17 +10,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import accelerate
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from diffusers import (
     DDIMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models import modeling_utils
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from tiny import tiny_controlnet, tiny_unet
@@ -431,7 +428,7 @@ def test_a_timestep_beyond_the_table_is_named_with_its_ends(packed_folders, call
         call_unet(unet, timestep=timestep)
 
 
-# Loading without this package, quantizing twice, the wrong device map.
+# Loading without this package, quantizing what cannot be.
 
 WITHOUT_THE_PACKAGE = """
 import sys
@@ -476,68 +473,6 @@ def test_a_config_given_for_a_quantized_checkpoint_yields_to_its_own(packed_fold
     assert torch.equal(call_unet(unet), call_unet(expected))
 
 
-def test_quantizing_onto_the_disk_is_refused_with_the_way_out(source_folder, make_config, tmp_path):
-    arguments = {"subfolder": "unet", "quantization_config": make_config(), "offload_folder": tmp_path}
-    children = dict.fromkeys((name for name, _ in tiny_unet().named_children()), "cpu")
-    with pytest.raises(ValueError, match=r'device map with "disk".*Quantize and save the model first'):
-        UNet2DConditionModel.from_pretrained(source_folder, device_map=children | {"mid_block": "disk"}, **arguments)
-    with pytest.raises(ValueError, match='device map with "disk"'):
-        UNet2DConditionModel.from_pretrained(source_folder, device_map={"": "disk"}, **arguments)
-
-
-def test_an_automatic_device_map_that_spills_to_disk_is_refused(source_folder, make_config, tmp_path):
-    with pytest.raises(ValueError, match='device map with "disk"'):
-        UNet2DConditionModel.from_pretrained(
-            source_folder,
-            subfolder="unet",
-            quantization_config=make_config(),
-            device_map="auto",
-            max_memory={"cpu": "20KB"},
-            offload_folder=tmp_path,
-        )
-
-
-def test_swapping_layers_under_offloading_hooks_is_refused(make_config):
-    plain = accelerate.cpu_offload(tiny_unet(), execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="Cannot quantize this UNet2DConditionModel: accelerate offloads it"):
-        quantize_model(plain, make_config())
-    packed = quantize_model(tiny_unet(), make_config(), progress=False)
-    accelerate.cpu_offload(packed, execution_device=torch.device("cpu"))
-    with pytest.raises(ValueError, match="Cannot dequantize this UNet2DConditionModel: accelerate offloads it"):
-        packed.dequantize()
-    remove_hook_from_submodules(packed)
-    assert not packed.dequantize().is_quantized
-
-
-def test_swapping_layers_under_diffusers_own_hooks_is_refused(make_config):
-    cpu = torch.device("cpu")
-    plain, packed = tiny_unet(), quantize_model(tiny_unet(), make_config(), progress=False)
-    for unet in (plain, packed):
-        unet.enable_group_offload(onload_device=cpu, offload_device=cpu, offload_type="leaf_level")
-    with pytest.raises(ValueError, match=r"Cannot quantize .*: diffusers has hooks on it \(group_offloading\)"):
-        quantize_model(plain, make_config())
-    with pytest.raises(ValueError, match=r"Cannot dequantize .*: diffusers has hooks on it \(group_offloading\)"):
-        packed.dequantize()
-    plain = tiny_unet()
-    plain.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"diffusers has hooks on it \(layerwise_casting\)"):
-        quantize_model(plain, make_config())
-
-
-def test_a_model_that_lies_on_the_disk_is_not_saved_from_memory(make_config, tmp_path, call_unet):
-    cpu = torch.device("cpu")
-    packed = quantize_model(tiny_unet(), make_config(), progress=False)
-    where = {"onload_device": cpu, "offload_device": cpu, "offload_type": "leaf_level"}
-    packed.enable_group_offload(**where, offload_to_disk_path=str(tmp_path / "groups"))
-    with pytest.raises(ValueError, match="group offloading has moved its weights to the disk"):
-        packed.save_pretrained(tmp_path / "out")
-    packed = quantize_model(tiny_unet(), make_config(), progress=False)
-    expected = call_unet(packed)
-    packed.enable_group_offload(**where)
-    packed.save_pretrained(tmp_path / "out")
-    assert torch.equal(call_unet(UNet2DConditionModel.from_pretrained(tmp_path / "out")), expected)
-
-
 def test_a_model_with_adapters_is_not_quantized(make_config):
     unet = tiny_unet()
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
@@ -559,11 +494,3 @@ def test_several_controlnets_in_one_are_refused_before_anything_changes(source_f
     with pytest.raises(ValueError, match="Cannot quantize controlnet: MultiControlNetModel is no single model"):
         quantize_model(pipe, make_config(components=["unet", "controlnet"]), progress=False)
     assert not getattr(pipe.unet, "is_quantized", False)
-
-
-def test_threads_that_load_shards_do_not_quantize(make_config, tmp_path, monkeypatch):
-    tiny_unet().save_pretrained(tmp_path, max_shard_size="60KB")
-    monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
-    unet = UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=make_config())
-    expected = quantize_model(tiny_unet(), make_config(), progress=False)
-    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in unet.state_dict().items())

@@ -31,7 +31,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def make_loop(parts, make_config, tmp_path):
     """A Stage I loop from two prompts."""
 
-    def make(folder="stage", steps=4, accumulation=1, settings=None, ema=True, rate=1e-3, **options):
+    def make(
+        folder="stage", steps=4, accumulation=1, settings=None, ema=True, rate=1e-3, use_8bit_adam=False, **options
+    ):
         student = prepare_qat(copy.deepcopy(parts.unet).requires_grad_(True), make_config())
         scheduler = DDPMScheduler.from_config(parts.scheduler.config)
         text = TextEncoder(parts.tokenizer, parts.text_encoder)
@@ -39,7 +41,7 @@ def make_loop(parts, make_config, tmp_path):
         sharing = Sharing(2 // accumulation, accumulation)
         drawing = {"num_inference_steps": 2, "renewed_every": 3, "seed": 2}
         batches = DrawnBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **drawing)
-        optimizer = make_optimizer(student, learning_rate=rate)
+        optimizer = make_optimizer(student, learning_rate=rate, use_8bit_adam=use_8bit_adam)
         return TrainingLoop(
             Accelerator(cpu=True),
             student,
@@ -60,17 +62,22 @@ def losses(loop):
     return [json.loads(line) for line in (loop.folder / LOG_FILE).read_text().splitlines()]
 
 
-def test_a_continued_run_is_the_uninterrupted_one(make_loop):
-    whole = make_loop("whole")
+@pytest.mark.parametrize("use_8bit_adam", [False, True])
+def test_a_continued_run_is_the_uninterrupted_one(make_loop, use_8bit_adam):
+    if use_8bit_adam:
+        pytest.importorskip("bitsandbytes")
+    whole = make_loop("whole", use_8bit_adam=use_8bit_adam)
     whole.train()
     assert [entry["step"] for entry in losses(whole)] == [1, 2, 3, 4]
     assert losses(whole)[0]["lr"] != losses(whole)[3]["lr"]  # the schedule is continued too
+    moments = [moment for state in whole.optimizer.state.values() for moment in state.values()]
+    assert any(torch.is_tensor(moment) and moment.dtype == torch.uint8 for moment in moments) == use_8bit_adam
 
-    first = make_loop("cut", steps=2)
+    first = make_loop("cut", steps=2, use_8bit_adam=use_8bit_adam)
     first.train()
     with (first.folder / LOG_FILE).open("a") as log:
         log.write('{"step": 3, "lo')  # cut off by a kill
-    second = make_loop("cut")
+    second = make_loop("cut", use_8bit_adam=use_8bit_adam)
     second.resume(first.folder / "checkpoint-2")
     second.train()
     assert losses(second) == losses(whole)
