@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import resource
 import shutil
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 
 from diffusers_bitsfusion import prepare_qat
 from diffusers_bitsfusion.timesteps import TimestepDistribution
@@ -32,7 +34,15 @@ def make_loop(parts, make_config, tmp_path):
     """A Stage I loop from two prompts."""
 
     def make(
-        folder="stage", steps=4, accumulation=1, settings=None, ema=True, rate=1e-3, use_8bit_adam=False, **options
+        folder="stage",
+        steps=4,
+        accumulation=1,
+        settings=None,
+        ema=True,
+        rate=1e-3,
+        use_8bit_adam=False,
+        accelerator=None,
+        **options,
     ):
         student = prepare_qat(copy.deepcopy(parts.unet).requires_grad_(True), make_config())
         scheduler = DDPMScheduler.from_config(parts.scheduler.config)
@@ -43,7 +53,7 @@ def make_loop(parts, make_config, tmp_path):
         batches = DrawnBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **drawing)
         optimizer = make_optimizer(student, learning_rate=rate, use_8bit_adam=use_8bit_adam)
         return TrainingLoop(
-            Accelerator(cpu=True),
+            accelerator or Accelerator(cpu=True),
             student,
             Distillation(student, parts.unet),
             batches,
@@ -83,6 +93,32 @@ def test_a_continued_run_is_the_uninterrupted_one(make_loop, use_8bit_adam):
     assert losses(second) == losses(whole)
     for a, b in zip(second.finish().parameters(), whole.finish().parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def in_fp16(monkeypatch):
+    """accelerate in fp16 on a CPU, where it would refuse to."""
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(accelerator.state, "_mixed_precision", "fp16")
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return accelerator
+
+
+def test_an_overflow_in_fp16_is_skipped_and_its_scale_continued(make_loop, monkeypatch):
+    whole = make_loop("whole", checkpointing_steps=1, accelerator=in_fp16(monkeypatch))
+    overflow = iter([1.0, math.inf, 1.0, 1.0])
+    whole.parameters[0].register_hook(lambda gradient: gradient * next(overflow))
+    whole.train()
+    assert [math.isfinite(entry["grad_norm"]) for entry in losses(whole)] == [True, False, True, True]
+    assert whole.accelerator.scaler.get_scale() == 2.0**9
+    one, two, three = (load_file(whole.folder / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not all(torch.equal(two[name], three[name]) for name in two)
+
+    again = make_loop("again", checkpointing_steps=1, accelerator=in_fp16(monkeypatch))
+    again.resume(whole.folder / "checkpoint-2")
+    assert again.accelerator.scaler.get_scale() == 2.0**9
+    again.train()
+    assert losses(again)[-2:] == losses(whole)[-2:]
 
 
 def test_a_run_does_not_go_on_before_checkpoints_that_it_does_not_lead_to(make_loop):
