@@ -55,13 +55,13 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
     Raises:
         ValueError: the frame is damaged or holds a table of another size.
     """
-    planes = decompress(frame, 2 * timesteps * features).view(2, timesteps, features)
-    codes = planes[1].to(torch.int16).bitwise_left_shift_(8).bitwise_or_(planes[0])
-    sign = -(codes & 1)
-    codes.bitwise_right_shift_(1).bitwise_and_(0x7FFF).bitwise_xor_(sign)  # a signed shift keeps the sign
-    first, second, third = torch.zeros(_DIFFERENCES, features, dtype=torch.int16, device=codes.device)
-    for row in codes:  # sums wrap around, as the differences do
-        row.copy_(third.add_(second.add_(first.add_(row))))
+    low, high = decompress(frame, 2 * timesteps * features).view(2, timesteps, features)
+    codes = torch.empty(timesteps, features, dtype=torch.int16, device=low.device)
+    first, second, third = torch.zeros(_DIFFERENCES, features, dtype=torch.int16, device=low.device)
+    for t in range(timesteps):
+        zigzag = (high[t].to(torch.int16) << 8) | low[t]
+        difference = ((zigzag >> 1) & 0x7FFF) ^ -(zigzag & 1)
+        codes[t] = third.add_(second.add_(first.add_(difference)))  # sums wrap around, as the differences do
     return codes
 
 

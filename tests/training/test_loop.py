@@ -74,8 +74,6 @@ def losses(loop):
 
 @pytest.mark.parametrize("use_8bit_adam", [False, True])
 def test_a_continued_run_is_the_uninterrupted_one(make_loop, use_8bit_adam):
-    if use_8bit_adam:
-        pytest.importorskip("bitsandbytes")
     whole = make_loop("whole", use_8bit_adam=use_8bit_adam)
     whole.train()
     assert [entry["step"] for entry in losses(whole)] == [1, 2, 3, 4]
