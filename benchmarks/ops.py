@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,10 +23,10 @@ from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.radix import pack_dense
 from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn.convert import packed_twin
-from diffusers_bitsfusion.ops.decode import decode
+from diffusers_bitsfusion.ops.decode import decode, decode_channels_last
 
-# (rows, columns) of weights: a transformer's, and the two most common of the wide convolutions.
-DECODED = [(1280, 1280), (640, 5760), (1280, 11520)]
+# (rows, channels, positions) of weights: a transformer's, and the two most common of the wide convolutions.
+DECODED = [(1280, 1280, 1), (640, 640, 9), (1280, 1280, 9)]
 # (tokens, in, out) at `BATCH` and 64×64 latents.
 LINEARS = [
     (8192, 320, 320),
@@ -89,17 +90,27 @@ def interleaved(ways: dict[str, Callable[[], object]], repeats: int, device: str
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
+def decoding_way(shape: tuple[int, int, int], bits: int, out: Tensor) -> Callable[[], object]:
+    """A call that decodes as layers do: on a GPU convolutions channels last."""
+    rows, channels, positions = shape
+    codes, scale = packed_codes(rows, channels * positions, bits, out.device.type)
+    if out.device.type == "cuda" and positions > 1:
+        side = math.isqrt(positions)
+        return lambda: decode_channels_last(codes, scale, bits, (rows, channels, side, side), out.dtype)
+    return lambda: decode(codes, scale, bits, out.shape[1], out)
+
+
 def decoding(repeats: int, device: str, half: torch.dtype) -> None:
     print("| weights | into | " + " | ".join(f"{2**bits + 1} levels" for bits in (1, 2, 3, 4)) + " | `copy_` |")
     print("|---|---|---|---|---|---|---|")
-    for rows, columns in DECODED:
+    for rows, channels, positions in DECODED:
+        columns = channels * positions
         for dtype in (torch.float32, half, torch.int8):
             out = torch.empty(rows, columns, dtype=dtype, device=device)
             source = torch.zeros_like(out)
             ways: dict[str, Callable[[], object]] = {"copy": lambda out=out, source=source: out.copy_(source)}
             for bits in (1, 2, 3, 4):
-                packed = packed_codes(rows, columns, bits, device)
-                ways[str(bits)] = lambda packed=packed, bits=bits, out=out: decode(*packed, bits, out.shape[1], out)
+                ways[str(bits)] = decoding_way((rows, channels, positions), bits, out)
             rates = {name: out.numel() / taken / 1e9 for name, taken in interleaved(ways, repeats, device).items()}
             cells = [f"{rates[str(bits)]:.1f} ({rates[str(bits)] / rates['copy']:.0%})" for bits in (1, 2, 3, 4)]
             name = str(dtype).removeprefix("torch.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,9 +14,13 @@ from torch import Tensor
 from diffusers_bitsfusion import Calibration, convert, prepare_qat, quantize_model, set_compute
 from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.radix import pack_dense
-from diffusers_bitsfusion.ops.decode import decode, decode_reference
+from diffusers_bitsfusion.nn.convert import packed_twin
+from diffusers_bitsfusion.ops.activations import quantize_image_reference, quantize_tokens_reference
+from diffusers_bitsfusion.ops.decode import decode, decode_channels_last, decode_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if torch.cuda.is_available():
+    from diffusers_bitsfusion.ops.triton_activations import quantize_image_triton, quantize_tokens_triton
 
 DEVICE = "cuda"
 
@@ -54,6 +59,47 @@ def test_decoding_equals_the_reference(bits, dtype):
         expected = decode_reference(dense, scale, bits, columns, torch.empty(rows, columns, dtype=dtype))
         out = torch.empty(rows, columns, dtype=dtype, device=DEVICE)
         assert torch.equal(decode(dense.to(DEVICE), scale.to(DEVICE), bits, columns, out).cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype"), itertools.product(range(1, 9), (torch.float32, torch.bfloat16, torch.float16, torch.int8))
+)
+def test_decoding_channels_last_equals_the_reference(bits, dtype):
+    generator = torch.Generator().manual_seed(bits)
+    half = half_range(bits)
+    for shape in ((3, 4, 3, 3), (9, 320, 3, 3), (16, 70, 1, 2)):
+        rows, columns = shape[0], math.prod(shape[1:])
+        codes = torch.randint(-half, half + 1, (rows, columns), dtype=torch.int8, generator=generator)
+        dense, scale = pack_dense(codes, bits), torch.rand(rows, generator=generator) + 0.01
+        expected = decode_reference(dense, scale, bits, columns, torch.empty(rows, columns, dtype=dtype))
+        found = decode_channels_last(dense.to(DEVICE), scale.to(DEVICE), bits, shape, dtype)
+        assert torch.equal(found.cpu(), expected.view(shape))
+        assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 16, 17])
+def test_few_tokens_give_what_many_give(tokens, dtype):
+    layer = packed_twin(torch.nn.Linear(320, 40), 2, torch.float32)
+    half = half_range(2)
+    codes = torch.randint(-half, half + 1, (40, 320), dtype=torch.int8)
+    layer.set_codes(pack_dense(codes, 2), torch.rand(40) * 0.1)
+    x = torch.randn(tokens, 320)
+    expected = torch.nn.functional.linear(x, layer.weight.float(), layer.bias.float())
+    found = layer.to(DEVICE)(x.to(DEVICE, dtype)).float().cpu()
+    assert (found - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.parametrize("values", [torch.zeros(1), torch.randn(1 << 12), torch.randn(1 << 12) * 100 + 300])
+def test_activations_are_rounded_as_by_the_reference(values):
+    tokens, image = values.view(-1, min(64, len(values))), values.view(1, -1, 1, min(16, len(values)))
+    found, expected = quantize_tokens_triton(tokens.to(DEVICE)), quantize_tokens_reference(tokens)
+    assert all(torch.equal(mine.cpu(), wanted) for mine, wanted in zip(found, expected, strict=True))
+    image = image.to(memory_format=torch.channels_last)
+    codes, *found = quantize_image_triton(image.to(DEVICE), (0, 0))
+    expected_codes, *expected = quantize_image_reference(image)
+    assert torch.equal(codes.cpu().int() + 128, expected_codes.int())
+    assert all(torch.equal(mine.cpu(), wanted) for mine, wanted in zip(found, expected, strict=True))
 
 
 def test_a_pipeline_draws_what_it_draws_on_the_cpu(folder):

@@ -1,7 +1,8 @@
 """Activations to eight bits and integer sums back to outputs: plain references, compiled ways, and the choice.
 
-Both ways give the same codes and scales, bit for bit. NaN or infinite activations give NaN scales or outputs. Every
-buffer names its dtype: torch's default one may change meanwhile, since loading a model sets it for the whole process.
+GPUs have `triton_activations`. All ways give the same codes and scales, bit for bit. NaN or infinite activations give
+NaN scales or outputs. Every buffer names its dtype: torch's default one may change meanwhile, since loading a model
+sets it for the whole process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..codec.native import NATIVE_DTYPES, Loop, NativeLibrary, native_library
 
 # Smallest range of values that is told from zero; its reciprocal is finite.
-_TINY = 1e-30
+TINY = 1e-30
 
 # Values that the compiled loops over whole tensors take at a time.
 _CHUNK = 1 << 14
@@ -29,13 +30,13 @@ def quantize_tokens_reference(x: Tensor) -> tuple[Tensor, Tensor]:
         codes int8 [tokens, channels], -127 to 127; scale fp32 [tokens], a 127th of the token's largest magnitude.
     """
     x = x.to(torch.float32)
-    span = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True).clamp(min=_TINY)
+    span = torch.linalg.vector_norm(x, ord=torch.inf, dim=1, keepdim=True).clamp(min=TINY)
     codes = (x * (torch.full_like(span, 127.0) / span)).round_().clamp_(-127, 127).to(torch.int8)
     return codes, span.squeeze(1).div_(127.0)
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_tokens_reference` by the fastest way there is for the device."""
+    """`quantize_tokens_reference` by the fastest way there is on a CPU."""
     native = _native_for(x)
     if native is None:
         return quantize_tokens_reference(x)
@@ -66,7 +67,7 @@ def quantize_image_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_image_reference` by the fastest way there is for the device."""
+    """`quantize_image_reference` by the fastest way there is on a CPU."""
     native = _native_for(x)
     if native is None:
         return quantize_image_reference(x)
@@ -85,7 +86,7 @@ def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(scale, its inverse, zero point), fp32 scalars, that map `low` ... `high` to 0 ... 255."""
-    span = (high - low).clamp(min=_TINY)
+    span = (high - low).clamp(min=TINY)
     inverse = torch.full_like(span, 255.0) / span  # not 255.0 / span, which torch rounds twice
     return span / 255.0, inverse, (-low * inverse).round_()
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 
 from .activations import quantize_image
-from .decode import decode_to_scratch
+from .decode import decode_channels_last, decode_to_scratch
 from .onednn_weights import lay_out, lay_out_in_place
 
 # Stride, padding, dilation, all as pairs, and groups.
@@ -58,12 +58,14 @@ def conv2d(
         int8_weight: what `int8_conv_weight` made of the codes, if that is kept; only looked at with `int8`.
 
     Returns:
-        [batch, out, height, width] in the dtype of `x`; channels last with `int8`.
+        [batch, out, height, width] in the dtype of `x`; channels last with `int8` or where `wants_channels_last`.
     """
     geometry = stride, padding, dilation, groups
     if not int8:
-        weight = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), x.dtype)
-        return F.conv2d(x, weight, bias, *geometry)
+        arguments = codes, scale.view(torch.float32), bits, tuple(shape), x.dtype
+        if wants_channels_last(x, int8):
+            return _channels_last(F.conv2d(x, decode_channels_last(*arguments), bias, *geometry))
+        return F.conv2d(x, decode_to_scratch(*arguments), bias, *geometry)
     if x.shape[1] != groups * shape[1]:  # the kernels do not look
         raise RuntimeError(
             f"Given groups={groups}, weight of size {list(shape)}, expected input{list(x.shape)} to have "
@@ -103,12 +105,12 @@ def _multiply_on_cpu(
 def _multiply_on_gpu(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
-    from .triton_int8 import conv2d_triton  # imports Triton, which takes a second and may be missing
+    from .triton_activations import quantize_image_triton  # imports Triton, which takes a second and may be missing
+    from .triton_int8 import conv2d_triton
 
-    image, image_scale, zero_point = quantize_image(x)
-    return conv2d_triton(
-        _channels_last(image), image_scale, zero_point, weight, scale, bias, shape[2:], *geometry, x.dtype
-    )
+    stride, padding, dilation, groups = geometry
+    image = quantize_image_triton(_channels_last(x), padding)
+    return conv2d_triton(*image, weight, scale, bias, shape[2:], stride, dilation, groups, x.dtype)
 
 
 @conv2d.register_fake
@@ -117,7 +119,7 @@ def _(
 ) -> Tensor:
     *geometry, int8, _ = others
     y = F.conv2d(x, x.new_empty(shape), None, *geometry)
-    return _channels_last(y) if int8 else y
+    return _channels_last(y) if int8 or wants_channels_last(x, int8) else y
 
 
 @torch.library.custom_op(
@@ -184,11 +186,17 @@ def int8_conv_weight(
     Returns:
         int8; on a CPU in an opaque layout of oneDNN, on a GPU [out, kernel height * kernel width, in / groups].
     """
+    if codes.device.type == "cuda":
+        weight = decode_channels_last(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
+        return weight.permute(0, 2, 3, 1).flatten(1, 2)
     plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
-    if plain.device.type == "cuda":
-        return plain.flatten(2).transpose(1, 2).contiguous()
     arrange = lay_out if kept else lay_out_in_place
     return arrange(plain, scale.view(torch.float32), geometry)
+
+
+def wants_channels_last(x: Tensor, int8: bool) -> bool:
+    """Whether the layer computes in channels last: on a GPU, whose tensor cores take bytes and half precision so."""
+    return x.device.type == "cuda" and (int8 or x.dtype in (torch.float16, torch.bfloat16))
 
 
 def _channels_last(x: Tensor) -> Tensor:

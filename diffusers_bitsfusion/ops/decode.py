@@ -42,7 +42,7 @@ def decode_reference(codes: Tensor, scale: Tensor, bits: int, columns: int, out:
 def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
     """`decode_reference` by the fastest way there is for the device and dtype; same arguments, same bits."""
     contiguous = codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
-    if codes.device.type == "cuda" and contiguous and out.dtype != torch.float64 and has_triton():
+    if contiguous and _has_kernel(codes.device, out.dtype):
         from .triton_decode import decode_triton  # imports Triton, which takes a second and may be missing
 
         return decode_triton(codes, scale, bits, columns, out)
@@ -73,6 +73,25 @@ def decode_weight(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     decode(codes, scale, bits, out[0].numel(), out.view(shape[0], -1))
     return out
+
+
+def decode_channels_last(
+    codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    """Like `decode_weight`, of a convolution [out, in, height, width], in channels-last memory."""
+    if not _has_kernel(codes.device, dtype):
+        return decode_weight(codes, scale, bits, shape, dtype).contiguous(memory_format=torch.channels_last)
+    from .triton_decode import decode_triton
+
+    out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=torch.channels_last)
+    rows, columns, positions = shape[0], out[0].numel(), shape[2] * shape[3]
+    ordered = out.permute(0, 2, 3, 1).view(rows, columns)
+    decode_triton(codes.contiguous(), scale.contiguous(), bits, columns, ordered, positions)
+    return out
+
+
+def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    return device.type == "cuda" and dtype != torch.float64 and has_triton()
 
 
 def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from .activations import quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
 from .products import int_mm
+from .select import fuses_decoding
 
 # int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory is used
 # again. For few tokens at a time a product waits for its weight, which it reads anew.
@@ -56,15 +57,20 @@ def linear(
     Returns:
         [..., out] in the dtype of `x`.
     """
+    if not int8 and fuses_decoding(x.device, x.dtype, x.numel() // shape[1]):
+        from .triton_fused import linear_fused  # imports Triton, which takes a second and may be missing
+
+        y = linear_fused(_tokens(x, shape), codes, scale.view(torch.float32), bias, bits)
+        return y.view(*x.shape[:-1], shape[0])
     if not int8:
         return F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
-    tokens, token_scale = quantize_tokens(_tokens(x, shape))
+    tokens = _tokens(x, shape)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
     float_scale = scale.view(torch.float32)
     if x.device.type == "cuda":
-        y = _multiply_on_gpu(tokens, token_scale, weight, float_scale, bias, x.dtype)
+        y = _multiply_on_gpu(tokens, weight, float_scale, bias)
     else:
-        y = _multiply_on_cpu(tokens, token_scale, weight, bits, float_scale, bias, x.dtype)
+        y = _multiply_on_cpu(tokens, weight, bits, float_scale, bias)
     return y.view(*x.shape[:-1], shape[0])
 
 
@@ -105,9 +111,9 @@ def linear_geglu(
     if x.device.type == "cuda":
         hidden, gate = linear(x, codes, scale, bias, bits, shape, True, int8_weight).chunk(2, dim=-1)
         return hidden * F.gelu(gate)
-    tokens, token_scale = quantize_tokens(_tokens(x, shape))
+    tokens = _tokens(x, shape)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
-    y = _multiply_on_cpu(tokens, token_scale, weight, bits, scale.view(torch.float32), bias, x.dtype, geglu=True)
+    y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
     return y.view(*x.shape[:-1], shape[0] // 2)
 
 
@@ -117,17 +123,11 @@ def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, s
 
 
 def _multiply_on_cpu(
-    tokens: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    bits: int,
-    scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    geglu: bool = False,
+    x: Tensor, weight: Tensor, bits: int, scale: Tensor, bias: Tensor | None, geglu: bool = False
 ) -> Tensor:
+    tokens, token_scale = quantize_tokens(x)
     finish, columns = (rescale_geglu, len(weight) // 2) if geglu else (rescale, len(weight))
-    out = torch.empty(len(tokens), columns, dtype=dtype)
+    out = torch.empty(len(tokens), columns, dtype=x.dtype)
     block = max(_FEWEST_TOKENS, _SUMS // len(weight))
     sums = torch.empty(min(block, len(tokens)), len(weight), dtype=torch.int32)
     for start in range(0, len(tokens), block):
@@ -136,12 +136,11 @@ def _multiply_on_cpu(
     return out
 
 
-def _multiply_on_gpu(
-    tokens: Tensor, token_scale: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    from .triton_int8 import linear_triton  # imports Triton, which takes a second and may be missing
+def _multiply_on_gpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    from .triton_activations import quantize_tokens_triton  # imports Triton, which takes a second and may be missing
+    from .triton_int8 import linear_triton
 
-    return linear_triton(tokens.contiguous(), token_scale, weight, scale, bias, dtype)
+    return linear_triton(*quantize_tokens_triton(x.contiguous()), weight, scale, bias, x.dtype)
 
 
 @linear.register_fake

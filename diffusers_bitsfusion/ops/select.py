@@ -15,8 +15,11 @@ from .products import why_no_int_mm
 COMPUTES = ("auto", "exact", "int8")
 RESIDENTS = ("packed", "int8")
 
-# Of the GPUs whose int8 tensor cores Triton's compiler serves.
-_INT8_CAPABILITY = (8, 0)
+# Of the GPUs whose tensor cores for int8 and bf16 Triton's compiler serves.
+_CAPABILITY = (8, 0)
+
+# Rows of the smallest tile of a GPU's tensor cores.
+FEW_TOKENS = 16
 
 # Without VNNI, two products of a byte and a code are added in 16 bits, which codes of more bits overflow.
 _BITS_WITHOUT_VNNI = 7
@@ -82,6 +85,16 @@ def choose_way(
     return Way("int8", "int8 codes kept in memory", 'compute="int8", resident="int8"')
 
 
+def fuses_decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
+    """Whether a linear layer decodes within its product rather than before it.
+
+    So on a GPU, for few tokens in half precision: the product then waits for its weights alone, and reads them as
+    codes instead of writing and reading them decoded.
+    """
+    few = 0 < tokens <= FEW_TOKENS and dtype in (torch.float16, torch.bfloat16)
+    return few and device.type == "cuda" and has_triton() and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+
 def why_no_int8(device: torch.device) -> str | None:
     """Why a device cannot compute with int8 codes, or None where it can."""
     if device.type == "cuda":
@@ -98,7 +111,7 @@ def why_no_int8(device: torch.device) -> str | None:
 def _why_no_int8_on_cuda(device: torch.device) -> str | None:
     if not has_triton():
         return "Triton, in which the integer kernels are written, is not installed"
-    if torch.cuda.get_device_capability(device) < _INT8_CAPABILITY:
+    if torch.cuda.get_device_capability(device) < _CAPABILITY:
         return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
     return None
 

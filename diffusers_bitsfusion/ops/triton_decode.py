@@ -10,36 +10,50 @@ from torch import Tensor
 from ..codec.grid import half_range, levels
 from ..codec.radix import digits_per_word
 
-_BLOCK = 512  # words that a program decodes
+# What a program decodes: so many words, for each kernel position, of so many rows; 3 KB of fp16 weights and more.
+_ROWS, _WORDS = 8, 64
+
+# word * (2**_SHIFT // base + 1) >> _SHIFT is word / base, rounded down, for every word and base that there is, and
+# fits 32 bits.
+_SHIFT = 19
 
 
 @triton.jit
-def _load_words(row, index, mask, width, BITS: tl.constexpr):
-    """int32 words of a row of the dense form (docs/ARCHITECTURE.md), which has `width` of them."""
-    if BITS == 2:
+def load_words(row, index, mask, last, width, BITS: tl.constexpr):
+    """uint32 words of rows of the dense form (docs/ARCHITECTURE.md), which have `width` of them; `last` is the highest
+    index that any of these words may have."""
+    if BITS == 2:  # seven bits each; the last eighth of the words lies in the top bits of the others
         part = (width + 7) // 8
-        group = index // part
-        place = index % part
-        words = tl.load(row + index, mask=mask & (group < 7), other=0).to(tl.int32) & 127
-        for bit in tl.static_range(7):
-            byte = tl.load(row + bit * part + place, mask=mask & (group == 7), other=0).to(tl.int32)
-            words = words | ((byte >> 7) << bit)
-        return words
-    words = tl.load(row + index, mask=mask, other=0).to(tl.int32)
+        words = tl.load(row + index, mask=mask & (index < 7 * part), other=0).to(tl.uint32) & 127
+        if last >= 7 * part:
+            place = index - 7 * part
+            for bit in range(7):
+                byte = tl.load(row + bit * part + place, mask=mask & (place >= 0), other=0).to(tl.uint32)
+                words = words | ((byte >> 7) << bit)
+    else:
+        words = tl.load(row + index, mask=mask, other=0).to(tl.uint32)
     if BITS == 3:
-        words = words | (tl.load(row + width + index, mask=mask, other=0).to(tl.int32) << 8)
+        words = words | (tl.load(row + width + index, mask=mask, other=0).to(tl.uint32) << 8)
     if BITS == 4:
         part = (width + 7) // 8
-        plane = tl.load(row + width + index % part, mask=mask, other=0).to(tl.int32)
-        words = words | (((plane >> (index // part)) & 1) << 8)
+        plane = tl.load(row + width + index % part, mask=mask, other=0).to(tl.uint32)
+        words = words | (((plane >> (index // part).to(tl.uint32)) & 1) << 8)
     return words
 
 
 @triton.jit
+def last_digit(words, BASE: tl.constexpr, RECIPROCAL: tl.constexpr, SHIFT: tl.constexpr):
+    """(digit, what is left of the words), both uint32."""
+    left = (words * RECIPROCAL) >> SHIFT
+    return words - left * BASE, left
+
+
+@triton.jit(do_not_specialize=["columns", "width", "row_bytes"])
 def _decode_kernel(
     dense,
     scale,
     out,
+    rows,
     columns,
     width,
     row_bytes,
@@ -47,44 +61,72 @@ def _decode_kernel(
     BASE: tl.constexpr,
     HALF: tl.constexpr,
     PLANES: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    POSITIONS: tl.constexpr,
     CODES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
 ):
-    """One row's block of words to planar columns; codes alone if CODES, else times the row's scale."""
-    row = tl.program_id(0).to(tl.int64)
-    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    words = _load_words(dense + row * row_bytes, index, index < width, width, BITS)
-    factor = tl.load(scale + row)
-    for plane in tl.static_range(PLANES):
-        digit = words
-        if plane < PLANES - 1:
-            words = words // BASE  # of a constant: the compiler multiplies and shifts
-            digit = digit - words * BASE
-        column = plane * width + index
-        value = digit - HALF
-        if not CODES:
-            value = value.to(tl.float32) * factor
-        inside = (index < width) & (column < columns)
-        tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
+    """Words to planar columns, codes alone if CODES, else times their row's scale. Column c * POSITIONS + p of the
+    codes is column p * (columns / POSITIONS) + c of the output."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    first_word = tl.program_id(1) * WORDS * POSITIONS
+    row = tl.arange(0, ROWS)[:, None]
+    inside_row = first_row + row < rows
+    dense += first_row * row_bytes
+    out += first_row * columns
+    factor = tl.load(scale + first_row + row, mask=inside_row, other=0.0)
+    place = tl.arange(0, WORDS)[None, :]
+    channels = columns // POSITIONS
+    for position in range(POSITIONS):
+        index = first_word + place * POSITIONS + position
+        mask = inside_row & (index < width)
+        words = load_words(dense + row * row_bytes, index, mask, first_word + (WORDS * POSITIONS - 1), width, BITS)
+        for plane in tl.static_range(PLANES):
+            digit, words = last_digit(words, BASE, RECIPROCAL, SHIFT)
+            first = first_word + plane * width + position  # of these columns; the next is POSITIONS further
+            column = first % POSITIONS * channels + first // POSITIONS + place
+            value = digit.to(tl.int32) - HALF
+            if not CODES:
+                value = value.to(tl.float32) * factor
+            inside = mask & (plane * width + index < columns)
+            tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
-    """`decode.decode_reference` for contiguous tensors; `out` fp32, bf16, fp16 or int8."""
-    per_word = digits_per_word(bits)
-    width = -(-columns // per_word)
+def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor, positions: int = 1) -> Tensor:
+    """`decode.decode_reference` for contiguous tensors; `out` fp32, bf16, fp16 or int8.
+
+    With `positions`, the columns (channel, position) of the codes become columns (position, channel) of `out`.
+    """
+    width = -(-columns // digits_per_word(bits))
+    grid = triton.cdiv(len(codes), _ROWS), triton.cdiv(width, _WORDS * positions)
     with torch.cuda.device_of(codes):  # Triton launches on the current device
-        _decode_kernel[(codes.shape[0], triton.cdiv(width, _BLOCK))](
+        _decode_kernel[grid](
             codes,
             scale,
             out,
+            len(codes),
             columns,
             width,
             codes.shape[1],
-            BITS=bits,
-            BASE=levels(bits),
-            HALF=half_range(bits),
-            PLANES=per_word,
+            **dense_form(bits),
+            POSITIONS=positions,
             CODES=out.dtype == torch.int8,
-            BLOCK=_BLOCK,
+            ROWS=_ROWS,
+            WORDS=_WORDS,
         )
     return out
+
+
+def dense_form(bits: int) -> dict[str, int]:
+    """What kernels are told of the dense form."""
+    base = levels(bits)
+    return {
+        "BITS": bits,
+        "BASE": base,
+        "HALF": half_range(bits),
+        "PLANES": digits_per_word(bits),
+        "RECIPROCAL": (1 << _SHIFT) // base + 1,
+        "SHIFT": _SHIFT,
+    }

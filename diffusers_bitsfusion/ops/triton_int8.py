@@ -1,6 +1,7 @@
 """Integer products in Triton, for GPUs: a GEMM, and the convolution as an implicit one, which torch lacks there.
 
-Imported where Triton is installed only. Scales and bias are applied before the sums leave the registers.
+Imported where Triton is installed only. Scales and bias are applied before the sums leave the registers. Loads have no
+masks but for the last channels: rows and columns beyond the output repeat others, and are not stored.
 """
 
 from __future__ import annotations
@@ -12,8 +13,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 128, 64
-_SMALL_BLOCK_M = 16
+# Rows and columns of the output that a program may compute; tensor cores of Hopper want 64 rows. The largest tile is
+# for whole blocks on Hopper, whose tensor cores read operands from shared memory: elsewhere it spills registers.
+_TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
+_TILE_OF_HOPPER, _HOPPER = (128, 256), (9, 0)
+_FEW_ROWS, _TILE_OF_FEW_ROWS = 16, (16, 64)
+_BLOCK_K, _STAGES = 64, 4  # four stages of the largest tile are 96 KB of shared memory, which GPUs of all sizes have
+
+_MULTIPROCESSORS = 132  # of an H100; other GPUs of data centers have about as many
+_SUMMED = 4096  # weights that are added up at a time
+
+
+def _tile(rows: int, columns: int, whole: bool, device: torch.device) -> tuple[int, int]:
+    """The tile by which the busiest multiprocessor loads the fewest operands, which bounds products of bytes."""
+    if rows <= _FEW_ROWS:
+        return _TILE_OF_FEW_ROWS
+
+    def loaded(tile: tuple[int, int]) -> int:
+        programs = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
+        return triton.cdiv(programs, _MULTIPROCESSORS) * sum(tile)
+
+    tiles: tuple[tuple[int, int], ...] = _TILES
+    if whole and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER:
+        tiles = (_TILE_OF_HOPPER, *tiles)
+    return min(tiles, key=loaded)
+
+
+def _warps(tile: tuple[int, int]) -> int:
+    return 8 if tile[0] * tile[1] > 64 * 64 else 4
 
 
 @triton.jit
@@ -42,26 +69,26 @@ def _linear_kernel(
     outputs,
     inputs,
     HAS_BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[m, n] = token_scale[m] * weight_scale[n] * sum_k x[m, k] weight[n, k] + bias[n]"""
+    """out[m, n] = token_scale[m] * weight_scale[n] * sum_k x[m, k] weight[n, k] + bias[n]; there are whole blocks of
+    inputs if WHOLE."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    a_place = x + (row % tokens)[:, None].to(tl.int64) * inputs + k[None, :]
+    b_place = weight + (column % outputs)[None, :].to(tl.int64) * inputs + k[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, inputs, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        a = tl.load(
-            x + row[:, None].to(tl.int64) * inputs + k[None, :],
-            mask=(row[:, None] < tokens) & (k[None, :] < inputs),
-            other=0,
-        )
-        b = tl.load(
-            weight + column[None, :].to(tl.int64) * inputs + k[:, None],
-            mask=(column[None, :] < outputs) & (k[:, None] < inputs),
-            other=0,
-        )
+        if WHOLE:
+            a = tl.load(a_place + start)
+            b = tl.load(b_place + start)
+        else:
+            a = tl.load(a_place + start, mask=k[None, :] < inputs - start, other=0)
+            b = tl.load(b_place + start, mask=k[:, None] < inputs - start, other=0)
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)
     scales = tl.load(token_scale + row, mask=row < tokens, other=0.0)[:, None]
     _store_scaled(out, sums, scales, weight_scale, bias, row, column, tokens, outputs, outputs, HAS_BIAS)
@@ -92,9 +119,10 @@ def linear_triton(
     out = torch.empty(rows, outputs, dtype=dtype, device=tokens.device)
     if rows == 0:
         return out
-    block_m = _SMALL_BLOCK_M if rows <= _SMALL_BLOCK_M else _BLOCK_M
+    whole = inputs % _BLOCK_K == 0
+    block_m, block_n = tile = _tile(rows, outputs, whole, tokens.device)
     with torch.cuda.device_of(tokens):  # Triton launches on the current device
-        _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs, _BLOCK_N))](
+        _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))](
             tokens,
             weight,
             out,
@@ -105,11 +133,25 @@ def linear_triton(
             outputs,
             inputs,
             HAS_BIAS=bias is not None,
+            WHOLE=whole,
             BLOCK_M=block_m,
-            BLOCK_N=_BLOCK_N,
+            BLOCK_N=block_n,
             BLOCK_K=_BLOCK_K,
+            num_warps=_warps(tile),
+            num_stages=_STAGES,
         )
     return out
+
+
+@triton.jit
+def _row_sums_kernel(weight, sums, columns, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    weight += row.to(tl.int64) * columns
+    parts = tl.zeros((BLOCK,), dtype=tl.int32)
+    for start in range(0, columns, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        parts += tl.load(weight + place, mask=place < columns, other=0).to(tl.int32)
+    tl.store(sums + row, tl.sum(parts, axis=0))
 
 
 @triton.jit
@@ -120,6 +162,7 @@ def _conv_kernel(
     image_scale,
     zero_point,
     weight_scale,
+    weight_sums,
     bias,
     height,
     width,
@@ -132,50 +175,46 @@ def _conv_kernel(
     positions,
     stride_h,
     stride_w,
-    padding_h,
-    padding_w,
     dilation_h,
     dilation_w,
     groups,
     HAS_BIAS: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """A row is a pixel of the output, a column one of a group's `outputs`; sums run over kernel positions and the
-    group's `channels`. Codes are shifted to int8; pixels outside have the code of zero, the zero point."""
+    group's `channels`, of which there are whole blocks if WHOLE. `height` and `width` include the padding."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.program_id(2)
-    zero = tl.load(zero_point) - 128
-    image = row // (out_height * out_width)
-    top = (row // out_width) % out_height * stride_h - padding_h
-    left = row % out_width * stride_w - padding_w
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    weight_sums = tl.zeros((BLOCK_N,), dtype=tl.int32)
-    output = group * outputs + column
-    for position in range(positions):
-        y = top + position // kernel_width * dilation_h
-        x_ = left + position % kernel_width * dilation_w
-        inside = (row < rows) & (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
-        pixel = (image.to(tl.int64) * height + y) * width + x_
-        for start in range(0, channels, BLOCK_K):
-            c = start + tl.arange(0, BLOCK_K)
-            codes = tl.load(
-                x + pixel[:, None] * (groups * channels) + group * channels + c[None, :],
-                mask=inside[:, None] & (c[None, :] < channels),
-                other=0,
-            )
-            shifted = tl.where(inside[:, None], codes.to(tl.int32) - 128, zero).to(tl.int8)
-            b = tl.load(
-                weight + (output[None, :].to(tl.int64) * positions + position) * channels + c[:, None],
-                mask=(column[None, :] < outputs) & (c[:, None] < channels),
-                other=0,
-            )
-            sums = tl.dot(shifted, b, sums, out_dtype=tl.int32)
-            weight_sums += tl.sum(b.to(tl.int32), axis=0)
-    sums -= zero * weight_sums[None, :]
     first = group * outputs
+    pixel = row % rows
+    top = pixel // out_width % out_height * stride_h
+    left = pixel % out_width * stride_w
+    pixel = ((pixel // (out_height * out_width)).to(tl.int64) * height + top) * width + left
+    c = tl.arange(0, BLOCK_K)
+    a_place = x + pixel[:, None] * (groups * channels) + group * channels + c[None, :]
+    b_place = weight + (first + column % outputs)[None, :].to(tl.int64) * (positions * channels) + c[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    blocks = tl.cdiv(channels, BLOCK_K)
+    for step in range(positions * blocks):  # one loop, which the compiler pipelines as a whole
+        position = step // blocks
+        start = step % blocks * BLOCK_K
+        y = position // kernel_width * dilation_h
+        x_ = position % kernel_width * dilation_w
+        a_step = (y * width + x_) * (groups * channels) + start
+        b_step = position * channels + start
+        if WHOLE:
+            a = tl.load(a_place + a_step)
+            b = tl.load(b_place + b_step)
+        else:
+            a = tl.load(a_place + a_step, mask=c[None, :] < channels - start, other=0)
+            b = tl.load(b_place + b_step, mask=c[:, None] < channels - start, other=0)
+        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+    zero = tl.load(zero_point) - 128
+    sums -= zero * tl.load(weight_sums + first + column, mask=column < outputs, other=0)[None, :]
     _store_scaled(
         out + first,
         sums,
@@ -200,7 +239,6 @@ def conv2d_triton(
     bias: Tensor | None,
     kernel: Sequence[int],
     stride: Sequence[int],
-    padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
     dtype: torch.dtype,
@@ -208,13 +246,13 @@ def conv2d_triton(
     """Convolution of codes, scaled.
 
     Args:
-        image: uint8 [batch, in, height, width], channels last.
+        image: int8 [batch, in, height, width], channels last, codes less 128, with the padding.
         image_scale: fp32 [1].
-        zero_point: int32 [1], 0 to 255.
+        zero_point: int32 [1], 0 to 255, from which 128 is not yet taken.
         weight: int8 [out, kernel height * kernel width, in / groups], contiguous.
         weight_scale: fp32 [out].
         bias: floating [out].
-        kernel, stride, padding, dilation: pairs.
+        kernel, stride, dilation: pairs.
         dtype: of the output.
 
     Returns:
@@ -223,8 +261,7 @@ def conv2d_triton(
     batch, _, height, width = image.shape
     outputs, positions, channels = weight.shape
     out_height, out_width = (
-        (size + 2 * padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
-        for i, size in enumerate((height, width))
+        (size - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i, size in enumerate((height, width))
     )
     out = torch.empty(
         (batch, outputs, out_height, out_width),
@@ -233,14 +270,19 @@ def conv2d_triton(
         memory_format=torch.channels_last,
     )
     rows = batch * out_height * out_width
+    whole = channels % _BLOCK_K == 0
+    block_m, block_n = tile = _tile(rows, outputs // groups, whole, image.device)
+    weight_sums = torch.empty(outputs, dtype=torch.int32, device=image.device)
     with torch.cuda.device_of(image):  # Triton launches on the current device
-        _conv_kernel[(triton.cdiv(rows, _BLOCK_M), triton.cdiv(outputs // groups, _BLOCK_N), groups)](
+        _row_sums_kernel[(outputs,)](weight, weight_sums, positions * channels, BLOCK=_SUMMED)
+        _conv_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs // groups, block_n), groups)](
             image,
             weight,
             out,
             image_scale,
             zero_point,
             weight_scale,
+            weight_sums,
             weight_scale if bias is None else bias,
             height,
             width,
@@ -252,12 +294,14 @@ def conv2d_triton(
             kernel[1],
             positions,
             *stride,
-            *padding,
             *dilation,
             groups,
             HAS_BIAS=bias is not None,
-            BLOCK_M=_BLOCK_M,
-            BLOCK_N=_BLOCK_N,
+            WHOLE=whole,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
             BLOCK_K=_BLOCK_K,
+            num_warps=_warps(tile),
+            num_stages=_STAGES,
         )
     return out

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffusers_bitsfusion.ops import products, select
-from diffusers_bitsfusion.ops.select import check_settings, choose_way, why_no_int8
+from diffusers_bitsfusion.ops.select import check_settings, choose_way, fuses_decoding, why_no_int8
 
 CPU = torch.device("cpu")
 
@@ -79,6 +79,17 @@ def test_a_gpu_needs_triton_and_tensor_cores(monkeypatch):
     assert "an old one" in why_no_int8(gpu) and "Triton" in choose_way("exact", "packed", 2, gpu).weights
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert choose_way("int8", "packed", 8, gpu).arithmetic == "int8"
+
+
+def test_few_tokens_on_a_gpu_are_multiplied_with_codes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(select, "has_triton", lambda: True)
+    gpu = torch.device("cuda")
+    assert fuses_decoding(gpu, torch.float16, 1) and fuses_decoding(gpu, torch.bfloat16, 16)
+    assert not fuses_decoding(gpu, torch.float16, 17) and not fuses_decoding(gpu, torch.float16, 0)
+    assert not fuses_decoding(gpu, torch.float32, 1) and not fuses_decoding(CPU, torch.float16, 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    assert not fuses_decoding(gpu, torch.float16, 1)
 
 
 def test_offloaded_codes_cannot_stay_resident():
