@@ -20,6 +20,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
+from hub_server import content
 from tiny import tiny_pipeline, tiny_tokenizer, tiny_unet
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
@@ -137,6 +138,26 @@ def run_python() -> Callable[..., subprocess.CompletedProcess]:
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     return run
+
+
+@pytest.fixture
+def uploads(monkeypatch) -> list[tuple[str, dict[str, bytes]]]:
+    """(repository, files) of every folder uploaded by the libraries and the training script, to no Hub at all."""
+    seen = []
+
+    class Repository:
+        def __init__(self, repo_id, **_):
+            self.repo_id = repo_id if "/" in repo_id else f"me/{repo_id}"
+
+    def upload_folder(*, repo_id, folder_path, **_):
+        seen.append((repo_id, content(Path(folder_path))))
+
+    replacements = {"create_repo": Repository, "upload_folder": upload_folder}
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("diffusers.", "diffusers_bitsfusion", "train_bitsfusion")):
+            for function in replacements.keys() & vars(module).keys():
+                monkeypatch.setattr(module, function, replacements[function])
+    return seen
 
 
 @pytest.fixture

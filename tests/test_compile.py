@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_bitsfusion import set_compute
-from diffusers_bitsfusion.nn.convert import pack_weight, packed_twin
+from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,6 +69,19 @@ def test_compiled_layers_have_the_eager_output_and_gradients():
     torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_compiled_forward_mode_is_that_of_the_float_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(packed(nn.Conv2d(3, 6, 3)), nn.Flatten(2), packed(nn.Linear(16, 5), compute="int8"))
+    twin = nn.Sequential(float_twin(model[0]), nn.Flatten(2), float_twin(model[2]))
+    x, tangent = torch.randn(2, 2, 3, 6, 6)
+
+    def derivative(model):
+        return lambda x, tangent: torch.func.jvp(model, (x,), (tangent,))
+
+    compiled = torch.compile(derivative(model), fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, tangent), derivative(twin)(x, tangent))
+
+
 @pytest.mark.parametrize("compute", ["exact", "int8"])
 def test_dynamic_shapes_compile_once(compute):
     layer = packed(nn.Linear(20, 7), compute=compute)
@@ -107,3 +120,5 @@ def test_operators_keep_torchs_rules(compute):
     torch.library.opcheck(torch.ops.bitsfusion.linear.default, (x, *shared, linear.computes_int8, None))
     shared = (conv.codes, conv.scale, conv.bias, conv.bits, conv.weight_shape, (1, 1), (0, 0), (1, 1), 1)
     torch.library.opcheck(torch.ops.bitsfusion.conv2d.default, (image, *shared, conv.computes_int8, None))
+    shared = (conv.codes, conv.scale, conv.bits, conv.weight_shape, torch.bfloat16)
+    torch.library.opcheck(torch.ops.bitsfusion.weight.default, shared)

@@ -14,6 +14,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from peft import LoraConfig
 from tiny import tiny_unet
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.compute import packed_layers
@@ -297,6 +298,22 @@ def test_gates_learn_and_adapters_within_them_count(packed_unet):
         packed_unet.disable_adapters()
         torch.testing.assert_close(gate(x), y)
     assert relative_error(adapted, y) > 0.01
+
+
+def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
+    """Tangents pass through layers, gates and attention, whose operators for integers carry none."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, 4, 8, 8), (1, 5, 32)
+    primals, tangents = (tuple(torch.randn(shape, generator=generator) for shape in shapes) for _ in range(2))
+
+    def draw(sample, states):
+        with sdpa_kernel(SDPBackend.MATH):  # torch's others have no forward mode
+            return packed_unet(sample, 501, states).sample
+
+    set_compute(packed_unet.requires_grad_(False), "int8")
+    found = torch.func.jvp(draw, primals, tangents)
+    packed_unet.dequantize()
+    torch.testing.assert_close(found, torch.func.jvp(draw, primals, tangents), rtol=1e-3, atol=1e-3)
 
 
 # The size report.

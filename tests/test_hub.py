@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hub_server import Fault, Hub, Repository
+from hub_server import Fault, Hub, Repository, content
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -103,9 +103,9 @@ def hub(source_folder):
     """A Hub that holds an unquantized pipeline with a licence, and asks for a token."""
     hub = Hub()
     hub.token = TOKEN
-    files = {str(f.relative_to(source_folder)): f.read_bytes() for f in source_folder.rglob("*") if f.is_file()}
+    files = content(source_folder)
     hub.repositories["studio/base"] = Repository(files | {"README.md": BASE_CARD.encode()})
-    unet = {name.removeprefix("unet/"): content for name, content in files.items() if name.startswith("unet/")}
+    unet = {name.removeprefix("unet/"): data for name, data in files.items() if name.startswith("unet/")}
     hub.repositories["studio/unet"] = Repository(unet)
     with hub.running():
         yield hub
@@ -202,8 +202,8 @@ def test_the_card_shows_the_recipe_as_a_picture_beside_it(hub, pushed):
 
 def test_the_card_has_the_figures_of_the_files(hub, pushed, tmp_path):
     files = hub.repositories["me/unet"].files
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
     report, card = size_report(tmp_path), files["README.md"].decode()
     assert f"{report.total_bytes / 1e6:.2f} MB" in card
     for bits in (report.average_bits.paper, report.average_bits.layers, report.real_bits):

@@ -1,5 +1,7 @@
 """Models that are spread, offloaded or loaded by threads: what is refused meanwhile, and what is not."""
 
+import threading
+
 import accelerate
 import pytest
 import torch
@@ -9,6 +11,7 @@ from diffusers.models import modeling_utils
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import quantize_model
+from diffusers_bitsfusion.packing import ModelPacker
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -78,6 +81,9 @@ def test_a_model_that_lies_on_the_disk_is_not_saved_from_memory(make_config, tmp
 def test_threads_that_load_shards_do_not_quantize(make_config, tmp_path, monkeypatch):
     tiny_unet().save_pretrained(tmp_path, max_shard_size="60KB")
     monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
+    take, threads = ModelPacker.take, set()
+    monkeypatch.setattr(ModelPacker, "take", lambda *args: threads.add(threading.current_thread()) or take(*args))
     unet = UNet2DConditionModel.from_pretrained(tmp_path, quantization_config=make_config())
+    assert threads == {threading.current_thread()}
     expected = quantize_model(tiny_unet(), make_config(), progress=False)
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in unet.state_dict().items())

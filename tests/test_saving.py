@@ -6,15 +6,13 @@ import copy
 import json
 import os
 import pickle
-import sys
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline, UNet2DConditionModel
-from huggingface_hub import ModelCard
-from huggingface_hub.errors import LocalEntryNotFoundError
+from hub_server import content
 from tiny import tiny_unet
 from torch import nn
 
@@ -26,11 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 KINDS = ("keep", "table", "cache")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
@@ -176,30 +169,6 @@ def test_arguments_of_the_pipelines_save_reach_the_packed_model(packed_folders, 
     assert_same_tensors(StableDiffusionPipeline.from_pretrained(tmp_path / "shards").unet, pipe.unet)
     pipe.save_pretrained(tmp_path / "variant", variant="small")
     assert_same_tensors(StableDiffusionPipeline.from_pretrained(tmp_path / "variant", variant="small").unet, pipe.unet)
-
-
-@pytest.fixture
-def uploads(monkeypatch) -> list[tuple[str, dict[str, bytes]]]:
-    """(repository, files) of every upload, none of which leaves this machine."""
-    seen = []
-
-    class Repository:
-        def __init__(self, repo_id, **arguments):
-            self.repo_id = repo_id if "/" in repo_id else f"me/{repo_id}"
-
-    def no_card_yet(*arguments, **settings):
-        raise LocalEntryNotFoundError("no card")
-
-    def upload_folder(*, repo_id, folder_path, **arguments):
-        seen.append((repo_id, content(Path(folder_path))))
-
-    monkeypatch.setattr(ModelCard, "load", no_card_yet)
-    replacements = {"create_repo": Repository, "upload_folder": upload_folder}
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("diffusers.", "diffusers_bitsfusion")):
-            for function in replacements.keys() & vars(module).keys():
-                monkeypatch.setattr(module, function, replacements[function])
-    return seen
 
 
 @pytest.mark.parametrize("what", ["model", "pipeline"])

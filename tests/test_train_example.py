@@ -258,28 +258,12 @@ def test_accelerates_compiling_leaves_no_trace_in_what_is_saved(
 
 
 @pytest.mark.parametrize("arguments", [(), ("--stage", 2, "--init_from", "rounding", "--full_precision")])
-def test_what_is_pushed_is_the_pipeline_alone(command, data, tmp_path, monkeypatch, arguments):
-    pushed, cards = [], []
-
-    def upload(*, repo_id, folder_path, **_):
-        files = [str(file.relative_to(folder_path)) for file in Path(folder_path).rglob("*") if file.is_file()]
-        pushed.append((repo_id, files))
-
-    class Repository:
-        def __init__(self, repo_id, **_):
-            self.repo_id = repo_id
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("diffusers.") or name == "train_bitsfusion":
-            for function, stub in (("create_repo", Repository), ("upload_folder", upload)):
-                if function in vars(module):
-                    monkeypatch.setattr(module, function, stub)
-    for module in ("diffusers.utils.hub_utils", "diffusers.pipelines.pipeline_utils"):
-        monkeypatch.setattr(f"{module}.load_or_create_model_card", lambda *_, **__: ModelCard("# Empty"))
+def test_what_is_pushed_is_the_pipeline_alone(command, data, tmp_path, monkeypatch, uploads, arguments):
+    cards = []
     monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, repo_id, **_: cards.append((repo_id, str(self))))
     hub = ("--push_to_hub", "--hub_model_id", "me/trained", "--hub_token", "hf_secret")
     train_bitsfusion.main(command("--train_data_dir", data, *arguments, *hub, steps=1))
-    ((repository, files),) = pushed
+    ((repository, files),) = uploads
     assert repository == "me/trained" and "model_index.json" in files
     assert not [file for file in files if "checkpoint" in file or "stage" in file or "logs" in file]
     if not arguments:

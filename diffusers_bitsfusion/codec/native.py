@@ -49,10 +49,16 @@ class Loop:
             columns: values of a row.
             arguments: addresses and integers, in the order of the struct beside the loop in `kernels/`.
             per_thread: values that are worth a thread.
+
+        Raises:
+            MemoryError: there is none for the loop to work in.
         """
         threads = torch.get_num_threads() if self._parallel and rows * columns >= 2 * per_thread else 1
-        words = (ctypes.c_int64 * len(arguments))(*arguments)
+        failed = ctypes.c_int32()
+        words = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, ctypes.addressof(failed))
         self._run(self._parallel, self._address, words, rows, threads)
+        if failed.value:
+            raise MemoryError("There is not enough memory to work in.")
 
 
 @dataclass(frozen=True)

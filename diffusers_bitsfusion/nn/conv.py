@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv import conv2d, int8_conv_weight
+from ..ops.conv import conv2d, int8_conv_weight, wants_channels_last
+from ..ops.forward_mode import in_forward_mode, weight
 from .packed import PackedWeight, autocast
 
 
@@ -25,20 +27,13 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
         x = autocast(x)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x, padding = self._pad(x)
-        y = conv2d(
-            x,
-            self.codes,
-            self.scale,
-            bias,
-            self.bits,
-            self.weight_shape,
-            self.stride,
-            padding,
-            self.dilation,
-            self.groups,
-            self.computes_int8,
-            self.int8_weight,
-        )
+        if wants_channels_last(x, self.computes_int8):  # here, where a compiler fuses the change with what made x
+            x = x.contiguous(memory_format=torch.channels_last)
+        packed, geometry = (self.codes, self.scale), (self.stride, padding, self.dilation, self.groups)
+        if in_forward_mode():
+            y = F.conv2d(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias, *geometry)
+        else:
+            y = conv2d(x, *packed, bias, self.bits, self.weight_shape, *geometry, self.computes_int8, self.int8_weight)
         return y + self._branch(x, padding) if self.branch_rank else y
 
     def _make_int8_weight(self) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.forward_mode import in_forward_mode, weight
 from ..ops.linear import int8_linear_weight, linear, linear_geglu
 from .packed import PackedWeight, autocast
 
@@ -22,9 +23,13 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
             return super().forward(x)
         x = autocast(x)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        packed = self.codes, self.scale
         if geglu:
-            return linear_geglu(x, self.codes, self.scale, bias, self.bits, self.weight_shape, self.int8_weight)
-        y = linear(x, self.codes, self.scale, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
+            return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.int8_weight)
+        if in_forward_mode():
+            y = F.linear(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias)
+        else:
+            y = linear(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
         return y + self._branch(x) if self.branch_rank else y
 
     def _make_int8_weight(self) -> Tensor:

@@ -33,6 +33,8 @@ class PackedWeight(nn.Module):
     floats: offloading moves them, and no cast touches them. A layer may also hold a low-rank branch, whose product
     up @ down is added to the decoded weight: fused LoRAs, which rounding to the grid would lose.
 
+    In forward-mode differentiation the layer computes exactly, whatever `compute` says.
+
     Attributes (when packed):
         codes (`nn.Parameter`): uint8 [out, dense_width(in * kernel, bits)], the dense form of `codec.radix`.
         scale (`nn.Parameter`): int32 [out], the bits of the fp32 scales.

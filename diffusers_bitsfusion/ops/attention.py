@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..codec.native import NATIVE_DTYPES, native_library
+from .forward_mode import in_forward_mode
 from .select import why_no_bf16_attention
 
 # Entries of a head that the compiled loop has room for.
@@ -17,7 +18,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """softmax(query keyᵀ / √width) value; without a mask or dropout.
 
     Queries, keys, values and unnormalised probabilities are rounded to bf16, sums are fp32: the error that torch's own
-    attention has on bf16 tensors. Torch's own runs where a gradient is asked for, and where `why_no_bf16_attention`
+    attention has on bf16 tensors. Torch's own runs where a derivative is asked for, and where `why_no_bf16_attention`
     gives a reason.
 
     Args:
@@ -28,7 +29,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         [batch, heads, queries, width] in the dtype of `query`, with the strides of a transposed
         [batch, queries, heads, width].
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)):
+    gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    if gradient or in_forward_mode():
         return F.scaled_dot_product_attention(query, key, value)
     return _attention(query, key, value)
 

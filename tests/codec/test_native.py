@@ -2,6 +2,7 @@ import ctypes
 import itertools
 import platform
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -191,6 +192,20 @@ def test_without_threads_to_share_with_one_range_is_all():
     _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)), parallel=False)
     loop(10, 1 << 20)
     assert ranges == [(0, 10)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the flag is one of GNU linkers")
+def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_path):
+    source = tmp_path / "no_memory.c"
+    source.write_text("void *__wrap_malloc(unsigned long size) { (void)size; return 0; }")
+    monkeypatch.setattr(native, "_SOURCES", [*native._SOURCES, source])
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-Wl,--wrap=malloc"))
+    with pytest.raises(MemoryError, match="not enough memory to work in"):
+        quantize_to_dense(torch.randn(2, 7), 2)
+    if (multiply := native.native_library().multiply) is not None:
+        tokens, weight, sums = torch.ones(3, 3, 3, dtype=torch.int32)
+        with pytest.raises(MemoryError):
+            multiply(3, 3, *(operand.data_ptr() for operand in (tokens, weight, sums)), 3, 3, 2)
 
 
 def test_without_a_compiler_there_is_no_library(no_compiler):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tiny import tiny_controlnet, tiny_unet
 from torch import nn
+from torch.autograd import forward_ad
 
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
@@ -277,3 +278,58 @@ def test_quantizing_goes_on_the_weights_own_device():
     with torch.device("meta"):  # stands for a GPU that is the default device
         pack_weight(found, layer.weight, **arguments)
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
+
+
+# Forward-mode differentiation.
+
+
+@every_kind
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 0), (torch.float32, 3), (torch.bfloat16, 0)])
+def test_forward_mode_is_that_of_the_float_layer(kind, base, sizes, compute, dtype, rank):
+    packed = packed_layer(base, sizes, dtype=dtype).to(dtype)
+    packed.extend_branch(*random_branch(packed, rank))
+    packed.set_compute(compute, "packed")
+    twin = float_twin(packed)
+    primals = example_input(base).to(dtype), packed.bias.detach()
+    tangents = tuple(torch.randn_like(primal) for primal in primals)
+
+    def derivative(layer):
+        return torch.func.jvp(lambda x, b: torch.func.functional_call(layer, {"bias": b}, x), primals, tangents)
+
+    torch.testing.assert_close(derivative(packed), derivative(twin))
+
+
+@every_kind
+@pytest.mark.parametrize("frozen", [True, False])
+def test_forward_mode_by_dual_tensors(kind, base, sizes, frozen):
+    packed = packed_layer(base, sizes)
+    packed.bias.requires_grad_(not frozen)
+    x = example_input(base)
+    with forward_ad.dual_level():
+        found, expected = (
+            forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos()))) for layer in (packed, float_twin(packed))
+        )
+    torch.testing.assert_close(found.primal, expected.primal)
+    torch.testing.assert_close(found.tangent, expected.tangent)
+
+
+@every_kind
+def test_transforms_of_torch_that_differentiate_forwards(kind, base, sizes):
+    packed = packed_layer(base, sizes)
+    x = example_input(base)
+
+    def forward(function):
+        return lambda x: torch.func.jvp(function, (x,), (x.cos(),))[1]
+
+    def derivatives(layer):
+        def loss(x):
+            return layer(x).pow(3).sum()
+
+        yield forward(forward(loss))(x)
+        yield forward(torch.func.grad(loss))(x)
+        yield torch.func.grad(forward(loss))(x)
+        yield torch.func.jacfwd(torch.func.jacfwd(lambda part: loss(x + part)))(torch.zeros(()))
+        yield torch.func.linearize(loss, x)[1](x)
+
+    torch.testing.assert_close(list(derivatives(packed)), list(derivatives(float_twin(packed))))

@@ -1,7 +1,8 @@
 /* What the compiled loops share. Plain C11 for the compiler's vectoriser; no dependency, no state.
  *
  * A loop takes its arguments as an array of 64-bit words, pointers and integers, in the order of the struct beside it,
- * and the range of rows to go over; team.c calls it. */
+ * and the range of rows to go over; team.c calls it. One word more, the address of `failed`, follows for loops that
+ * allocate: they set it and leave their rows where there is no memory, and the caller raises. */
 #ifndef BITSFUSION_COMMON_H
 #define BITSFUSION_COMMON_H
 

@@ -72,6 +72,7 @@ typedef struct {
     const int8_t *weight; /* [out, columns], codes of `bits` (1 to 7) */
     int32_t *sums;        /* [rows, out] */
     int64_t columns, out, bits;
+    _Atomic int32_t *failed;
 } ProductArguments;
 
 void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop) {
@@ -79,8 +80,12 @@ void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop)
     /* 64 vectors of 1-bit codes, one of 7-bit codes. */
     const int64_t run = INT16_MAX / (2 * 255 * half_range((int)a->bits));
     const int64_t most = max64(TOKENS, PANEL / columns / TOKENS * TOKENS);
-    uint8_t *panel = malloc((size_t)(most * columns)); /* a tile that is not full has any tokens for the rest */
-    int32_t *shifts = malloc(sizeof(int32_t) * (size_t)out);
+    int32_t *const shifts = malloc(sizeof(int32_t) * (size_t)out + (size_t)(most * columns));
+    if (!shifts) {
+        *a->failed = 1;
+        return;
+    }
+    uint8_t *const panel = (uint8_t *)(shifts + out); /* a tile that is not full has any tokens for the rest */
     for (int64_t r = 0; r < out; r++) {
         shifts[r] = 0;
         for (int64_t k = 0; k < columns; k++) shifts[r] += a->weight[r * columns + k];
@@ -95,7 +100,6 @@ void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop)
             else multiply_rows(panel, two, shifts + r, to, count, columns, run, out, 1);
         }
     }
-    free(panel);
     free(shifts);
 }
 

@@ -102,6 +102,7 @@ typedef struct {
     float *scale;               /* [rows] */
     const float *gaussian_step; /* one */
     int64_t columns, row_bytes_out, dtype, bits, balance, starts, iterations;
+    _Atomic int32_t *failed;
 } QuantizeArguments;
 
 void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop) {
@@ -109,6 +110,10 @@ void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop
     const int64_t columns = a->columns;
     const float low = (float)-half, high = (float)(a->balance || bits == 8 ? half : half - 1);
     uint8_t *const scratch = malloc((size_t)(5 * columns + 512));
+    if (!scratch) {
+        *a->failed = 1;
+        return;
+    }
     float *row = (float *)scratch;
     uint32_t *words = (uint32_t *)scratch; /* the row is no longer needed once its digits are known */
     uint8_t *digits = scratch + 4 * columns + 256;

@@ -1,0 +1,39 @@
+"""What stands in for the layers' operators, which carry no tangents, in forward-mode differentiation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .decode import decode_weight
+
+
+def in_forward_mode() -> bool:
+    """Whether tangents may pass through what is called now (`torch.func.jvp`, `torch.autograd.forward_ad`)."""
+    return forward_ad._current_level >= 0
+
+
+@torch.library.custom_op(
+    "bitsfusion::weight",
+    mutates_args=(),
+    schema="(Tensor codes, Tensor scale, int bits, SymInt[] shape, ScalarType dtype) -> Tensor",
+)
+def weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """The decoded weight for torch's own linear layer or convolution, as an operator, which torch's transforms take.
+
+    Args:
+        codes: uint8 [out, dense_width(columns, bits)], the dense form of `codec.radix`.
+        scale: int32 [out], the bits of the fp32 scales.
+        bits: 1 to 8.
+        shape: of the weight.
+        dtype: of the weight, floating.
+    """
+    return decode_weight(codes, scale.view(torch.float32), bits, tuple(shape), dtype)
+
+
+@weight.register_fake
+def _(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(shape, dtype=dtype)
