@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .codec.entropy import compress, decompress
-from .codec.radix import byte_width, bytes_from_dense, dense_from_bytes, largest_byte
+from .codec.native import native_library
+from .codec.radix import byte_width, bytes_from_dense, largest_byte
+from .codec.repack import repack
 from .codec.time_table import decode_table, encode_table
 from .nn.packed import branch_shapes
 
@@ -38,16 +41,17 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
         ValueError: a tensor is damaged or of the wrong dtype or shape; the message names it.
     """
     decoded = dict(state_dict)
-    for name, layer in config["layers"].items():
-        rows, columns, bits = layer["shape"][0], _columns(layer), layer["bits"]
+
+    def decode_codes(name: str) -> tuple[str, Tensor]:
         key = f"{name}.codes"
-        if key in decoded:
-            decoded[key] = decoded[key].cpu()  # transformers reads onto the model's device
-            packed = _packed_bytes(key, decoded[key], (rows, byte_width(columns, bits)), config["compression"])
-            if packed.numel() and int(packed.max()) > largest_byte(bits):
-                raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
-            decoded[key] = dense_from_bytes(packed, bits, columns)
-        _check(decoded, f"{name}.scale", torch.int32, (rows,))
+        return key, _decode_codes(key, state_dict[key], config["layers"][name], config["compression"])
+
+    # The interpreter's lock is released in what takes time, if that is compiled.
+    threads = torch.get_num_threads() if native_library() else 1
+    with ThreadPoolExecutor(threads) as pool:
+        decoded.update(pool.map(decode_codes, [name for name in config["layers"] if f"{name}.codes" in state_dict]))
+    for name, layer in config["layers"].items():
+        _check(decoded, f"{name}.scale", torch.int32, (layer["shape"][0],))
         _check_branch(decoded, name, layer)
     time = config["time_embedding"]
     if time["type"] == "keep":
@@ -86,6 +90,15 @@ def split_adapters(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor],
 
 def _columns(layer: Mapping[str, Any]) -> int:
     return torch.Size(layer["shape"][1:]).numel()
+
+
+def _decode_codes(key: str, tensor: Tensor, layer: Mapping[str, Any], compression: str | None) -> Tensor:
+    rows, columns, bits = layer["shape"][0], _columns(layer), layer["bits"]
+    # To the CPU, since transformers reads onto the model's device.
+    packed = _packed_bytes(key, tensor.cpu(), (rows, byte_width(columns, bits)), compression)
+    if packed.numel() and packed.numpy().max() > largest_byte(bits):  # on this thread alone, unlike torch's
+        raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
+    return repack(packed, bits, columns)
 
 
 def _packed_bytes(key: str, tensor: Tensor, shape: tuple[int, int], compression: str | None) -> Tensor:

@@ -67,6 +67,7 @@ class NativeLibrary:
 
     decode: Loop
     quantize: Loop
+    repack: Loop
     quantize_tokens: Loop
     range: Loop
     quantize_affine: Loop
@@ -100,6 +101,7 @@ def native_library() -> NativeLibrary | None:
     return NativeLibrary(
         decode=loop("decode"),
         quantize=loop("quantize"),
+        repack=loop("repack"),
         quantize_tokens=loop("quantize_tokens"),
         range=loop("range"),
         quantize_affine=loop("quantize_affine"),

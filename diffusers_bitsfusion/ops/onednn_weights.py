@@ -1,16 +1,17 @@
-"""Weights as oneDNN's integer convolution reads them, written anew for each call by loops of our own.
+"""Weights as oneDNN's integer convolution reads them, written by loops of our own.
 
 oneDNN lays out a weight by a generic loop, at about 0.3 GB/s, which took a third of a call of Stable Diffusion's UNet
 with packed weights. The layout that it chooses for convolutions without groups is a simple one ([blocks of outputs,
-taps, inputs / 4, outputs of a block, 4], then the sums that a zero point needs), so one tensor for each shape is kept
-and its memory written over. oneDNN does not promise the layout: that a tensor has this one is checked, byte by byte,
-when it is made, and where it has not, oneDNN lays out every weight.
+taps, inputs / 4, outputs of a block, 4], then the sums that a zero point needs), so a tensor of the shape that there
+is already, or a copy of it, is written over. oneDNN does not promise the layout: that a tensor has this one is
+checked, byte by byte, when the first of its shape is made, and where it has not, oneDNN lays out every weight.
 """
 
 from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,14 @@ from ..codec.native import NativeLibrary, native_library
 # Outputs of a block; how many oneDNN takes depends on the shape and the processor.
 _BLOCKS = (64, 48, 32, 16)
 
-_kept = threading.local()
+# Codes that are drawn for a probe and then repeated: a prime, which no layout's strides share.
+_PERIOD = 65521
+
+# The block of each shape's layout, None where that is another one.
+_block_of: dict[Any, int | None] = {}
+# A tensor of each shape: written over by this thread's next call, and kept by a model.
+_scratch = threading.local()
+_kept: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
 
 
 def lay_out(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
@@ -33,8 +41,11 @@ def lay_out(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
         scale: fp32 [out].
         geometry: stride, padding, dilation and groups of the convolution.
     """
-    # A zero point that is not zero asks for the layout that serves one.
-    return torch.ops.onednn.qconv_prepack(plain, scale, 1.0, 1, *geometry, None)
+    key = _key(plain, geometry)
+    alike = _kept.get(key)
+    tensor = _lay_out_into(None if alike is None else alike.clone(), plain, scale, geometry)
+    _kept[key] = tensor
+    return tensor
 
 
 def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
@@ -42,25 +53,46 @@ def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
 
     Only for use within one operator; see `decode.decode_to_scratch`.
     """
-    native = native_library()
+    tensors: dict[Any, Tensor] = _scratch.__dict__.setdefault("tensors", {})
+    key = _key(plain, geometry)
+    with torch.inference_mode(False):  # the tensor outlives an inference mode that this call may be under
+        tensor = _lay_out_into(tensors.get(key), plain, scale, geometry)
+    if _block_of.get(key) is not None:
+        tensors[key] = tensor
+    return tensor
+
+
+def lay_out_by_onednn(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """`lay_out` by oneDNN alone."""
+    # A zero point that is not zero asks for the layout that serves one.
+    return torch.ops.onednn.qconv_prepack(plain, scale, 1.0, 1, *geometry, None)
+
+
+def _key(plain: Tensor, geometry: Sequence[Any]) -> Any:
+    return (tuple(plain.shape), *(tuple(part) if isinstance(part, Sequence) else part for part in geometry))
+
+
+def _lay_out_into(tensor: Tensor | None, plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """Codes in `tensor`, which is of their shape, where its layout is known; else in a new one."""
+    native, key = native_library(), _key(plain, geometry)
     if native is None:
-        return lay_out(plain, scale, geometry)
-    key = (tuple(plain.shape), *(tuple(part) if isinstance(part, Sequence) else part for part in geometry))
-    tensors: dict[Any, tuple[Tensor, int] | None] = _kept.__dict__.setdefault("tensors", {})
-    if key in tensors:
-        kept = tensors[key]
-        if kept is None:  # a layout that we do not know
-            return lay_out(plain, scale, geometry)
-        tensor, block = kept
-        _write(native, plain, torch.ops.mkldnn.data_ptr(tensor), block)
-        return tensor
-    with torch.inference_mode(False):  # what is kept outlives an inference mode that this call may be under
-        # Not the weight itself: one of zeros, for example, would fit any layout.
-        probe = torch.randint(-127, 128, plain.shape, dtype=torch.int8, generator=torch.Generator().manual_seed(0))
-        tensor = lay_out(probe, scale, geometry)
-    fitting = [block for block in _BLOCKS if _has_blocks_of(native, tensor, probe, block)]
-    tensors[key] = (tensor, fitting[0]) if fitting else None
-    return lay_out_in_place(plain, scale, geometry)
+        return lay_out_by_onednn(plain, scale, geometry)
+    if key not in _block_of:
+        probe = _probe(plain.shape)
+        tensor = lay_out_by_onednn(probe, scale, geometry)
+        fitting = (block for block in _BLOCKS if _has_blocks_of(native, tensor, probe, block))
+        _block_of[key] = next(fitting, None)
+    block = _block_of[key]
+    if tensor is None or block is None:
+        return lay_out_by_onednn(plain, scale, geometry)
+    _write(native, plain, torch.ops.mkldnn.data_ptr(tensor), block)
+    return tensor
+
+
+def _probe(shape: torch.Size) -> Tensor:
+    """Codes that fit one layout alone, as zeros do not."""
+    drawn = torch.randint(-127, 128, (_PERIOD,), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    return drawn.repeat(-(-shape.numel() // _PERIOD))[: shape.numel()].view(shape)
 
 
 def _has_blocks_of(native: NativeLibrary, tensor: Tensor, plain: Tensor, block: int) -> bool:

@@ -15,6 +15,7 @@ from diffusers_bitsfusion.codec import native
 from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.quantize import quantize_to_dense
 from diffusers_bitsfusion.codec.radix import dense_width, pack_dense, unpack_dense
+from diffusers_bitsfusion.codec.repack import repack
 from diffusers_bitsfusion.codec.scales import quantize_rows
 from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_weight
 
@@ -202,6 +203,8 @@ def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-Wl,--wrap=malloc"))
     with pytest.raises(MemoryError, match="not enough memory to work in"):
         quantize_to_dense(torch.randn(2, 7), 2)
+    with pytest.raises(MemoryError):
+        repack(torch.zeros(2, 3, dtype=torch.uint8), 2, 7)
     if (multiply := native.native_library().multiply) is not None:
         tokens, weight, sums = torch.ones(3, 3, 3, dtype=torch.int32)
         with pytest.raises(MemoryError):

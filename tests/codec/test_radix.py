@@ -19,6 +19,7 @@ from diffusers_bitsfusion.codec.radix import (
     unpack_bytes,
     unpack_dense,
 )
+from diffusers_bitsfusion.codec.repack import repack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -97,6 +98,7 @@ def test_codes_survive_every_way_through_the_two_forms(case):
     assert torch.equal(unpack_bytes(packed, bits, columns), original)
     assert torch.equal(unpack_dense(dense, bits, columns), original)
     assert torch.equal(dense_from_bytes(packed, bits, columns), dense)
+    assert torch.equal(repack(packed, bits, columns), dense)
     assert torch.equal(bytes_from_dense(dense, bits, columns), packed)
 
 

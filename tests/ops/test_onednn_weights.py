@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from diffusers_bitsfusion.codec.native import native_library
 from diffusers_bitsfusion.ops import onednn_weights
-from diffusers_bitsfusion.ops.onednn_weights import lay_out, lay_out_in_place
+from diffusers_bitsfusion.ops.onednn_weights import lay_out, lay_out_by_onednn, lay_out_in_place
 from diffusers_bitsfusion.ops.select import why_no_int8
 
 pytestmark = pytest.mark.skipif(why_no_int8(torch.device("cpu")) is not None, reason="integers need oneDNN on x86")
@@ -21,9 +21,15 @@ CPUINFO = Path("/proc/cpuinfo")
 VNNI = CPUINFO.exists() and "avx512_vnni" in CPUINFO.read_text()
 
 
+def forget():
+    onednn_weights._block_of.clear()
+    onednn_weights._scratch.__dict__.clear()
+    onednn_weights._kept.clear()
+
+
 @pytest.fixture(autouse=True)
-def nothing_kept(monkeypatch):
-    monkeypatch.setattr(onednn_weights._kept, "tensors", {}, raising=False)
+def nothing_known():
+    forget()
 
 
 def contents(tensor) -> bytes:
@@ -36,9 +42,13 @@ def weight(shape, seed):
 
 
 def assert_written_alike(shape, geometry):
-    for seed in range(3):  # the first is laid out by oneDNN, the others by us where we can
-        plain, scale = weight(shape, seed), torch.ones(shape[0])
-        assert contents(lay_out_in_place(plain, scale, geometry)) == contents(lay_out(plain, scale, geometry))
+    scale, weights = torch.ones(shape[0]), [weight(shape, seed) for seed in range(3)]
+    expected = [contents(lay_out_by_onednn(plain, scale, geometry)) for plain in weights]
+    for plain, wanted in zip(weights, expected, strict=True):
+        assert contents(lay_out_in_place(plain, scale, geometry)) == wanted
+    kept = [lay_out(plain, scale, geometry) for plain in weights]
+    lay_out_in_place(weight(shape, 3), scale, geometry)
+    assert [contents(tensor) for tensor in kept] == expected
 
 
 @given(
@@ -51,7 +61,7 @@ def assert_written_alike(shape, geometry):
 )
 @settings(deadline=None, max_examples=40)
 def test_every_weight_has_the_bytes_that_onednn_gives_it(outputs, inputs, kernel, stride, dilation, groups):
-    onednn_weights._kept.tensors.clear()
+    forget()
     assert_written_alike((outputs * groups, inputs, *kernel), ([stride] * 2, [1, 1], [dilation] * 2, groups))
 
 
@@ -59,22 +69,32 @@ def test_every_weight_has_the_bytes_that_onednn_gives_it(outputs, inputs, kernel
 @pytest.mark.parametrize(
     "shape", [(320, 320, 3, 3), (640, 960, 3, 3), (320, 320, 1, 1), (64, 4, 3, 3), (40, 24, 3, 3)]
 )
-def test_the_layout_is_known_and_the_memory_used_again(shape):
-    geometry = [1, 1], [1, 1], [1, 1], 1
+def test_the_layout_is_known_and_the_memory_used_again(monkeypatch, shape):
+    geometry, scale = ([1, 1], [1, 1], [1, 1], 1), torch.ones(shape[0])
     assert_written_alike(shape, geometry)
-    (kept,) = onednn_weights._kept.tensors.values()
-    assert lay_out_in_place(weight(shape, 9), torch.ones(shape[0]), geometry) is kept[0]
+    (scratch,) = onednn_weights._scratch.tensors.values()
+    kept = lay_out(weight(shape, 8), scale, geometry)
+    monkeypatch.setattr(onednn_weights, "lay_out_by_onednn", None)  # it is no longer asked
+    assert lay_out_in_place(weight(shape, 9), scale, geometry) is scratch
+    assert torch.ops.mkldnn.data_ptr(lay_out(weight(shape, 9), scale, geometry)) != torch.ops.mkldnn.data_ptr(kept)
+
+
+def test_tensors_are_kept_by_models_alone():
+    layout = lay_out(weight((64, 4, 3, 3), 0), torch.ones(64), ([1, 1], [1, 1], [1, 1], 1))
+    assert len(onednn_weights._kept) == 1
+    del layout
+    assert not onednn_weights._kept
 
 
 @pytest.mark.parametrize("shape", [(128, 64, 3, 3), (16, 16, 3, 3), (32, 4, 1, 1), (64, 4, 1, 1)])
 def test_weights_of_zeros_do_not_mislead_about_those_after_them(shape):
     geometry = [1, 1], [1, 1], [1, 1], 1
     zeros, scale = torch.zeros(shape, dtype=torch.int8), torch.ones(shape[0])
-    assert contents(lay_out_in_place(zeros, scale, geometry)) == contents(lay_out(zeros, scale, geometry))
+    assert contents(lay_out_in_place(zeros, scale, geometry)) == contents(lay_out_by_onednn(zeros, scale, geometry))
     assert_written_alike(shape, geometry)
 
 
 def test_weights_of_one_shape_and_different_convolutions_are_kept_apart():
     for geometry in (([1, 1], [1, 1], [1, 1], 1), ([2, 2], [0, 0], [1, 1], 1)):
         assert_written_alike((64, 64, 3, 3), geometry)
-    assert len(onednn_weights._kept.tensors) == (0 if native_library() is None else 2)
+    assert len(onednn_weights._block_of) == (0 if native_library() is None else 2)

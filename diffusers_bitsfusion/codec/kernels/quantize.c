@@ -1,5 +1,5 @@
 /* Weights to the dense form (codec/radix.py), one output channel after another. */
-#include "common.h"
+#include "pack.h"
 
 #include <stdlib.h>
 
@@ -58,44 +58,6 @@ static float alternate(const float *restrict row, int64_t columns, float low, fl
     return scale;
 }
 
-/* Words of `planes` planar digits; digits past the row's end are those of zero weights (`digits` is padded). */
-static void join(const uint8_t *restrict digits, uint32_t *restrict words, int64_t width, uint32_t base, int planes) {
-    for (int64_t i = 0; i < width; i++) words[i] = digits[(planes - 1) * width + i];
-    for (int j = planes - 2; j >= 0; j--)
-        for (int64_t i = 0; i < width; i++) words[i] = words[i] * base + digits[j * width + i];
-}
-
-static void pack_row(const uint8_t *restrict digits, uint32_t *restrict words, uint8_t *restrict out, int64_t columns,
-                     int bits) {
-    if (bits == 1) {
-        const int64_t width = ceil_div(columns, 5);
-        join(digits, words, width, 3, 5);
-        for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
-    } else if (bits == 2) {
-        const int64_t width = ceil_div(columns, 3), part = ceil_div(width, 8);
-        join(digits, words, width, 5, 3);
-        memset(words + width, 0, (size_t)(8 * part - width) * sizeof(uint32_t));
-        for (int p = 0; p < 7; p++)
-            for (int64_t i = 0; i < part; i++)
-                out[p * part + i] = (uint8_t)(words[p * part + i] | ((words[7 * part + i] >> p) & 1u) << 7);
-    } else if (bits == 3) {
-        const int64_t width = ceil_div(columns, 5);
-        join(digits, words, width, 9, 5);
-        for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
-        for (int64_t i = 0; i < width; i++) out[width + i] = (uint8_t)(words[i] >> 8);
-    } else if (bits == 4) {
-        const int64_t width = ceil_div(columns, 2), part = ceil_div(width, 8);
-        join(digits, words, width, 17, 2);
-        memset(words + width, 0, (size_t)(8 * part - width) * sizeof(uint32_t));
-        for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
-        memset(out + width, 0, (size_t)part);
-        for (int p = 0; p < 8; p++)
-            for (int64_t i = 0; i < part; i++) out[width + i] |= (uint8_t)((words[p * part + i] >> 8) << p);
-    } else {
-        memcpy(out, digits, (size_t)columns);
-    }
-}
-
 typedef struct {
     const void *weight;         /* [rows, columns] of `dtype` */
     uint8_t *dense;             /* [rows, row_bytes_out] */
@@ -109,14 +71,14 @@ void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop
     const int bits = (int)a->bits, half = half_range(bits);
     const int64_t columns = a->columns;
     const float low = (float)-half, high = (float)(a->balance || bits == 8 ? half : half - 1);
-    uint8_t *const scratch = malloc((size_t)(5 * columns + 512));
+    uint8_t *const scratch = malloc((size_t)(words_bytes(columns) + digits_bytes(columns)));
     if (!scratch) {
         *a->failed = 1;
         return;
     }
     float *row = (float *)scratch;
     uint32_t *words = (uint32_t *)scratch; /* the row is no longer needed once its digits are known */
-    uint8_t *digits = scratch + 4 * columns + 256;
+    uint8_t *digits = scratch + words_bytes(columns);
     for (int64_t r = start; r < stop; r++) {
         load_row(a->weight, r * columns, columns, (int)a->dtype, row);
         const float scale =
@@ -129,7 +91,6 @@ void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop
             k = k < low ? low : k > high ? high : k;
             digits[i] = (uint8_t)((int)k + half);
         }
-        memset(digits + columns, half, 128);
         pack_row(digits, words, a->dense + r * a->row_bytes_out, columns, bits);
     }
     free(scratch);

@@ -1,0 +1,24 @@
+"""The file's form of codes to memory's by the fastest way there is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .native import native_library
+from .radix import dense_from_bytes, dense_width
+
+_BITS = (2, 3, 4)  # of codes whose two forms differ
+
+
+def repack(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """`radix.dense_from_bytes` on a CPU, where it is compiled on the calling thread alone."""
+    native = native_library()
+    if native is None or bits not in _BITS:
+        return dense_from_bytes(packed, bits, columns)
+    packed = packed.contiguous()
+    rows, row_bytes = packed.shape
+    dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8, device="cpu")
+    addresses, sizes = (packed.data_ptr(), dense.data_ptr()), (columns, row_bytes, dense.shape[1], bits)
+    native.repack(rows, columns, *addresses, *sizes, per_thread=rows * columns)
+    return dense
