@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import peak_rss
-from benchmarks.peers import PEERS, file_bytes, read_weights, resident_bytes
+from benchmarks.peers import PEERS, file_bytes, load_unet, read_weights, resident_bytes
 
 MARK = "@@benchmark "
 
@@ -40,9 +40,8 @@ def import_packages(arguments: argparse.Namespace) -> None:
 def load(arguments: argparse.Namespace) -> Any:
     """The UNet, computing as asked."""
     import torch
-    from diffusers import UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    unet = load_unet(arguments.model, getattr(torch, arguments.dtype))
     unet = unet.eval().requires_grad_(False).to(arguments.device)
     if arguments.compute is not None:
         from diffusers_bitsfusion import set_compute

@@ -4,11 +4,12 @@
     python -m benchmarks.peers sdnq-uint2-row-load --source DIR
     python -m benchmarks.peers --source FP16_UNET --out DIR --peers-python PYTHON    all of them: a table
 
-Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes`), and are
+Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes gguf`), and are
 used through their public interface only. Each worker runs in a fresh process. All but SDNQ leave Conv2d in fp16.
 """
 
 import argparse
+import functools
 import importlib
 import json
 import sys
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gguf_unet
 from benchmarks.measure import drop_page_cache, is_installed, measured_call, run_child, warm_page_cache
 
 MB = 1e6
@@ -26,12 +28,14 @@ MB = 1e6
 
 @dataclass(frozen=True)
 class Peer:
-    """A quantization package and the settings it is measured with."""
+    """A quantization package and the settings it is measured with: a config that diffusers takes while it loads, or
+    for a format that diffusers reads alone, what writes it."""
 
     module: str
     distribution: str
-    config: Callable[[], Any]
+    config: Callable[[], Any] | None = None
     needs_gpu: bool = False
+    write: Callable[[Path, Path], None] | None = None
 
     def obstacle(self, python: str) -> str | None:
         """Why the interpreter `python` cannot run it here; None where it can."""
@@ -83,6 +87,8 @@ PEERS = {
     "torchao-int8": Peer("torchao", "torchao", _torchao("Int8WeightOnlyConfig")),
     "torchao-int8-dynamic": Peer("torchao", "torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
     "bitsandbytes-nf4": Peer("bitsandbytes", "bitsandbytes", _nf4, needs_gpu=True),
+    "gguf-q2_k": Peer("gguf", "gguf", write=functools.partial(gguf_unet.write, kind="Q2_K")),
+    "gguf-q4_0": Peer("gguf", "gguf", write=functools.partial(gguf_unet.write, kind="Q4_0")),
 }
 LOAD = "-load"
 WORKERS = ["fp16", *PEERS, *(name + LOAD for name in PEERS)]
@@ -118,7 +124,16 @@ def read_weights(model: Any) -> None:
 
 def file_bytes(path: Path) -> int:
     """Bytes of the weight files of a saved model."""
-    return sum(file.stat().st_size for file in path.iterdir() if file.suffix in {".safetensors", ".bin"})
+    return sum(file.stat().st_size for file in path.iterdir() if file.suffix in {".safetensors", ".bin", ".gguf"})
+
+
+def load_unet(path: Path, dtype: Any) -> Any:
+    """The UNet saved at `path`, by whichever package."""
+    from diffusers import UNet2DConditionModel
+
+    if (path / gguf_unet.FILE).exists():
+        return gguf_unet.read(path, dtype)
+    return UNet2DConditionModel.from_pretrained(path, dtype=dtype)
 
 
 def quantize(source: Path, out: Path, peer: Peer) -> dict[str, Any]:
@@ -127,9 +142,14 @@ def quantize(source: Path, out: Path, peer: Peer) -> dict[str, Any]:
     from diffusers import UNet2DConditionModel
 
     start = time.perf_counter()
-    unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float16, quantization_config=peer.config())
-    quantized = time.perf_counter()
-    unet.save_pretrained(out)
+    if peer.config is None:
+        peer.write(source, out)
+        quantized = time.perf_counter()
+        unet = load_unet(out, torch.float16)
+    else:
+        unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float16, quantization_config=peer.config())
+        quantized = time.perf_counter()
+        unet.save_pretrained(out)
     return {
         "version": version(peer.distribution),
         "quantize_seconds": quantized - start,
@@ -142,10 +162,9 @@ def quantize(source: Path, out: Path, peer: Peer) -> dict[str, Any]:
 def load(source: Path) -> dict[str, Any]:
     """Load the UNet saved at `source`, then read each of its weights once: a memory map alone loads nothing."""
     import torch
-    from diffusers import UNet2DConditionModel
 
     start = time.perf_counter()
-    unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float16)
+    unet = load_unet(source, torch.float16)
     loaded = time.perf_counter()
     read_weights(unet)
     return {

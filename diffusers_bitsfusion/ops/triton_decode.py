@@ -48,6 +48,7 @@ def last_digit(words, BASE: tl.constexpr, RECIPROCAL: tl.constexpr, SHIFT: tl.co
     return words - left * BASE, left
 
 
+# Where it knows how sizes are aligned, the compiler gives a thread several neighbours, which it then stores one by one.
 @triton.jit(do_not_specialize=["columns", "width", "row_bytes"])
 def _decode_kernel(
     dense,

@@ -198,14 +198,12 @@ def _conv_kernel(
     a_place = x + pixel[:, None] * (groups * channels) + group * channels + c[None, :]
     b_place = weight + (first + column % outputs)[None, :].to(tl.int64) * (positions * channels) + c[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    blocks = tl.cdiv(channels, BLOCK_K)
-    for step in range(positions * blocks):  # one loop, which the compiler pipelines as a whole
-        position = step // blocks
-        start = step % blocks * BLOCK_K
-        y = position // kernel_width * dilation_h
-        x_ = position % kernel_width * dilation_w
-        a_step = (y * width + x_) * (groups * channels) + start
-        b_step = position * channels + start
+    # One loop over positions and channels, which the compiler pipelines as a whole; places are counted on, since to
+    # divide for them takes as long as a product.
+    across = dilation_w * groups * channels  # to the next position
+    down = (dilation_h * width - (kernel_width - 1) * dilation_w) * groups * channels  # to the first of the next row
+    start, position_in_row, a_step, b_step = 0, 0, 0, 0
+    for _ in range(positions * tl.cdiv(channels, BLOCK_K)):
         if WHOLE:
             a = tl.load(a_place + a_step)
             b = tl.load(b_place + b_step)
@@ -213,6 +211,13 @@ def _conv_kernel(
             a = tl.load(a_place + a_step, mask=c[None, :] < channels - start, other=0)
             b = tl.load(b_place + b_step, mask=c[:, None] < channels - start, other=0)
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)
+        last = start + BLOCK_K >= channels
+        position_in_row += last.to(tl.int32)
+        turn = position_in_row == kernel_width
+        a_step += tl.where(last, tl.where(turn, down, across) - start, BLOCK_K)
+        b_step += tl.where(last, channels - start, BLOCK_K)
+        start = tl.where(last, 0, start + BLOCK_K)
+        position_in_row = tl.where(turn, 0, position_in_row)
     zero = tl.load(zero_point) - 128
     sums -= zero * tl.load(weight_sums + first + column, mask=column < outputs, other=0)[None, :]
     _store_scaled(
