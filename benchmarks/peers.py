@@ -4,8 +4,8 @@
     python -m benchmarks.peers sdnq-uint2-row-load --source DIR
     python -m benchmarks.peers --source FP16_UNET --out DIR --peers-python PYTHON    all of them: a table
 
-Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes gguf`), and are
-used through their public interface only. Each worker runs in a fresh process. All but SDNQ leave Conv2d in fp16.
+Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes gguf`), and
+are used through their public interface only. Each worker runs in a fresh process. All but SDNQ leave Conv2d in fp16.
 """
 
 import argparse
@@ -137,23 +137,24 @@ def load_unet(path: Path, dtype: Any) -> Any:
 
 
 def quantize(source: Path, out: Path, peer: Peer) -> dict[str, Any]:
-    """Quantize the fp16 UNet at `source` while loading it, and save it to `out`."""
+    """Quantize the fp16 UNet at `source` while loading it, and save it to `out`; or write it there and load it."""
     import torch
     from diffusers import UNet2DConditionModel
 
     start = time.perf_counter()
     if peer.config is None:
         peer.write(source, out)
-        quantized = time.perf_counter()
+        quantized = saved = time.perf_counter()
         unet = load_unet(out, torch.float16)
     else:
         unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float16, quantization_config=peer.config())
         quantized = time.perf_counter()
         unet.save_pretrained(out)
+        saved = time.perf_counter()
     return {
         "version": version(peer.distribution),
         "quantize_seconds": quantized - start,
-        "save_seconds": time.perf_counter() - quantized,
+        "save_seconds": saved - quantized,
         "resident_bytes": resident_bytes(unet),
         "file_bytes": file_bytes(out),
     }

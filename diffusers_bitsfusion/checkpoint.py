@@ -46,7 +46,7 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
         key = f"{name}.codes"
         return key, _decode_codes(key, state_dict[key], config["layers"][name], config["compression"])
 
-    # The interpreter's lock is released in what takes time, if that is compiled.
+    # Decompressing and the compiled loops release the interpreter's lock.
     threads = torch.get_num_threads() if native_library() else 1
     with ThreadPoolExecutor(threads) as pool:
         decoded.update(pool.map(decode_codes, [name for name in config["layers"] if f"{name}.codes" in state_dict]))

@@ -12,7 +12,10 @@ _BITS = (2, 3, 4)  # of codes whose two forms differ
 
 
 def repack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """`radix.dense_from_bytes` on a CPU, where it is compiled on the calling thread alone."""
+    """`radix.dense_from_bytes` on a CPU; compiled where possible, and then on the calling thread alone.
+
+    Bytes must be at most `largest_byte(bits)`, which the compiled loop does not check.
+    """
     native = native_library()
     if native is None or bits not in _BITS:
         return dense_from_bytes(packed, bits, columns)

@@ -160,7 +160,7 @@ class PackedWeight(nn.Module):
             self._renew_int8_weight()
 
     def __getstate__(self) -> dict[str, Any]:
-        # oneDNN's layouts can neither be copied nor pickled: they are made anew.
+        # oneDNN's layouts can neither be deep-copied nor pickled: they are made anew.
         return {name: value for name, value in self.__dict__.items() if name != "int8_weight"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

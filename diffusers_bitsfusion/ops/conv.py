@@ -196,7 +196,7 @@ def int8_conv_weight(
 
 def wants_channels_last(x: Tensor, int8: bool) -> bool:
     """Whether the layer computes in channels last: on a GPU, whose tensor cores take bytes and half precision so."""
-    return x.device.type == "cuda" and (int8 or x.dtype in (torch.float16, torch.bfloat16))
+    return x.device.type == "cuda" and x.dim() == 4 and (int8 or x.dtype in (torch.float16, torch.bfloat16))
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -12,7 +12,10 @@ from .decode import decode_weight
 
 
 def in_forward_mode() -> bool:
-    """Whether tangents may pass through what is called now (`torch.func.jvp`, `torch.autograd.forward_ad`)."""
+    """Whether tangents may pass through what is called now (`torch.func.jvp`, `torch.autograd.forward_ad`).
+
+    Torch has one level for the process, so that other threads compute exactly meanwhile, too.
+    """
     return forward_ad._current_level >= 0
 
 

@@ -57,7 +57,7 @@ def linear(
     Returns:
         [..., out] in the dtype of `x`.
     """
-    if not int8 and fuses_decoding(x.device, x.dtype, x.numel() // shape[1]):
+    if not int8 and fuses_decoding(x.device, x.dtype, x.shape[:-1].numel()):
         from .triton_fused import linear_fused  # imports Triton, which takes a second and may be missing
 
         y = linear_fused(_tokens(x, shape), codes, scale.view(torch.float32), bias, bits)

@@ -42,7 +42,7 @@ def lay_out(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
         geometry: stride, padding, dilation and groups of the convolution.
     """
     key = _key(plain, geometry)
-    alike = _kept.get(key)
+    alike = _kept.get(key) if _block_of.get(key) is not None else None
     tensor = _lay_out_into(None if alike is None else alike.clone(), plain, scale, geometry)
     _kept[key] = tensor
     return tensor
@@ -91,7 +91,8 @@ def _lay_out_into(tensor: Tensor | None, plain: Tensor, scale: Tensor, geometry:
 
 def _probe(shape: torch.Size) -> Tensor:
     """Codes that fit one layout alone, as zeros do not."""
-    drawn = torch.randint(-127, 128, (_PERIOD,), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)  # whatever torch's default device is now
+    drawn = torch.randint(-127, 128, (_PERIOD,), dtype=torch.int8, generator=generator, device="cpu")
     return drawn.repeat(-(-shape.numel() // _PERIOD))[: shape.numel()].view(shape)
 
 
@@ -100,7 +101,7 @@ def _has_blocks_of(native: NativeLibrary, tensor: Tensor, plain: Tensor, block: 
     rows, columns = -(-outputs // block) * block, -(-inputs // 4) * 4 * torch.Size(kernel).numel()
     if torch.ops.mkldnn._nbytes(tensor) != rows * (columns + 4):
         return False
-    expected = torch.zeros(rows * (columns + 4), dtype=torch.int8)
+    expected = torch.zeros(rows * (columns + 4), dtype=torch.int8, device="cpu")
     _write(native, plain, expected.data_ptr(), block)
     found = (ctypes.c_int8 * expected.numel()).from_address(torch.ops.mkldnn.data_ptr(tensor))
     return torch.equal(torch.frombuffer(found, dtype=torch.int8), expected)

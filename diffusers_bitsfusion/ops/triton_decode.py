@@ -48,9 +48,7 @@ def last_digit(words, BASE: tl.constexpr, RECIPROCAL: tl.constexpr, SHIFT: tl.co
     return words - left * BASE, left
 
 
-# Where it knows how sizes are aligned, the compiler gives a thread several neighbours, which it then stores one by one.
-@triton.jit(do_not_specialize=["columns", "width", "row_bytes"])
-def _decode_kernel(
+def _decode(
     dense,
     scale,
     out,
@@ -95,6 +93,13 @@ def _decode_kernel(
             tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
+# A thread stores several neighbours in one go where the compiler knows that all sizes are aligned. Where it knows it
+# of some, it gives a thread several as well, but stores them one by one: so it is told of all or of none.
+_ALIGNED = 16
+_decode_aligned = triton.jit(_decode)
+_decode_any = triton.jit(do_not_specialize=["columns", "width", "row_bytes"])(_decode)
+
+
 def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor, positions: int = 1) -> Tensor:
     """`decode.decode_reference` for contiguous tensors; `out` fp32, bf16, fp16 or int8.
 
@@ -102,8 +107,10 @@ def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Te
     """
     width = -(-columns // digits_per_word(bits))
     grid = triton.cdiv(len(codes), _ROWS), triton.cdiv(width, _WORDS * positions)
+    aligned = all(size % _ALIGNED == 0 for size in (columns, width, codes.shape[1]))
+    kernel = _decode_aligned if aligned else _decode_any
     with torch.cuda.device_of(codes):  # Triton launches on the current device
-        _decode_kernel[grid](
+        kernel[grid](
             codes,
             scale,
             out,

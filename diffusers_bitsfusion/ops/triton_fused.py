@@ -84,7 +84,7 @@ def linear_fused(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, b
             x.contiguous(),
             codes.contiguous(),
             scale.contiguous(),
-            scale if bias is None else bias,
+            scale if bias is None else bias.contiguous(),
             out,
             tokens,
             outputs,

@@ -14,28 +14,31 @@ import triton.language as tl
 from torch import Tensor
 
 # Rows and columns of the output that a program may compute; tensor cores of Hopper want 64 rows. The largest tile is
-# for whole blocks on Hopper, whose tensor cores read operands from shared memory: elsewhere it spills registers.
+# for whole blocks on Hopper: elsewhere it spills registers.
 _TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
-_TILE_OF_HOPPER, _HOPPER = (128, 256), (9, 0)
+_TILE_OF_HOPPER, _HOPPER = (128, 256), 9
 _FEW_ROWS, _TILE_OF_FEW_ROWS = 16, (16, 64)
 _BLOCK_K, _STAGES = 64, 4  # four stages of the largest tile are 96 KB of shared memory, which GPUs of all sizes have
 
-_MULTIPROCESSORS = 132  # of an H100; other GPUs of data centers have about as many
 _SUMMED = 4096  # weights that are added up at a time
 
 
-def _tile(rows: int, columns: int, whole: bool, device: torch.device) -> tuple[int, int]:
+def _tile(rows: int, columns: int, groups: int, whole: bool, device: torch.device) -> tuple[int, int]:
     """The tile by which the busiest multiprocessor loads the fewest operands, which bounds products of bytes."""
     if rows <= _FEW_ROWS:
         return _TILE_OF_FEW_ROWS
+    tiles: tuple[tuple[int, int], ...] = _TILES
+    processors = 1  # of the interpreter
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        processors = gpu.multi_processor_count
+        if whole and gpu.major == _HOPPER:
+            tiles = (_TILE_OF_HOPPER, *tiles)
 
     def loaded(tile: tuple[int, int]) -> int:
-        programs = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1])
-        return triton.cdiv(programs, _MULTIPROCESSORS) * sum(tile)
+        programs = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) * groups
+        return triton.cdiv(programs, processors) * sum(tile)
 
-    tiles: tuple[tuple[int, int], ...] = _TILES
-    if whole and device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER:
-        tiles = (_TILE_OF_HOPPER, *tiles)
     return min(tiles, key=loaded)
 
 
@@ -120,7 +123,7 @@ def linear_triton(
     if rows == 0:
         return out
     whole = inputs % _BLOCK_K == 0
-    block_m, block_n = tile = _tile(rows, outputs, whole, tokens.device)
+    block_m, block_n = tile = _tile(rows, outputs, 1, whole, tokens.device)
     with torch.cuda.device_of(tokens):  # Triton launches on the current device
         _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))](
             tokens,
@@ -128,7 +131,7 @@ def linear_triton(
             out,
             token_scale,
             weight_scale,
-            weight_scale if bias is None else bias,
+            weight_scale if bias is None else bias.contiguous(),
             rows,
             outputs,
             inputs,
@@ -262,12 +265,20 @@ def conv2d_triton(
 
     Returns:
         [batch, out, height, width], channels last.
+
+    Raises:
+        RuntimeError: the kernel is larger than the image.
     """
     batch, _, height, width = image.shape
     outputs, positions, channels = weight.shape
     out_height, out_width = (
         (size - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i, size in enumerate((height, width))
     )
+    if min(out_height, out_width) < 1:
+        raise RuntimeError(
+            f"Calculated padded input size per channel: ({height} x {width}). Kernel size: "
+            f"({kernel[0]} x {kernel[1]}). Kernel size can't be greater than actual input size"
+        )
     out = torch.empty(
         (batch, outputs, out_height, out_width),
         dtype=dtype,
@@ -276,7 +287,7 @@ def conv2d_triton(
     )
     rows = batch * out_height * out_width
     whole = channels % _BLOCK_K == 0
-    block_m, block_n = tile = _tile(rows, outputs // groups, whole, image.device)
+    block_m, block_n = tile = _tile(rows, outputs // groups, groups, whole, image.device)
     weight_sums = torch.empty(outputs, dtype=torch.int32, device=image.device)
     with torch.cuda.device_of(image):  # Triton launches on the current device
         _row_sums_kernel[(outputs,)](weight, weight_sums, positions * channels, BLOCK=_SUMMED)
@@ -288,7 +299,7 @@ def conv2d_triton(
             zero_point,
             weight_scale,
             weight_sums,
-            weight_scale if bias is None else bias,
+            weight_scale if bias is None else bias.contiguous(),
             height,
             width,
             channels,

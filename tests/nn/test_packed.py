@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
-from diffusers_bitsfusion.nn import PackedWeight
+from diffusers_bitsfusion.nn import PackedWeight, conv
 from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin, replace_module
 from diffusers_bitsfusion.nn.packed import branch_shapes
 
@@ -298,6 +298,17 @@ def test_forward_mode_is_that_of_the_float_layer(kind, base, sizes, compute, dty
         return torch.func.jvp(lambda x, b: torch.func.functional_call(layer, {"bias": b}, x), primals, tangents)
 
     torch.testing.assert_close(derivative(packed), derivative(twin))
+
+
+def test_forward_mode_takes_no_other_layout(monkeypatch):
+    packed = packed_layer(nn.Conv2d, (4, 6, 3))
+    monkeypatch.setattr(conv, "wants_channels_last", lambda *_: True)  # as on a GPU; batched tangents have no layout
+    x = example_input(nn.Conv2d)
+    found, expected = (
+        torch.func.jacfwd(lambda part, layer=layer: layer(x + part).sum())(torch.zeros(()))
+        for layer in (packed, float_twin(packed))
+    )
+    torch.testing.assert_close(found, expected)
 
 
 @every_kind

@@ -42,7 +42,8 @@ def weight(shape, seed):
 
 
 def assert_written_alike(shape, geometry):
-    scale, weights = torch.ones(shape[0]), [weight(shape, seed) for seed in range(3)]
+    weights = [weight(shape, seed) for seed in range(3)]
+    scale = torch.rand(shape[0], generator=torch.Generator().manual_seed(0)) * 100  # on which no layout may depend
     expected = [contents(lay_out_by_onednn(plain, scale, geometry)) for plain in weights]
     for plain, wanted in zip(weights, expected, strict=True):
         assert contents(lay_out_in_place(plain, scale, geometry)) == wanted
@@ -77,6 +78,15 @@ def test_the_layout_is_known_and_the_memory_used_again(monkeypatch, shape):
     monkeypatch.setattr(onednn_weights, "lay_out_by_onednn", None)  # it is no longer asked
     assert lay_out_in_place(weight(shape, 9), scale, geometry) is scratch
     assert torch.ops.mkldnn.data_ptr(lay_out(weight(shape, 9), scale, geometry)) != torch.ops.mkldnn.data_ptr(kept)
+
+
+def test_layouts_are_made_on_the_cpu_whatever_the_default_device_is():
+    shape, geometry = (64, 4, 3, 3), ([1, 1], [1, 1], [1, 1], 1)
+    plain, scale = weight(shape, 0), torch.ones(shape[0])
+    with torch.device("meta"):  # stands for a GPU
+        tensors = lay_out(plain, scale, geometry), lay_out_in_place(plain, scale, geometry)
+    expected = contents(lay_out_by_onednn(plain, scale, geometry))
+    assert [contents(tensor) for tensor in tensors] == [expected] * 2
 
 
 def test_tensors_are_kept_by_models_alone():

@@ -152,6 +152,13 @@ for (channels, outputs, kernel), changes in cases:
 
 LAYERS = """
 from diffusers_bitsfusion.ops import conv, linear
+try:
+    conv._multiply_on_gpu(torch.randn(1, 2, 2, 2), torch.ones(3, 9, 2, dtype=torch.int8), torch.ones(3), None,
+                          (3, 2, 3, 3), ((2, 2), (0, 0), (1, 1), 1))
+except RuntimeError as error:
+    assert "Kernel size can't be greater than actual input size" in str(error)
+else:
+    raise AssertionError("a kernel larger than the image")
 scale, bias = torch.rand(6), torch.randn(6)
 x, weight = torch.randn(9, 20), torch.randint(-4, 5, (6, 20), dtype=torch.int8)
 on_cpu = linear._multiply_on_cpu(x, weight, 3, scale, bias)

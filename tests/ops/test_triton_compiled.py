@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusers_bitsfusion.codec.radix import dense_width
+from diffusers_bitsfusion.codec.radix import dense_width, digits_per_word
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install triton; Linux only)"
@@ -40,17 +40,20 @@ def launches(call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> lis
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
-    """What Triton makes of a launch: alignment of pointers and sizes as it finds it, and the launch's options."""
+    """What Triton makes of a launch: it looks for ones among the sizes and at the alignment of the rest."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.runtime.jit import mangle_type
 
+    specialized = [parameter for parameter in kernel.params if not parameter.do_not_specialize]
     constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    ones = (name for name, value in arguments.items() if isinstance(value, int) and value == 1)
+    constants |= {parameter.name for parameter in specialized} & set(ones)
     aligned = {
         (parameter.num,): [["tt.divisibility", 16]]
-        for parameter in kernel.params
-        if parameter.name not in constants and not parameter.do_not_specialize
+        for parameter in specialized
+        if parameter.name not in constants
         if isinstance(value := arguments[parameter.name], Tensor) or value % 16 == 0
     }
     source = ASTSource(
@@ -93,17 +96,20 @@ def check(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("positions", [1, 9])
+@pytest.mark.parametrize(("channels", "positions"), [(1280, 1), (768, 1), (320, 9)])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
-def test_decoding(check, bits, positions, capability):
+def test_decoding(check, bits, channels, positions, capability):
     from diffusers_bitsfusion.ops.triton_decode import decode_triton
 
-    columns = 320 * positions
-    codes, scale = torch.empty(320, dense_width(columns, bits), dtype=torch.uint8), torch.empty(320)
+    columns = channels * positions
+    width, row_bytes = -(-columns // digits_per_word(bits)), dense_width(columns, bits)
+    codes, scale = torch.empty(320, row_bytes, dtype=torch.uint8), torch.empty(320)
     out = torch.empty(320, columns, dtype=torch.float16)
     ptx = check(lambda: decode_triton(codes, scale, bits, columns, out, positions), capability)
-    # Neighbours of a warp store neighbours: a thread that stored several in turn would write each sector many times.
+    # Neighbours of a warp store neighbours: what threads hold need not be moved between them first.
     assert "bar.sync" not in ptx
+    if positions == 1 and all(size % 16 == 0 for size in (columns, width, row_bytes)):
+        assert "st.global.v2.b32" in ptx and "st.global.b16" not in ptx
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
