@@ -67,12 +67,12 @@ def choose_way(
     """
     if compute != "int8":
         reason = 'compute="auto" takes exact' if compute == "auto" else 'compute="exact"'
-        return Way("exact", _decoding(device), reason)
+        return Way("exact", _decoding(device, linear), reason)
     obstacle = why_no_int8(device)
     if obstacle is not None:
         raise ValueError(f'compute="int8" is not possible here: {obstacle}. Use compute="exact".')
     if sensitive:
-        return Way("exact", _decoding(device), "its input is not normalised: eight bits are too few for it")
+        return Way("exact", _decoding(device, linear), "its input is not normalised: eight bits are too few for it")
     if device.type in ("cpu", "meta") and bits > _BITS_WITHOUT_VNNI and not torch.cpu._is_vnni_supported():
         reason = f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
         return Way("exact", _decoding(device), reason)
@@ -135,9 +135,10 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _decoding(device: torch.device) -> str:
+def _decoding(device: torch.device, may_fuse: bool = False) -> str:
     if device.type == "cuda" and has_triton():
-        return "decoded in each call by Triton"
+        fused = f", within the product for up to {FEW_TOKENS} tokens in half precision"
+        return f"decoded in each call by Triton{fused if may_fuse else ''}"
     if device.type in ("cpu", "meta") and native_library() is not None:
         return "decoded in each call by compiled C"
     return "decoded in each call by plain torch"

@@ -79,6 +79,8 @@ def test_a_gpu_needs_triton_and_tensor_cores(monkeypatch):
     assert "an old one" in why_no_int8(gpu) and "Triton" in choose_way("exact", "packed", 2, gpu).weights
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert choose_way("int8", "packed", 8, gpu).arithmetic == "int8"
+    assert "16 tokens" in choose_way("exact", "packed", 2, gpu, linear=True).weights
+    assert "tokens" not in choose_way("int8", "packed", 2, gpu, linear=True).weights
 
 
 def test_few_tokens_on_a_gpu_are_multiplied_with_codes(monkeypatch):
