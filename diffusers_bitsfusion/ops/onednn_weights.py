@@ -43,7 +43,7 @@ def lay_out(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
     """
     key = _key(plain, geometry)
     alike = _kept.get(key) if _block_of.get(key) is not None else None
-    tensor = _lay_out_into(None if alike is None else alike.clone(), plain, scale, geometry)
+    tensor = _lay_out_into(None if alike is None else alike.clone(), key, plain, scale, geometry)
     _kept[key] = tensor
     return tensor
 
@@ -56,7 +56,7 @@ def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
     tensors: dict[Any, Tensor] = _scratch.__dict__.setdefault("tensors", {})
     key = _key(plain, geometry)
     with torch.inference_mode(False):  # the tensor outlives an inference mode that this call may be under
-        tensor = _lay_out_into(tensors.get(key), plain, scale, geometry)
+        tensor = _lay_out_into(tensors.get(key), key, plain, scale, geometry)
     if _block_of.get(key) is not None:
         tensors[key] = tensor
     return tensor
@@ -72,9 +72,9 @@ def _key(plain: Tensor, geometry: Sequence[Any]) -> Any:
     return (tuple(plain.shape), *(tuple(part) if isinstance(part, Sequence) else part for part in geometry))
 
 
-def _lay_out_into(tensor: Tensor | None, plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
-    """Codes in `tensor`, which is of their shape, where its layout is known; else in a new one."""
-    native, key = native_library(), _key(plain, geometry)
+def _lay_out_into(tensor: Tensor | None, key: Any, plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """Codes in `tensor`, which is one of their `key`, where its layout is known; else in a new one."""
+    native = native_library()
     if native is None:
         return lay_out_by_onednn(plain, scale, geometry)
     if key not in _block_of:

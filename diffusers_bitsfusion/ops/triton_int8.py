@@ -13,11 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .select import FEW_TOKENS
+
 # Rows and columns of the output that a program may compute; tensor cores of Hopper want 64 rows. The largest tile is
 # for whole blocks on Hopper: elsewhere it spills registers.
 _TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
 _TILE_OF_HOPPER, _HOPPER = (128, 256), 9
-_FEW_ROWS, _TILE_OF_FEW_ROWS = 16, (16, 64)
+_TILE_OF_FEW_ROWS = (FEW_TOKENS, 64)
 _BLOCK_K, _STAGES = 64, 4  # four stages of the largest tile are 96 KB of shared memory, which GPUs of all sizes have
 
 _SUMMED = 4096  # weights that are added up at a time
@@ -25,7 +27,7 @@ _SUMMED = 4096  # weights that are added up at a time
 
 def _tile(rows: int, columns: int, groups: int, whole: bool, device: torch.device) -> tuple[int, int]:
     """The tile by which the busiest multiprocessor loads the fewest operands, which bounds products of bytes."""
-    if rows <= _FEW_ROWS:
+    if rows <= FEW_TOKENS:
         return _TILE_OF_FEW_ROWS
     tiles: tuple[tuple[int, int], ...] = _TILES
     processors = 1  # of the interpreter
@@ -44,6 +46,17 @@ def _tile(rows: int, columns: int, groups: int, whole: bool, device: torch.devic
 
 def _warps(tile: tuple[int, int]) -> int:
     return 8 if tile[0] * tile[1] > 64 * 64 else 4
+
+
+@triton.jit
+def _load_operands(a_place, b_place, k, left, WHOLE: tl.constexpr):
+    """A block [BLOCK_M, BLOCK_K] and one [BLOCK_K, BLOCK_N]; zeros from k = left on, unless it is WHOLE."""
+    if WHOLE:
+        return tl.load(a_place), tl.load(b_place)
+    else:
+        a = tl.load(a_place, mask=k[None, :] < left, other=0)
+        b = tl.load(b_place, mask=k[:, None] < left, other=0)
+        return a, b
 
 
 @triton.jit
@@ -86,12 +99,7 @@ def _linear_kernel(
     b_place = weight + (column % outputs)[None, :].to(tl.int64) * inputs + k[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     for start in range(0, inputs, BLOCK_K):
-        if WHOLE:
-            a = tl.load(a_place + start)
-            b = tl.load(b_place + start)
-        else:
-            a = tl.load(a_place + start, mask=k[None, :] < inputs - start, other=0)
-            b = tl.load(b_place + start, mask=k[:, None] < inputs - start, other=0)
+        a, b = _load_operands(a_place + start, b_place + start, k, inputs - start, WHOLE)
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)
     scales = tl.load(token_scale + row, mask=row < tokens, other=0.0)[:, None]
     _store_scaled(out, sums, scales, weight_scale, bias, row, column, tokens, outputs, outputs, HAS_BIAS)
@@ -207,12 +215,7 @@ def _conv_kernel(
     down = (dilation_h * width - (kernel_width - 1) * dilation_w) * groups * channels  # to the first of the next row
     start, position_in_row, a_step, b_step = 0, 0, 0, 0
     for _ in range(positions * tl.cdiv(channels, BLOCK_K)):
-        if WHOLE:
-            a = tl.load(a_place + a_step)
-            b = tl.load(b_place + b_step)
-        else:
-            a = tl.load(a_place + a_step, mask=c[None, :] < channels - start, other=0)
-            b = tl.load(b_place + b_step, mask=c[:, None] < channels - start, other=0)
+        a, b = _load_operands(a_place + a_step, b_place + b_step, c, channels - start, WHOLE)
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)
         last = start + BLOCK_K >= channels
         position_in_row += last.to(tl.int32)
