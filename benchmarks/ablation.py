@@ -23,11 +23,11 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 
 from benchmarks.quality import SCALES, TARGET, mixed
 from benchmarks.trained import HeldOutImages, add_drawing, count_trained, drawing, score, train, write_json
-from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import ArrayImages, TrainingImages
 from diffusers_bitsfusion.training.losses import Distillation
-from diffusers_bitsfusion.training.text import TextEncoder
+from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
+from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
 
 RECIPE, PROMPTS = "mixed.json", "prompts.txt"
 

@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.quality import TARGET
 from benchmarks.trained import add_drawing, drawing, score, train, unet_bytes, write_json
 from diffusers_bitsfusion import Recipe
-from diffusers_bitsfusion.analysis.allocation import Totals, allocate
+from diffusers_bitsfusion.analysis.allocate import Totals, allocate
 from diffusers_bitsfusion.analysis.results import Analysis
 from diffusers_bitsfusion.analysis.statistics import rank_correlations
 

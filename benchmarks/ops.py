@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.radix import pack_dense
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn.convert import packed_twin
+from diffusers_bitsfusion.nn.conversion import packed_twin
 from diffusers_bitsfusion.ops.decode import decode, decode_channels_last
 
 # (rows, channels, positions) of weights: a transformer's, and the two most common of the wide convolutions.

@@ -26,11 +26,11 @@ from benchmarks.measure import peak_rss
 from benchmarks.sd15_shape import random_unet
 from diffusers_bitsfusion import BitsFusionConfig, prepare_qat
 from diffusers_bitsfusion.codec.grid import half_range
+from diffusers_bitsfusion.qat import trainable_layers
 from diffusers_bitsfusion.training.batches import Batch
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.measure import static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer
-from diffusers_bitsfusion.training.qat import trainable_layers
 
 STUDENTS = FULL, QUANTIZED = "full precision", "quantized"
 TOKENS = 77

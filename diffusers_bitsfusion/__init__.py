@@ -3,17 +3,17 @@
 Importing this package registers the method with diffusers.
 """
 
-from .accounting import size_report
-from .calibration import Calibration
-from .compute import set_compute
-from .config import BitsFusionConfig
+from .config.bitsfusion import BitsFusionConfig
+from .config.calibration import Calibration
+from .config.recipe import Recipe
+from .integrations.diffusers_quantizer import BitsFusionQuantizer
+from .integrations.registration import register
 from .nn import BitsFusionConv2d, BitsFusionLinear
+from .nn.compute import set_compute
+from .packing.requantize import requantize_branches
+from .qat import convert, prepare_qat
 from .quantize import quantize_model
-from .quantizer import BitsFusionQuantizer
-from .recipe import Recipe
-from .registration import register
-from .requantize import requantize_branches
-from .training.qat import convert, prepare_qat
+from .reporting.size_report import size_report
 
 __version__ = "0.1.0"
 

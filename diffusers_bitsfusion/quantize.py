@@ -10,16 +10,16 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from transformers import PreTrainedModel
 
-from .calibration import Calibration
 from .calibration.calls import Call
 from .calibration.denoising import check_pipeline
 from .calibration.layers import CalibratedLayer
 from .calibration.run import calibrate, record_calls, tune_packed
-from .config import BitsFusionConfig
-from .hooks import refuse_dispatched
-from .packing import ModelPacker
-from .quantizer import BitsFusionQuantizer
-from .text_encoders import BitsFusionTextQuantizer
+from .config.bitsfusion import BitsFusionConfig
+from .config.calibration import Calibration
+from .integrations.diffusers_quantizer import BitsFusionQuantizer
+from .integrations.transformers_quantizer import BitsFusionTextQuantizer
+from .packing.packer import ModelPacker
+from .utils.hooks import refuse_dispatched
 
 
 @torch.no_grad()

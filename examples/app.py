@@ -23,8 +23,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops
 
 from diffusers_bitsfusion import BitsFusionConfig, size_report
-from diffusers_bitsfusion.accounting import MB, SizeReport
-from diffusers_bitsfusion.weight_files import weight_files
+from diffusers_bitsfusion.codec.weight_files import weight_files
+from diffusers_bitsfusion.reporting.size_report import MB, SizeReport
 
 CSS = """
 .picture { aspect-ratio: 1 }

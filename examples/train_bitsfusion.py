@@ -29,8 +29,7 @@ from train_models import calibrate_student, load_teacher, prepare_student
 from train_validation import Validation
 
 from diffusers_bitsfusion import convert, size_report
-from diffusers_bitsfusion.card import add_section
-from diffusers_bitsfusion.timesteps import TimestepDistribution
+from diffusers_bitsfusion.reporting.model_card import add_section
 from diffusers_bitsfusion.training.batches import Batches, Sharing
 from diffusers_bitsfusion.training.checkpoints import (
     checkpoints,
@@ -43,9 +42,10 @@ from diffusers_bitsfusion.training.loop import LoopOptions, TrainingLoop
 from diffusers_bitsfusion.training.losses import Distillation, NoisePrediction
 from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer
+from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
 from diffusers_bitsfusion.training.sharding import ShardedModel
-from diffusers_bitsfusion.training.text import TextEncoder
-from diffusers_bitsfusion.training.timesteps import TimestepErrors
+from diffusers_bitsfusion.training.timestep_errors import TimestepErrors
+from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
 
 logger = get_logger(__name__)
 

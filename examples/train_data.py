@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from diffusers_bitsfusion import Calibration
 from diffusers_bitsfusion.evaluation import read_captions
-from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import Batches, ImageBatches, Sharing
-from diffusers_bitsfusion.training.drawings import DrawnBatches
+from diffusers_bitsfusion.training.generated_latents import DrawnBatches
 from diffusers_bitsfusion.training.images import TrainingImages, open_images
-from diffusers_bitsfusion.training.text import TextEncoder
+from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
+from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
 
 
 def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -> TrainingImages | None:

@@ -11,8 +11,8 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, prepare_qat
 from diffusers_bitsfusion.calibration.run import calibrate
-from diffusers_bitsfusion.plan import matches
-from diffusers_bitsfusion.training.qat import start_calibrated, trainable_layers
+from diffusers_bitsfusion.packing.plan import matches
+from diffusers_bitsfusion.qat import start_calibrated, trainable_layers
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
-from diffusers_bitsfusion.codec.native import native_library
+from diffusers_bitsfusion.native.library import native_library
 from diffusers_bitsfusion.nn import packed
 from diffusers_bitsfusion.ops import conv, linear
 

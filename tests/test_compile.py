@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_bitsfusion import set_compute
-from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

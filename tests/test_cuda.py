@@ -14,13 +14,13 @@ from torch import Tensor
 from diffusers_bitsfusion import Calibration, convert, prepare_qat, quantize_model, set_compute
 from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.radix import pack_dense
-from diffusers_bitsfusion.nn.convert import packed_twin
+from diffusers_bitsfusion.nn.conversion import packed_twin
 from diffusers_bitsfusion.ops.activations import quantize_image_reference, quantize_tokens_reference
 from diffusers_bitsfusion.ops.decode import decode, decode_channels_last, decode_reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 if torch.cuda.is_available():
-    from diffusers_bitsfusion.ops.triton_activations import quantize_image_triton, quantize_tokens_triton
+    from diffusers_bitsfusion.ops.triton.activations import quantize_image_triton, quantize_tokens_triton
 
 DEVICE = "cuda"
 

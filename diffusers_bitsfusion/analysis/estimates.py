@@ -16,8 +16,8 @@ from ..calibration.layers import quantize_layer
 from ..calibration.moments import InputMoments, sample_inputs
 from ..calibration.passes import MOST_COLUMNS
 from ..ops.decode import decode_weight
+from .layer_cost import holding, round_weight
 from .results import Item
-from .rounding import holding, round_weight
 from .study import Record, Study
 
 # Random directions of the output that each call is differentiated along. 8 calls leave each estimate with a relative

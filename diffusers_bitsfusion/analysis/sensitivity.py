@@ -17,16 +17,16 @@ from accelerate import PartialState
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from ..config import BitsFusionConfig
+from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.images import require_image_metrics
-from ..plan import fixed_bits, make_plan
-from ..processes import process_state
+from ..packing.plan import fixed_bits, make_plan
+from ..utils.processes import process_state
 from . import estimates, single_layer
 from .journal import Journal, finish, open_journal, read_manifest, read_records
+from .layer_cost import layer_cost
 from .recording import Reference, record
 from .results import Analysis, Header, Item
-from .rounding import layer_cost
 from .study import Record, Settings, Study, analysed_layers, denoiser
 
 # Numbers of bits that every layer is measured at; the paper's.

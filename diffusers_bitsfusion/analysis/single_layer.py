@@ -13,12 +13,12 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from ..calibration.calls import Call
-from ..config import BitsFusionConfig
+from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import clip_score, generate_images, image_metrics
-from ..nn.convert import replace_module
-from ..training.qat import prepare_qat
+from ..nn.conversion import replace_module
+from ..qat import prepare_qat
+from .layer_cost import holding
 from .results import Item
-from .rounding import holding
 from .study import Record, Study
 
 

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from ..evaluation import DENOISERS, Clip, Sampling
-from ..plan import recipe_layers
+from ..packing.plan import recipe_layers
 from .recording import Reference
 from .results import Item
 

@@ -1,5 +1,1 @@
 """Rounding for a model's own inputs, measured along the denoising (not from the BitsFusion paper)."""
-
-from .settings import Calibration
-
-__all__ = ["Calibration"]

@@ -13,10 +13,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
+from ..config.calibration import Calibration, default_prompts
 from .calls import Call, recording
 from .moments import InputMoments, sample_inputs
 from .noising import Noising, check_scheduler
-from .settings import Calibration, default_prompts
 
 # Positions of a picture that count in each call: neighbours see nearly the same.
 _POSITIONS = 64

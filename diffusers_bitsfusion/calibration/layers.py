@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..codec.radix import pack_dense
 from ..codec.scales import quantize_rows
+from .compensated_rounding import Factor, factorize
+from .input_weighted_scales import quantize_rows_for_inputs
 from .moments import InputMoments, column_blocks
-from .rounding import Factor, factorize
-from .scales import quantize_rows_for_inputs
 
 # Bounds the memory of rounding: some ten numbers a weight.
 _WEIGHTS_AT_ONCE = 1 << 23

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..timesteps import TimestepDistribution
+from ..utils.timesteps import TimestepDistribution
 from .calls import Call
 
 # Share of rows without text, as in the paper's Stage I. Of a pipeline's own calls under guidance it is a half, but the

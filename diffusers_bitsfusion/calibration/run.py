@@ -15,14 +15,14 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..processes import process_state
+from ..config.calibration import Calibration
+from ..utils.processes import process_state
 from .calls import Call
 from .denoising import Denoising
+from .folder import CalibrationFolder, TuningFolder
 from .layers import CalibratedLayer, quantize_layer
 from .moments import InputMoments
 from .passes import plan_passes
-from .settings import Calibration
-from .store import CalibrationFolder, TuningFolder
 from .tuning import CALLS, tune
 
 # Seconds of drawing that an interruption may cost; moments are large, so they are not written after every batch, and

@@ -1,1 +1,1 @@
-"""Numbers only: grids, scales, packed forms, entropy coding. Imports torch, numpy and zstandard, never diffusers."""
+"""Numbers to bytes and back: grids, scales, digits, entropy coding, and what a checkpoint says of itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import native_library
+from ..native.library import native_library
 from .radix import dense_from_bytes, dense_width
 
 _BITS = (2, 3, 4)  # of codes whose two forms differ

@@ -6,13 +6,13 @@ Imported on demand: `import diffusers_bitsfusion` alone loads nothing of it.
 from .clip import Clip, clip_score
 from .compositional import Estimate, bootstrap_mean, bootstrap_scores, load_scorer
 from .distribution import cmmd, frechet_distance
-from .figures import format_report
 from .generate import Sampling, generate_images
 from .grid import image_grid
 from .images import image_metrics
 from .pipeline import DENOISERS, load_pipeline
 from .prompts import Prompt, read_captions, read_prompts, sample_prompts
-from .report import evaluate
+from .report_table import format_report
+from .run import evaluate
 
 __all__ = [
     "DENOISERS",

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
-from .store import ImageFolder
+from .image_folder import ImageFolder
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from ..ops.attention import attention
-from ..ops.select import why_no_bf16_attention
+from ..ops.dispatch import why_no_bf16_attention
 
 
 class BFloat16AttnProcessor(AttnProcessor2_0):

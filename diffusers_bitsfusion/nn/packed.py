@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..codec.radix import dense_width
+from ..codec.schema import branch_shapes
 from ..ops.decode import decode_weight
-from ..ops.select import Way, choose_way
+from ..ops.dispatch import Way, choose_way
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
 
@@ -18,12 +19,6 @@ LayerT = TypeVar("LayerT", bound="PackedWeight")
 def float_bits(values: Tensor) -> nn.Parameter:
     """fp32 values as a parameter of their bits (int32), which no loader or `.to(dtype)` casts."""
     return nn.Parameter(values.to(torch.float32).contiguous().view(torch.int32), requires_grad=False)
-
-
-def branch_shapes(weight_shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a branch's two halves, (down, up), for a weight of `weight_shape`."""
-    outputs, *inputs = weight_shape
-    return (rank, *inputs), (outputs, rank, *(1 for _ in inputs[1:]))
 
 
 class PackedWeight(nn.Module):

@@ -13,13 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from .time_features import (
-    TimeFeatureCache,
-    TimeFeaturePassThrough,
-    TimeFeatures,
-    TimeFeatureSlice,
-    TimeFeatureTable,
-)
+from .time_features import TimeFeatureCache, TimeFeaturePassThrough, TimeFeatures, TimeFeatureSlice, TimeFeatureTable
 
 # Width of the MLP that `restore` fits to a table: enough to pass through 1000 timesteps.
 _RESTORED_WIDTH = 1280

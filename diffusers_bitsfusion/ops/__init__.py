@@ -1,1 +1,1 @@
-"""Operations on packed weights: each a plain torch reference with faster ways beside it and one selector."""
+"""The operators on packed weights, and the one place that decides by which kernel each is computed."""

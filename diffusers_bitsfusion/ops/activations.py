@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codec.native import NATIVE_DTYPES, Loop, NativeLibrary, native_library
+from ..native.library import NATIVE_DTYPES, Loop, NativeLibrary, native_library
 
 # Smallest range of values that is told from zero; its reciprocal is finite.
 TINY = 1e-30

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codec.native import NATIVE_DTYPES, native_library
+from ..native.library import NATIVE_DTYPES, native_library
+from .dispatch import why_no_bf16_attention
 from .forward_mode import in_forward_mode
-from .select import why_no_bf16_attention
 
 # Entries of a head that the compiled loop has room for.
 _WIDEST = 256

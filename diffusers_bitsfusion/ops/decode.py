@@ -7,9 +7,9 @@ import threading
 import torch
 from torch import Tensor
 
-from ..codec.native import NATIVE_DTYPES, native_library
 from ..codec.radix import code_planes
-from .select import has_triton
+from ..native.library import NATIVE_DTYPES, native_library
+from .dispatch import has_triton
 
 _NATIVE_OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -43,7 +43,7 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
     """`decode_reference` by the fastest way there is for the device and dtype; same arguments, same bits."""
     contiguous = codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
     if contiguous and _has_kernel(codes.device, out.dtype):
-        from .triton_decode import decode_triton  # imports Triton, which takes a second and may be missing
+        from .triton.decode import decode_triton  # imports Triton, which takes a second and may be missing
 
         return decode_triton(codes, scale, bits, columns, out)
     if codes.device.type != "cpu":
@@ -81,7 +81,7 @@ def decode_channels_last(
     """Like `decode_weight`, of a convolution [out, in, height, width], in channels-last memory."""
     if not _has_kernel(codes.device, dtype):
         return decode_weight(codes, scale, bits, shape, dtype).contiguous(memory_format=torch.channels_last)
-    from .triton_decode import decode_triton
+    from .triton.decode import decode_triton
 
     out = torch.empty(shape, dtype=dtype, device=codes.device, memory_format=torch.channels_last)
     rows, columns, positions = shape[0], out[0].numel(), shape[2] * shape[3]

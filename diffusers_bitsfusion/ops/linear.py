@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .activations import quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
+from .dispatch import fuses_decoding
 from .products import int_mm
-from .select import fuses_decoding
 
 # int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory is used
 # again. For few tokens at a time a product waits for its weight, which it reads anew.
@@ -58,7 +58,7 @@ def linear(
         [..., out] in the dtype of `x`.
     """
     if not int8 and fuses_decoding(x.device, x.dtype, x.shape[:-1].numel()):
-        from .triton_fused import linear_fused  # imports Triton, which takes a second and may be missing
+        from .triton.fused_linear import linear_fused  # imports Triton, which takes a second and may be missing
 
         y = linear_fused(_tokens(x, shape), codes, scale.view(torch.float32), bias, bits)
         return y.view(*x.shape[:-1], shape[0])
@@ -137,8 +137,8 @@ def _multiply_on_cpu(
 
 
 def _multiply_on_gpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    from .triton_activations import quantize_tokens_triton  # imports Triton, which takes a second and may be missing
-    from .triton_int8 import linear_triton
+    from .triton.activations import quantize_tokens_triton  # imports Triton, which takes a second and may be missing
+    from .triton.int8 import linear_triton
 
     return linear_triton(*quantize_tokens_triton(x.contiguous()), weight, scale, bias, x.dtype)
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..codec.native import NativeLibrary, native_library
+from ..native.library import NativeLibrary, native_library
 
 # Outputs of a block; how many oneDNN takes depends on the shape and the processor.
 _BLOCKS = (64, 48, 32, 16)

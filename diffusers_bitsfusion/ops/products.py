@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..codec.native import native_library
+from ..native.library import native_library
 
 # Products that are worth a thread; one makes some 40 a nanosecond.
 _PRODUCTS_PER_THREAD = 1 << 22

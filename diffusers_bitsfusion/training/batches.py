@@ -19,9 +19,9 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..timesteps import TimestepDistribution
+from ..utils.timesteps import TimestepDistribution
 from .images import TrainingImages
-from .text import TextEncoder
+from .prompt_embeddings import TextEncoder
 
 # Streams of random numbers that must not meet: every use of a position has its own.
 STREAM_IMAGE, STREAM_NOISE, STREAM_DRAWING, STREAM_ORDER = range(4)

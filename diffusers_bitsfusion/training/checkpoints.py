@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .qat import trainable_layers
+from ..qat import trainable_layers
 from .sharding import gathered, load_whole
 
 _RUN_FILE = "run.json"

@@ -15,7 +15,7 @@ from .batches import Batches
 from .loop import TrainingLoop
 from .losses import predict
 from .sharding import local
-from .timesteps import ErrorMeter, TimestepErrors
+from .timestep_errors import ErrorMeter, TimestepErrors
 
 _GB = 1e9
 

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from diffusers_bitsfusion import Recipe
-from diffusers_bitsfusion.analysis import allocation
+from diffusers_bitsfusion.analysis import allocate as allocation
 from diffusers_bitsfusion.analysis.results import Analysis
 from diffusers_bitsfusion.cli import app
 

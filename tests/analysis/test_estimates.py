@@ -13,15 +13,15 @@ from tiny_transformers import tiny_sd3
 from torch import nn
 
 from diffusers_bitsfusion.analysis import estimates as module
+from diffusers_bitsfusion.analysis.layer_cost import holding
 from diffusers_bitsfusion.analysis.recording import Reference, record
 from diffusers_bitsfusion.analysis.results import Analysis
-from diffusers_bitsfusion.analysis.rounding import holding
 from diffusers_bitsfusion.analysis.single_layer import trained_weight
 from diffusers_bitsfusion.analysis.statistics import rank_correlations
 from diffusers_bitsfusion.analysis.study import Study
 from diffusers_bitsfusion.calibration.calls import Call
-from diffusers_bitsfusion.calibration.rounding import factorize
-from diffusers_bitsfusion.calibration.scales import quantize_rows_for_inputs
+from diffusers_bitsfusion.calibration.compensated_rounding import factorize
+from diffusers_bitsfusion.calibration.input_weighted_scales import quantize_rows_for_inputs
 from diffusers_bitsfusion.codec.scales import quantize_rows
 
 from .conftest import CAPTIONS, DEAD, SETTINGS

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from diffusers_bitsfusion.analysis.allocation import allocate
+from diffusers_bitsfusion.analysis.allocate import allocate
 from diffusers_bitsfusion.analysis.journal import Journal, finish, open_journal, read_records
 from diffusers_bitsfusion.analysis.results import Analysis
 

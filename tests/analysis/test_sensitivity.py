@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_bitsfusion.analysis import sensitivity, single_layer
+from diffusers_bitsfusion.analysis.layer_cost import round_weight
 from diffusers_bitsfusion.analysis.recording import Reference, record
 from diffusers_bitsfusion.analysis.results import Analysis
-from diffusers_bitsfusion.analysis.rounding import round_weight
 from diffusers_bitsfusion.analysis.single_layer import trained_weight
 from diffusers_bitsfusion.analysis.study import Study
 from diffusers_bitsfusion.codec.scales import quantize_rows

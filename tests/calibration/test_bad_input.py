@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionImg2ImgPipelin
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
-from diffusers_bitsfusion.calibration.settings import default_prompts
+from diffusers_bitsfusion.config.calibration import default_prompts
 
 
 @pytest.mark.parametrize(

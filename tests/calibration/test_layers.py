@@ -9,7 +9,7 @@ from torch import nn
 from diffusers_bitsfusion.calibration.layers import quantize_layer
 from diffusers_bitsfusion.calibration.moments import InputMoments, sample_inputs
 from diffusers_bitsfusion.codec.scales import quantize_rows
-from diffusers_bitsfusion.nn.convert import packed_twin
+from diffusers_bitsfusion.nn.conversion import packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,8 +11,8 @@ from torch import nn
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.calibration.calls import Call
 from diffusers_bitsfusion.calibration.denoising import Denoising
+from diffusers_bitsfusion.calibration.folder import TuningFolder
 from diffusers_bitsfusion.calibration.noising import Noising
-from diffusers_bitsfusion.calibration.store import TuningFolder
 
 LATENTS = torch.full((2, 4, 3, 3), 2.0)
 

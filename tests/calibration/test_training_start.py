@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, convert, prepare_qat, quantize_model
-from diffusers_bitsfusion.training.qat import trainable_layers
+from diffusers_bitsfusion.qat import trainable_layers
 
 
 def test_untrained_it_converts_to_what_calibrated_quantization_gives(

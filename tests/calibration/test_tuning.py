@@ -12,7 +12,7 @@ from diffusers_bitsfusion.calibration import run as calibration_run
 from diffusers_bitsfusion.calibration import tuning
 from diffusers_bitsfusion.calibration.calls import Call, recording
 from diffusers_bitsfusion.calibration.denoising import Denoising
-from diffusers_bitsfusion.nn.convert import pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
 
 
 def packed(layer):

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from diffusers_bitsfusion.codec.grid import code_range, half_range
-from diffusers_bitsfusion.codec.quantize import quantize_to_dense
+from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.codec.scales import quantize_rows
 

@@ -5,7 +5,7 @@ import pytest
 from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline
 
 from diffusers_bitsfusion.evaluation import Sampling, generate_images, load_pipeline
-from diffusers_bitsfusion.evaluation.store import ImageFolder
+from diffusers_bitsfusion.evaluation.image_folder import ImageFolder
 
 CAPTIONS = ["a", "b", "ab", "b", "c"]
 SAMPLING = Sampling(steps=2, batch_size=2)

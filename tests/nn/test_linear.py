@@ -9,7 +9,7 @@ from torch import nn
 
 from diffusers_bitsfusion import BitsFusionLinear
 from diffusers_bitsfusion.codec.radix import unpack_dense
-from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,9 @@ from torch.autograd import forward_ad
 
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
+from diffusers_bitsfusion.codec.schema import branch_shapes
 from diffusers_bitsfusion.nn import PackedWeight, conv
-from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin, replace_module
-from diffusers_bitsfusion.nn.packed import branch_shapes
+from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from diffusers_bitsfusion.ops import attention as module
 from diffusers_bitsfusion.ops.attention import attention
-from diffusers_bitsfusion.ops.select import why_no_bf16_attention
+from diffusers_bitsfusion.ops.dispatch import why_no_bf16_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

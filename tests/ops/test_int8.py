@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffusers_bitsfusion.codec.radix import unpack_dense
-from diffusers_bitsfusion.nn.convert import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
 from diffusers_bitsfusion.nn.packed import float_bits
 from diffusers_bitsfusion.ops import activations, decode
 from diffusers_bitsfusion.ops import linear as linear_module
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 
-# Codes of 8 bits are computed exactly where there is no VNNI (tests/ops/test_select.py).
+# Codes of 8 bits are computed exactly where there is no VNNI (tests/ops/test_dispatch.py).
 bits_in_integers = st.integers(1, 8 if torch.cpu._is_vnni_supported() else 7)
 
 residents = pytest.mark.parametrize("resident", ["packed", "int8"])

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffusers_bitsfusion.codec.native import native_library
+from diffusers_bitsfusion.native.library import native_library
 from diffusers_bitsfusion.ops import onednn_weights
+from diffusers_bitsfusion.ops.dispatch import why_no_int8
 from diffusers_bitsfusion.ops.onednn_weights import lay_out, lay_out_by_onednn, lay_out_in_place
-from diffusers_bitsfusion.ops.select import why_no_int8
 
 pytestmark = pytest.mark.skipif(why_no_int8(torch.device("cpu")) is not None, reason="integers need oneDNN on x86")
 

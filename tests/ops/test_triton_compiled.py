@@ -99,7 +99,7 @@ def check(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("channels", "positions"), [(1280, 1), (768, 1), (320, 9)])
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_decoding(check, bits, channels, positions, capability):
-    from diffusers_bitsfusion.ops.triton_decode import decode_triton
+    from diffusers_bitsfusion.ops.triton.decode import decode_triton
 
     columns = channels * positions
     width, row_bytes = -(-columns // digits_per_word(bits)), dense_width(columns, bits)
@@ -116,7 +116,7 @@ def test_decoding(check, bits, channels, positions, capability):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [1, 2, 3, 8])
 def test_decoding_within_the_product(check, bits, dtype, capability):
-    from diffusers_bitsfusion.ops.triton_fused import linear_fused
+    from diffusers_bitsfusion.ops.triton.fused_linear import linear_fused
 
     codes, scale = torch.empty(1280, dense_width(320, bits), dtype=torch.uint8), torch.empty(1280)
     x, bias = torch.empty(2, 320, dtype=dtype), torch.empty(1280, dtype=dtype)
@@ -127,7 +127,7 @@ def test_decoding_within_the_product(check, bits, dtype, capability):
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_activations(check, dtype, capability):
-    from diffusers_bitsfusion.ops.triton_activations import quantize_image_triton, quantize_tokens_triton
+    from diffusers_bitsfusion.ops.triton.activations import quantize_image_triton, quantize_tokens_triton
 
     image = torch.empty(2, 320, 16, 16, dtype=dtype).to(memory_format=torch.channels_last)
     for call in (
@@ -148,7 +148,7 @@ TILES = [(128, 128), (128, 64), (64, 128), (64, 64), (16, 64)]
     [*itertools.product((320, 4), TILES, CAPABILITIES), (320, (128, 256), 90)],
 )
 def test_integer_products(check, monkeypatch, channels, tile, capability):
-    from diffusers_bitsfusion.ops import triton_int8
+    from diffusers_bitsfusion.ops.triton import int8 as triton_int8
 
     monkeypatch.setattr(triton_int8, "_tile", lambda *_: tile)
     scale, bias = torch.empty(320), torch.empty(320, dtype=torch.float16)

@@ -3,10 +3,10 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diffusers_bitsfusion.timesteps import TimestepDistribution
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing, sample_at
 from diffusers_bitsfusion.training.images import ArrayImages, TrainingImages
-from diffusers_bitsfusion.training.text import TextEncoder
+from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
+from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,17 +14,17 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from diffusers_bitsfusion import prepare_qat
-from diffusers_bitsfusion.timesteps import TimestepDistribution
+from diffusers_bitsfusion.qat import trainable_layers
 from diffusers_bitsfusion.training.batches import Sharing
 from diffusers_bitsfusion.training.checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights
-from diffusers_bitsfusion.training.drawings import DrawnBatches
+from diffusers_bitsfusion.training.generated_latents import DrawnBatches
 from diffusers_bitsfusion.training.loop import LOG_FILE, LoopOptions, TrainingDiverged, TrainingLoop
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
 from diffusers_bitsfusion.training.optimizer import make_optimizer, parameter_groups
-from diffusers_bitsfusion.training.qat import trainable_layers
+from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
 from diffusers_bitsfusion.training.sharding import ShardedModel
-from diffusers_bitsfusion.training.text import TextEncoder
+from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

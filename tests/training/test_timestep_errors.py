@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_bitsfusion.training.timesteps import BINS, ErrorMeter, TimestepErrors
+from diffusers_bitsfusion.training.timestep_errors import BINS, ErrorMeter, TimestepErrors
 
 
 def test_proportional_to_measured_errors():

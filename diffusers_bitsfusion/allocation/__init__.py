@@ -1,0 +1,1 @@
+"""Bits per layer, as pure functions of sizes, errors and budgets."""

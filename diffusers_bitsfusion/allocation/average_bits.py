@@ -1,0 +1,62 @@
+"""The paper's average bits a weight (section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..codec.grid import cost_in_bits
+
+# First and last layers of diffusers' UNets, ControlNets and transformers: outside recipes, at `in_out_bits`.
+IN_OUT_LAYERS = (
+    "conv_in", "conv_out", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in", "proj_in", "proj_out"
+)  # fmt: skip
+
+# The timesteps that 50 steps of PNDM visit on a Stable Diffusion model, the paper's sampling.
+PAPER_TIMESTEPS = tuple(range(1, 1000, 20))
+
+
+@dataclass(frozen=True)
+class AverageBits:
+    """Average bits a weight.
+
+    Attributes:
+        paper: log2(levels) of every layer plus 16 bits a cached time feature, over all Linear and Conv2d weights of
+            the original model, removed ones included. A table of all timesteps counts as the paper's 50 cached
+            steps, to compare recipes; its real cost shows in the file's bytes.
+        layers: log2(levels) over the packed layers, first and last aside.
+    """
+
+    paper: float
+    layers: float
+
+
+def cached_bits(features: int, timesteps: int) -> float:
+    """Bits of cached time features in the paper's formula: 16 each."""
+    return 16.0 * features * timesteps
+
+
+def average_bits(
+    layers: Mapping[str, tuple[int, int]],
+    *,
+    balance: bool = True,
+    other_weights: int = 0,
+    removed_weights: int = 0,
+    cached: float = 0.0,
+) -> AverageBits:
+    """The paper's formula.
+
+    Args:
+        layers: (bits, number of weights) by name of each packed layer.
+        balance: whether the grids are balanced.
+        other_weights: Linear and Conv2d weights left in 16 bits.
+        removed_weights: weights of the time embedding, where it was replaced by features.
+        cached: bits of those features, see `cached_bits`.
+    """
+    cost = {name: cost_in_bits(bits, balance) * count for name, (bits, count) in layers.items()}
+    inner = [name for name in layers if name not in IN_OUT_LAYERS]
+    total = sum(count for _, count in layers.values()) + other_weights + removed_weights
+    return AverageBits(
+        paper=(sum(cost.values()) + cached + 16 * other_weights) / total,
+        layers=sum(cost[name] for name in inner) / max(sum(layers[name][1] for name in inner), 1),
+    )

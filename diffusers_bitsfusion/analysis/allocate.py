@@ -1,0 +1,159 @@
+"""From an analysis to a recipe, by any of the rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..allocation.data_free import allocate_data_free
+from ..allocation.knapsack import knapsack
+from ..allocation.paper_rule import ETA, paper_rule
+from ..codec.grid import cost_in_bits
+from ..config.recipe import Recipe
+from .layer_cost import WIDTHS
+from .results import Analysis
+
+RULES = ("knapsack", "paper", "data-free")
+
+
+def predicted_damage(analysis: Analysis) -> dict[str, list[float]]:
+    """Damage of each layer at 1 to 7 bits.
+
+    Above the measured bits it falls as the layer's squared weight error does: small changes of a weight change what
+    comes out in proportion, so that the squared change of the picture follows the squared error.
+    """
+    measured = {bits: analysis.damage(bits) for bits in analysis.header.bits}
+    last = max(measured)
+    predicted = {}
+    for name, layer in analysis.header.layers.items():
+        error = layer.weight_error
+        per_error = measured[last][name] / error[last - 1] if error[last - 1] else 0.0
+        predicted[name] = [
+            measured[bits][name] if bits in measured else per_error * error[bits - 1]
+            for bits in range(1, len(error) + 1)
+        ]
+    return predicted
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a recipe costs, by every way of counting.
+
+    Attributes:
+        paper_bits: the paper's average bits a weight, first and last layer and time embedding included.
+        layer_bits: log2(levels) averaged over the recipe's layers.
+        bytes: of the recipe's layers in the file, entropy coded, scales included.
+        damage: predicted, summed over the layers.
+    """
+
+    paper_bits: float
+    layer_bits: float
+    bytes: int
+    damage: float
+
+    def __str__(self) -> str:
+        return (
+            f"bits a weight     {self.layer_bits:.4f} over these layers, {self.paper_bits:.4f} by the formula\n"
+            f"bytes in the file {self.bytes:,}\n"
+            f"predicted damage  {self.damage:.4g}"
+        )
+
+    @classmethod
+    def of(cls, recipe: Mapping[str, int], analysis: Analysis) -> Totals:
+        header = analysis.header
+        bits = sum(cost_in_bits(n) * header.layers[name].weights for name, n in recipe.items())
+        damage = predicted_damage(analysis)
+        return cls(
+            paper_bits=(bits + header.fixed_bits) / header.weights,
+            layer_bits=bits / sum(analysis.sizes.values()),
+            bytes=sum(header.layers[name].bytes[n - 1] for name, n in recipe.items()),
+            damage=sum(damage[name][n - 1] for name, n in recipe.items()),
+        )
+
+
+def allocate(
+    analysis: Analysis,
+    target_bits: float = 1.99,
+    *,
+    rule: str = "knapsack",
+    max_bytes: int | None = None,
+    eta: float = ETA,
+) -> Recipe:
+    """The recipe that a rule finds for an analysed model.
+
+    Args:
+        analysis: of any method; `analysis.by(metric)` to have another of its metrics stand for damage.
+        target_bits: average bits a weight by the paper's formula, as in `BitsFusionConfig`.
+        rule: "knapsack": the smallest total damage whose layers take no more bytes in the file, entropy coded, than
+            those of the data-free allocation to the target; "paper": threshold and CLIP percentiles (paper, section
+            5), the latter where the analysis has CLIP scores; "data-free": sizes alone.
+        max_bytes: instead of `target_bits`, bytes that the recipe's layers may take in the file, entropy coded and
+            with their scales.
+        eta: exponent of the paper's rule.
+
+    Raises:
+        ValueError: an unknown rule, or a target that no assignment reaches.
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
+    if max_bytes is None:
+        fixed = analysis.header.fixed_bits / analysis.header.weights
+        target = f"target_bits={target_bits}, of which first and last layer and time embedding take {fixed:.2f},"
+    else:
+        target = f"max_bytes={max_bytes}"
+    try:
+        bits = _bits(analysis, target_bits, rule, max_bytes, eta)
+    except ValueError as error:
+        raise ValueError(f"{target} cannot be reached for this model: {error}.") from error
+    asked = f"target_bits={target_bits}" if max_bytes is None else f"max_bytes={max_bytes}"
+    header = analysis.header
+    source = f"{rule} rule, {asked}, {header.method} analysis of {header.model['class']} by {header.metrics[0]}"
+    return Recipe(bits, source=source, shapes=analysis.shapes)
+
+
+def _bits(analysis: Analysis, target_bits: float, rule: str, max_bytes: int | None, eta: float) -> dict[str, int]:
+    header, sizes = analysis.header, analysis.sizes
+    file_bytes = {name: layer.bytes for name, layer in header.layers.items()}
+    cost: Mapping[str, Sequence[float]] = file_bytes
+    budget: float
+    if max_bytes is not None:
+        budget = max_bytes
+    else:
+        cost = {name: [cost_in_bits(n) * size for n in WIDTHS] for name, size in sizes.items()}
+        budget = target_bits * header.weights - header.fixed_bits
+    if rule == "paper":
+        damage = {n: analysis.damage(n) for n in header.bits}
+        return paper_rule(damage, sizes, cost, budget, eta=eta, clip_drop=analysis.clip_drop(max(header.bits)))
+    if rule == "knapsack":
+        if max_bytes is None:
+            max_bytes = _bytes_of(allocate_data_free(sizes, budget), file_bytes)
+        return knapsack(predicted_damage(analysis), file_bytes, max_bytes)
+    if max_bytes is None:
+        return allocate_data_free(sizes, budget)
+    return _data_free_within(max_bytes, sizes, file_bytes)
+
+
+def _bytes_of(bits: Mapping[str, int], file_bytes: Mapping[str, Sequence[int]]) -> int:
+    return sum(file_bytes[name][n - 1] for name, n in bits.items())
+
+
+def _data_free_within(
+    max_bytes: int, sizes: Mapping[str, int], file_bytes: Mapping[str, Sequence[int]]
+) -> dict[str, int]:
+    """The data-free allocation of the most bits whose result takes no more than `max_bytes`, by bisection.
+
+    Raises:
+        ValueError: even 1 bit everywhere takes more.
+    """
+    low, high = (cost_in_bits(n) * sum(sizes.values()) for n in (WIDTHS[0], WIDTHS[-1]))
+    best = allocate_data_free(sizes, low)
+    if _bytes_of(best, file_bytes) > max_bytes:
+        raise ValueError(f"1 bit everywhere takes {_bytes_of(best, file_bytes)} bytes")
+    for _ in range(40):  # halves the interval to less than a bit
+        middle = (low + high) / 2
+        found = allocate_data_free(sizes, middle)
+        if _bytes_of(found, file_bytes) <= max_bytes:
+            best, low = found, middle
+        else:
+            high = middle
+    return best

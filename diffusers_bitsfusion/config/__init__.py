@@ -1,0 +1,1 @@
+"""What a user writes, as plain data: the config, recipes of bits, and what to calibrate with."""

@@ -1,0 +1,283 @@
+"""`BitsFusionConfig`: what the user asks for, and after quantizing what a checkpoint says it is."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any, TypeGuard
+
+from diffusers import PipelineQuantizationConfig
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
+
+from ..codec.grid import check_bits
+from ..codec.scales import SCALE_INITS
+from ..ops.dispatch import check_settings
+from .calibration import Calibration
+from .recipe import Recipe
+
+# Version of the file's layout (docs/FORMAT.md), raised when older readers could not read it.
+FORMAT_VERSION = 1
+
+TIME_EMBEDDINGS = ("auto", "table", "cache", "keep")
+_CHOICES = {
+    "compression": ("zstd", None),
+}
+
+DEFAULT_COMPONENTS = ("unet", "transformer")
+
+# Bounds the memory that a checkpoint's own word can ask for; third differences of more would outgrow int16 besides.
+_MAX_TIMESTEPS = 3800
+_MAX_BRANCH_RANK = 1 << 16
+
+
+class BitsFusionMethod(str, Enum):
+    """The name of this method in a checkpoint's `quant_method`; diffusers reads `.value`."""
+
+    BITSFUSION = "bitsfusion"
+
+
+class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, TransformersConfigMixin):
+    """Quantization to mixed precision of about 2 bits a weight, for a diffusers model or a whole pipeline.
+
+    Args:
+        recipe: bits per layer. "auto": the published recipe for models of the Stable Diffusion v1.5 shape, data-free
+            allocation to `target_bits` for others. Or a `Recipe`, a mapping of layer name to bits, a path or Hub id
+            of one, or an int for the same bits everywhere.
+        target_bits: average bits a weight that allocation aims at, by the paper's formula: log2(levels) of every
+            layer plus 16 bits for each time feature of 50 steps, over all Linear and Conv2d weights of the original.
+        scale_init: "alternating" (paper, section 3.2) or "minmax".
+        scale_iterations: rounds of the alternation.
+        balance: 2**n + 1 symmetric levels (paper, section 3.1); `False` for the plain grid of 2**n.
+        in_out_bits: bits of the first and last layer, and of the time embedding where it is kept.
+        time_embedding: "table": features of all training timesteps, for any scheduler; "cache": features of the
+            50 timesteps of the paper's sampling only, or of `{"type": "cache", "timesteps": [...]}`; "keep": the time
+            embedding stays, as quantized layers; "auto": the smaller of "table" and "keep" where a table is possible.
+        modules_to_not_convert: names (or dotted parts of names) of modules to leave as they are; they do not count for
+            `target_bits`.
+        compute: "exact" decodes a layer's weight for each call and leaves the rest to torch; "int8" rounds activations
+            to 8 bits and multiplies in integers; "auto" takes exact. See `set_compute`, which changes it later. A
+            saved model does not record it: it loads with "auto".
+        resident: what stays in memory: "packed", codes and scales; "int8", with `compute="int8"`, a byte a weight
+            beside them. Not recorded either.
+        calibration: a `Calibration`, a dict of its values, or `True` for its defaults: `quantize_model` runs the
+            pipeline on prompts and rounds for the inputs that its layers see. `None`: weights are rounded without
+            looking at inputs. In a quantized checkpoint, what was run.
+        compression: "zstd", or `None` for plain packed bytes in the file.
+        components: names of the pipeline's components to quantize, text encoders (of transformers) among them.
+        format_version: set by quantizing; the layout of the checkpoint.
+        layers: set by quantizing and saving; bits and weight shape of every packed layer, and the rank of its branch
+            where LoRAs were fused into it.
+
+    Raises:
+        ValueError: a value is impossible; the message names the argument.
+    """
+
+    quant_method = BitsFusionMethod.BITSFUSION
+
+    # What diffusers' pipeline loader reads of a `PipelineQuantizationConfig`; which components we take is decided in
+    # `_resolve_quant_config`.
+    quant_mapping = None
+
+    def __init__(
+        self,
+        recipe: str | os.PathLike[str] | int | Mapping[str, int] = "auto",
+        target_bits: float = 1.99,
+        scale_init: str = "alternating",
+        scale_iterations: int = 10,
+        balance: bool = True,
+        in_out_bits: int = 8,
+        time_embedding: str | Mapping[str, Any] = "auto",
+        modules_to_not_convert: Sequence[str] | None = None,
+        compute: str = "auto",
+        resident: str = "packed",
+        calibration: Calibration | Mapping[str, Any] | bool | None = None,
+        compression: str | None = "zstd",
+        components: Sequence[str] = DEFAULT_COMPONENTS,
+        format_version: int | None = None,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+    ):
+        self.recipe = _as_recipe(recipe)
+        self.target_bits = target_bits
+        self.scale_init = scale_init
+        self.scale_iterations = scale_iterations
+        self.balance = balance
+        self.in_out_bits = check_bits(in_out_bits, "in_out_bits")
+        self.time_embedding = dict(time_embedding) if isinstance(time_embedding, Mapping) else time_embedding
+        self.modules_to_not_convert = _as_names(modules_to_not_convert or [], "modules_to_not_convert")
+        self.compute = compute
+        self.resident = resident
+        # A checkpoint says what was run, which is less than what is needed to run it again.
+        self.calibration = Calibration.of(calibration) if format_version is None else calibration
+        self.compression = compression
+        self.components = _as_names(components, "components")
+        self.format_version = format_version
+        self.layers = layers
+        self._check()
+
+    def _check(self) -> None:
+        if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
+            raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
+        if not (math.isfinite(self.target_bits) and self.target_bits > 0):
+            raise ValueError(f"target_bits must be positive, got {self.target_bits}")
+        if self.scale_init not in SCALE_INITS:
+            raise ValueError(f"scale_init must be one of {SCALE_INITS}, got {self.scale_init!r}")
+        if not _is_count(self.scale_iterations):
+            raise ValueError(f"scale_iterations must be an integer from 0, got {self.scale_iterations!r}")
+        if not isinstance(self.balance, bool):
+            raise ValueError(f"balance must be True or False, got {self.balance!r}")
+        check_settings(self.compute, self.resident)
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices} in this version, got {getattr(self, name)!r}")
+        if not isinstance(self.time_embedding, dict) and self.time_embedding not in TIME_EMBEDDINGS:
+            raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
+        if isinstance(self.time_embedding, dict):
+            _check_time_embedding(self.time_embedding)
+        if self.format_version is None:
+            return
+        if not _is_count(self.format_version):
+            raise ValueError(f"format_version must be an integer, got {self.format_version!r}")
+        _check_layers(self.layers)
+        _check_resolved_time_embedding(self.time_embedding)
+
+    @property
+    def components_to_quantize(self) -> list[str] | None:
+        """Components that diffusers warns of when the pipeline lacks them; the defaults are alternatives."""
+        return None if self.components == list(DEFAULT_COMPONENTS) else self.components
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether this describes a quantized checkpoint rather than a wish."""
+        return self.format_version is not None
+
+    def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
+        """This config for the pipeline components it names, None for others (called by diffusers' loader)."""
+        return self if module_name in self.components else None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: an unknown key, or a checkpoint of a newer format version.
+        """
+        known = dict(config_dict)
+        known.pop("quant_method", None)
+        version = known.get("format_version")
+        if _is_count(version) and version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has BitsFusion format version {version}, newer than the version {FORMAT_VERSION} "
+                "that this diffusers_bitsfusion reads. Upgrade with `pip install -U diffusers_bitsfusion`."
+            )
+        unknown = sorted(set(known) - set(cls().__dict__))
+        if unknown:
+            raise ValueError(
+                f"Unknown keys in the BitsFusion quantization config: {', '.join(unknown)}. Known are: "
+                f"{', '.join(cls().__dict__)}."
+            )
+        return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe content; `from_dict` reads it."""
+        content = copy.deepcopy(self.__dict__)
+        if isinstance(self.recipe, Recipe):
+            content["recipe"] = dict(self.recipe)
+        if self.is_resolved:  # how one machine computes, and where it keeps its files, is not for the others that load
+            content |= {"compute": "auto", "resident": "packed"}
+            if isinstance(self.recipe, str) and os.path.exists(self.recipe):
+                content["recipe"] = os.path.basename(os.path.abspath(self.recipe))
+        if isinstance(self.calibration, Calibration):
+            content["calibration"] = self.calibration.to_dict()
+        return {"quant_method": self.quant_method.value, **content}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        default = type(self)().to_dict()
+        return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+
+    def __repr__(self) -> str:
+        return QuantizationConfigMixin.__repr__(self)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _as_recipe(recipe: Any) -> Recipe | str | int:
+    """A recipe as the config keeps it: names and paths as text, mappings as `Recipe`."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe(recipe)
+    if isinstance(recipe, (str, os.PathLike)):
+        return os.fspath(recipe)
+    return check_bits(recipe, "recipe as an int")
+
+
+def _as_names(names: Any, argument: str) -> list[str]:
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{argument} must be a list of names, got {names!r}")
+    return list(names)
+
+
+def _check_time_embedding(time_embedding: Mapping[str, Any]) -> None:
+    kind, timesteps = time_embedding.get("type"), time_embedding.get("timesteps")
+    if kind not in ("cache", "table", "keep"):
+        raise ValueError(f'time_embedding["type"] must be "cache", "table" or "keep", got {kind!r}')
+    if kind == "cache" and not (
+        isinstance(timesteps, (list, tuple))
+        and timesteps
+        and all(_is_number(t) for t in timesteps)
+        and len(set(timesteps)) == len(timesteps)
+    ):
+        raise ValueError(
+            'time_embedding["timesteps"] must be a list of distinct numbers, for example '
+            f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {timesteps!r}"
+        )
+
+
+def _check_layers(layers: Any) -> None:
+    """Refuse what a damaged or hostile config.json may hold in place of the packed layers."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise ValueError("The checkpoint's quantization_config lists no layers: its config.json is damaged.")
+    for name, layer in layers.items():
+        if not isinstance(layer, Mapping) or set(layer) - {"branch_rank"} != {"bits", "shape"}:
+            raise ValueError(f"layers[{name!r}] must have the keys bits, shape and maybe branch_rank, got {layer!r}")
+        check_bits(layer["bits"], f"bits of layer {name!r}")
+        shape = layer["shape"]
+        if not isinstance(shape, (list, tuple)) or not shape or not all(_is_count(size) and size for size in shape):
+            raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shape!r}")
+        rank = layer.get("branch_rank", 1)
+        if not _is_count(rank) or not 1 <= rank <= _MAX_BRANCH_RANK:
+            raise ValueError(f"branch_rank of layer {name!r} must be from 1 to {_MAX_BRANCH_RANK}, got {rank!r}")
+
+
+def _check_resolved_time_embedding(time_embedding: Any) -> None:
+    if not isinstance(time_embedding, dict):
+        raise ValueError(f"time_embedding of a checkpoint must be an object, got {time_embedding!r}")
+    if time_embedding["type"] == "keep":
+        return
+    features = time_embedding.get("features")
+    if not isinstance(features, list) or not all(
+        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_count(entry[1])
+        for entry in features
+    ):
+        raise ValueError('time_embedding["features"] must list a block name and a number of features for each block')
+    counts = ["removed_weights", "removed_parameters"]
+    if time_embedding["type"] == "table":
+        counts.append("num_timesteps")
+    for key in counts:
+        if not _is_count(time_embedding.get(key)):
+            raise ValueError(f'time_embedding["{key}"] must be a number from 0, got {time_embedding.get(key)!r}')
+    if time_embedding.get("num_timesteps", 0) > _MAX_TIMESTEPS:
+        raise ValueError(f'time_embedding["num_timesteps"] must be at most {_MAX_TIMESTEPS}')

@@ -1,0 +1,255 @@
+"""`BitsFusionQuantizer`: diffusers' hooks for loading and saving, nothing else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from accelerate.utils import CustomDtype
+from diffusers import ModelMixin
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from ..codec.state_dict import decode_state_dict, encode_state_dict
+from ..config.bitsfusion import BitsFusionConfig
+from ..nn.attention import set_attention
+from ..nn.compute import set_compute
+from ..nn.conversion import float_twin, replace_module
+from ..nn.feed_forward import set_geglu
+from ..nn.packed import PackedWeight
+from ..nn.time_features import TimeFeatures
+from ..nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
+from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
+from ..utils.hooks import refuse_dispatched
+from .saving import as_plain_model, as_quantized_model
+
+logger = logging.get_logger(__name__)
+
+
+class BitsFusionQuantizer(DiffusersQuantizer):
+    """Quantizes a model while it loads, or loads and saves one that is packed."""
+
+    use_keep_in_fp32_modules = True
+    required_packages = ["zstandard"]
+
+    quantization_config: BitsFusionConfig
+
+    def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._dtype = torch.float32
+        self._packer: ModelPacker | None = None
+        self._leave_alone = False
+
+    # Before loading.
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse what would bypass quantizing.
+
+        Raises:
+            ValueError: quantizing on the fly with a device map that puts modules on disk.
+        """
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        if on_disk and not self.pre_quantized:
+            raise ValueError(
+                'A device map with "disk" cannot be used while quantizing: those weights would stay unquantized. '
+                "Quantize and save the model first (`bitsfusion quantize SRC DST`), then load the result with it."
+            )
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        self._dtype = torch_dtype or torch.float32
+        return torch_dtype
+
+    def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
+        # Packed parameters are integers, which device maps count at their own size; floats will shrink to 2 bits.
+        return torch_dtype if self.pre_quantized else CustomDtype.INT2
+
+    def get_cuda_warm_up_factor(self) -> int:
+        # Elements times the load dtype's 2 bytes over this factor: bytes when packed, about 2 bits before.
+        return 2 if self.pre_quantized else 16
+
+    def preprocess_model(self, model: ModelMixin, **kwargs: Any) -> Any:
+        # A single-file pipeline hands its config to every model it loads; only that loader passes the tensors here.
+        self._leave_alone = (
+            "state_dict" in kwargs
+            and ".autoencoders." in type(model).__module__
+            and "vae" not in self.quantization_config.components
+        )
+        return model if self._leave_alone else super().preprocess_model(model, **kwargs)
+
+    def _process_model_before_weight_loading(
+        self,
+        model: ModelMixin,
+        device_map: Any = None,
+        keep_in_fp32_modules: list[str] | None = None,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # `from_single_file` says "pre-quantized" of everything: only the tensors tell.
+        if state_dict is not None:
+            self.pre_quantized = any(name.endswith(".codes") for name in state_dict)
+        if self.pre_quantized:
+            self._prepare_packed(model)
+        else:
+            if self.quantization_config.calibration is not None:
+                raise ValueError(
+                    "calibration runs the pipeline in full precision, so it cannot be done while loading. Load "
+                    "without quantization_config, then call quantize_model(pipeline, config)."
+                )
+            exclude = [name for name in keep_in_fp32_modules or [] if name is not None]
+            self._packer = ModelPacker(model, self.quantization_config, self._dtype, exclude)
+
+    def _prepare_packed(self, model: ModelMixin) -> None:
+        """Give the meta model the layers that the checkpoint describes.
+
+        Raises:
+            ValueError: the checkpoint's config does not fit the model.
+        """
+        install_packed_layers(model, self.quantization_config, lambda name: self._dtype)
+        self._prepare_time_features(model)
+
+    def _prepare_time_features(self, model: ModelMixin) -> None:
+        time = self.quantization_config.time_embedding
+        assert isinstance(time, dict)
+        if time["type"] == "keep":
+            return
+        obstacle = why_not_cacheable(model)
+        sizes = None if obstacle else TimePath.of(model).sizes
+        if sizes != [tuple(size) for size in time["features"]]:
+            raise ValueError(
+                f"The checkpoint's time features do not fit {type(model).__name__}: "
+                f"{obstacle or 'its blocks have other sizes'}."
+            )
+        with torch.device("meta"):
+            install(model, lookup_from_config(time), sizes)
+
+    # While loading.
+
+    @property
+    def supports_parallel_loading(self) -> bool:
+        """Not while quantizing: threads would replace layers under each other's hands."""
+        return self.pre_quantized
+
+    def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._leave_alone or not self.pre_quantized or not self.quantization_config.is_resolved:
+            return state_dict
+        return decode_state_dict(state_dict, self.quantization_config.to_dict())
+
+    def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
+        if missing_keys and not self._leave_alone:
+            raise_missing(model, missing_keys)
+        return missing_keys
+
+    def check_if_quantized_param(self, model: ModelMixin, param_value: Tensor, param_name: str, *args: Any, **kw: Any):
+        return self._packer is not None and self._packer.wants(param_name)
+
+    def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
+        if tuple(current_param) != tuple(loaded_param.shape):
+            raise ValueError(
+                f"{param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, the model needs "
+                f"{tuple(current_param)}."
+            )
+        return True
+
+    def create_quantized_param(
+        self,
+        model: ModelMixin,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device | str | int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        assert self._packer is not None
+        self._packer.take(param_name, param_value, target_device)
+
+    # After loading.
+
+    def postprocess_model(self, model: ModelMixin, **kwargs: Any) -> Any:
+        return model if self._leave_alone else super().postprocess_model(model, **kwargs)
+
+    def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
+        missing = [name for name, module in _modules_with_missing_weights(model)]
+        if missing:
+            raise_missing(model, missing)
+        self.finish(model)
+        return model
+
+    def adopt(self, packer: ModelPacker) -> None:
+        """Take over a packer that has taken every weight, for `finish`."""
+        self._packer = packer
+
+    def finish(self, model: ModelMixin) -> None:
+        """Set on a packed model whatever loading sets, so that one quantized in memory behaves alike."""
+        if self._packer is not None:
+            self.quantization_config = self._packer.finish()
+            self._packer = None
+            _warn_untrained()
+        _own_memory(model, decoded=self.quantization_config.compression is not None)
+        set_compute(model, self.quantization_config.compute, self.quantization_config.resident)
+        self.pre_quantized = True
+        model.is_quantized = True
+        model.quantization_method = self.quantization_config.quant_method
+        model.register_to_config(quantization_config=self.quantization_config)
+        as_quantized_model(model)
+
+    # Saving and undoing.
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        if self._leave_alone:
+            return state_dict, {}
+        return encode_state_dict(state_dict, self.quantization_config.to_dict()), {}
+
+    def _dequantize(self, model: ModelMixin) -> ModelMixin:
+        refuse_dispatched(model, "dequantize")
+        packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed]
+        dtype = packed[-1][1].weight_dtype if packed else self._dtype
+        if isinstance(getattr(model, "time_proj", None), TimeFeatures):
+            restore(model, dtype)  # first: it may refuse, and then nothing has changed
+        for name, module in packed:
+            replace_module(model, name, float_twin(module))
+        set_attention(model, bf16=False)
+        set_geglu(model, integers=False)
+        as_plain_model(model)
+        del model.quantization_method
+        return model
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _modules_with_missing_weights(model: ModelMixin) -> list[tuple[str, nn.Module]]:
+    """Modules with parameters on the meta device that no offloading hook will bring."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(p.is_meta for p in module.parameters(recurse=False)) and not _is_offloaded(module)
+    ]
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
+
+
+def _own_memory(model: ModelMixin, decoded: bool) -> None:
+    """Copy what was not packed or decoded here: a single view would keep the whole file mapped into memory."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not (decoded and name.endswith(".codes")):
+            parameter.data = parameter.data.clone()
+
+
+@functools.cache
+def _warn_untrained() -> None:
+    logger.warning(
+        "Layers were rounded after training. At about 2 bits a Stable Diffusion model then draws noise until it is "
+        "trained in this precision (quantization-aware training); see the README of diffusers_bitsfusion."
+    )

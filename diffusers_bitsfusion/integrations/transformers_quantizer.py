@@ -1,0 +1,153 @@
+"""`BitsFusionTextQuantizer`: transformers' hooks for loading and saving, so that text encoders are packed too."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.quantizers import HfQuantizer
+
+from ..codec.state_dict import decode_state_dict, encode_state_dict
+from ..config.bitsfusion import BitsFusionConfig
+from ..nn.conversion import float_twin, replace_module
+from ..nn.packed import PackedWeight
+from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
+from ..packing.plan import matches
+from ..utils.hooks import refuse_dispatched, refuse_offloaded_to_disk
+from .peft_lora import prepare_saving
+
+
+class BitsFusionTextQuantizer(HfQuantizer):
+    """Quantizes a transformers model (CLIP, T5) after it has loaded, or loads and saves one that is packed.
+
+    Linear layers are packed; embeddings and whatever is tied to them are not. Layers that transformers keeps in fp32
+    beside fp16 (T5's last feed-forward one) are packed as well, and go on computing in fp32.
+    """
+
+    quantization_config: BitsFusionConfig
+
+    def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any):
+        super().__init__(quantization_config, **kwargs)
+        self._dtype = torch.float32
+
+    # Before loading.
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to spread a text encoder over devices, which would be done before its weights are decoded.
+
+        Raises:
+            ValueError: the device map names several devices, or the disk.
+        """
+        devices = set(device_map.values()) if isinstance(device_map, dict) else set()
+        if len(devices) > 1 or "disk" in devices:
+            raise ValueError(
+                "A packed text encoder loads onto one device only; offload it afterwards "
+                "(`pipe.enable_model_cpu_offload()` or `enable_group_offload`)."
+            )
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        self._dtype = dtype
+        return dtype
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if not self.pre_quantized:
+            return
+        install_packed_layers(model, self.quantization_config, lambda name: _weight_dtype(model, name, self._dtype))
+        # transformers initialises what a file lacks, and for that reads weights, before the codes have been decoded.
+        for module in model.modules():
+            if any(isinstance(part, PackedWeight) for part in module.modules()):
+                module._is_hf_initialized = True
+
+    # While loading.
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
+        """Whether what the file holds has another shape than the model: codes, which are decoded at the end."""
+        return self.pre_quantized and param_name.endswith(".codes")
+
+    def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        return param.element_size()
+
+    # After loading.
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            self._decode(model)
+        else:
+            self.pack(model)
+
+    def _decode(self, model: PreTrainedModel) -> None:
+        config = self.quantization_config
+        assert config.layers is not None
+        packed = {name: model.get_submodule(name) for name in config.layers}
+        found = {
+            f"{name}.{kind}": tensor
+            for name, layer in packed.items()
+            for kind, tensor in layer.named_parameters(recurse=False)
+            if kind != "bias"
+        }
+        missing = [name for name, tensor in found.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        if missing:
+            raise_missing(model, missing)
+        decoded = decode_state_dict(found, config.to_dict())
+        for name, layer in packed.items():
+            layer.codes = nn.Parameter(decoded[f"{name}.codes"].to(layer.codes.device), requires_grad=False)
+        for module in model.modules():  # what no file holds, and was not initialised before: see above
+            if module._non_persistent_buffers_set:
+                model._init_weights(module)
+
+    @torch.no_grad()
+    def pack(self, model: PreTrainedModel, progress: bool = True) -> None:
+        """Quantize a model in memory, in place, and set whatever loading sets.
+
+        Raises:
+            ValueError: see `packing.ModelPacker`.
+        """
+        refuse_dispatched(model, "quantize")
+        config = copy.deepcopy(self.quantization_config)
+        config.time_embedding = "keep"  # there is none
+        config.calibration = None
+        tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
+        packer = ModelPacker(model, config, model.dtype, tied, progress)
+        for name, parameter in list(model.named_parameters()):
+            if packer.wants(name):
+                packer.take(name, parameter, parameter.device)
+        for name in packer.plan.bits:
+            model.get_submodule(name).weight_dtype = _weight_dtype(model, name, model.dtype)
+        self.quantization_config = packer.finish()
+        self.pre_quantized = True
+        model.hf_quantizer = self
+        model.is_quantized = True
+        model.quantization_method = self.quantization_config.quant_method
+        model.config.quantization_config = self.quantization_config
+
+    # Saving and undoing.
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        refuse_offloaded_to_disk(model)
+        prepare_saving(model)
+        return encode_state_dict(model.state_dict(), self.quantization_config.to_dict()), {}
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        refuse_dispatched(model, "dequantize")
+        for name, module in list(model.named_modules()):
+            if isinstance(module, PackedWeight) and module.is_packed:
+                replace_module(model, name, float_twin(module))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _weight_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which transformers would have a layer's weight in a model of `dtype`."""
+    kept = list(model._keep_in_fp32_modules_strict or []) if dtype in (torch.float16, torch.bfloat16) else []
+    if dtype == torch.float16:
+        kept += model._keep_in_fp32_modules or []
+    return torch.float32 if matches(name, kept) else dtype

@@ -1,0 +1,240 @@
+"""Layers for quantization-aware training: float latent weights, rounded in every call (paper, section 6)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..codec.grid import code_range, half_range
+from ..codec.quantize_dense import quantize_to_dense
+from ..codec.scales import round_to_codes
+from .packed import autocast
+
+LayerT = TypeVar("LayerT", bound="TrainableWeight")
+
+# Latent weights that are made to round to a given code stay this share of a step away from it at most, which leaves
+# room for rounding errors before the next code begins.
+_WITHIN = 0.49
+
+# A step of the optimizer may carry a scale across zero. It is held here, and its gradient leads back.
+_LEAST_SCALE = 1e-8
+
+
+class TrainableWeight(nn.Module):
+    """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is rounded to the grid in every call.
+
+    The gradient goes straight through the rounding to the latent weight where that lies within the grid's range
+    (within half a step of its ends), and is zero beyond. The scale's is that of LSQ (arXiv 1902.08153). The layer
+    follows its input's dtype, or autocast's; the rounding itself is done in fp32.
+
+    Attributes:
+        weight (`nn.Parameter`): fp32 latent weight, shaped as in the float layer.
+        scale (`nn.Parameter`): fp32 [out].
+        bits (`int`): 1 to 8.
+        balance (`bool`): 2**bits + 1 symmetric levels, or the plain grid of 2**bits.
+    """
+
+    bits: int
+    balance: bool
+    weight: Any
+    bias: Any
+    scale: nn.Parameter
+
+    @classmethod
+    def from_float(
+        cls: type[LayerT],
+        layer: nn.Linear | nn.Conv2d,
+        bits: int,
+        *,
+        scale_init: str = "alternating",
+        scale_iterations: int = 10,
+        balance: bool = True,
+    ) -> LayerT:
+        """Trainable twin of a Linear or Conv2d, with the scales that quantizing it gives; shares no memory with it.
+
+        Raises:
+            ValueError: the weight holds NaN or infinite values.
+        """
+        twin = cls.__new__(cls)
+        nn.Module.__init__(twin)
+        twin.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in twin.__dict__})
+        twin.bits, twin.balance = bits, balance
+        weight = layer.weight.detach()
+        _, scale = quantize_to_dense(
+            weight.flatten(1), bits, scale_init=scale_init, iterations=scale_iterations, balance=balance
+        )
+        twin.weight = nn.Parameter(weight.to(torch.float32, copy=True))
+        twin.scale = nn.Parameter(scale)
+        bias = (
+            layer.bias if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
+        )
+        twin.register_parameter("bias", bias)
+        return twin
+
+    @torch.no_grad()
+    def start_from(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
+        """Make the layer round to given codes: each latent weight moves as little as it must.
+
+        Args:
+            codes: integers [out, columns] within the grid.
+            scale: fp32 [out], positive.
+            bias: [out], or None to keep the layer's.
+        """
+        codes, row_scale = codes.to(self.weight), scale.to(self.weight).unsqueeze(1)
+        nearest = self.weight.flatten(1).clamp((codes - _WITHIN) * row_scale, (codes + _WITHIN) * row_scale)
+        self.weight.copy_(nearest.view_as(self.weight))
+        self.scale.copy_(scale)
+        if bias is not None:
+            self.bias.copy_(bias)
+
+    @torch.no_grad()
+    def codes_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Codes fp32 [out, columns] and scale fp32 [out] of the weight as it is now."""
+        scale = self.scale.clamp_min(_LEAST_SCALE)
+        return round_to_codes(self.weight.flatten(1), scale, self.bits, self.balance), scale
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def _rounded(weight: Tensor, scale: Tensor, bits: int, balance: bool) -> Tensor:
+    """The latent weight [out, ...] on its grid, fp32 of the same shape."""
+    scale = scale.clamp_min(_LEAST_SCALE)
+    return round_to_codes(weight.flatten(1), scale, bits, balance).mul_(scale.unsqueeze(1)).view_as(weight)
+
+
+def straight_through(
+    grad: Tensor, weight: Tensor, scale: Tensor, bits: int, balance: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the latent weight and of its scales, from the gradient of the rounded weight.
+
+    With v = weight / scale and codes k = clip(round(v)): the weight's is `grad` where rounding v does not clip, else
+    0. The scale's is the sum over its row of grad * (k - v), of grad * k where clipped, divided by
+    sqrt(columns * largest code) as in LSQ, which keeps the two kinds of gradient alike in size.
+
+    Args:
+        grad: floating, as `weight`; overwritten with the weight's gradient where it is fp32.
+        weight: fp32 latent weight [out, ...].
+        scale: fp32 [out].
+        bits: 1 to 8.
+        balance: as in `codec.grid.code_range`.
+
+    Returns:
+        fp32 gradients, of the weight's and the scale's shape.
+    """
+    low, high = code_range(bits, balance)
+    scale = scale.clamp_min(_LEAST_SCALE)
+    rows = grad.flatten(1).float()
+    exact = weight.flatten(1) * scale.reciprocal().unsqueeze(1)
+    nearest = exact.round()
+    codes = nearest.clamp(low, high)
+    inside = nearest == codes
+    slope = codes.sub_(exact.mul_(inside))
+    grad_scale = torch.linalg.vecdot(rows, slope) / math.sqrt(rows.shape[1] * half_range(bits))
+    return rows.mul_(inside).view_as(weight), grad_scale
+
+
+class _RoundedLinear(torch.autograd.Function):
+    """y = x Q(W)^T + b, rounding again in the backward pass rather than keeping Q(W)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, balance: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.grid = bits, balance
+        return F.linear(x, _rounded(weight, scale, bits, balance).to(x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, scale = ctx.saved_tensors
+        grad_x = grad_weight = grad_scale = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ _rounded(weight, scale, *ctx.grid).to(grad.dtype)
+        flat = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_weight, grad_scale = straight_through(flat.T @ x.reshape(-1, x.shape[-1]), weight, scale, *ctx.grid)
+        grad_bias = flat.sum(0) if ctx.needs_input_grad[3] else None
+        return grad_x, grad_weight, grad_scale, grad_bias, None, None
+
+
+class QATLinear(TrainableWeight, nn.Linear):
+    """`torch.nn.Linear` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = autocast(x)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return _RoundedLinear.apply(x, self.weight, self.scale, bias, self.bits, self.balance)
+
+
+class _RoundedConv2d(torch.autograd.Function):
+    """y = x * Q(W) + b with numeric zero padding, rounding again in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        layer: QATConv2d,
+        padding: tuple[int, ...],
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, scale)
+        ctx.grid = layer.bits, layer.balance
+        ctx.geometry = layer.stride, padding, layer.dilation, layer.groups
+        return F.conv2d(x, _rounded(weight, scale, *ctx.grid).to(x.dtype), bias, *ctx.geometry)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, weight, scale = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        needs_x, needs_weight, needs_scale, needs_bias = ctx.needs_input_grad[:4]
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad,
+            x,
+            _rounded(weight, scale, *ctx.grid).to(x.dtype),
+            [weight.shape[0]],
+            stride,
+            padding,
+            dilation,
+            False,
+            [0, 0],
+            groups,
+            [needs_x, needs_weight or needs_scale, needs_bias],
+        )
+        grad_scale = None
+        if grad_weight is not None:
+            grad_weight, grad_scale = straight_through(grad_weight, weight, scale, *ctx.grid)
+        return grad_x, grad_weight, grad_scale, grad_bias, None, None
+
+
+class QATConv2d(TrainableWeight, nn.Conv2d):
+    """`torch.nn.Conv2d` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        x = autocast(x)
+        padding = self.padding
+        if self.padding_mode != "zeros" or isinstance(padding, str):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
+        bias = self.bias if self.bias is None else self.bias.to(x.dtype)
+        return _RoundedConv2d.apply(x, self.weight, self.scale, bias, self, cast("tuple[int, ...]", padding))
+
+
+def trainable_twin(layer: nn.Linear | nn.Conv2d, bits: int, **scales: Any) -> QATLinear | QATConv2d:
+    """Trainable layer for an `nn.Linear` or `nn.Conv2d`; `scales` as for `TrainableWeight.from_float`.
+
+    Raises:
+        ValueError: the weight holds NaN or infinite values.
+    """
+    kind: Any = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
+    return kind.from_float(layer, bits, **scales)

@@ -1,0 +1,1 @@
+"""The kernels for GPUs, written in Triton; imported only where a GPU runs them."""

@@ -1,0 +1,140 @@
+"""Decoding in Triton, for GPUs. Imported where Triton is installed only; same results as `decode.decode_reference`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...codec.grid import half_range, levels
+from ...codec.radix import digits_per_word
+
+# What a program decodes: so many words, for each kernel position, of so many rows; 3 KB of fp16 weights and more.
+_ROWS, _WORDS = 8, 64
+
+# word * (2**_SHIFT // base + 1) >> _SHIFT is word / base, rounded down, for every word and base that there is, and
+# fits 32 bits.
+_SHIFT = 19
+
+
+@triton.jit
+def load_words(row, index, mask, last, width, BITS: tl.constexpr):
+    """uint32 words of rows of the dense form (docs/ARCHITECTURE.md), which have `width` of them; `last` is the highest
+    index that any of these words may have."""
+    if BITS == 2:  # seven bits each; the last eighth of the words lies in the top bits of the others
+        part = (width + 7) // 8
+        words = tl.load(row + index, mask=mask & (index < 7 * part), other=0).to(tl.uint32) & 127
+        if last >= 7 * part:
+            place = index - 7 * part
+            for bit in range(7):
+                byte = tl.load(row + bit * part + place, mask=mask & (place >= 0), other=0).to(tl.uint32)
+                words = words | ((byte >> 7) << bit)
+    else:
+        words = tl.load(row + index, mask=mask, other=0).to(tl.uint32)
+    if BITS == 3:
+        words = words | (tl.load(row + width + index, mask=mask, other=0).to(tl.uint32) << 8)
+    if BITS == 4:
+        part = (width + 7) // 8
+        plane = tl.load(row + width + index % part, mask=mask, other=0).to(tl.uint32)
+        words = words | (((plane >> (index // part).to(tl.uint32)) & 1) << 8)
+    return words
+
+
+@triton.jit
+def last_digit(words, BASE: tl.constexpr, RECIPROCAL: tl.constexpr, SHIFT: tl.constexpr):
+    """(digit, what is left of the words), both uint32."""
+    left = (words * RECIPROCAL) >> SHIFT
+    return words - left * BASE, left
+
+
+def _decode(
+    dense,
+    scale,
+    out,
+    rows,
+    columns,
+    width,
+    row_bytes,
+    BITS: tl.constexpr,
+    BASE: tl.constexpr,
+    HALF: tl.constexpr,
+    PLANES: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    SHIFT: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CODES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Words to planar columns, codes alone if CODES, else times their row's scale. Column c * POSITIONS + p of the
+    codes is column p * (columns / POSITIONS) + c of the output."""
+    first_row = tl.program_id(0).to(tl.int64) * ROWS
+    first_word = tl.program_id(1) * WORDS * POSITIONS
+    row = tl.arange(0, ROWS)[:, None]
+    inside_row = first_row + row < rows
+    dense += first_row * row_bytes
+    out += first_row * columns
+    factor = tl.load(scale + first_row + row, mask=inside_row, other=0.0)
+    place = tl.arange(0, WORDS)[None, :]
+    channels = columns // POSITIONS
+    for position in range(POSITIONS):
+        index = first_word + place * POSITIONS + position
+        mask = inside_row & (index < width)
+        words = load_words(dense + row * row_bytes, index, mask, first_word + (WORDS * POSITIONS - 1), width, BITS)
+        for plane in tl.static_range(PLANES):
+            digit, words = last_digit(words, BASE, RECIPROCAL, SHIFT)
+            first = first_word + plane * width + position  # of these columns; the next is POSITIONS further
+            column = first % POSITIONS * channels + first // POSITIONS + place
+            value = digit.to(tl.int32) - HALF
+            if not CODES:
+                value = value.to(tl.float32) * factor
+            inside = mask & (plane * width + index < columns)
+            tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
+
+
+# A thread stores several neighbours in one go where the compiler knows that all sizes are aligned. Where it knows it
+# of some, it gives a thread several as well, but stores them one by one: so it is told of all or of none.
+_ALIGNED = 16
+_decode_aligned = triton.jit(_decode)
+_decode_any = triton.jit(do_not_specialize=["columns", "width", "row_bytes"])(_decode)
+
+
+def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor, positions: int = 1) -> Tensor:
+    """`decode.decode_reference` for contiguous tensors; `out` fp32, bf16, fp16 or int8.
+
+    With `positions`, the columns (channel, position) of the codes become columns (position, channel) of `out`.
+    """
+    width = -(-columns // digits_per_word(bits))
+    grid = triton.cdiv(len(codes), _ROWS), triton.cdiv(width, _WORDS * positions)
+    aligned = all(size % _ALIGNED == 0 for size in (columns, width, codes.shape[1]))
+    kernel = _decode_aligned if aligned else _decode_any
+    with torch.cuda.device_of(codes):  # Triton launches on the current device
+        kernel[grid](
+            codes,
+            scale,
+            out,
+            len(codes),
+            columns,
+            width,
+            codes.shape[1],
+            **dense_form(bits),
+            POSITIONS=positions,
+            CODES=out.dtype == torch.int8,
+            ROWS=_ROWS,
+            WORDS=_WORDS,
+        )
+    return out
+
+
+def dense_form(bits: int) -> dict[str, int]:
+    """What kernels are told of the dense form."""
+    base = levels(bits)
+    return {
+        "BITS": bits,
+        "BASE": base,
+        "HALF": half_range(bits),
+        "PLANES": digits_per_word(bits),
+        "RECIPROCAL": (1 << _SHIFT) // base + 1,
+        "SHIFT": _SHIFT,
+    }

@@ -1,0 +1,197 @@
+"""Quantizing one model, a parameter at a time: what the loader and `quantize_model` share."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from diffusers import ModelMixin
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from ..calibration.layers import CalibratedLayer
+from ..codec.time_table import quantize_table
+from ..config.bitsfusion import FORMAT_VERSION, BitsFusionConfig
+from ..nn.conversion import pack_weight, packed_twin, replace_module
+from ..nn.time_features import TimeFeatureCache, TimeFeatureTable
+from ..nn.time_path import TimePath, install, lookup_from_config
+from .plan import Plan, make_plan
+
+
+class ModelPacker:
+    """Replaces the layers of an unquantized model, in place, as their weights come in.
+
+    Args:
+        model: a diffusers model, with its parameters real or on the meta device.
+        config: what is asked for; not changed.
+        dtype: dtype of the float parameters that stay.
+        exclude: module names to leave alone.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: see `plan.make_plan`.
+    """
+
+    def __init__(
+        self,
+        model: ModelMixin,
+        config: BitsFusionConfig,
+        dtype: torch.dtype,
+        exclude: Iterable[str] = (),
+        progress: bool = True,
+    ):
+        self.model = model
+        self.dtype = dtype
+        self.plan = make_plan(model, config, exclude)
+        self.config = copy.deepcopy(config)
+        self.config.format_version = FORMAT_VERSION
+        self.config.layers = {
+            name: {"bits": bits, "shape": list(model.get_submodule(name).weight.shape)}
+            for name, bits in self.plan.bits.items()
+        }
+        self.config.time_embedding = {"type": self.plan.time_embedding}
+        time_layers = {} if self.plan.time_embedding == "keep" else TimePath.of(model).layers
+        self._time_parameters = {
+            f"{name}.{kind}" for name, layer in time_layers.items() for kind, _ in layer.named_parameters()
+        }
+        self._progress = progress
+
+    @functools.cached_property
+    def _bar(self) -> Any:
+        """Shown from the first layer on: calibration, which may take long, comes before."""
+        return logging.tqdm(total=len(self.plan.bits), desc="Quantizing layers", disable=not self._progress)
+
+    def wants(self, parameter: str) -> bool:
+        """Whether `take` must be given this parameter instead of the model."""
+        return (
+            parameter.removesuffix(".weight") in self.plan.bits
+            and parameter.endswith(".weight")
+            or (parameter in self._time_parameters)
+        )
+
+    def take(self, parameter: str, value: Tensor, device: torch.device | str | int) -> None:
+        """Quantize the weight of a layer, or keep a parameter of the time path until the path is complete.
+
+        Raises:
+            ValueError: the values are not finite.
+        """
+        if parameter in self._time_parameters:
+            if not torch.isfinite(value).all():
+                raise ValueError(f"Cannot quantize: {parameter} holds NaN or infinite values.")
+            set_module_tensor_to_device(self.model, parameter, device, value=value)
+            self._time_parameters.discard(parameter)
+            if not self._time_parameters:
+                self.config.time_embedding = install_time_features(self.model, self.plan)
+            return
+        name = parameter.removesuffix(".weight")
+        packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        try:
+            pack_weight(
+                packed,
+                value.to(device),
+                scale_init=self.config.scale_init,
+                scale_iterations=self.config.scale_iterations,
+                balance=self.config.balance,
+            )
+        except ValueError as error:
+            raise ValueError(f"Cannot quantize {parameter}: {error}.") from error
+        replace_module(self.model, name, packed)
+        self._bar.update()
+
+    def take_calibrated(self, name: str, layer: CalibratedLayer, device: torch.device) -> None:
+        """Pack a layer with codes, scale and bias that calibration has found for it."""
+        packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        packed.set_codes(layer.codes.to(device), layer.scale.to(device))
+        if layer.bias is not None:
+            packed.bias = nn.Parameter(layer.bias.to(packed.bias), requires_grad=packed.bias.requires_grad)
+        replace_module(self.model, name, packed)
+        self._bar.update()
+
+    def finish(self) -> BitsFusionConfig:
+        """Close the progress bar; the config that describes the packed model.
+
+        Raises:
+            ValueError: a parameter that was not quantized holds NaN or infinite values.
+        """
+        for name, parameter in self.model.named_parameters():
+            if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
+                raise ValueError(f"Cannot quantize: {name} holds NaN or infinite values.")
+        self._bar.close()
+        return self.config
+
+
+def install_time_features(model: ModelMixin, plan: Plan) -> dict[str, Any]:
+    """Replace the time path of `model`, whose weights are complete, by the look-up that `plan` asks for.
+
+    Returns:
+        What a resolved `BitsFusionConfig.time_embedding` says of it.
+    """
+    if plan.time_embedding == "keep":
+        return {"type": "keep"}
+    path = TimePath.of(model)
+    described: dict[str, Any] = {
+        "type": plan.time_embedding,
+        "features": [list(size) for size in path.sizes],
+        "removed_weights": path.num_weights,
+        "removed_parameters": path.num_parameters,
+    }
+    if plan.time_embedding == "cache":
+        described["timesteps"] = plan.timesteps
+    else:
+        described["num_timesteps"] = plan.num_timesteps
+    lookup = lookup_from_config(described)
+    if isinstance(lookup, TimeFeatureCache):
+        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32)
+        lookup.set_features(torch.cat(list(path.compute(timesteps)), dim=1))
+    elif isinstance(lookup, TimeFeatureTable):
+        start = 0
+        for features in path.compute(lookup.rows):
+            lookup.set_codes(*quantize_table(features), start=start)
+            start += features.shape[1]
+    lookup.to(path.layers["time_embedding.linear_1"].weight.device)
+    install(model, lookup, path.sizes)
+    return described
+
+
+def install_packed_layers(
+    model: nn.Module, config: BitsFusionConfig, weight_dtype: Callable[[str], torch.dtype]
+) -> None:
+    """Give a model on the meta device the packed layers that a checkpoint's config describes, still empty.
+
+    Args:
+        model: of the class that the checkpoint is of, with float layers.
+        config: read from the checkpoint.
+        weight_dtype: dtype that the weight of a layer would have, by its name.
+
+    Raises:
+        ValueError: the config is damaged, or does not fit the model.
+    """
+    if not config.is_resolved:
+        raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
+    assert config.layers is not None
+    modules = dict(model.named_modules())
+    for name, layer in config.layers.items():
+        module = modules.get(name)
+        if not isinstance(module, (nn.Linear, nn.Conv2d)):
+            raise ValueError(f"The checkpoint's config packs {name}, which {type(model).__name__} does not have.")
+        if list(module.weight.shape) != list(layer["shape"]):
+            raise ValueError(
+                f"The checkpoint's config gives {name} the shape {layer['shape']}; "
+                f"{type(model).__name__} has {list(module.weight.shape)}."
+            )
+        packed = packed_twin(module, layer["bits"], weight_dtype(name), layer.get("branch_rank", 0))
+        replace_module(model, name, packed)
+
+
+def raise_missing(model: nn.Module, names: list[str]) -> NoReturn:
+    """Refuse a checkpoint that lacks tensors.
+
+    Raises:
+        ValueError: always.
+    """
+    shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    raise ValueError(f"The checkpoint for {type(model).__name__} lacks {shown}. It is incomplete; download it again.")

@@ -1,0 +1,222 @@
+"""Which modules of a model are packed, with how many bits, and what becomes of its time embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import Any
+
+from diffusers import ModelMixin
+from diffusers.utils import logging
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bits
+from ..allocation.data_free import allocate_data_free
+from ..codec.grid import cost_in_bits
+from ..config.bitsfusion import BitsFusionConfig
+from ..config.recipe import PUBLISHED, Recipe
+from ..nn.fake_quantized import TrainableWeight
+from ..nn.packed import PackedWeight
+from ..nn.time_path import TimePath, why_not_cacheable
+
+logger = logging.get_logger(__name__)
+
+# A table of 1002 timesteps takes about 5.4 bits an entry in the file, a projection of the time embedding in_out_bits
+# a weight: the table is smaller where the embedding is wider than this many bits over in_out_bits.
+TABLE_BITS_PER_FEATURE = 5.4 * 1002
+
+_NUM_TIMESTEPS = 1000
+
+
+@dataclass
+class Plan:
+    """What quantizing a model will do.
+
+    Attributes:
+        bits: bits by name of every layer to pack.
+        time_embedding: "table", "cache" or "keep".
+        timesteps: the timesteps to cache, for "cache".
+        num_timesteps: training timesteps, for "table".
+    """
+
+    bits: dict[str, int]
+    time_embedding: str
+    timesteps: list[float]
+    num_timesteps: int = _NUM_TIMESTEPS
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a dotted run of `name` equals one of `patterns`: "attn2.to_k" is in "...0.attn2.to_k"."""
+    return any(f".{pattern}." in f".{name}." for pattern in patterns)
+
+
+def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Linear and Conv2d layers by name, those matching `exclude` left out."""
+    patterns = list(exclude)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns)
+    }
+
+
+def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Layers whose bits a recipe decides: neither first, last nor of the time embedding."""
+    layers = quantizable_layers(model, exclude)
+    special = {*IN_OUT_LAYERS, *_time_names(model, layers)}
+    return {name: layer for name, layer in layers.items() if name not in special}
+
+
+def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str] = ()) -> Plan:
+    """Decide on every layer of an unquantized model; its parameters may be on the meta device.
+
+    Args:
+        model: a diffusers model.
+        config: what is asked for.
+        exclude: further module names to leave alone (those kept in fp32).
+
+    Raises:
+        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize; the
+            recipe does not match it, or the target cannot be reached.
+    """
+    if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
+        raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
+    if any(isinstance(module, TrainableWeight) for module in model.modules()):
+        raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} has adapters. Call `unload_lora_weights()` before, after `fuse_lora()` if "
+            "they are to stay in the weights; or load them afterwards."
+        )
+    names = [name for name, _ in model.named_modules()]
+    for pattern in config.modules_to_not_convert:
+        if not any(matches(name, [pattern]) for name in names):
+            logger.warning("modules_to_not_convert: %s has no %s.", type(model).__name__, pattern)
+    exclude = [*config.modules_to_not_convert, *exclude]
+    layers = quantizable_layers(model, exclude)
+    plan = Plan({}, *_plan_time(model, config))
+    time_layers = _time_names(model, layers)
+    if plan.time_embedding != "keep":
+        layers = {name: layer for name, layer in layers.items() if name not in time_layers}
+    if not layers:
+        raise ValueError(f"This {type(model).__name__} has no Linear or Conv2d layer to quantize.")
+
+    special = [name for name in layers if name in IN_OUT_LAYERS or name in time_layers]
+    plan.bits = {name: config.in_out_bits for name in special}
+    ordinary = {name: layer.weight.numel() for name, layer in layers.items() if name not in plan.bits}
+    shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    plan.bits |= _ordinary_bits(model, config, plan, ordinary, shapes, exclude)
+    plan.bits = {name: plan.bits[name] for name in layers}
+    return plan
+
+
+def _time_names(model: ModelMixin, layers: Iterable[str]) -> set[str]:
+    """Layers of the time embedding; of one that must stay, by the names that diffusers gives them."""
+    if why_not_cacheable(model) is None:
+        return set(TimePath.of(model).layers)
+    return {name for name in layers if matches(name, ("time_embedding", "time_emb_proj", "add_embedding"))}
+
+
+def _plan_time(model: ModelMixin, config: BitsFusionConfig) -> tuple[str, list[float]]:
+    """(what becomes of the time embedding, timesteps to cache)."""
+    asked = config.time_embedding
+    kind = asked["type"] if isinstance(asked, dict) else asked
+    timesteps = list(asked["timesteps"] if isinstance(asked, dict) and kind == "cache" else PAPER_TIMESTEPS)
+    obstacle = why_not_cacheable(model)
+    if obstacle is None and matches_any(TimePath.of(model).layers, config.modules_to_not_convert):
+        obstacle = "modules_to_not_convert names a part of it"
+        kind = "table" if kind == "auto" else kind  # what it would have been: worth a word
+    if obstacle is not None:
+        if kind in ("table", "cache"):
+            logger.warning('The time embedding is kept, not replaced by a "%s": %s.', kind, obstacle)
+        return "keep", timesteps
+    if kind == "auto":
+        width = TimePath.of(model).layers["time_embedding.linear_2"].out_features
+        kind = "table" if width * config.in_out_bits > TABLE_BITS_PER_FEATURE else "keep"
+    return kind, timesteps
+
+
+def matches_any(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    """Whether any of `names` matches any of `patterns`."""
+    patterns = list(patterns)
+    return any(matches(name, patterns) for name in names)
+
+
+def _ordinary_bits(
+    model: ModelMixin,
+    config: BitsFusionConfig,
+    plan: Plan,
+    sizes: dict[str, int],
+    shapes: dict[str, tuple[int, ...]],
+    exclude: Iterable[str],
+) -> dict[str, int]:
+    """Bits of all layers that are neither first, last nor time embedding; a recipe may name those too."""
+    if config.recipe == "auto":
+        published = Recipe.load(PUBLISHED)
+        default_target = config.target_bits == BitsFusionConfig().target_bits
+        skipped = [name for name in published if matches(name, config.modules_to_not_convert)]
+        present = shapes | {name: published.shapes[name] for name in skipped}
+        if default_target and published.fits(present) and set(sizes) <= set(published):
+            return {name: published[name] for name in sizes}
+        return _allocate(model, config, plan, sizes, exclude)
+    if isinstance(config.recipe, int):
+        return dict.fromkeys(sizes, config.recipe)
+    recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe.load(config.recipe)
+    _check_recipe(recipe, model, sizes, shapes)
+    return {name: bits for name, bits in recipe.items() if name in shapes}
+
+
+def _check_recipe(recipe: Recipe, model: nn.Module, sizes: dict[str, int], shapes: dict[str, Any]) -> None:
+    modules = dict(model.named_modules())
+    unknown = [name for name in recipe if not isinstance(modules.get(name), (nn.Linear, nn.Conv2d))]
+    missing = [name for name in sizes if name not in recipe]
+    other = [name for name in recipe if name in shapes and recipe.shapes.get(name, shapes[name]) != shapes[name]]
+    for problem, names in (
+        ("names layers that the model lacks", unknown),
+        ("misses layers that the model has (give them bits, or name them in modules_to_not_convert)", missing),
+        ("is for layers of another shape", other),
+    ):
+        if names:
+            shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ValueError(f"The recipe {problem}: {shown}.")
+
+
+def _allocate(
+    model: ModelMixin, config: BitsFusionConfig, plan: Plan, sizes: dict[str, int], exclude: Iterable[str]
+) -> dict[str, int]:
+    fixed, weights = fixed_bits(model, plan, plan.bits, exclude)
+    try:
+        return allocate_data_free(sizes, config.target_bits * weights - fixed, balance=config.balance)
+    except ValueError as error:
+        total = sum(sizes.values())
+        least, most = ((fixed + cost_in_bits(bits, config.balance) * total) / weights for bits in (1, 7))
+        reach = f"With these settings target_bits goes from {ceil(100 * least) / 100} to {floor(100 * most) / 100}"
+        if plan.time_embedding == "keep" and why_not_cacheable(model) is None:
+            reach += '; time_embedding="table" takes fewer bits than layers of in_out_bits'
+        raise ValueError(
+            f"target_bits={config.target_bits} cannot be reached for this model: {error}. {reach}."
+        ) from error
+
+
+def fixed_bits(
+    model: ModelMixin, plan: Plan, special: Mapping[str, int], exclude: Iterable[str] = ()
+) -> tuple[float, int]:
+    """What a recipe does not decide of the paper's average bits.
+
+    Args:
+        model: the unquantized model.
+        plan: what becomes of its time embedding.
+        special: bits of the first, the last and the time embedding's layers, by name.
+        exclude: module names that are left alone.
+
+    Returns:
+        (bits of `special` and of the time features, all weights that the average is over).
+    """
+    layers = quantizable_layers(model, exclude)
+    fixed: float = sum(cost_in_bits(bits) * layers[name].weight.numel() for name, bits in special.items())
+    if plan.time_embedding != "keep":
+        features = sum(size for _, size in TimePath.of(model).sizes)
+        fixed += cached_bits(features, len(plan.timesteps))
+    return fixed, sum(layer.weight.numel() for layer in layers.values())

@@ -1,0 +1,206 @@
+"""`prepare_qat` and `convert`: to trainable layers and from them to packed ones (paper, section 6)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+from .calibration.denoising import check_pipeline
+from .calibration.layers import CalibratedLayer
+from .calibration.run import calibrate
+from .codec.radix import pack_dense, unpack_dense
+from .config.bitsfusion import FORMAT_VERSION, BitsFusionConfig
+from .config.calibration import Calibration
+from .integrations.diffusers_quantizer import BitsFusionQuantizer
+from .nn.conversion import packed_twin, replace_module
+from .nn.fake_quantized import QATConv2d, QATLinear, trainable_twin
+from .packing.packer import install_time_features
+from .packing.plan import Plan, make_plan
+from .utils.hooks import refuse_dispatched
+
+
+@dataclass
+class QATState:
+    """What a model in training carries as `model.qat_state`, for `convert`.
+
+    Attributes:
+        config: what was asked for.
+        plan: what it means for this model.
+    """
+
+    config: BitsFusionConfig
+    plan: Plan
+
+
+def trainable_layers(model: torch.nn.Module) -> dict[str, QATLinear | QATConv2d]:
+    """Layers in quantization-aware training, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, (QATLinear, QATConv2d))}
+
+
+def prepare_qat(
+    model: ModelMixin | DiffusionPipeline,
+    config: BitsFusionConfig | None = None,
+    layers: Iterable[str] | None = None,
+    calibration: Calibration | Mapping[str, Any] | bool | None = None,
+) -> ModelMixin | DiffusionPipeline:
+    """Make the layers that `quantize_model` would pack trainable at their bits, in place.
+
+    Each becomes a `QATLinear` or `QATConv2d`, an `nn.Linear` or `nn.Conv2d` with an fp32 latent `weight` and an fp32
+    `scale` [out], both requiring gradients, and rounds to the same codes and scales as post-training quantization.
+    Everything else stays as it is, time embedding included: `convert` replaces that by the look-up that the config
+    asks for. Load the model in fp32 and train under autocast.
+
+    Args:
+        model: a diffusers model that is not quantized; with `calibration` the pipeline around it, of which the
+            component that `config.components` names is prepared (`convert` then takes that component).
+        config: as for `quantize_model`; `BitsFusionConfig()` when left out.
+        layers: names of the layers to make trainable, the others staying in floating point; all when left out. To
+            study one layer alone: `prepare_qat(unet, BitsFusionConfig(recipe=2), layers=["conv_in"])`. The layer that
+            was there is not touched, and can be put back.
+        calibration: start from codes, scales and biases that suit the inputs which the layers see while the pipeline
+            draws: `True`, or a `Calibration` that says what to run. Each latent weight then moves as little as it must
+            to round to its code. `config.calibration` when left out.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: it is quantized, prepared or offloaded already, holds NaN or infinite weights, the config does not
+            suit it, or `layers` names one that the config does not quantize; calibration is asked for and it is not a
+            pipeline that draws prompts and has one model to train, or is to tune, which training does itself.
+    """
+    config = copy.deepcopy(config or BitsFusionConfig())
+    asked = Calibration.of(config.calibration if calibration is None else calibration)
+    if asked is None:
+        return _prepare(model, config, _plan(model, config, layers))
+    check_pipeline(model)
+    component = _only_component(model, config)
+    if asked.tuning_steps:
+        raise ValueError("tuning_steps of the calibration tune a packed model; training trains more. Leave them 0.")
+    config.calibration = asked.summary()
+    plan = _plan(component, config, layers)
+    start = calibrate(
+        model,
+        component,
+        plan.bits,
+        asked,
+        scale_init=config.scale_init,
+        iterations=config.scale_iterations,
+        balance=config.balance,
+    )
+    start_calibrated(_prepare(component, config, plan), start)
+    return model
+
+
+@torch.no_grad()
+def start_calibrated(model: ModelMixin, calibrated: Mapping[str, CalibratedLayer]) -> None:
+    """Let a prepared model start from calibrated layers, in place.
+
+    Args:
+        model: prepared by `prepare_qat`, not trained yet.
+        calibrated: by layer name, from `calibrate` with the same bits, grid and weights.
+    """
+    layers = trainable_layers(model)
+    for name, start in calibrated.items():
+        layer = layers[name]
+        codes = unpack_dense(start.codes, layer.bits, layer.weight[0].numel())
+        layer.start_from(codes, start.scale, start.bias)
+
+
+def _only_component(pipeline: DiffusionPipeline, config: BitsFusionConfig) -> ModelMixin:
+    found = [part for name in config.components if isinstance(part := pipeline.components.get(name), ModelMixin)]
+    if len(found) != 1:
+        raise ValueError(f"Of {config.components} the pipeline has {len(found)} models to train; name one.")
+    return found[0]
+
+
+def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | None) -> Plan:
+    refuse_dispatched(model, "prepare")
+    plan = make_plan(model, config, model._keep_in_fp32_modules or [])
+    if layers is not None:
+        plan.bits = _selected(plan.bits, layers)
+    return plan
+
+
+def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMixin:
+    for name, bits in plan.bits.items():
+        try:
+            layer = trainable_twin(
+                model.get_submodule(name),
+                bits,
+                scale_init=config.scale_init,
+                scale_iterations=config.scale_iterations,
+                balance=config.balance,
+            )
+        except ValueError as error:
+            raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
+        replace_module(model, name, layer)
+    model.qat_state = QATState(config, plan)
+    return model
+
+
+def _selected(bits: dict[str, int], layers: Iterable[str]) -> dict[str, int]:
+    chosen = set(layers)
+    unknown = sorted(chosen - set(bits))
+    if unknown:
+        raise ValueError(f"layers names what the config does not quantize: {', '.join(unknown)}.")
+    return {name: count for name, count in bits.items() if name in chosen}
+
+
+@torch.no_grad()
+def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
+    """Pack a model prepared by `prepare_qat`, in place: what it rounds to becomes what it is.
+
+    Args:
+        model: the trained model, unwrapped (`accelerator.unwrap_model`).
+        dtype: dtype of what stays in floating point (biases, norms); the model's own when left out.
+
+    Returns:
+        The same object, as `quantize_model` gives it: it can be saved, reloaded, dequantized.
+
+    Raises:
+        ValueError: it was not prepared, is offloaded, or holds NaN or infinite values.
+    """
+    if not hasattr(model, "qat_state"):
+        raise ValueError(f"This {type(model).__name__} is not in training. Call `prepare_qat()` on it first.")
+    refuse_dispatched(model, "convert")
+    _refuse_not_finite(model)
+    dtype = dtype or model.dtype
+    config, plan = model.qat_state.config, model.qat_state.plan
+    config.format_version = FORMAT_VERSION
+    config.layers = {}
+    for name, layer in trainable_layers(model).items():
+        config.layers[name] = {"bits": layer.bits, "shape": list(layer.weight.shape)}
+        packed = packed_twin(layer, layer.bits, dtype)
+        del packed.balance  # a setting of the trainable layer, copied with stride and padding
+        codes, scale = layer.codes_and_scale()
+        packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
+        replace_module(model, name, packed)
+    config.time_embedding = install_time_features(model, plan)
+    _cast_floats(model, dtype)
+    del model.qat_state
+    quantizer = BitsFusionQuantizer(config, pre_quantized=True)
+    quantizer.update_torch_dtype(dtype)
+    quantizer.finish(model)
+    model.hf_quantizer = quantizer
+    model.register_to_config(_pre_quantization_dtype=dtype)
+    return model.requires_grad_(False)
+
+
+def _refuse_not_finite(model: ModelMixin) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ValueError(f"Cannot convert: {name} holds NaN or infinite values.")
+
+
+def _cast_floats(model: ModelMixin, dtype: torch.dtype) -> None:
+    """Cast what `from_pretrained(dtype=...)` would: floating parameters but those that the model keeps in fp32."""
+    kept = model._keep_in_fp32_modules or []
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(dtype)

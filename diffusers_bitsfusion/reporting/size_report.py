@@ -1,0 +1,290 @@
+"""Bits and bytes, counted on the file or on the tensors themselves."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from ..codec.grid import levels
+from ..codec.weight_files import stem, weight_files
+from ..nn.attention import attention_ways
+from ..nn.compute import packed_layers
+from ..ops.dispatch import Way
+from ..utils.adapters import split_adapters
+
+MB = 1e6
+
+# Tables, which are neither Linear nor Conv2d though a file shows no difference.
+_EMBEDDINGS = (
+    "class_embedding",
+    "token_embedding",
+    "position_embedding",
+    "embed_tokens",
+    "shared",
+    "relative_attention_bias",
+)
+
+# (name, shape, bytes) of a tensor
+TensorSize = tuple[str, tuple[int, ...], int]
+
+_PARTS = (
+    "packed weights",
+    "scales",
+    "int8 codes kept for compute",
+    "time features",
+    "LoRA branches",
+    "biases, norms, other tensors",
+    "headers and config.json",
+)
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Where the bytes of one quantized model are.
+
+    Attributes:
+        where: "file" or "memory".
+        parts: bytes by part; LoRA branches are fused LoRAs and, in memory, loaded ones.
+        average_bits: by both conventions.
+        weights: Linear and Conv2d weights of the original model.
+        original_parameters: all parameters of the original model.
+        histogram: bits to (layers, weights).
+        ways: how each packed layer of a model in memory computes, and why; empty for files.
+        attention_ways: the same of its attention, where `set_compute` chose it.
+    """
+
+    where: str
+    parts: dict[str, int]
+    average_bits: AverageBits
+    weights: int
+    original_parameters: int
+    histogram: dict[int, tuple[int, int]]
+    ways: dict[str, Way] = field(default_factory=dict)
+    attention_ways: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    @property
+    def fp16_bytes(self) -> int:
+        """Bytes of the original model's parameters in fp16."""
+        return 2 * self.original_parameters
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller than fp16."""
+        return self.fp16_bytes / self.total_bytes
+
+    @property
+    def real_bits(self) -> float:
+        """All bytes, in bits a weight of the original model."""
+        return 8 * self.total_bytes / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe content, derived figures included."""
+        return {
+            "where": self.where,
+            "parts": self.parts,
+            "total_bytes": self.total_bytes,
+            "fp16_bytes": self.fp16_bytes,
+            "ratio_to_fp16": self.ratio,
+            "bits_per_weight": {
+                "paper": self.average_bits.paper,
+                "quantized_layers": self.average_bits.layers,
+                self.where: self.real_bits,
+            },
+            "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
+            "ways": {name: asdict(way) for name, way in self.ways.items()},
+            "attention_ways": self.attention_ways,
+        }
+
+    def __str__(self) -> str:
+        packed = sum(weights for _, weights in self.histogram.values())
+        lines = [f"{'part':<32}{'MB':>10}"]
+        lines += [f"{name:<32}{size / MB:>10.3f}" for name, size in self.parts.items() if size]
+        lines += [
+            f"{'total in ' + self.where:<32}{self.total_bytes / MB:>10.3f}",
+            f"{'original in fp16':<32}{self.fp16_bytes / MB:>10.3f}   {self.ratio:.2f} times smaller",
+            "",
+            "bits a weight",
+            f"  {'paper formula':<30}{self.average_bits.paper:>10.4f}",
+            f"  {'over the quantized layers':<30}{self.average_bits.layers:>10.4f}",
+            f"  {'real, all of the ' + self.where:<30}{self.real_bits:>10.4f}",
+            "",
+            f"{'bits':<6}{'levels':>8}{'layers':>8}{'weights':>10}",
+        ]
+        for bits, (count, weights) in sorted(self.histogram.items()):
+            bar = "#" * round(40 * weights / packed)
+            lines.append(f"{bits:<6}{levels(bits):>8}{count:>8}{weights / packed:>10.1%}  {bar}")
+        if self.ways:
+            lines += ["", f"{'layers':>6}  computed"]
+        for way, count in Counter(self.ways.values()).most_common():
+            lines.append(f"{count:>6}  {way.arithmetic}, weights {way.weights}: {way.reason}")
+        for how, count in Counter(self.attention_ways.values()).most_common():
+            lines.append(f"{count:>6}  attention {how}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class PipelineSizeReport:
+    """Bytes of a saved pipeline: a `SizeReport` for each quantized component, plain bytes for the others."""
+
+    quantized: dict[str, SizeReport]
+    others: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe content."""
+        return {"quantized": {k: v.to_dict() for k, v in self.quantized.items()}, "others": self.others}
+
+    def __str__(self) -> str:
+        blocks = [f"== {name} ==\n{report}" for name, report in self.quantized.items()]
+        total = sum(report.total_bytes for report in self.quantized.values()) + sum(self.others.values())
+        rows = [f"{name:<32}{size / MB:>10.3f}" for name, size in self.others.items()]
+        blocks.append("\n".join(["== other components, MB ==", *rows, f"{'whole pipeline':<32}{total / MB:>10.3f}"]))
+        return "\n\n".join(blocks)
+
+
+def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport | PipelineSizeReport:
+    """Bytes by part, bits a weight by each convention, ratio to fp16 and histogram of bits.
+
+    Args:
+        model_or_path: a quantized model in memory, or a folder written by `save_pretrained`, of a model or a pipeline.
+
+    Raises:
+        FileNotFoundError: the folder does not exist or holds no model.
+        ValueError: the model is not quantized by this package.
+    """
+    if isinstance(model_or_path, nn.Module):
+        return _memory_report(model_or_path)
+    path = Path(model_or_path)
+    if (path / "config.json").is_file():
+        return _file_report(path)
+    if (path / "model_index.json").is_file():
+        return _pipeline_report(path)
+    raise FileNotFoundError(f"{path} holds neither a model (config.json) nor a pipeline (model_index.json).")
+
+
+def _pipeline_report(path: Path) -> PipelineSizeReport:
+    quantized, others = {}, {}
+    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name in index):
+        config = folder / "config.json"
+        if config.is_file() and _is_ours(json.loads(config.read_text(encoding="utf-8"))):
+            quantized[folder.name] = _file_report(folder)
+        else:
+            others[folder.name] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if not quantized:
+        raise ValueError(f"No component of the pipeline in {path} is quantized by diffusers_bitsfusion.")
+    return PipelineSizeReport(quantized, others)
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return (config.get("quantization_config") or {}).get("quant_method") == "bitsfusion"
+
+
+def _file_report(path: Path) -> SizeReport:
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    if not _is_ours(config):
+        raise ValueError(f"The model in {path} is not quantized by diffusers_bitsfusion.")
+    if "layers" not in config["quantization_config"]:
+        raise ValueError(f"{path / 'config.json'} is damaged: its quantization_config names no layers.")
+    files = weight_files(path)
+    tensors = [tensor for file in files for tensor in _read_header(file)]
+    overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)
+    indices = [file for file in path.glob("*.index.json") if stem(file.name) == stem(files[0].name)]
+    overhead += sum(file.stat().st_size for file in [path / "config.json", *indices])
+    return report_of_tensors("file", tensors, config["quantization_config"], overhead)
+
+
+def _read_header(file: Path) -> list[TensorSize]:
+    """Every tensor of a safetensors file, from its header alone."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    header.pop("__metadata__", None)
+    return [
+        (name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
+        for name, entry in header.items()
+    ]
+
+
+def _memory_report(model: nn.Module) -> SizeReport:
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if config is None or getattr(config, "layers", None) is None:
+        raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
+    plain, adapters = split_adapters(model.state_dict())
+    tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]
+    report = report_of_tensors("memory", tensors, config.to_dict(), 0)
+    report.parts["LoRA branches"] += sum(t.nbytes for t in adapters.values())
+    layers = {name.replace(".base_layer", ""): layer for name, layer in packed_layers(model).items()}
+    kept = [layer.int8_weight for layer in layers.values() if layer.int8_weight is not None]
+    report.parts["int8 codes kept for compute"] = sum(weight.numel() for weight in kept)
+    report.ways.update({name: layer.way() for name, layer in layers.items()})
+    report.attention_ways.update(attention_ways(model))
+    return report
+
+
+def report_of_tensors(
+    where: str, tensors: Iterable[TensorSize], config: Mapping[str, Any], overhead: int
+) -> SizeReport:
+    """The report of a model from its tensors' names and sizes.
+
+    Args:
+        where: "file", "memory" or the like, for the reader.
+        tensors: of the packed model.
+        config: content of a resolved `BitsFusionConfig`.
+        overhead: bytes that belong to no tensor.
+    """
+    layers = {name: (layer["bits"], torch.Size(layer["shape"]).numel()) for name, layer in config["layers"].items()}
+    parts = dict.fromkeys(_PARTS, 0)
+    other_parameters = other_weights = 0
+    for name, shape, size in tensors:
+        owner, _, kind = name.rpartition(".")
+        if owner in layers and kind in ("codes", "scale"):
+            parts["packed weights" if kind == "codes" else "scales"] += size
+        elif owner in layers and kind in ("branch_down", "branch_up"):
+            parts["LoRA branches"] += size
+        elif owner == "time_proj":
+            parts["time features"] += size
+        else:
+            parts["biases, norms, other tensors"] += size
+            count = torch.Size(shape).numel()
+            other_parameters += count
+            is_weight = kind == "weight" and len(shape) in (2, 4) and not owner.endswith(_EMBEDDINGS)
+            other_weights += count if is_weight else 0
+    parts["headers and config.json"] = overhead
+
+    time = config["time_embedding"]
+    removed_weights, removed_parameters, cached = 0, 0, 0.0
+    if time["type"] != "keep":
+        removed_weights, removed_parameters = time["removed_weights"], time["removed_parameters"]
+        steps = len(time["timesteps"]) if time["type"] == "cache" else len(PAPER_TIMESTEPS)
+        cached = cached_bits(sum(size for _, size in time["features"]), steps)
+    packed = sum(count for _, count in layers.values())
+    histogram: dict[int, tuple[int, int]] = {}
+    for bits, count in layers.values():
+        number, weights = histogram.get(bits, (0, 0))
+        histogram[bits] = (number + 1, weights + count)
+    return SizeReport(
+        where=where,
+        parts=parts,
+        average_bits=average_bits(
+            layers,
+            balance=config["balance"],
+            other_weights=other_weights,
+            removed_weights=removed_weights,
+            cached=cached,
+        ),
+        weights=packed + other_weights + removed_weights,
+        original_parameters=packed + other_parameters + removed_parameters,
+        histogram=histogram,
+    )

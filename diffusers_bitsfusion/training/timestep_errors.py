@@ -1,0 +1,88 @@
+"""What quantization does along the timesteps (paper, section 6), measured while training or for the next run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..utils.timesteps import TimestepDistribution
+
+BINS = 20
+
+
+@dataclass(frozen=True)
+class TimestepErrors:
+    """What quantization does to the model's estimate of the clean latents, along the timesteps.
+
+    Attributes:
+        timesteps: middle of each bin.
+        errors: mean squared error of the estimate in that bin; for models that predict noise this is the paper's
+            (1 - alpha_bar) / alpha_bar * |difference of noise|^2.
+    """
+
+    timesteps: list[float]
+    errors: list[float]
+
+    @classmethod
+    def load(cls, path: Path) -> TimestepErrors:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def distribution(self, num_timesteps: int) -> TimestepDistribution:
+        """Timesteps in proportion to the errors, interpolated between the bins."""
+        return TimestepDistribution(np.interp(np.arange(num_timesteps) + 0.5, self.timesteps, self.errors))
+
+    def save(self, path: Path) -> None:
+        content = {"timesteps": self.timesteps, "errors": self.errors}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    def plot(self, path: Path) -> None:
+        """Draw the curve.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        axes = figure.subplots()
+        axes.semilogy(self.timesteps, self.errors, marker=".")
+        axes.set(xlabel="timestep", ylabel="squared error of the clean latents", title="Quantization error")
+        axes.grid(alpha=0.3)
+        figure.savefig(path, dpi=150)
+
+
+class ErrorMeter:
+    """Collects the errors of `TimestepErrors` sample by sample.
+
+    Args:
+        alphas_cumprod: floating [timesteps] of the noise schedule.
+        prediction_type: "epsilon", "v_prediction" or "sample".
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str):
+        # Squared factor from an error of the prediction to one of the clean latents.
+        alphas = alphas_cumprod.double()
+        factors = {"epsilon": (1 - alphas) / alphas, "v_prediction": 1 - alphas, "sample": torch.ones_like(alphas)}
+        self._factors = factors[prediction_type].cpu()
+        self.sums = torch.zeros(BINS, dtype=torch.float64)
+        self.counts = torch.zeros(BINS, dtype=torch.float64)
+
+    def update(self, student: Tensor, teacher: Tensor, timesteps: Tensor) -> None:
+        """Take predictions [batch, ...] of both models at timesteps int64 [batch]."""
+        timesteps = timesteps.cpu()
+        squared = (student.double() - teacher.double()).square().flatten(1).mean(1).cpu()
+        bins = timesteps * BINS // len(self._factors)
+        self.sums.index_add_(0, bins, squared * self._factors[timesteps])
+        self.counts.index_add_(0, bins, torch.ones_like(squared))
+
+    def result(self) -> TimestepErrors:
+        """The curve; bins that no sample fell into are left out."""
+        width = len(self._factors) / BINS
+        seen = self.counts > 0
+        middles = (torch.arange(BINS) + 0.5) * width
+        return TimestepErrors(middles[seen].tolist(), (self.sums[seen] / self.counts[seen]).tolist())

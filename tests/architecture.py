@@ -1,0 +1,131 @@
+"""The rooms of the package and the arrows between them, read from the imports; run as a script, it prints the figures.
+
+A room is a folder of the package, or a file at its top. An arrow goes from the room whose file imports to the room
+that is imported. docs/ARCHITECTURE.md draws the floors; an arrow that leads to the same floor or a higher one climbs.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import defaultdict
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGE = REPOSITORY / "diffusers_bitsfusion"
+PAGE = REPOSITORY / "docs" / "ARCHITECTURE.md"
+
+Arrow = tuple[str, str]
+
+
+def files() -> list[Path]:
+    """Return all Python files of the package."""
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    """Return the room of a module, given its dotted name within the package, split."""
+    return parts[0] if parts else "__init__"
+
+
+def arrows() -> dict[Arrow, list[str]]:
+    """Return every arrow between two rooms, with the files that draw it."""
+    found: dict[Arrow, list[str]] = defaultdict(list)
+    for file in files():
+        here = file.relative_to(PACKAGE).with_suffix("").parts
+        here = here[:-1] if here[-1] == "__init__" and len(here) > 1 else here
+        for target in _imported(file):
+            source, goal = room_of(here), room_of(target)
+            if source != goal:
+                found[source, goal].append(str(file.relative_to(PACKAGE)))
+    return dict(found)
+
+
+def _imported(file: Path) -> list[tuple[str, ...]]:
+    """Return the modules of this package that a file imports, wherever in the file, as dotted names split."""
+    package = file.relative_to(PACKAGE).parent.parts
+    targets = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        if node.level:
+            base = package[: len(package) - (node.level - 1)]
+        elif (node.module or "").split(".")[0] == PACKAGE.name:
+            base = ()
+        else:
+            continue
+        named = (*base, *(node.module or "").split(".")) if node.level else tuple((node.module or "").split(".")[1:])
+        named = tuple(part for part in named if part)
+        # `from . import name` names a module or a name of the package's own __init__.
+        targets += [(*named, alias.name) if _is_module((*named, alias.name)) else named for alias in node.names]
+    return targets
+
+
+def _is_module(parts: tuple[str, ...]) -> bool:
+    path = PACKAGE.joinpath(*parts)
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def floors() -> dict[str, int]:
+    """Return the floor of each room as docs/ARCHITECTURE.md draws it, the ground being 0."""
+    drawing = re.search(r"<!-- floors -->\s*```text\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    if drawing is None:
+        raise ValueError(f"{PAGE} has no drawing after <!-- floors -->.")
+    rows = [line.split("│")[0].split() for line in drawing[1].splitlines() if line.strip()]
+    return {room: floor for floor, row in enumerate(reversed(rows)) for room in row}
+
+
+def climbing() -> list[Arrow]:
+    """Return the arrows that do not lead to a lower floor."""
+    floor = floors()
+    return [(source, goal) for source, goal in arrows() if floor[source] <= floor[goal]]
+
+
+def circles() -> list[list[str]]:
+    """Return the groups of two rooms or more that reach each other."""
+    reach: dict[str, set[str]] = defaultdict(set)
+    for source, goal in arrows():
+        reach[source].add(goal)
+    rooms = sorted({room for arrow in arrows() for room in arrow})
+    for middle in rooms:
+        for source in rooms:
+            if middle in reach[source]:
+                reach[source] |= reach[middle]
+    groups = {frozenset([room, *(other for other in reach[room] if room in reach[other])]) for room in rooms}
+    return [sorted(group) for group in groups if len(group) > 1]
+
+
+def longest_function() -> tuple[int, str]:
+    """Return (lines, name) of the longest function."""
+    lengths = []
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lengths.append(((node.end_lineno or 0) - node.lineno + 1, f"{file.relative_to(PACKAGE)}:{node.name}"))
+    return max(lengths)
+
+
+def longest_file() -> tuple[int, str]:
+    """Return (lines, name) of the longest file."""
+    return max(
+        (len(file.read_text(encoding="utf-8").splitlines()), str(file.relative_to(PACKAGE))) for file in files()
+    )
+
+
+def main() -> None:
+    """Print the figures of the structure, and every arrow that climbs."""
+    found = arrows()
+    rooms = {room for arrow in found for room in arrow}
+    print(f"rooms             {len(rooms)}")
+    print(f"arrows            {len(found)}")
+    print(f"climbing arrows   {len(climbing())}")
+    print(f"circles           {len(circles())}")
+    print(f"files at the top  {len([file for file in PACKAGE.iterdir() if file.is_file()])}")
+    print("longest function  {} lines, {}".format(*longest_function()))
+    print("longest file      {} lines, {}".format(*longest_file()))
+    for source, goal in climbing():
+        print(f"{source} -> {goal}: {', '.join(sorted(set(found[source, goal])))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,461 @@
+"""The training script as a user runs it: every data source, both stages, interrupted, on two processes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import train_bitsfusion
+import train_models
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_unet
+
+from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
+CAPTIONS = [f"a {letter}" for letter in "abcdefg"]
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Arrays of seven pictures, and a file of prompts."""
+    folder = tmp_path_factory.mktemp("data")
+    images = np.random.default_rng(0).integers(0, 255, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
+    np.save(folder / "images.npy", images)
+    (folder / "captions.json").write_text(json.dumps({"captions": CAPTIONS}))
+    (folder / "prompts.txt").write_text("a b\nc\nd e\n")
+    return folder
+
+
+@pytest.fixture
+def command(source_folder, tmp_path):
+    """Arguments of a short run on the tiny pipeline, with others added."""
+
+    def make(*arguments, output="out", steps=2, batch=2):
+        common = {
+            "pretrained_model_name_or_path": source_folder,
+            "output_dir": tmp_path / output,
+            "target_bits": 2.6,
+            "max_train_steps": steps,
+            "train_batch_size": batch,
+            "learning_rate": 1e-3,
+        }
+        return [*(str(part) for key, value in common.items() for part in (f"--{key}", value)), *map(str, arguments)]
+
+    return make
+
+
+def losses(folder):
+    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
+
+
+def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
+    prompts = tmp_path / "prompts.tsv"
+    prompts.write_text('Prompt\tCategory\tSpec\na b\tx\t{"bright": true}\nc\ty\t{"bright": false}\n')
+    train_bitsfusion.main(
+        command(
+            *("--train_data_dir", data, "--use_ema", "--gradient_checkpointing", "--report_to", "tensorboard"),
+            *("--hub_token", "hf_secret"),
+            *("--validation_file", prompts, "--validation_scorer", f"{__name__}:is_bright"),
+            *("--num_inference_steps", 2, "--validation_steps", 2),
+        )
+    )
+    out = tmp_path / "out"
+    printed = capsys.readouterr().out
+    assert "Stage 1, 2 samples a step: 2 steps at" in printed and "memory of each process" in printed
+    assert "stage2, step 2: compositional score" in printed
+    assert set(losses(out / "stage1")[0]) == {"step", "loss", "noise", "feature", "lr", "grad_norm"}
+    assert "feature" not in losses(out / "stage2")[0]
+    assert Image.open(out / "validation" / "stage1-2.png").width > 2 * 192
+    assert list((out / "logs").rglob("events.out.tfevents.*"))
+    assert tracked_steps(out / "logs", "stage2/loss") == [3, 4]
+    assert tracked_steps(out / "logs", "stage2/compositional") == [4]
+
+    pipeline = StableDiffusionPipeline.from_pretrained(out, dtype=torch.float32)
+    assert pipeline.unet.is_quantized and pipeline.unet.config.quantization_config.target_bits == 2.6
+    card = (out / "README.md").read_text()
+    assert "Stage 1: 2 steps of 2 samples. Stage 2: 2 steps of 2 samples." in card and "--use_ema" in card
+    assert not [file for file in out.rglob("*") if file.is_file() and b"hf_secret" in file.read_bytes()]
+    pipeline.set_progress_bar_config(disable=True)
+    image = pipeline("a b", num_inference_steps=2, output_type="np").images
+    assert np.isfinite(image).all()
+
+
+def tracked_steps(folder, tag):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    runs = {str(file.parent) for file in folder.rglob("events.out.tfevents.*")}  # accelerate's settings are one too
+    loaded = [event_accumulator.EventAccumulator(run).Reload() for run in runs]
+    return [event.step for run in loaded if tag in run.Tags()["scalars"] for event in run.Scalars(tag)]
+
+
+def is_bright(images, specs):
+    return [(image.mean() > 127) == spec["bright"] for image, spec in zip(images, specs, strict=True)]
+
+
+def write_image_folder(folder):
+    rng = np.random.default_rng(1)
+    for i in range(len(CAPTIONS)):
+        Image.fromarray(rng.integers(0, 255, (20, 16, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (folder / "3.png").write_bytes(b"broken")
+    lines = [json.dumps({"file_name": f"{i}.png", "text": caption}) for i, caption in enumerate(CAPTIONS)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def test_two_steps_on_an_image_folder_with_a_broken_image(command, tmp_path, caplog):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    write_image_folder(folder)
+    cache = ("--cache_dir", tmp_path / "cache")
+    with caplog.at_level("WARNING"):
+        train_bitsfusion.main(command("--train_data_dir", folder, *cache, "--stage", 1, batch=4))
+    assert "1 images did not decode and were skipped" in caplog.text
+    assert len(losses(tmp_path / "out" / "stage1")) == 2
+
+
+@pytest.fixture
+def fresh_accelerate():
+    """accelerate keeps the precision of a process's first run."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("source", ["prompts in bf16", "dataset"])
+def test_two_steps_of_stage_one(source, command, data, tmp_path, fresh_accelerate):
+    if source == "prompts in bf16":
+        arguments = ("--prompts", data / "prompts.txt", "--drawing_steps", 2, "--mixed_precision", "bf16")
+    else:
+        pictures = [Image.fromarray(image) for image in np.load(data / "images.npy")]
+        saved = tmp_path / "saved"
+        dataset = datasets.Dataset.from_dict({"image": pictures, "caption": CAPTIONS})
+        dataset.cast_column("image", datasets.Image()).save_to_disk(saved)
+        arguments = ("--dataset_name", saved)
+    train_bitsfusion.main(command(*arguments, "--stage", 1))
+    assert len(losses(tmp_path / "out" / "stage1")) == 2
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet.is_quantized
+
+
+def test_stage_one_can_start_from_calibrated_rounding(command, data, source_folder, tmp_path, monkeypatch):
+    """With a rate that changes nothing, what comes out is what calibrated quantization gives."""
+    brief = partial(Calibration, num_inference_steps=2)
+    monkeypatch.setattr(train_models, "Calibration", brief)
+    given = ("--train_data_dir", data, "--stage", 1, "--init", "calibrated")
+    train_bitsfusion.main(command(*given, "--learning_rate", 1e-12, steps=1))
+    order = torch.randperm(len(CAPTIONS), generator=torch.Generator().manual_seed(0))
+    calibration = brief([CAPTIONS[index] for index in order], seed=0)
+    pipeline = StableDiffusionPipeline.from_pretrained(source_folder)
+    quantize_model(pipeline, BitsFusionConfig(target_bits=2.6), progress=False, calibration=calibration)
+    expected = {name: value for name, value in pipeline.unet.state_dict().items() if not value.is_floating_point()}
+    unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    trained = unet.state_dict()
+    assert expected and all(torch.equal(trained[name], value) for name, value in expected.items())
+    assert unet.config.quantization_config.calibration == calibration.summary()
+
+
+def test_stage_two_in_a_run_of_its_own_goes_on_from_a_calibrated_start(command, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_models, "Calibration", partial(Calibration, num_inference_steps=2))
+    whole, apart = tmp_path / "out", tmp_path / "apart"
+    calibrated = ("--train_data_dir", data, "--init", "calibrated")
+    train_bitsfusion.main(command(*calibrated))
+    stage_one = whole / "stage1" / "checkpoint-2"
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 2, "--init_from", stage_one, output=apart.name))
+    assert losses(apart / "stage2") == losses(whole / "stage2")
+    records = [config_of(folder)["calibration"] for folder in (whole, apart)]
+    assert records[0] == records[1] and records[0]["prompts"] == f"{len(CAPTIONS)} of the user's"
+
+    again = ("--stage", 1, "--resume_from_checkpoint", stage_one)
+    train_bitsfusion.main(command(*calibrated, *again, output="resumed", steps=3))
+    assert config_of(tmp_path / "resumed")["calibration"] == records[0]
+
+
+def config_of(folder):
+    return json.loads((folder / "unet" / "config.json").read_text())["quantization_config"]
+
+
+def test_every_part_can_be_switched_off(command, data, tmp_path):
+    plain = ("--no_balance", "--scale_init", "minmax", "--recipe", 2, "--time_embedding", "keep")
+    less = ("--feature_weight", 0, "--timestep_sampling", "uniform", "--proportion_empty_prompts", 0)
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 1, *plain, *less, "--freeze_time_embedding"))
+    out = tmp_path / "out"
+    assert set(losses(out / "stage1")[0]) == {"step", "loss", "noise", "lr", "grad_norm"}
+    config = StableDiffusionPipeline.from_pretrained(out).unet.config.quantization_config
+    assert config.balance is False and config.scale_init == "minmax" and config.recipe == 2
+    assert config.layers["conv_in"]["bits"] == 8 and config.layers["mid_block.resnets.0.conv1"]["bits"] == 2
+
+
+def test_the_control_in_full_precision(command, data, tmp_path):
+    stage_two = ("--stage", 2, "--init_from", "rounding")
+    train_bitsfusion.main(command("--train_data_dir", data, *stage_two, "--full_precision", steps=1))
+    unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet
+    assert "quantization_config" not in unet.config and type(unet.conv_in) is torch.nn.Conv2d
+
+
+def test_v_prediction_and_timesteps_by_measured_error(command, data, source_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(source_folder)
+    pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    pipeline.save_pretrained(tmp_path / "v")
+    sampling = ("--timestep_sampling", "error", "--timestep_error_samples", 16)
+    arguments = command("--train_data_dir", data, "--init_from", "rounding", "--stage", 2, *sampling)
+    arguments[1] = str(tmp_path / "v")
+    train_bitsfusion.main(arguments)
+    assert len(losses(tmp_path / "out" / "stage2")) == 2
+    curve = json.loads((tmp_path / "out" / "timestep_error.json").read_text())
+    assert len(curve["errors"]) == len(curve["timesteps"]) > 3
+
+
+def test_the_prediction_type_asked_for_is_that_of_the_trained_pipeline(command, data, tmp_path):
+    asked = ("--prediction_type", "v_prediction", "--stage", 2, "--init_from", "rounding")
+    train_bitsfusion.main(command("--train_data_dir", data, *asked, steps=1))
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_continuing_in_stage_two_leaves_stage_one_alone(command, data, tmp_path):
+    steps = ("--train_data_dir", data, "--checkpointing_steps", 1)
+    train_bitsfusion.main(command(*steps))
+    train_bitsfusion.main(command(*steps, output="whole"))
+    out = tmp_path / "out"
+    with pytest.raises(FileExistsError, match="stage2 holds checkpoints that came from another end of Stage I"):
+        train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage1" / "checkpoint-1"))
+    shutil.rmtree(out / "stage2" / "checkpoint-2")
+    before = {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")}
+    train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage2" / "checkpoint-1"))
+    assert {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")} == before
+    assert losses(out / "stage2") == losses(tmp_path / "whole" / "stage2")
+
+
+def test_accelerates_compiling_leaves_no_trace_in_what_is_saved(
+    command, data, tmp_path, monkeypatch, fresh_accelerate
+):
+    arguments = ("--train_data_dir", data, "--stage", 2, "--init_from", "rounding")
+    train_bitsfusion.main(command(*arguments, output="plain", steps=1))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    train_bitsfusion.main(command(*arguments, output="compiled", steps=1))
+    found, expected = (losses(tmp_path / name / "stage2") for name in ("compiled", "plain"))
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+    checkpoints = (tmp_path / name / "stage2" / "checkpoint-1" for name in ("compiled", "plain"))
+    compiled, plain = (load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints)
+    assert compiled.keys() == plain.keys()
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "compiled").unet.is_quantized
+
+
+@pytest.mark.parametrize("arguments", [(), ("--stage", 2, "--init_from", "rounding", "--full_precision")])
+def test_what_is_pushed_is_the_pipeline_alone(command, data, tmp_path, monkeypatch, uploads, arguments):
+    cards = []
+    monkeypatch.setattr(ModelCard, "push_to_hub", lambda self, repo_id, **_: cards.append((repo_id, str(self))))
+    hub = ("--push_to_hub", "--hub_model_id", "me/trained", "--hub_token", "hf_secret")
+    train_bitsfusion.main(command("--train_data_dir", data, *arguments, *hub, steps=1))
+    ((repository, files),) = uploads
+    assert repository == "me/trained" and "model_index.json" in files
+    assert not [file for file in files if "checkpoint" in file or "stage" in file or "logs" in file]
+    if not arguments:
+        ((repository, card),) = cards
+        assert repository == "me/trained" and "## Training" in card and 'from_pretrained("me/trained"' in card
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_a_hub_that_refuses_says_so_before_training(command, data, tmp_path, monkeypatch):
+    def refuse(**_):
+        raise OSError("401")
+
+    monkeypatch.setattr(train_bitsfusion, "create_repo", refuse)
+    with pytest.raises(OSError, match="401"):
+        train_bitsfusion.main(command("--train_data_dir", data, "--push_to_hub"))
+    assert not (tmp_path / "out" / "stage1").exists()
+
+
+def test_the_error_curve_alone(command, data, tmp_path):
+    pytest.importorskip("matplotlib")
+    arguments = ("--train_data_dir", data, "--measure_timestep_error", "--timestep_error_samples", 8)
+    train_bitsfusion.main(command(*arguments))
+    assert Image.open(tmp_path / "out" / "timestep_error.png").width > 100
+    assert not (tmp_path / "out" / "stage1").exists()
+
+
+def run(arguments, processes=1):
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [sys.executable, *launch, str(SCRIPT), *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_and_continued_it_is_the_uninterrupted_run(command, data, tmp_path):
+    arguments = ("--train_data_dir", data, "--stage", 1, "--use_ema", "--checkpointing_steps", 2)
+    process = run(command(*arguments, steps=2000))
+    log = tmp_path / "out" / "stage1" / "losses.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+
+    reached = len(losses(tmp_path / "out" / "stage1"))
+    steps = reached + 2
+    train_bitsfusion.main(command(*arguments, "--resume_from_checkpoint", "latest", steps=steps))
+    train_bitsfusion.main(command(*arguments, output="whole", steps=steps))
+    assert losses(tmp_path / "out" / "stage1") == losses(tmp_path / "whole" / "stage1")
+
+
+def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
+    # At the paper's rate: Adam's first steps are as large as it whatever the gradient, and a high one makes the run
+    # chaotic, so that the last bits of sums in another order would show; guidance magnifies them in drawings, too.
+    rate, drawing = ("--learning_rate", 1e-5), ("--guidance_scale", 1, "--drawing_steps", 2, "--redraw_every", 2)
+    arguments = ("--prompts", data / "prompts.txt", "--stage", 1, "--use_ema", *drawing, *rate)
+    process = run(command(*arguments, "--checkpointing_steps", 3, output="two", steps=5, batch=1), processes=2)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    train_bitsfusion.main(command(*arguments, output="one", steps=5, batch=2))
+    found, expected = losses(tmp_path / "two" / "stage1"), losses(tmp_path / "one" / "stage1")
+    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+    # Adam would not notice gradients summed instead of averaged, their norm does.
+    assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-3)
+
+    # What two processes saved, one continues, in the middle of a set of drawings.
+    checkpoint = tmp_path / "two" / "stage1" / "checkpoint-3"
+    resume = ("--resume_from_checkpoint", checkpoint)
+    train_bitsfusion.main(command(*arguments, *resume, output="continued", steps=5, batch=2))
+    continued = [entry["loss"] for entry in losses(tmp_path / "continued" / "stage1")]
+    assert continued == pytest.approx([e["loss"] for e in expected[3:]], rel=1e-5)
+
+
+def test_processes_that_share_the_model_are_one(command, data, tmp_path):
+    rate = ("--learning_rate", 1e-6, "--validation_prompts", "a b", "--validation_steps", 2)
+    arguments = ("--train_data_dir", data, "--gradient_checkpointing", "--use_ema", *rate, "--num_inference_steps", 2)
+    shared = ("--shard", "--checkpointing_steps", 2)
+    process = run(command(*arguments, *shared, output="two", steps=4, batch=1), processes=2)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    train_bitsfusion.main(command(*arguments, "--checkpointing_steps", 2, output="one", steps=4, batch=2))
+    for stage in ("stage1", "stage2"):
+        found, expected = losses(tmp_path / "two" / stage), losses(tmp_path / "one" / stage)
+        assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
+        assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-3)
+    ours, theirs = (state_of(tmp_path / name / "stage2" / "checkpoint-4") for name in ("two", "one"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-6)
+    assert (tmp_path / "two" / "validation" / "stage2-4.png").exists()
+    assert load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
+
+    # What they saved, one continues alone, and what one saved, they do.
+    halfway = {name: tmp_path / name / "stage2" / "checkpoint-2" for name in ("one", "two")}
+    stage_two = (*arguments, "--stage", 2)
+    train_bitsfusion.main(
+        command(*stage_two, "--resume_from_checkpoint", halfway["two"], output="alone", steps=4, batch=2)
+    )
+    continued = command(
+        *stage_two, "--shard", "--resume_from_checkpoint", halfway["one"], output="again", steps=4, batch=1
+    )
+    process = run(continued, processes=2)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors[-3000:]
+    for name in ("alone", "again"):
+        found = [entry["loss"] for entry in losses(tmp_path / name / "stage2")]
+        assert found == pytest.approx([e["loss"] for e in expected[2:]], rel=1e-5)
+        ours = state_of(tmp_path / name / "stage2" / "checkpoint-4")
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-6)
+
+
+def state_of(checkpoint):
+    """All that training carries on: weights, their averages, Adam's first moments in units of the largest."""
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    average = torch.load(checkpoint / "run.pt", weights_only=True)["ema"]["shadow_params"]
+    moments = [1e-3 * state["exp_avg"] / state["exp_avg"].abs().max() for state in optimizer.values()]
+    return load_file(checkpoint / "model.safetensors"), average, moments
+
+
+def test_stage_two_starts_from_stage_one(command, data, tmp_path):
+    stage_two = ("--train_data_dir", data, "--stage", 2)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint to start Stage II from. Run Stage I"):
+        train_bitsfusion.main(command(*stage_two))
+    train_bitsfusion.main(command("--train_data_dir", data))
+    train_bitsfusion.main(
+        command(*stage_two, "--init_from", tmp_path / "out" / "stage1" / "checkpoint-2", output="apart")
+    )
+    assert losses(tmp_path / "apart" / "stage2") == losses(tmp_path / "out" / "stage2")
+    with pytest.raises(FileExistsError, match="stage1 holds checkpoints of an earlier run"):
+        train_bitsfusion.main(command("--train_data_dir", data))
+    checkpoint = tmp_path / "out" / "stage2" / "checkpoint-2"
+    with pytest.raises(ValueError, match="its stage is 2, this run's is 1"):
+        arguments = ("--stage", 1, "--resume_from_checkpoint", checkpoint)
+        train_bitsfusion.main(command("--train_data_dir", data, *arguments, output="other"))
+
+
+def test_only_an_estimate(command, data, tmp_path, capsys):
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 1, "--estimate_only"))
+    assert "memory of each process" in capsys.readouterr().out
+    assert not (tmp_path / "out" / "unet").exists() and not (tmp_path / "out" / "stage1" / "losses.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Need either a dataset name, a training folder or a file of prompts"),
+        (("--prompts", "p.txt"), "Stage II learns from images"),
+        (("--train_data_dir", "d", "--validation_scorer", "a:b"), "--validation_scorer needs --validation_file"),
+        (("--train_data_dir", "d", "--train_batch_size", 0), "--train_batch_size must be at least 1"),
+        (("--train_data_dir", "d", "--proportion_empty_prompts", 2), r"must be in the range \[0, 1\]"),
+        (("--train_data_dir", "d", "--init_from", "rounding"), "--init_from says where Stage II starts"),
+        (
+            ("--prompts", "p", "--stage", 1, "--full_precision", "--init", "calibrated"),
+            "--init says how Stage I starts",
+        ),
+        (("--train_data_dir", "d", "--stage", 2, "--init", "calibrated"), "--init says how Stage I starts"),
+        (("--train_data_dir", "d", "--shard", "--use_8bit_adam"), "--shard and --use_8bit_adam do not go together"),
+        (("--prompts", "p.txt", "--stage", 1, "--redraw_every", 0), "--redraw_every must be at least 1"),
+        (
+            ("--train_data_dir", "d", "--stage2_gradient_accumulation_steps", 0),
+            "--stage2_gradient_accumulation_steps must be at least 1",
+        ),
+        (
+            ("--train_data_dir", "d", "--full_precision", "--timestep_sampling", "error"),
+            "there is no error of quantization to measure",
+        ),
+    ],
+)
+def test_wrong_combinations_of_arguments(arguments, message, command, capsys):
+    with pytest.raises(SystemExit):
+        train_bitsfusion.main(command(*arguments))
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_pipelines_of_another_kind(command, data, tmp_path):
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = UNet2DModel(8, block_out_channels=(8,), norm_num_groups=4, **blocks)
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "other")
+    arguments = command("--train_data_dir", data)
+    arguments[1] = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="DDPMPipeline is not a Stable Diffusion pipeline"):
+        train_bitsfusion.main(arguments)
+
+
+def test_a_unet_that_takes_more_than_latents(command, data, source_folder, tmp_path):
+    pipeline = StableDiffusionPipeline.from_pretrained(source_folder, unet=tiny_unet(in_channels=9))
+    pipeline.save_pretrained(tmp_path / "inpainting")
+    arguments = command("--train_data_dir", data)
+    arguments[1] = str(tmp_path / "inpainting")
+    with pytest.raises(ValueError, match="takes 9 channels where the VAE has 4: inpainting"):
+        train_bitsfusion.main(arguments)

@@ -1,0 +1,272 @@
+import ctypes
+import itertools
+import platform
+import shutil
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from diffusers_bitsfusion.codec.grid import half_range
+from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
+from diffusers_bitsfusion.codec.radix import dense_width, pack_dense, unpack_dense
+from diffusers_bitsfusion.codec.repack import repack
+from diffusers_bitsfusion.codec.scales import quantize_rows
+from diffusers_bitsfusion.native import library as native
+from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_weight
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+all_bits = pytest.mark.parametrize("bits", range(1, 9))
+
+
+@pytest.fixture
+def no_compiler(fresh_library, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+
+
+def random_packed(rows, columns, bits, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    half = half_range(bits)
+    codes = torch.randint(-half, half + 1, (rows, columns), generator=generator).to(torch.int8)
+    scale = torch.randn(rows, generator=generator).exp() * 0.01
+    return codes, pack_dense(codes, bits), scale
+
+
+def squared_errors(weight, dense, scale, bits):
+    codes = unpack_dense(dense, bits, weight.shape[1])
+    return (codes.double() * scale.double()[:, None] - weight.double()).square().sum(1)
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_this_machine_compiles_the_library():
+    assert native.native_library() is not None
+
+
+@all_bits
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 2, 7, 64, 1001])
+def test_compiled_decoding_equals_the_reference_bit_for_bit(bits, dtype, columns):
+    _, dense, scale = random_packed(5, columns, bits, seed=columns)
+    expected = decode_reference(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype))
+    assert same_bits(decode(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("flag", ["-mno-avx512vbmi", "-mno-avx512f", "-mno-avx2"])
+def test_processors_with_fewer_instructions_decode_the_same(flag, fresh_library, monkeypatch):
+    if platform.machine() != "x86_64":
+        pytest.skip("the flag is one of x86 compilers")
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, flag))
+    assert native.native_library() is not None
+    for bits, dtype, columns in itertools.product((1, 2, 3, 4), (*DTYPES, torch.int8), (45, 161, 427, 1001)):
+        _, dense, scale = random_packed(5, columns, bits, seed=columns)
+        expected = decode_reference(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype))
+        assert same_bits(decode(dense, scale, bits, columns, torch.empty(5, columns, dtype=dtype)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_nothing_is_written_beside_the_output(bits, dtype):
+    for columns in (*range(1, 330), 427, 1001):
+        _, dense, scale = random_packed(2, columns, bits, seed=columns)
+        memory = torch.full((4, columns), 77, dtype=dtype)
+        decode(dense, scale, bits, columns, memory[1:3])
+        assert (memory[0] == 77).all() and (memory[3] == 77).all()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_codes_of_every_length_are_decoded(bits):
+    for columns in range(1, 1000):
+        codes, dense, scale = random_packed(1, columns, bits, seed=columns)
+        assert torch.equal(decode(dense, scale, bits, columns, torch.empty(1, columns, dtype=torch.int8)), codes)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+def test_rows_of_several_blocks_decode_like_short_ones(bits):
+    columns = 5 * 4096 * 2 + 13
+    codes, dense, scale = random_packed(2, columns, bits)
+    decoded = decode(dense, scale, bits, columns, torch.empty(2, columns))
+    assert torch.equal(decoded, codes * scale[:, None])
+
+
+@given(bits=st.integers(1, 8), rows=st.integers(1, 9), columns=st.integers(1, 400), seed=st.integers(0, 10**6))
+@settings(deadline=None, max_examples=100)
+def test_every_shape_decodes_to_scale_times_code(bits, rows, columns, seed):
+    codes, dense, scale = random_packed(rows, columns, bits, seed)
+    assert torch.equal(decode(dense, scale, bits, columns, torch.empty(rows, columns)), codes * scale[:, None])
+
+
+def test_bf16_weights_are_rounded_to_the_nearest_even():
+    scale = torch.tensor([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-20])
+    dense = pack_dense(torch.ones(3, 1, dtype=torch.int8), 1)
+    decoded = decode(dense, scale, 1, 1, torch.empty(3, 1, dtype=torch.bfloat16))
+    assert decoded.flatten().tolist() == [1.0, 1 + 2.0**-6, 1 + 2.0**-7]
+
+
+@all_bits
+@pytest.mark.parametrize("balance", [True, False])
+def test_compiled_quantizing_is_as_good_as_the_reference(bits, balance):
+    torch.manual_seed(0)
+    weight = torch.cat([torch.randn(4, 1501), torch.rand(4, 1501) - 0.5, torch.randn(4, 1501) ** 3])
+    dense, scale = quantize_to_dense(weight, bits, balance=balance)
+    codes, reference_scale = quantize_rows(weight, bits, balance=balance)
+    found = squared_errors(weight, dense, scale, bits)
+    expected = squared_errors(weight, pack_dense(codes, bits), reference_scale, bits)
+    # Sums in another order can tip the choice of the start, and so the local optimum that is reached.
+    assert (found <= expected * 1.02).all()
+
+
+@all_bits
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_are_read_exactly(bits, dtype):
+    torch.manual_seed(1)
+    weight = torch.randn(6, 333).to(dtype)
+    weight[2] *= 2.0**-20  # subnormal in fp16
+    weight[3] *= 2.0**10
+    for found, wanted in zip(quantize_to_dense(weight, bits), quantize_to_dense(weight.float(), bits), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def python_loop(function, parallel=True):
+    """A loop that calls `function(arguments, start, stop)`; whoever keeps it keeps the callback alive."""
+    callback = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64, ctypes.c_int64)(function)
+    compiled = native.native_library().decode
+    address = ctypes.cast(callback, ctypes.c_void_p).value
+    return callback, native.Loop(address, compiled._run, compiled._parallel if parallel else None)
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch computes with."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing(count, threads):
+    torch.manual_seed(2)
+    weight = torch.randn(37, 1 << 14)
+    expected = [quantize_to_dense(row.unsqueeze(0), 2) for row in weight]
+    threads(count)
+    dense, scale = quantize_to_dense(weight, 2)
+    decoded = decode(dense, scale, 2, 1 << 14, torch.empty(37, 1 << 14))
+    assert torch.equal(dense, torch.cat([d for d, _ in expected]))
+    assert torch.equal(scale, torch.cat([s for _, s in expected]))
+    assert torch.equal(decoded, unpack_dense(dense, 2, 1 << 14) * scale[:, None])
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("rows", [0, 1, 2, 7, 50])
+def test_every_row_is_gone_over_once_with_the_arguments(rows, count, threads):
+    threads(count)
+    ranges = []
+    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop, words[:3])))
+    loop(rows, 1 << 20, 3, -4, 1 << 40)
+    assert sorted(row for start, stop, _ in ranges for row in range(start, stop)) == list(range(rows))
+    assert {tuple(words) for *_, words in ranges} == {(3, -4, 1 << 40)}
+
+
+def test_ranges_run_at_the_same_time_where_that_is_worth_it(threads):
+    threads(2)
+    meeting = threading.Barrier(2)
+    met = []
+    _, loop = python_loop(lambda words, start, stop: met.append(meeting.wait(timeout=60)))
+    loop(10, 1 << 20)
+    assert sorted(met) == [0, 1]
+
+    ranges = []
+    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)))
+    loop(10, 1)
+    assert ranges == [(0, 10)]
+
+
+def test_without_threads_to_share_with_one_range_is_all():
+    ranges = []
+    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)), parallel=False)
+    loop(10, 1 << 20)
+    assert ranges == [(0, 10)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the flag is one of GNU linkers")
+def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_path):
+    source = tmp_path / "no_memory.c"
+    source.write_text("void *__wrap_malloc(unsigned long size) { (void)size; return 0; }")
+    monkeypatch.setattr(native, "_SOURCES", [*native._SOURCES, source])
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-Wl,--wrap=malloc"))
+    with pytest.raises(MemoryError, match="not enough memory to work in"):
+        quantize_to_dense(torch.randn(2, 7), 2)
+    with pytest.raises(MemoryError):
+        repack(torch.zeros(2, 3, dtype=torch.uint8), 2, 7)
+    if (multiply := native.native_library().multiply) is not None:
+        tokens, weight, sums = torch.ones(3, 3, 3, dtype=torch.int32)
+        with pytest.raises(MemoryError):
+            multiply(3, 3, *(operand.data_ptr() for operand in (tokens, weight, sums)), 3, 3, 2)
+
+
+def test_without_a_compiler_there_is_no_library(no_compiler):
+    assert native.native_library() is None
+
+
+@all_bits
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_without_a_compiler_gives_the_same_bits(no_compiler, monkeypatch, bits, dtype):
+    _, dense, scale = random_packed(6, 8 * 9, bits)
+    plain = decode_weight(dense, scale, bits, (6, 8, 3, 3), dtype)
+    monkeypatch.undo()
+    native.native_library.cache_clear()
+    assert native.native_library() is not None
+    assert same_bits(decode_weight(dense, scale, bits, (6, 8, 3, 3), dtype), plain)
+
+
+@all_bits
+def test_quantizing_without_a_compiler_is_the_reference(no_compiler, bits):
+    torch.manual_seed(3)
+    weight = torch.randn(5, 301)
+    dense, scale = quantize_to_dense(weight, bits)
+    codes, expected_scale = quantize_rows(weight, bits)
+    assert dense.shape == (5, dense_width(301, bits))
+    assert torch.equal(dense, pack_dense(codes, bits))
+    assert torch.equal(scale, expected_scale)
+
+
+def test_a_compiler_that_fails_is_like_none(fresh_library, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: "/bin/false")
+    assert native.native_library() is None
+    assert list(tmp_path.rglob("*.so")) == []
+
+
+def test_a_cache_that_cannot_be_written_is_like_no_compiler(fresh_library, monkeypatch, tmp_path):
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    assert native.native_library() is None
+
+
+def test_without_a_home_there_is_no_library(fresh_library, monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(native.Path, "home", nowhere)
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert native.native_library() is None
+
+
+def test_the_library_is_built_once_and_then_found(fresh_library, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.native_library() is not None
+    (built,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert built.suffix == ".so"
+    stamp = built.stat().st_mtime_ns
+    native.native_library.cache_clear()
+    assert native.native_library() is not None
+    assert [path for path in Path(tmp_path).rglob("*") if path.is_file()] == [built]
+    assert built.stat().st_mtime_ns == stamp
