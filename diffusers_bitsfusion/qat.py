@@ -23,6 +23,7 @@ from .nn.fake_quantized import QATConv2d, QATLinear, trainable_twin
 from .packing.packer import install_time_features
 from .packing.plan import Plan, make_plan
 from .utils.hooks import refuse_dispatched
+from .utils.private_names import DIFFUSERS_FP32
 
 
 @dataclass
@@ -120,7 +121,7 @@ def _only_component(pipeline: DiffusionPipeline, config: BitsFusionConfig) -> Mo
 
 def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | None) -> Plan:
     refuse_dispatched(model, "prepare")
-    plan = make_plan(model, config, model._keep_in_fp32_modules or [])
+    plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
     if layers is not None:
         plan.bits = _selected(plan.bits, layers)
     return plan
@@ -188,7 +189,7 @@ def _refuse_not_finite(model: ModelMixin) -> None:
 
 def _cast_floats(model: ModelMixin, dtype: torch.dtype) -> None:
     """Cast what `from_pretrained(dtype=...)` would: floating parameters but those that the model keeps in fp32."""
-    kept = model._keep_in_fp32_modules or []
+    kept = DIFFUSERS_FP32.read(model) or []
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):
             parameter.data = parameter.data.to(dtype)

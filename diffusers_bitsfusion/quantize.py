@@ -21,6 +21,7 @@ from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .packing.packer import ModelPacker
 from .utils.hooks import refuse_dispatched
+from .utils.private_names import DIFFUSERS_FP32
 
 
 @torch.no_grad()
@@ -79,7 +80,7 @@ def _quantize(
         return model
     refuse_dispatched(model, "quantize")
     dtype = model.dtype
-    exclude = model._keep_in_fp32_modules or []
+    exclude = DIFFUSERS_FP32.read(model) or []
     packer = ModelPacker(model, config, dtype, exclude, progress)
     calibrated: dict[str, CalibratedLayer] = {}
     calls: list[Call] = []

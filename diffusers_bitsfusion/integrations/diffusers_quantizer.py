@@ -20,6 +20,7 @@ from ..nn.time_features import TimeFeatures
 from ..nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..utils.hooks import refuse_dispatched
+from ..utils.private_names import ACCELERATE_HOOK
 from .finish import finish, warn_untrained
 from .saving import as_plain_model
 
@@ -215,5 +216,5 @@ def _modules_with_missing_weights(model: ModelMixin) -> list[tuple[str, nn.Modul
 
 
 def _is_offloaded(module: nn.Module) -> bool:
-    hook = getattr(module, "_hf_hook", None)
+    hook = ACCELERATE_HOOK.read(module)
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight
 from ..nn.time_features import TimeFeatureSlice
+from ..utils.private_names import PEFT_ADAPTERS
 
 logger = logging.get_logger(__name__)
 
@@ -199,7 +200,7 @@ def prepare_saving(model: Any) -> None:
         if isinstance(module, PackedWeight) and module.is_packed:
             ranks[name.replace(".base_layer", "")] = module.branch_rank
         elif isinstance(module, BaseTunerLayer):
-            here = set(module._all_available_adapter_names())
+            here = set(PEFT_ADAPTERS.require(module)())
             unfused |= here.intersection(module.active_adapters).difference(module.merged_adapters)
     config = model.hf_quantizer.quantization_config
     config.schema = config.schema.with_branch_ranks(ranks)

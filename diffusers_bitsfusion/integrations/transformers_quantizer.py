@@ -17,6 +17,13 @@ from ..nn.packed import PackedWeight
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..packing.plan import matches
 from ..utils.hooks import refuse_dispatched, refuse_offloaded_to_disk
+from ..utils.private_names import (
+    TORCH_BUFFERS,
+    TRANSFORMERS_FP32,
+    TRANSFORMERS_FP32_STRICT,
+    TRANSFORMERS_INIT,
+    TRANSFORMERS_INITIALIZED,
+)
 from .finish import finish
 from .peft_lora import prepare_saving
 
@@ -62,7 +69,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         # transformers initialises what a file lacks, and for that reads weights, before the codes have been decoded.
         for module in model.modules():
             if any(isinstance(part, PackedWeight) for part in module.modules()):
-                module._is_hf_initialized = True
+                setattr(module, TRANSFORMERS_INITIALIZED.name, True)
 
     # While loading.
 
@@ -90,15 +97,15 @@ class BitsFusionTextQuantizer(HfQuantizer):
             for kind, tensor in layer.named_parameters(recurse=False)
             if kind != "bias"
         }
-        missing = [name for name, tensor in found.items() if not getattr(tensor, "_is_hf_initialized", False)]
+        missing = [name for name, tensor in found.items() if not TRANSFORMERS_INITIALIZED.read(tensor, False)]
         if missing:
             raise_missing(model, missing)
         decoded = decode_state_dict(found, schema)
         for name, layer in packed.items():
             layer.codes = nn.Parameter(decoded[f"{name}.codes"].to(layer.codes.device), requires_grad=False)
         for module in model.modules():  # what no file holds, and was not initialised before: see above
-            if module._non_persistent_buffers_set:
-                model._init_weights(module)
+            if TORCH_BUFFERS.read(module):
+                TRANSFORMERS_INIT.require(model)(module)
 
     @torch.no_grad()
     def pack(self, model: PreTrainedModel, progress: bool = True) -> None:
@@ -144,7 +151,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
 
 def _weight_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype in which transformers would have a layer's weight in a model of `dtype`."""
-    kept = list(model._keep_in_fp32_modules_strict or []) if dtype in (torch.float16, torch.bfloat16) else []
+    kept = list(TRANSFORMERS_FP32_STRICT.read(model) or []) if dtype in (torch.float16, torch.bfloat16) else []
     if dtype == torch.float16:
-        kept += model._keep_in_fp32_modules or []
+        kept += TRANSFORMERS_FP32.read(model) or []
     return torch.float32 if matches(name, kept) else dtype

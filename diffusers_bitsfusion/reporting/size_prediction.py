@@ -19,6 +19,7 @@ from ..codec.rounding import Rounding
 from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..packing.plan import TABLE_BITS_PER_FEATURE, Plan, make_plan
+from ..utils.private_names import DIFFUSERS_FP32
 from .size_report import SizeReport, TensorSize, report_of_tensors
 
 _SAMPLE = (128, 2880)  # a quarter of a 320-channel 3×3 convolution: enough for the third digit
@@ -60,7 +61,7 @@ def predict_size(
         ValueError: see `plan.make_plan`.
     """
     config = config or BitsFusionConfig()
-    kept_in_fp32 = model._keep_in_fp32_modules or []
+    kept_in_fp32 = DIFFUSERS_FP32.read(model) or []
     plan = make_plan(model, config, kept_in_fp32)
     schema = plan.schema(model, config)
     tensors = [*_packed(schema), *_time_features(schema.time_features), *_others(model, plan, dtype)]
@@ -110,5 +111,5 @@ def _others(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[Tenso
         owner, _, kind = name.rpartition(".")
         if owner in gone or (owner in plan.bits and kind == "weight"):
             continue
-        in_fp32 = any(part in name.split(".") for part in model._keep_in_fp32_modules or [])
+        in_fp32 = any(part in name.split(".") for part in DIFFUSERS_FP32.read(model) or [])
         yield name, tuple(parameter.shape), parameter.numel() * (4 if in_fp32 else dtype.itemsize)

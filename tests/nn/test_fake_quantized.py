@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from diffusers_bitsfusion.codec.grid import code_range
@@ -179,9 +180,18 @@ def test_state_dict_round_trip():
     assert torch.equal(other(x), layer(x))
 
 
-def test_adapters_find_them():
-    assert isinstance(trainable_twin(nn.Linear(2, 2), 1), nn.Linear)
-    assert isinstance(trainable_twin(nn.Conv2d(2, 2, 1), 1), nn.Conv2d)
+def test_a_lora_is_trained_on_a_layer_in_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(trainable_twin(nn.Linear(6, 4), 2))
+    x = torch.randn(3, 6)
+    before = model(x)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    lora = adapted.base_model.model[0]
+    delta = lora.lora_B["default"].weight @ lora.lora_A["default"].weight * lora.scaling["default"]
+    after = adapted(x)
+    assert torch.allclose(after, before + x @ delta.T, atol=1e-6) and not torch.allclose(after, before)
+    after.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_" in name)
 
 
 def test_weights_that_are_not_finite_are_refused():
