@@ -21,12 +21,12 @@ NOT_RUN = re.compile(r"<!-- not run: (\S.*) -->")
 
 # Settings that cost minutes, made small, and hardware that a test may not have.
 SMALLER = {
-    "num_samples=128": "num_samples=4",
+    "num_samples=128": "num_samples=2, num_inference_steps=1",
     "tuning_steps=320": "tuning_steps=1",
-    "calibration=True": "calibration={'num_samples': 1, 'num_inference_steps': 2}",
+    "calibration=True": "calibration={'num_samples': 1, 'num_inference_steps': 1}",
     '"an astronaut riding a horse")': '"an astronaut riding a horse", num_inference_steps=2)',
     '.to("cuda")': "",
-    "--calibrate": "--calibrate --samples 1 --steps 2",
+    "--calibrate": "--calibrate --samples 1 --steps 1",
     "bitsfusion evaluate": "bitsfusion evaluate --steps 2",
     "bitsfusion compare": "bitsfusion compare --steps 2",
     "bitsfusion analyze": "bitsfusion analyze --steps 2 --num-images 2 --calls 2",

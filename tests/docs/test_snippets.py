@@ -27,7 +27,7 @@ def stand_ins(tmp_path_factory, clip_folder) -> Path:
     """A folder with what the pages' blocks name: models under their Hub ids, prompts, an adapter, configs."""
     folder = tmp_path_factory.mktemp("stand-ins")
     # A narrow time embedding: at 8 bits a wider one would keep so small a model from the default's 1.99 bits.
-    pipe = tiny_pipeline(tmp_path_factory.mktemp("tokenizer"), time_embedding_dim=8)
+    pipe = tiny_pipeline(tmp_path_factory.mktemp("tokenizer"), time_embedding_dim=8, block_out_channels=(16, 32))
     pipe.save_pretrained(folder / STABLE_DIFFUSION)
     lora = tiny_lora(pipe.unet, targets=("to_q", "to_v"))
     save_file({f"unet.{name}": tensor for name, tensor in lora.items()}, folder / "lora.safetensors")
