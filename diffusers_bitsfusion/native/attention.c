@@ -187,10 +187,10 @@ INLINE void attend(const AttentionArguments *a, int64_t batch, int64_t head, int
     }
 }
 
-int bitsfusion_attention_queries(void) { return QUERIES; }
+EXPORT int bitsfusion_attention_queries(void) { return QUERIES; }
 
 /* Softmax(q k^T / sqrt(width)) v. A row of this loop is a unit of QUERIES queries; they are numbered heads first. */
-void bitsfusion_attention(const AttentionArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_attention(const AttentionArguments *a, int64_t start, int64_t stop) {
     const int64_t chunks = ceil_div(a->queries, QUERIES);
     const float factor = 1.44269504f / sqrtf((float)a->width); /* log2(e) */
     for (int64_t unit = start; unit < stop; unit++) {
@@ -204,7 +204,7 @@ void bitsfusion_attention(const AttentionArguments *a, int64_t start, int64_t st
 
 #else
 
-int bitsfusion_attention_queries(void) { return 0; }
-void bitsfusion_attention(void) {}
+EXPORT int bitsfusion_attention_queries(void) { return 0; }
+EXPORT void bitsfusion_attention(void) {}
 
 #endif

@@ -190,7 +190,7 @@ INLINE void decode_rows(const DecodeArguments *a, int64_t start, int64_t stop, i
     }
 }
 
-void bitsfusion_decode(const DecodeArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_decode(const DecodeArguments *a, int64_t start, int64_t stop) {
     if (a->kind == FLOAT32) decode_rows(a, start, stop, FLOAT32, 4);
     else if (a->kind == BFLOAT16) decode_rows(a, start, stop, BFLOAT16, 2);
     else decode_rows(a, start, stop, INT8, 1);

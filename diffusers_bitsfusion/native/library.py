@@ -1,15 +1,10 @@
-"""Compiles the loops of `kernels/` with the machine's own C compiler, once, and loads them."""
+"""Loads the compiled loops: those that a wheel brings, else those that the machine's own C compiler makes, once."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +12,14 @@ from typing import Any
 
 import torch
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+from . import targets
+from .cache import kept_library
+from .compiler import COMMON_FLAGS, SOURCES, BuildError, build, compilers, digest, machine_digest
 
-# Sums may be reordered (they vectorise only so); nothing else of IEEE arithmetic is given up, and no start-up code is
-# linked that would change the process's floating-point state, as -ffast-math does.
-_FLAGS = (
-    "-O3", "-march=native", "-std=c11", "-shared", "-fPIC",
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=off",
-)  # fmt: skip
+logger = logging.getLogger(__name__)
+
+_SOURCES = SOURCES
+_FLAGS = (*COMMON_FLAGS, "-march=native")
 
 # Below this many values a thread costs more than it saves, where loops compute with each.
 _VALUES_PER_THREAD = 1 << 14
@@ -47,7 +42,7 @@ class Loop:
         Args:
             rows: their number.
             columns: values of a row.
-            arguments: addresses and integers, in the order of the struct beside the loop in `kernels/`.
+            arguments: addresses and integers, in the order of the struct beside the loop in C.
             per_thread: values that are worth a thread.
 
         Raises:
@@ -63,7 +58,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """The compiled loops; what each does stands in `kernels/`."""
+    """The compiled loops; what each does stands beside it in C."""
 
     decode: Loop
     quantize: Loop
@@ -81,14 +76,60 @@ class NativeLibrary:
 
 @functools.cache
 def native_library() -> NativeLibrary | None:
-    """The compiled functions, or None on a machine that has no C compiler or cannot keep its result."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    """The compiled functions, or None on a machine where they can neither be found nor built, which is logged once."""
+    try:
+        return _bound(_prebuilt() or _built())
+    except (BuildError, OSError) as error:
+        logger.warning("The compiled loops are missing, and slower ones of torch run in their place: %s", error)
+        return None
+
+
+def _prebuilt() -> ctypes.CDLL | None:
+    """The library of a wheel for this processor, None where the package brings none of these sources."""
+    names = list(targets.targets())
+    baseline = targets.prebuilt_library(targets.PREBUILT, names[0]) if names else None
+    if baseline is None:
         return None
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, RuntimeError, subprocess.CalledProcessError):  # the second: no home folder
+        best = targets.prebuilt_library(targets.PREBUILT, names[_loaded(baseline).bitsfusion_target()])
+        return None if best is None else _loaded(best)
+    except OSError as error:
+        logger.info("A library of the package is not used: %s", error)
         return None
+
+
+def _built() -> ctypes.CDLL:
+    """The library that a compiler of this machine makes, or made before.
+
+    Raises:
+        BuildError: no compiler can.
+        OSError: there is no place to build in, or the result cannot be loaded.
+    """
+    if not compilers():
+        raise BuildError("there is no C compiler (cc, gcc, clang, or what CC names)")
+    make = functools.partial(build, _SOURCES, _FLAGS)
+    with kept_library(digest(_SOURCES), machine_digest(_FLAGS), make) as path:
+        return _loaded(path)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The library at a path.
+
+    Raises:
+        OSError: it cannot be loaded, or is not made of these sources.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        library.bitsfusion_sources.restype = ctypes.c_char_p
+        found = library.bitsfusion_sources().decode()
+    except AttributeError as error:
+        raise OSError(f"{path} is no library of this package") from error
+    if found != digest(_SOURCES):
+        raise OSError(f"{path} is made of other sources")
+    return library
+
+
+def _bound(library: ctypes.CDLL) -> NativeLibrary:
     run = library.bitsfusion_run
     run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
     run.restype = None
@@ -116,30 +157,3 @@ def native_library() -> NativeLibrary | None:
 
 def _address_of(function: Any) -> int | None:
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-
-
-def _build(compiler: str) -> Path:
-    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
-    key = hashlib.sha256("\0".join([*texts, *_FLAGS, platform.machine(), _cpu_name()]).encode())
-    library = _cache_dir() / f"native-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built = Path(scratch) / library.name
-            sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
-            subprocess.run([compiler, *_FLAGS, *sources, "-o", str(built), "-lm"], check=True, capture_output=True)
-            built.replace(library)  # atomic: processes that build at the same time do not see half a file
-    return library
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers_bitsfusion"
-
-
-def _cpu_name() -> str:
-    """What `-march=native` depends on: a cache shared by several machines must not mix them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    return platform.processor()

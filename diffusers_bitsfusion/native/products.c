@@ -65,7 +65,7 @@ INLINE void multiply_rows(const uint8_t *panel, const int8_t *weight, const int3
     }
 }
 
-int bitsfusion_multiplies(void) { return 1; }
+EXPORT int bitsfusion_multiplies(void) { return 1; }
 
 typedef struct {
     const int8_t *tokens; /* [rows, columns] */
@@ -75,7 +75,7 @@ typedef struct {
     _Atomic int32_t *failed;
 } ProductArguments;
 
-void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns, out = a->out;
     /* 64 vectors of 1-bit codes, one of 7-bit codes. */
     const int64_t run = INT16_MAX / (2 * 255 * half_range((int)a->bits));
@@ -105,7 +105,7 @@ void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop)
 
 #else
 
-int bitsfusion_multiplies(void) { return 0; }
-void bitsfusion_multiply(void) {}
+EXPORT int bitsfusion_multiplies(void) { return 0; }
+EXPORT void bitsfusion_multiply(void) {}
 
 #endif

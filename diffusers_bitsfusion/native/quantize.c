@@ -67,7 +67,7 @@ typedef struct {
     _Atomic int32_t *failed;
 } QuantizeArguments;
 
-void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop) {
     const int bits = (int)a->bits, half = half_range(bits);
     const int64_t columns = a->columns;
     const float low = (float)-half, high = (float)(a->balance || bits == 8 ? half : half - 1);

@@ -10,7 +10,7 @@ typedef struct {
     _Atomic int32_t *failed;
 } RepackArguments;
 
-void bitsfusion_repack(const RepackArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_repack(const RepackArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns, row_bytes = a->row_bytes;
     uint32_t *const words = malloc((size_t)(words_bytes(columns) + digits_bytes(columns)));
     if (!words) {

@@ -24,7 +24,7 @@ static void take_ranges(void *shared) {
 }
 
 /* Calls `loop` for ranges that cover `rows`. */
-void bitsfusion_run(Parallel parallel, Loop loop, const int64_t *arguments, int64_t rows, int threads) {
+EXPORT void bitsfusion_run(Parallel parallel, Loop loop, const int64_t *arguments, int64_t rows, int threads) {
     if (threads < 2) {
         loop(arguments, 0, rows);
         return;

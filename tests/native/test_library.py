@@ -3,6 +3,7 @@ import itertools
 import platform
 import shutil
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -199,6 +200,7 @@ def test_without_threads_to_share_with_one_range_is_all():
 def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_path):
     source = tmp_path / "no_memory.c"
     source.write_text("void *__wrap_malloc(unsigned long size) { (void)size; return 0; }")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # other sources take the place of the usual ones in a cache
     monkeypatch.setattr(native, "_SOURCES", [*native._SOURCES, source])
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-Wl,--wrap=malloc"))
     with pytest.raises(MemoryError, match="not enough memory to work in"):
@@ -244,20 +246,43 @@ def test_a_compiler_that_fails_is_like_none(fresh_library, monkeypatch, tmp_path
     assert list(tmp_path.rglob("*.so")) == []
 
 
-def test_a_cache_that_cannot_be_written_is_like_no_compiler(fresh_library, monkeypatch, tmp_path):
-    blocked = tmp_path / "a file"
-    blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    assert native.native_library() is None
+def test_a_missing_library_is_told_once_in_the_compilers_words(fresh_library, monkeypatch, tmp_path, caplog):
+    script = tmp_path / "cc"
+    script.write_text("#!/bin/sh\necho 'fatal error: all is lost' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: str(script))
+    for _ in range(3):
+        assert native.native_library() is None
+    (record,) = [record for record in caplog.records if record.name.startswith("diffusers_bitsfusion")]
+    assert record.levelname == "WARNING"
+    assert "cc says: fatal error: all is lost" in record.getMessage()
 
 
-def test_without_a_home_there_is_no_library(fresh_library, monkeypatch):
+def test_without_a_cache_the_library_is_built_for_the_process(fresh_library, monkeypatch, tmp_path):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(native.Path, "home", nowhere)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert native.native_library() is None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert native.native_library() is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_library_is_not_loaded_but_built_anew(fresh_library, monkeypatch, tmp_path, run_python):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.native_library() is not None
+    (library,) = tmp_path.rglob("*.so")
+    content = library.read_bytes()
+    library.unlink()  # which this process has loaded
+    library.write_bytes(content[:5000])
+    # In a process of its own, which a damaged library would end.
+    code = "from diffusers_bitsfusion.native.library import native_library; print(native_library() is not None)"
+    process = run_python(code, environment={"XDG_CACHE_HOME": str(tmp_path)})
+    assert process.stdout == "True\n", process.stderr
+    (library,) = tmp_path.rglob("*.so")
+    assert len(library.read_bytes()) > 5000
 
 
 def test_the_library_is_built_once_and_then_found(fresh_library, monkeypatch, tmp_path):
