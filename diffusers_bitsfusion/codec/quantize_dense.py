@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..native.arguments import QuantizeArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .radix import dense_width, pack_dense
 from .scales import GAUSSIAN_STEP, check_finite, num_starts, quantize_rows
@@ -32,18 +33,19 @@ def quantize_to_dense(
     rows, columns = weight.shape
     dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8, device="cpu")
     scale = torch.empty(rows, dtype=torch.float32, device="cpu")
-    gaussian_step = torch.tensor(GAUSSIAN_STEP[balance][bits - 1], dtype=torch.float32, device="cpu")
-    native.quantize(
-        rows,
-        columns,
-        *(tensor.data_ptr() for tensor in (weight, dense, scale, gaussian_step)),
-        columns,
-        dense.shape[1],
-        NATIVE_DTYPES[weight.dtype],
-        bits,
-        balance,
-        num_starts(bits),
-        iterations,
+    arguments = QuantizeArguments(
+        weight=weight.data_ptr(),
+        dense=dense.data_ptr(),
+        scale=scale.data_ptr(),
+        columns=columns,
+        row_bytes_out=dense.shape[1],
+        dtype=NATIVE_DTYPES[weight.dtype],
+        bits=bits,
+        balance=balance,
+        starts=num_starts(bits),
+        iterations=iterations,
+        gaussian_step=GAUSSIAN_STEP[balance][bits - 1],
     )
+    native.quantize(rows, columns, arguments)
     check_finite(scale)
     return dense, scale

@@ -34,6 +34,8 @@ typedef struct {
     int64_t columns, dtype;
 } TokenArguments;
 
+TAKES(quantize_tokens, TokenArguments)
+
 EXPORT void bitsfusion_quantize_tokens(const TokenArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns, dtype = a->dtype;
 #define DO(DTYPE)                          \
@@ -55,6 +57,8 @@ typedef struct {
     float *bounds; /* [chunks, 2] */
     int64_t count, chunk, dtype;
 } RangeArguments;
+
+TAKES(range, RangeArguments)
 
 /* Of each chunk the smallest and the largest value, and zero. */
 EXPORT void bitsfusion_range(const RangeArguments *a, int64_t start, int64_t stop) {
@@ -82,6 +86,8 @@ typedef struct {
     int64_t count, chunk, dtype;
 } AffineArguments;
 
+TAKES(quantize_affine, AffineArguments)
+
 EXPORT void bitsfusion_quantize_affine(const AffineArguments *a, int64_t start, int64_t stop) {
     const float factor = *a->inverse, zero = *a->zero_point;
     const int64_t last = min64(stop * a->chunk, a->count), dtype = a->dtype;
@@ -101,6 +107,9 @@ typedef struct {
     void *out;                        /* [rows, columns], `dtype` fp32 or bf16 */
     int64_t columns, dtype;
 } RescaleArguments;
+
+TAKES(rescale, RescaleArguments)
+TAKES(rescale_geglu, RescaleArguments)
 
 /* Sums of products of codes to outputs. */
 EXPORT void bitsfusion_rescale(const RescaleArguments *a, int64_t start, int64_t stop) {

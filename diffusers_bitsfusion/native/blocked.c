@@ -11,6 +11,8 @@ typedef struct {
     int64_t block; /* a multiple of 16 */
 } BlockArguments;
 
+TAKES(block_weight, BlockArguments)
+
 /* A row of this loop is a block. What fills up the last block and the last four inputs is left as it is. */
 EXPORT void bitsfusion_block_weight(const BlockArguments *a, int64_t first, int64_t last) {
     const int8_t *const plain = a->plain;

@@ -8,13 +8,28 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from . import targets
+from .arguments import (
+    ARGUMENTS,
+    AffineArguments,
+    Arguments,
+    AttentionArguments,
+    BlockArguments,
+    DecodeArguments,
+    ProductArguments,
+    QuantizeArguments,
+    RangeArguments,
+    RepackArguments,
+    RescaleArguments,
+    TokenArguments,
+)
 from .cache import kept_library
 from .compiler import COMMON_FLAGS, SOURCES, BuildError, build, compilers, digest, machine_digest
+from .dense_form import DENSE_FORMS
 
 logger = logging.getLogger(__name__)
 
@@ -27,32 +42,35 @@ _VALUES_PER_THREAD = 1 << 14
 # The codes that the loops have for dtypes; decoding to int8 gives the codes of weights.
 NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
+# Columns whose rows are compared with those of the library: whole groups of words of the dense form, and parts.
+_COMPARED_COLUMNS = (1, 2, 24, 25, 301)
+
+ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
+
 
 @dataclass(frozen=True)
-class Loop:
+class Loop(Generic[ArgumentsT]):
     """A compiled loop over rows."""
 
     _address: int | None
     _run: Callable[..., None]
     _parallel: int | None
 
-    def __call__(self, rows: int, columns: int, *arguments: int, per_thread: int = _VALUES_PER_THREAD) -> None:
+    def __call__(self, rows: int, columns: int, arguments: ArgumentsT, per_thread: int = _VALUES_PER_THREAD) -> None:
         """Go over `rows`, on the threads that torch computes with; the interpreter's lock is released meanwhile.
 
         Args:
             rows: their number.
             columns: values of a row.
-            arguments: addresses and integers, in the order of the struct beside the loop in C.
+            arguments: the struct beside the loop in C.
             per_thread: values that are worth a thread.
 
         Raises:
             MemoryError: there is none for the loop to work in.
         """
         threads = torch.get_num_threads() if self._parallel and rows * columns >= 2 * per_thread else 1
-        failed = ctypes.c_int32()
-        words = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, ctypes.addressof(failed))
-        self._run(self._parallel, self._address, words, rows, threads)
-        if failed.value:
+        self._run(self._parallel, self._address, ctypes.addressof(arguments), rows, threads)
+        if arguments.failed:
             raise MemoryError("There is not enough memory to work in.")
 
 
@@ -60,18 +78,18 @@ class Loop:
 class NativeLibrary:
     """The compiled loops; what each does stands beside it in C."""
 
-    decode: Loop
-    quantize: Loop
-    repack: Loop
-    quantize_tokens: Loop
-    range: Loop
-    quantize_affine: Loop
-    rescale: Loop
-    rescale_geglu: Loop
-    block_weight: Loop
-    multiply: Loop | None  # where the processor has AVX2
-    attention: Loop
-    attention_queries: int  # that a row of `attention` has; 0 where the processor lacks the instructions
+    decode: Loop[DecodeArguments]
+    quantize: Loop[QuantizeArguments]
+    repack: Loop[RepackArguments]
+    quantize_tokens: Loop[TokenArguments]
+    range: Loop[RangeArguments]
+    quantize_affine: Loop[AffineArguments]
+    rescale: Loop[RescaleArguments]
+    rescale_geglu: Loop[RescaleArguments]
+    block_weight: Loop[BlockArguments]
+    multiply: Loop[ProductArguments] | None  # where the processor has AVX2
+    attention: Loop[AttentionArguments] | None  # where it has AVX-512 BF16
+    attention_queries: int  # that a row of `attention` has
 
 
 @functools.cache
@@ -116,17 +134,43 @@ def _loaded(path: Path) -> ctypes.CDLL:
     """The library at a path.
 
     Raises:
-        OSError: it cannot be loaded, or is not made of these sources.
+        OSError: it cannot be loaded, or its sources or sizes are not those of this package.
     """
     library = ctypes.CDLL(str(path))
     try:
         library.bitsfusion_sources.restype = ctypes.c_char_p
-        found = library.bitsfusion_sources().decode()
+        if library.bitsfusion_sources().decode() != digest(_SOURCES):
+            raise OSError(f"{path} is made of other sources")
+        _compare_sizes(library)
     except AttributeError as error:
         raise OSError(f"{path} is no library of this package") from error
-    if found != digest(_SOURCES):
-        raise OSError(f"{path} is made of other sources")
     return library
+
+
+def _compare_sizes(library: ctypes.CDLL) -> None:
+    """Refuse a library whose structs of arguments, or rows of the dense form, have other sizes than in Python.
+
+    Raises:
+        OSError: a size differs.
+    """
+    for name in _loops_of(library):
+        size = library[f"bitsfusion_{name}_size"]
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(ARGUMENTS[name]):
+            raise OSError(f"the loop {name} takes {size()} bytes, not {ctypes.sizeof(ARGUMENTS[name])}")
+    row_bytes = library.bitsfusion_row_bytes
+    row_bytes.argtypes, row_bytes.restype = (ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    for bits, form in DENSE_FORMS.items():
+        for columns in _COMPARED_COLUMNS:
+            if row_bytes(columns, bits) != form.row_bytes(columns):
+                raise OSError(f"{columns} codes of {bits} bits take {row_bytes(columns, bits)} bytes in the library")
+
+
+def _loops_of(library: ctypes.CDLL) -> list[str]:
+    """The loops that the library has for the instructions that it was compiled for."""
+    missing = set() if library.bitsfusion_multiplies() else {"multiply"}
+    missing |= set() if library.bitsfusion_attention_queries() else {"attention"}
+    return [name for name in ARGUMENTS if name not in missing]
 
 
 def _bound(library: ctypes.CDLL) -> NativeLibrary:
@@ -135,24 +179,10 @@ def _bound(library: ctypes.CDLL) -> NativeLibrary:
     run.restype = None
     # Looked for in what torch is linked with, so that its OpenMP runtime is found and not another library's.
     parallel = _address_of(getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None))
-
-    def loop(name: str) -> Loop:
-        return Loop(_address_of(library[f"bitsfusion_{name}"]), run, parallel)
-
-    return NativeLibrary(
-        decode=loop("decode"),
-        quantize=loop("quantize"),
-        repack=loop("repack"),
-        quantize_tokens=loop("quantize_tokens"),
-        range=loop("range"),
-        quantize_affine=loop("quantize_affine"),
-        rescale=loop("rescale"),
-        rescale_geglu=loop("rescale_geglu"),
-        block_weight=loop("block_weight"),
-        multiply=loop("multiply") if library.bitsfusion_multiplies() else None,
-        attention=loop("attention"),
-        attention_queries=library.bitsfusion_attention_queries(),
-    )
+    loops: dict[str, Any] = dict.fromkeys(ARGUMENTS)
+    for name in _loops_of(library):
+        loops[name] = Loop(_address_of(library[f"bitsfusion_{name}"]), run, parallel)
+    return NativeLibrary(**loops, attention_queries=library.bitsfusion_attention_queries())
 
 
 def _address_of(function: Any) -> int | None:

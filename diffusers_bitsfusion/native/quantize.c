@@ -59,21 +59,23 @@ static float alternate(const float *restrict row, int64_t columns, float low, fl
 }
 
 typedef struct {
-    const void *weight;         /* [rows, columns] of `dtype` */
-    uint8_t *dense;             /* [rows, row_bytes_out] */
-    float *scale;               /* [rows] */
-    const float *gaussian_step; /* one */
+    const void *weight; /* [rows, columns] of `dtype` */
+    uint8_t *dense;     /* [rows, row_bytes_out] */
+    float *scale;       /* [rows] */
     int64_t columns, row_bytes_out, dtype, bits, balance, starts, iterations;
-    _Atomic int32_t *failed;
+    float gaussian_step;
+    _Atomic int32_t failed;
 } QuantizeArguments;
 
-EXPORT void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64_t stop) {
+TAKES(quantize, QuantizeArguments)
+
+EXPORT void bitsfusion_quantize(QuantizeArguments *a, int64_t start, int64_t stop) {
     const int bits = (int)a->bits, half = half_range(bits);
     const int64_t columns = a->columns;
     const float low = (float)-half, high = (float)(a->balance || bits == 8 ? half : half - 1);
     uint8_t *const scratch = malloc((size_t)(words_bytes(columns) + digits_bytes(columns)));
     if (!scratch) {
-        *a->failed = 1;
+        a->failed = 1;
         return;
     }
     float *row = (float *)scratch;
@@ -82,7 +84,7 @@ EXPORT void bitsfusion_quantize(const QuantizeArguments *a, int64_t start, int64
     for (int64_t r = start; r < stop; r++) {
         load_row(a->weight, r * columns, columns, (int)a->dtype, row);
         const float scale =
-            alternate(row, columns, low, high, *a->gaussian_step, (int)a->starts, (int)a->iterations);
+            alternate(row, columns, low, high, a->gaussian_step, (int)a->starts, (int)a->iterations);
         a->scale[r] = scale;
         if (!isfinite(scale)) continue; /* the caller refuses the weight */
         const float inverse = 1.0f / scale;

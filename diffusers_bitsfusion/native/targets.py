@@ -16,7 +16,7 @@ PREBUILT = Path(__file__).parent / "prebuilt"
 
 _AVX512 = ("-mavx512vbmi", "-mavx512vnni")
 
-# Compiler flags by target, in the order of `bitsfusion_target` in targets.c.
+# Compiler flags by target, in the order of `bitsfusion_target` in handshake.c.
 _X86_64 = {
     "x86-64-v2": ("-march=x86-64-v2",),
     "x86-64-v3": ("-march=x86-64-v3",),  # AVX2

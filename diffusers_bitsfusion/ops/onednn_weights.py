@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..native.arguments import BlockArguments
 from ..native.library import NativeLibrary, native_library
 
 # Outputs of a block; how many oneDNN takes depends on the shape, the processor and the number of threads.
@@ -167,5 +168,7 @@ def _size(shape: torch.Size, block: int) -> int:
 def _write(native: NativeLibrary, plain: Tensor, address: int, block: int) -> None:
     outputs, inputs, *kernel = plain.shape
     taps = torch.Size(kernel).numel()
-    sizes = outputs, inputs, taps, block
-    native.block_weight(-(-outputs // block), block * inputs * taps, plain.data_ptr(), address, *sizes)
+    arguments = BlockArguments(
+        plain=plain.data_ptr(), blocked=address, outputs=outputs, inputs=inputs, taps=taps, block=block
+    )
+    native.block_weight(-(-outputs // block), block * inputs * taps, arguments)

@@ -5,6 +5,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from diffusers_bitsfusion.codec.radix import dense_width, pack_dense, unpack_den
 from diffusers_bitsfusion.codec.repack import repack
 from diffusers_bitsfusion.codec.scales import quantize_rows
 from diffusers_bitsfusion.native import library as native
+from diffusers_bitsfusion.native.arguments import DecodeArguments, ProductArguments
 from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -137,7 +139,7 @@ def test_half_precision_weights_are_read_exactly(bits, dtype):
 
 def python_loop(function, parallel=True):
     """A loop that calls `function(arguments, start, stop)`; whoever keeps it keeps the callback alive."""
-    callback = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64, ctypes.c_int64)(function)
+    callback = ctypes.CFUNCTYPE(None, ctypes.POINTER(DecodeArguments), ctypes.c_int64, ctypes.c_int64)(function)
     compiled = native.native_library().decode
     address = ctypes.cast(callback, ctypes.c_void_p).value
     return callback, native.Loop(address, compiled._run, compiled._parallel if parallel else None)
@@ -169,10 +171,10 @@ def test_the_number_of_threads_changes_nothing(count, threads):
 def test_every_row_is_gone_over_once_with_the_arguments(rows, count, threads):
     threads(count)
     ranges = []
-    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop, words[:3])))
-    loop(rows, 1 << 20, 3, -4, 1 << 40)
-    assert sorted(row for start, stop, _ in ranges for row in range(start, stop)) == list(range(rows))
-    assert {tuple(words) for *_, words in ranges} == {(3, -4, 1 << 40)}
+    _, loop = python_loop(lambda at, start, stop: ranges.append((start, stop, at[0].out, at[0].columns, at[0].bits)))
+    loop(rows, 1 << 20, DecodeArguments(out=3, columns=1 << 40, bits=-4))
+    assert sorted(row for start, stop, *_ in ranges for row in range(start, stop)) == list(range(rows))
+    assert all(arguments == [3, 1 << 40, -4] for _, _, *arguments in ranges)
 
 
 def test_ranges_run_at_the_same_time_where_that_is_worth_it(threads):
@@ -180,19 +182,19 @@ def test_ranges_run_at_the_same_time_where_that_is_worth_it(threads):
     meeting = threading.Barrier(2)
     met = []
     _, loop = python_loop(lambda words, start, stop: met.append(meeting.wait(timeout=60)))
-    loop(10, 1 << 20)
+    loop(10, 1 << 20, DecodeArguments())
     assert sorted(met) == [0, 1]
 
     ranges = []
     _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)))
-    loop(10, 1)
+    loop(10, 1, DecodeArguments())
     assert ranges == [(0, 10)]
 
 
 def test_without_threads_to_share_with_one_range_is_all():
     ranges = []
     _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)), parallel=False)
-    loop(10, 1 << 20)
+    loop(10, 1 << 20, DecodeArguments())
     assert ranges == [(0, 10)]
 
 
@@ -210,7 +212,8 @@ def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_
     if (multiply := native.native_library().multiply) is not None:
         tokens, weight, sums = torch.ones(3, 3, 3, dtype=torch.int32)
         with pytest.raises(MemoryError):
-            multiply(3, 3, *(operand.data_ptr() for operand in (tokens, weight, sums)), 3, 3, 2)
+            pointers = {"tokens": tokens.data_ptr(), "weight": weight.data_ptr(), "sums": sums.data_ptr()}
+            multiply(3, 3, ProductArguments(**pointers, columns=3, out=3, bits=2))
 
 
 def test_without_a_compiler_there_is_no_library(no_compiler):
@@ -244,6 +247,24 @@ def test_a_compiler_that_fails_is_like_none(fresh_library, monkeypatch, tmp_path
     monkeypatch.setattr(shutil, "which", lambda *_, **__: "/bin/false")
     assert native.native_library() is None
     assert list(tmp_path.rglob("*.so")) == []
+
+
+class Longer(ctypes.Structure):
+    _fields_ = [*DecodeArguments._fields_, ("more", ctypes.c_int64)]
+
+
+def test_a_library_that_takes_other_arguments_is_refused(fresh_library, monkeypatch, caplog):
+    monkeypatch.setitem(native.ARGUMENTS, "decode", Longer)
+    assert native.native_library() is None
+    assert f"the loop decode takes {ctypes.sizeof(DecodeArguments)} bytes, not {ctypes.sizeof(Longer)}" in caplog.text
+
+
+@all_bits
+def test_a_library_of_another_dense_form_is_refused(fresh_library, monkeypatch, caplog, bits):
+    form = native.DENSE_FORMS[bits]
+    monkeypatch.setitem(native.DENSE_FORMS, bits, replace(form, word_bits=16 if form.word_bits < 16 else 8))
+    assert native.native_library() is None
+    assert f"codes of {bits} bits take" in caplog.text
 
 
 def test_a_missing_library_is_told_once_in_the_compilers_words(fresh_library, monkeypatch, tmp_path, caplog):

@@ -10,6 +10,7 @@ import torch
 from diffusers_bitsfusion.codec.radix import pack_dense
 from diffusers_bitsfusion.native import build, targets
 from diffusers_bitsfusion.native import library as native
+from diffusers_bitsfusion.native.arguments import DecodeArguments
 from diffusers_bitsfusion.native.compiler import BuildError, compilers
 from diffusers_bitsfusion.ops.decode import decode
 
@@ -57,7 +58,8 @@ def test_every_target_that_this_processor_has_decodes_rightly(brought):
         out = torch.empty(1, 5, dtype=torch.int8)
         codes = torch.tensor([[-1, 0, 1, 1, -1]], dtype=torch.int8)
         dense, scale = pack_dense(codes, 1), torch.ones(1)
-        library.decode(1, 5, dense.data_ptr(), scale.data_ptr(), out.data_ptr(), 5, 1, 1, 3)
+        pointers = {"dense": dense.data_ptr(), "scale": scale.data_ptr(), "out": out.data_ptr()}
+        library.decode(1, 5, DecodeArguments(**pointers, columns=5, row_bytes_in=1, bits=1, kind=3))
         assert torch.equal(out, codes)
 
 

@@ -1,11 +1,15 @@
-/* Which of the targets in targets.py this processor takes, by its place there; and the sources of this library. */
-#include "common.h"
+/* What the loader asks a library: its sources, its sizes, and which of the targets in targets.py this processor takes,
+ * by its place there. */
+#include "dense.h"
 
 #ifndef BITSFUSION_SOURCES
 #define BITSFUSION_SOURCES "unknown"
 #endif
 
 EXPORT const char *bitsfusion_sources(void) { return BITSFUSION_SOURCES; }
+
+/* What a row takes in memory; compared with dense_form.py. */
+EXPORT int64_t bitsfusion_row_bytes(int64_t columns, int bits) { return bytes_of_row(columns, bits); }
 
 EXPORT int bitsfusion_target(void) {
 #if defined(__x86_64__) || defined(_M_X64)
