@@ -16,8 +16,8 @@ def quantize_to_dense(
 ) -> tuple[Tensor, Tensor]:
     """Like `scales.quantize_rows`, with the codes packed.
 
-    Compiled on a CPU for the alternation, else plain torch; the two sum in different orders, so that their scales
-    may differ in the last bits.
+    Compiled on a CPU for the alternation, else plain torch. Both add up in fp64 and round the sums once, so that
+    they agree to the bit unless a sum lies within fp64's rounding of the middle of two fp32 numbers.
 
     Returns:
         dense uint8 [rows, dense_width(columns, bits)], scale fp32 [rows].

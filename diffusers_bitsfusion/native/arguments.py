@@ -37,7 +37,7 @@ class QuantizeArguments(Arguments):
     _fields_ = [
         *_pointers("weight", "dense", "scale"),
         *_integers("columns", "row_bytes_out", "dtype", "bits", "balance", "starts", "iterations"),
-        ("gaussian_step", ctypes.c_float),
+        ("gaussian_step", ctypes.c_double),
         *_FAILED,
     ]
 
