@@ -21,6 +21,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.images import require_image_metrics
 from ..packing.plan import fixed_bits, make_plan
+from ..utils.private_names import DIFFUSERS_FP32
 from ..utils.processes import process_state
 from . import estimates, single_layer
 from .journal import Journal, finish, open_journal, read_manifest, read_records
@@ -176,10 +177,10 @@ def _measure_share(
 def _header(study: Study, method: str, progress: bool) -> Header:
     model = study.model
     way = METHODS[method]
-    plan = make_plan(model, BitsFusionConfig(recipe=1), model._keep_in_fp32_modules or [])
+    plan = make_plan(model, BitsFusionConfig(recipe=1), DIFFUSERS_FP32.read(model) or [])
     layers = analysed_layers(model)
     special = {name: bits for name, bits in plan.bits.items() if name not in layers}
-    fixed, weights = fixed_bits(model, plan, special, model._keep_in_fp32_modules or [])
+    fixed, weights = fixed_bits(model, plan, special, DIFFUSERS_FP32.read(model) or [])
     bar = tqdm(layers.items(), desc="packing layers", disable=not progress)
     described = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
     settings = _settings(study, method)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..evaluation import DENOISERS, Clip, Sampling
 from ..packing.plan import recipe_layers
+from ..utils.private_names import DIFFUSERS_FP32
 from .recording import Reference
 from .results import Item
 
@@ -80,4 +81,4 @@ def denoiser(pipeline: DiffusionPipeline) -> ModelMixin:
 
 def analysed_layers(model: ModelMixin) -> dict[str, nn.Linear | nn.Conv2d]:
     """The layers whose bits a recipe decides, by name."""
-    return recipe_layers(model, model._keep_in_fp32_modules or [])
+    return recipe_layers(model, DIFFUSERS_FP32.read(model) or [])

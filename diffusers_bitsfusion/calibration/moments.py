@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from ..utils.private_names import TORCH_PADDING
 from .gram import Gram, gram_numel
 
 
@@ -42,7 +43,7 @@ def _choose(count: int, most: int, generator: torch.Generator) -> Tensor:
 def _windows(layer: nn.Conv2d, x: Tensor) -> Tensor:
     """What the kernel sees at each output position, a view [batch, in, height, width, kernel height, kernel width]."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    x = F.pad(x, TORCH_PADDING.require(layer), mode=mode)
     for axis, (size, stride, dilation) in enumerate(
         zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
     ):

@@ -8,12 +8,11 @@ from torch import Tensor
 from ..native.arguments import QuantizeArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .radix import dense_width, pack_dense
+from .rounding import Rounding
 from .scales import GAUSSIAN_STEP, check_finite, num_starts, quantize_rows
 
 
-def quantize_to_dense(
-    weight: Tensor, bits: int, *, scale_init: str = "alternating", iterations: int = 10, balance: bool = True
-) -> tuple[Tensor, Tensor]:
+def quantize_to_dense(weight: Tensor, bits: int, rounding: Rounding = Rounding()) -> tuple[Tensor, Tensor]:
     """Like `scales.quantize_rows`, with the codes packed.
 
     Compiled on a CPU for the alternation, else plain torch. Both add up in fp64 and round the sums once, so that
@@ -26,8 +25,8 @@ def quantize_to_dense(
         ValueError: a weight is NaN or infinite.
     """
     native = native_library() if weight.device.type == "cpu" and weight.dtype in NATIVE_DTYPES else None
-    if native is None or scale_init != "alternating":
-        codes, scale = quantize_rows(weight, bits, scale_init=scale_init, iterations=iterations, balance=balance)
+    if native is None or rounding.scale_init != "alternating":
+        codes, scale = quantize_rows(weight, bits, rounding)
         return pack_dense(codes, bits), scale
     weight = weight.contiguous()
     rows, columns = weight.shape
@@ -41,10 +40,10 @@ def quantize_to_dense(
         row_bytes_out=dense.shape[1],
         dtype=NATIVE_DTYPES[weight.dtype],
         bits=bits,
-        balance=balance,
+        balance=rounding.balance,
         starts=num_starts(bits),
-        iterations=iterations,
-        gaussian_step=GAUSSIAN_STEP[balance][bits - 1],
+        iterations=rounding.iterations,
+        gaussian_step=GAUSSIAN_STEP[rounding.balance][bits - 1],
     )
     native.quantize(rows, columns, arguments)
     check_finite(scale)

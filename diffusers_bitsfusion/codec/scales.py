@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .grid import code_range, half_range
-
-SCALE_INITS = ("alternating", "minmax")
+from .rounding import Rounding
 
 # Step that minimises the squared error of a unit Gaussian at 1 to 8 bits, by numerical minimisation.
 GAUSSIAN_STEP = {
@@ -26,18 +25,13 @@ _ORDINARY_EXPONENT = 40
 _TILE = 1 << 16
 
 
-def quantize_rows(
-    weight: Tensor, bits: int, *, scale_init: str = "alternating", iterations: int = 10, balance: bool = True
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, bits: int, rounding: Rounding = Rounding()) -> tuple[Tensor, Tensor]:
     """Scale and codes of each row, minimising ||scale * codes - weight||^2 row by row.
 
     Args:
         weight: floating [rows, columns], one row per output channel; worked on in fp32.
         bits: 1 to 8.
-        scale_init: "alternating" (codes given the scale, scale given the codes, `iterations` times) or "minmax"
-            (largest magnitude over largest code), which the paper compares with.
-        iterations: rounds of the alternation.
-        balance: 2**bits + 1 symmetric levels; `False` for the plain grid of 2**bits.
+        rounding: how scales are found, on which grid.
 
     Returns:
         codes int8 [rows, columns], scale fp32 [rows], positive, finite and normal. A row of zeros gets codes 0 and
@@ -55,14 +49,14 @@ def quantize_rows(
         tile = weight[part].float()
         exponent = _exponents(tile)
         tile = _times_power_of_two(tile, -exponent)
-        if scale_init == "minmax":
+        if rounding.scale_init == "minmax":
             found = _one_where_zero(tile.abs().amax(dim=1) / half_range(bits))
         else:
-            found = _alternating_scale(tile, bits, iterations, balance)
+            found = _alternating_scale(tile, bits, rounding.iterations, rounding.balance)
         largest = _FLOAT.max / half_range(bits)  # whose products with codes are finite
         bounded = _times_power_of_two(found, exponent).clamp(_FLOAT.tiny, largest)
         scale[part] = torch.where(torch.isfinite(found), bounded, torch.nan)
-        codes[part] = round_to_codes(tile, _times_power_of_two(scale[part], -exponent), bits, balance)
+        codes[part] = round_to_codes(tile, _times_power_of_two(scale[part], -exponent), bits, rounding.balance)
     check_finite(scale)
     return codes, scale
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight
 from ..nn.time_features import TimeFeatureSlice
+from ..utils.private_names import PEFT_ADAPTERS
 
 logger = logging.get_logger(__name__)
 
@@ -199,13 +200,10 @@ def prepare_saving(model: Any) -> None:
         if isinstance(module, PackedWeight) and module.is_packed:
             ranks[name.replace(".base_layer", "")] = module.branch_rank
         elif isinstance(module, BaseTunerLayer):
-            here = set(module._all_available_adapter_names())
+            here = set(PEFT_ADAPTERS.require(module)())
             unfused |= here.intersection(module.active_adapters).difference(module.merged_adapters)
     config = model.hf_quantizer.quantization_config
-    config.layers = {
-        name: {"bits": layer["bits"], "shape": layer["shape"]} | ({"branch_rank": ranks[name]} if ranks[name] else {})
-        for name, layer in config.layers.items()
-    }
+    config.schema = config.schema.with_branch_ranks(ranks)
     if unfused:
         logger.warning(
             f"The model is saved without its adapters {', '.join(sorted(unfused))}: save them by "

@@ -21,6 +21,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
+from ..utils.private_names import DIFFUSERS_CONFIG
 from .peft_lora import check_fusable, prepare_saving
 
 if TYPE_CHECKING:
@@ -154,9 +155,10 @@ def as_quantized_model(model: ModelMixin) -> None:
 
 def as_plain_model(model: ModelMixin) -> None:
     """Take the mixin and the quantization config from a model, so that it saves and loads without this package."""
+    config = DIFFUSERS_CONFIG.require(model)
     model.__class__ = _plain_class(model)
     dropped = ("quantization_config", "_pre_quantization_dtype")
-    model._internal_dict = FrozenDict({k: v for k, v in model._internal_dict.items() if k not in dropped})
+    setattr(model, DIFFUSERS_CONFIG.name, FrozenDict({k: v for k, v in config.items() if k not in dropped}))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..utils.private_names import TORCH_FORWARD_LEVEL
 from .decode import decode_weight
 
 
@@ -16,7 +17,7 @@ def in_forward_mode() -> bool:
 
     Torch has one level for the process, so that other threads compute exactly meanwhile, too.
     """
-    return forward_ad._current_level >= 0
+    return TORCH_FORWARD_LEVEL.read(forward_ad, -1) >= 0
 
 
 @torch.library.custom_op(

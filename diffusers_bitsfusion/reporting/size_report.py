@@ -15,6 +15,7 @@ from torch import nn
 
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
 from ..codec.grid import levels
+from ..codec.schema import CheckpointSchema
 from ..codec.weight_files import stem, weight_files
 from ..nn.attention import attention_ways
 from ..nn.compute import packed_layers
@@ -196,14 +197,16 @@ def _file_report(path: Path) -> SizeReport:
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     if not _is_ours(config):
         raise ValueError(f"The model in {path} is not quantized by diffusers_bitsfusion.")
-    if "layers" not in config["quantization_config"]:
-        raise ValueError(f"{path / 'config.json'} is damaged: its quantization_config names no layers.")
+    try:
+        schema = CheckpointSchema.from_json(config["quantization_config"])
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'}: {error}") from error
     files = weight_files(path)
     tensors = [tensor for file in files for tensor in _read_header(file)]
     overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)
     indices = [file for file in path.glob("*.index.json") if stem(file.name) == stem(files[0].name)]
     overhead += sum(file.stat().st_size for file in [path / "config.json", *indices])
-    return report_of_tensors("file", tensors, config["quantization_config"], overhead)
+    return report_of_tensors("file", tensors, schema, overhead)
 
 
 def _read_header(file: Path) -> list[TensorSize]:
@@ -219,11 +222,11 @@ def _read_header(file: Path) -> list[TensorSize]:
 
 def _memory_report(model: nn.Module) -> SizeReport:
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if config is None or getattr(config, "layers", None) is None:
+    if config is None or not getattr(config, "is_resolved", False):
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
     plain, adapters = split_adapters(model.state_dict())
     tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]
-    report = report_of_tensors("memory", tensors, config.to_dict(), 0)
+    report = report_of_tensors("memory", tensors, config.schema, 0)
     report.parts["LoRA branches"] += sum(t.nbytes for t in adapters.values())
     layers = {name.replace(".base_layer", ""): layer for name, layer in packed_layers(model).items()}
     kept = [layer.int8_weight for layer in layers.values() if layer.int8_weight is not None]
@@ -234,17 +237,17 @@ def _memory_report(model: nn.Module) -> SizeReport:
 
 
 def report_of_tensors(
-    where: str, tensors: Iterable[TensorSize], config: Mapping[str, Any], overhead: int
+    where: str, tensors: Iterable[TensorSize], schema: CheckpointSchema, overhead: int
 ) -> SizeReport:
     """The report of a model from its tensors' names and sizes.
 
     Args:
         where: "file", "memory" or the like, for the reader.
         tensors: of the packed model.
-        config: content of a resolved `BitsFusionConfig`.
+        schema: what the checkpoint holds.
         overhead: bytes that belong to no tensor.
     """
-    layers = {name: (layer["bits"], torch.Size(layer["shape"]).numel()) for name, layer in config["layers"].items()}
+    layers = {name: (layer.bits, layer.num_weights) for name, layer in schema.layers.items()}
     parts = dict.fromkeys(_PARTS, 0)
     other_parameters = other_weights = 0
     for name, shape, size in tensors:
@@ -263,12 +266,8 @@ def report_of_tensors(
             other_weights += count if is_weight else 0
     parts["headers and config.json"] = overhead
 
-    time = config["time_embedding"]
-    removed_weights, removed_parameters, cached = 0, 0, 0.0
-    if time["type"] != "keep":
-        removed_weights, removed_parameters = time["removed_weights"], time["removed_parameters"]
-        steps = len(time["timesteps"]) if time["type"] == "cache" else len(PAPER_TIMESTEPS)
-        cached = cached_bits(sum(size for _, size in time["features"]), steps)
+    time = schema.time_features
+    steps = len(time.timesteps) if time.kind == "cache" else len(PAPER_TIMESTEPS)
     packed = sum(count for _, count in layers.values())
     histogram: dict[int, tuple[int, int]] = {}
     for bits, count in layers.values():
@@ -279,12 +278,12 @@ def report_of_tensors(
         parts=parts,
         average_bits=average_bits(
             layers,
-            balance=config["balance"],
+            balance=schema.balance,
             other_weights=other_weights,
-            removed_weights=removed_weights,
-            cached=cached,
+            removed_weights=time.removed_weights,
+            cached=cached_bits(time.num_features, steps),
         ),
-        weights=packed + other_weights + removed_weights,
-        original_parameters=packed + other_parameters + removed_parameters,
+        weights=packed + other_weights + time.removed_weights,
+        original_parameters=packed + other_parameters + time.removed_parameters,
         histogram=histogram,
     )

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..utils.private_names import DIFFUSERS_UNITS
+
 
 class ReplicatedModel:
     """A model of which every process holds all.
@@ -63,7 +65,7 @@ class ShardedModel:
         self.accelerator, self.model = accelerator, model
         self._empty = _empty_twin(model)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-        units = set(model._no_split_modules or [])
+        units = set(DIFFUSERS_UNITS.read(model) or [])
         for module in reversed(list(model.modules())):  # the inner before the outer
             if module is model or type(module).__name__ in units:
                 # The outermost, too, gives its weights back: averages are swapped in between calls.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from .private_names import ACCELERATE_HOOK, DIFFUSERS_HOOK
+
 _GROUP_OFFLOADING = "group_offloading"  # diffusers' name of it
 
 
@@ -18,7 +20,7 @@ def refuse_dispatched(model: nn.Module, action: str) -> None:
         ValueError: accelerate offloads the model or spreads it over devices; or a hook of diffusers is on it, for
             group offloading, layerwise casting or caching.
     """
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if any(ACCELERATE_HOOK.read(module) is not None for module in model.modules()):
         raise ValueError(
             f"Cannot {action} this {type(model).__name__}: accelerate offloads it or spreads it over devices. Do it "
             "before, or take the hooks off by accelerate.hooks.remove_hook_from_submodules(model)."
@@ -45,5 +47,5 @@ def refuse_offloaded_to_disk(model: nn.Module) -> None:
 
 
 def _diffusers_hooks(module: nn.Module) -> dict:
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = DIFFUSERS_HOOK.read(module)
     return {} if registry is None else registry.hooks

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from diffusers_bitsfusion.codec.grid import code_range
 from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.radix import unpack_dense
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.fake_quantized import straight_through, trainable_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +69,7 @@ def gradients(output, tensors):
 @settings(deadline=None, max_examples=60)
 def test_linear_equals_textbook_lsq(inputs, outputs, bits, balance, bias, batch, seed):
     torch.manual_seed(seed)
-    layer = disturbed(trainable_twin(nn.Linear(inputs, outputs, bias=bias), bits, balance=balance), seed)
+    layer = disturbed(trainable_twin(nn.Linear(inputs, outputs, bias=bias), bits, Rounding(balance=balance)), seed)
     x = torch.randn(*batch, inputs, requires_grad=True)
     tensors = [x, layer.weight, layer.scale, *([layer.bias] if bias else [])]
     expected = F.linear(x, textbook_rounding(layer.weight, layer.scale, bits, balance), layer.bias)
@@ -116,8 +118,8 @@ def test_it_starts_as_post_training_quantization_rounds(bits, dtype, init):
     torch.manual_seed(bits)
     plain = nn.Linear(75, 20).to(dtype)
     before = copy.deepcopy(plain.state_dict())
-    layer = trainable_twin(plain, bits, scale_init=init)
-    dense, scale = quantize_to_dense(plain.weight.detach(), bits, scale_init=init)
+    layer = trainable_twin(plain, bits, Rounding(scale_init=init))
+    dense, scale = quantize_to_dense(plain.weight.detach(), bits, Rounding(scale_init=init))
     codes, own_scale = layer.codes_and_scale()
     assert torch.equal(codes, unpack_dense(dense, bits, 75).float()) and torch.equal(own_scale, scale)
     assert layer.weight.dtype == layer.scale.dtype == torch.float32
@@ -178,9 +180,18 @@ def test_state_dict_round_trip():
     assert torch.equal(other(x), layer(x))
 
 
-def test_adapters_find_them():
-    assert isinstance(trainable_twin(nn.Linear(2, 2), 1), nn.Linear)
-    assert isinstance(trainable_twin(nn.Conv2d(2, 2, 1), 1), nn.Conv2d)
+def test_a_lora_is_trained_on_a_layer_in_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(trainable_twin(nn.Linear(6, 4), 2))
+    x = torch.randn(3, 6)
+    before = model(x)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    lora = adapted.base_model.model[0]
+    delta = lora.lora_B["default"].weight @ lora.lora_A["default"].weight * lora.scaling["default"]
+    after = adapted(x)
+    assert torch.allclose(after, before + x @ delta.T, atol=1e-6) and not torch.allclose(after, before)
+    after.sum().backward()
+    assert all(parameter.grad is not None for name, parameter in adapted.named_parameters() if "lora_" in name)
 
 
 def test_weights_that_are_not_finite_are_refused():

@@ -1,0 +1,87 @@
+"""The private names of other packages that this package reads, in one guarded place.
+
+A new version may rename them. Importing this package and loading a checkpoint must go on then; what needs the name
+says what is missing, and tests/utils/test_private_names.py names the entry of this table.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """A private name.
+
+    Attributes:
+        module: of the other package, where the name is written.
+        name: of an attribute.
+        feature: which needs it, for messages.
+    """
+
+    module: str
+    name: str
+    feature: str
+
+    def read(self, owner: Any, default: Any = None) -> Any:
+        """Return the attribute of `owner`, or `default` where it has none."""
+        return getattr(owner, self.name, default)
+
+    def require(self, owner: Any) -> Any:
+        """Return the attribute of `owner`.
+
+        Raises:
+            RuntimeError: the installed version of the package has no such name.
+        """
+        try:
+            return getattr(owner, self.name)
+        except AttributeError as error:
+            raise RuntimeError(self.missing()) from error
+
+    def missing(self) -> str:
+        """Return what to say where the name is gone."""
+        package = self.module.partition(".")[0]
+        return (
+            f"{package} {importlib.metadata.version(package)} has no {self.name} in {self.module}, which "
+            f"diffusers_bitsfusion needs for {self.feature}. Use a version of {package} that its pyproject.toml names."
+        )
+
+
+ACCELERATE_HOOK = PrivateName("accelerate.hooks", "_hf_hook", "knowing what accelerate offloads")
+DIFFUSERS_HOOK = PrivateName("diffusers.hooks.hooks", "_diffusers_hook", "knowing what diffusers offloads")
+DIFFUSERS_CONFIG = PrivateName("diffusers.configuration_utils", "_internal_dict", "dequantize()")
+DIFFUSERS_FP32 = PrivateName(
+    "diffusers.models.modeling_utils", "_keep_in_fp32_modules", "leaving alone what a model keeps in fp32"
+)
+DIFFUSERS_UNITS = PrivateName(
+    "diffusers.models.modeling_utils", "_no_split_modules", "sharing a model out by its units"
+)
+DIFFUSERS_UPLOAD = PrivateName("diffusers.utils.hub_utils", "_upload_folder", "the model card of a pushed pipeline")
+DIFFUSERS_IP_ADAPTER = PrivateName(
+    "diffusers.loaders.unet", "_load_ip_adapter_weights", "IP-Adapters on a packed model"
+)
+TRANSFORMERS_FP32 = PrivateName(
+    "transformers.modeling_utils", "_keep_in_fp32_modules", "computing in fp32 what a text encoder keeps in fp32"
+)
+TRANSFORMERS_FP32_STRICT = PrivateName(
+    "transformers.modeling_utils",
+    "_keep_in_fp32_modules_strict",
+    "computing in fp32 what a text encoder keeps in fp32",
+)
+TRANSFORMERS_INITIALIZED = PrivateName(
+    "transformers.modeling_utils", "_is_hf_initialized", "loading a packed text encoder"
+)
+TRANSFORMERS_INIT = PrivateName("transformers.modeling_utils", "_init_weights", "buffers of a packed text encoder")
+PEFT_NEW_MODULE = PrivateName("peft.tuners.lora.model", "_create_new_module", "fusing LoRAs into packed layers")
+PEFT_ADAPTERS = PrivateName(
+    "peft.tuners.tuners_utils", "_all_available_adapter_names", "saying which adapters are not saved"
+)
+TORCH_BUFFERS = PrivateName(
+    "torch.nn.modules.module", "_non_persistent_buffers_set", "buffers of a packed text encoder"
+)
+TORCH_PADDING = PrivateName(
+    "torch.nn.modules.conv", "_reversed_padding_repeated_twice", "convolutions with padding of another kind than zeros"
+)
+TORCH_FORWARD_LEVEL = PrivateName("torch.autograd.forward_ad", "_current_level", "forward-mode differentiation")
