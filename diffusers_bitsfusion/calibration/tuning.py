@@ -183,7 +183,7 @@ def _channels(model: nn.Module) -> list[Channels]:
     """Of the layers that compute with scales or weights per output channel."""
     found = []
     for module in model.modules():
-        if isinstance(module, PackedWeight) and module.is_packed:
+        if isinstance(module, PackedWeight):
             found.append(Channels(module))
         elif isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1:
             found.append(Channels(module))

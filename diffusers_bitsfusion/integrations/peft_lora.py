@@ -14,7 +14,8 @@ from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight
+from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight, QATConv2d
+from ..nn.packed import without_weight
 from ..nn.time_features import TimeFeatureSlice
 
 logger = logging.get_logger(__name__)
@@ -140,12 +141,47 @@ class PackedLoraLinear(PackedLoraLayer, Linear):
     """PEFT's LoRA layer around a `BitsFusionLinear`."""
 
 
-class PackedLoraConv2d(PackedLoraLayer, Conv2d):
+class LoraConv2dOfPlainHalves(Conv2d):
+    """PEFT's LoRA layer around a convolution whose class has no constructor.
+
+    PEFT makes the two halves of an adapter by `type(base_layer)(...)`. While it does, this layer shows it an
+    `nn.Conv2d` of the same geometry and weight instead.
+    """
+
+    _shown: nn.Conv2d | None = None
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT does."""
+        self.__dict__["_shown"] = _plain_convolution(self.get_base_layer())
+        try:
+            super().update_layer(*args, **kwargs)
+        finally:
+            self.__dict__["_shown"] = None
+
+    def get_base_layer(self) -> nn.Module:
+        return super().get_base_layer() if self._shown is None else self._shown
+
+
+class PackedLoraConv2d(PackedLoraLayer, LoraConv2dOfPlainHalves):
     """PEFT's LoRA layer around a `BitsFusionConv2d`."""
 
 
+def _plain_convolution(layer: nn.Module) -> nn.Conv2d:
+    """An `nn.Conv2d` that shares weight and bias with a layer of ours."""
+    plain = without_weight(nn.Conv2d, layer)
+    plain.__dict__["weight"] = layer.weight
+    return plain
+
+
+_LORA_LAYERS: dict[type[nn.Module], Any] = {
+    BitsFusionLinear: PackedLoraLinear,
+    BitsFusionConv2d: PackedLoraConv2d,
+    QATConv2d: LoraConv2dOfPlainHalves,
+}
+
+
 def _is_packed(layer: nn.Module) -> TypeGuard[PackedWeight]:
-    return isinstance(layer, PackedWeight) and layer.is_packed
+    return isinstance(layer, PackedWeight)
 
 
 def creating_lora_layer(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -162,10 +198,10 @@ def creating_lora_layer(original: Callable[..., nn.Module]) -> Callable[..., nn.
                 'features. Quantize with time_embedding="keep", or leave out what the adapter has for it.'
             )
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_packed(base) or kwargs.get("parameter_name") is not None:
+        kind = next((kind for packed, kind in _LORA_LAYERS.items() if isinstance(base, packed)), None)
+        if kind is None or kwargs.get("parameter_name") is not None:
             return original(lora_config, adapter_name, target, **kwargs)
         kwargs.pop("parameter_name", None)
-        kind = PackedLoraConv2d if isinstance(base, BitsFusionConv2d) else PackedLoraLinear
         return kind(target, adapter_name, config=lora_config, **kwargs)
 
     return create_new_module
@@ -196,7 +232,7 @@ def prepare_saving(model: Any) -> None:
     """Put the ranks of all branches into a packed model's config; say which adapters will not be saved."""
     ranks, unfused = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, PackedWeight) and module.is_packed:
+        if isinstance(module, PackedWeight):
             ranks[name.replace(".base_layer", "")] = module.branch_rank
         elif isinstance(module, BaseTunerLayer):
             here = set(module._all_available_adapter_names())

@@ -133,7 +133,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_dispatched(model, "dequantize")
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedWeight) and module.is_packed:
+            if isinstance(module, PackedWeight):
                 replace_module(model, name, float_twin(module))
         return model
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..codec.quantize_dense import quantize_to_dense
 from .conv import BitsFusionConv2d
 from .linear import BitsFusionLinear
-from .packed import PackedWeight
+from .packed import PackedWeight, without_weight
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -32,7 +32,6 @@ def pack_weight(
     Raises:
         ValueError: the weight holds NaN or infinite values.
     """
-    assert packed.bits is not None
     dense, scale = quantize_to_dense(
         weight.detach().reshape(packed.weight_shape[0], packed.columns),
         packed.bits,
@@ -47,10 +46,6 @@ def pack_weight(
 def float_twin(packed: PackedWeight) -> nn.Linear | nn.Conv2d:
     """Ordinary layer with the weight in `packed.weight_dtype`, branch folded in, sharing the bias."""
     kind: type[nn.Linear | nn.Conv2d] = nn.Conv2d if isinstance(packed, BitsFusionConv2d) else nn.Linear
-    layer: nn.Linear | nn.Conv2d = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    own = PackedWeight.__annotations__
-    layer.__dict__.update({k: v for k, v in packed.__dict__.items() if k not in layer.__dict__ and k not in own})
+    layer = without_weight(kind, packed)
     layer.weight = nn.Parameter(packed.dense_weight(packed.weight_dtype))
-    layer.register_parameter("bias", packed.bias)
     return layer

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..codec.grid import code_range, half_range
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.scales import round_to_codes
-from .packed import autocast
+from .packed import autocast, without_weight
 
 LayerT = TypeVar("LayerT", bound="TrainableWeight")
 
@@ -44,6 +44,13 @@ class TrainableWeight(nn.Module):
     bias: Any
     scale: nn.Parameter
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} has no constructor: it is made from a layer with weights. Call prepare_qat(model, config) on a "
+            f"model, or {name}.from_float(layer, bits) on a single layer."
+        )
+
     @classmethod
     def from_float(
         cls: type[LayerT],
@@ -59,9 +66,7 @@ class TrainableWeight(nn.Module):
         Raises:
             ValueError: the weight holds NaN or infinite values.
         """
-        twin = cls.__new__(cls)
-        nn.Module.__init__(twin)
-        twin.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in twin.__dict__})
+        twin = without_weight(cls, layer)
         twin.bits, twin.balance = bits, balance
         weight = layer.weight.detach()
         _, scale = quantize_to_dense(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..ops.decode import decode_weight
 from ..ops.dispatch import Way, choose_way
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
+AnyLayerT = TypeVar("AnyLayerT", bound=nn.Module)
 
 
 def float_bits(values: Tensor) -> nn.Parameter:
@@ -21,16 +22,40 @@ def float_bits(values: Tensor) -> nn.Parameter:
     return nn.Parameter(values.to(torch.float32).contiguous().view(torch.int32), requires_grad=False)
 
 
-class PackedWeight(nn.Module):
-    """Mixin before `nn.Linear` or `nn.Conv2d`: an ordinary float layer until it is given codes.
+# The arguments of the constructors, beside `bias`, that say what a layer computes; attributes of the same names.
+_ARGUMENTS = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv2d: (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    ),
+}  # fmt: skip
 
-    With codes, `weight` is no longer stored but computed on every read. Integer parameters rather than buffers or
+
+def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
+    """Make a layer of the geometry and bias of another, with no weight yet.
+
+    Args:
+        kind: `nn.Linear`, `nn.Conv2d` or a class that extends one of them; its own constructor is not called.
+        layer: of the same one of the two.
+    """
+    base: Any = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    made: Any = kind.__new__(kind)
+    base.__init__(made, **{name: getattr(layer, name) for name in _ARGUMENTS[base]}, bias=False, device="meta")
+    del made.weight
+    made.bias = layer.bias
+    return made
+
+
+class PackedWeight(nn.Module):
+    """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is kept as codes and scales, made by `from_float`.
+
+    `weight` is not stored but computed on every read. Codes and scales are integer parameters rather than buffers or
     floats: offloading moves them, and no cast touches them. A layer may also hold a low-rank branch, whose product
     up @ down is added to the decoded weight: fused LoRAs, which rounding to the grid would lose.
 
     In forward-mode differentiation the layer computes exactly, whatever `compute` says.
 
-    Attributes (when packed):
+    Attributes:
         codes (`nn.Parameter`): uint8 [out, dense_width(in * kernel, bits)], the dense form of `codec.radix`.
         scale (`nn.Parameter`): int32 [out], the bits of the fp32 scales.
         branch_down (`nn.Parameter | None`): `weight_dtype` [rank, in] or [rank, in, height, width].
@@ -45,7 +70,7 @@ class PackedWeight(nn.Module):
             It follows the codes, and is neither a parameter nor saved.
     """
 
-    bits: int | None = None
+    bits: int
     weight_shape: tuple[int, ...]
     weight_dtype: torch.dtype
     compute: str = "auto"
@@ -56,15 +81,29 @@ class PackedWeight(nn.Module):
 
     _make_int8_weight: Callable[[], Tensor]  # of each kind of layer
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} has no constructor: it is made from a layer with weights. Call quantize_model(model, config) on "
+            f"a model, or {name}.from_float(layer, bits, dtype) and `nn.conversion.pack_weight` on a single layer."
+        )
+
     @classmethod
     def from_float(
         cls: type[LayerT], layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0
     ) -> LayerT:
-        """Packed twin of a Linear or Conv2d, with codes and branch on the meta device and the layer's own bias."""
-        packed = cls.__new__(cls)
-        nn.Module.__init__(packed)
-        # Every setting of the float layer (stride, padding, ...) and its bias, without its weight.
-        packed.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in packed.__dict__})
+        """Make the packed layer for a Linear or Conv2d, without codes yet.
+
+        Args:
+            layer: whose geometry it takes, and whose bias it shares; its weight may be on the meta device.
+            bits: 1 to 8.
+            dtype: that reading `weight` gives.
+            branch_rank: of the low-rank branch; 0 for none.
+
+        Returns:
+            The layer, with codes, scale and branch on the meta device.
+        """
+        packed = without_weight(cls, layer)
         packed.bits = bits
         packed.weight_shape = tuple(layer.weight.shape)
         packed.weight_dtype = dtype
@@ -74,7 +113,6 @@ class PackedWeight(nn.Module):
                 torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8), requires_grad=False
             )
             packed.scale = float_bits(torch.empty(rows))
-        packed.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         down, up = branch_shapes(packed.weight_shape, branch_rank)
         with torch.device("meta"):
             packed._set_branch(torch.empty(down, dtype=dtype), torch.empty(up, dtype=dtype))
@@ -84,10 +122,6 @@ class PackedWeight(nn.Module):
     def columns(self) -> int:
         """Weights an output channel has."""
         return torch.Size(self.weight_shape[1:]).numel()
-
-    @property
-    def is_packed(self) -> bool:
-        return self.bits is not None
 
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes uint8 [out, dense_width(columns, bits)] and scale fp32 [out]."""
@@ -116,7 +150,6 @@ class PackedWeight(nn.Module):
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight of the codes in `dtype`, a new tensor."""
-        assert self.bits is not None
         return decode_weight(self.codes, self.scale.view(torch.float32), self.bits, self.weight_shape, dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
@@ -128,7 +161,6 @@ class PackedWeight(nn.Module):
 
     def way(self, compute: str | None = None, resident: str | None = None) -> Way:
         """How `forward` computes, or would with other settings; raises as `ops.select.choose_way`."""
-        assert self.bits is not None
         settings = compute or self.compute, resident or self.resident
         return choose_way(*settings, self.bits, self.codes.device, self.sensitive, isinstance(self, nn.Linear))
 
@@ -143,9 +175,9 @@ class PackedWeight(nn.Module):
         self.int8_weight = self._make_int8_weight() if keep else None
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
-        before = self.codes.device if self.is_packed else None
+        before = self.codes.device
         super()._apply(fn, recurse)
-        if self.is_packed and self.codes.device != before and not self.codes.is_meta:
+        if self.codes.device != before and not self.codes.is_meta:
             self.set_compute(self.compute, self.resident)
         return self
 
@@ -164,7 +196,7 @@ class PackedWeight(nn.Module):
             self.set_compute(self.compute, self.resident)
 
     def __getattr__(self, name: str) -> Any:
-        # Not a property of the class: nn.Linear's constructor assigns `weight`, and a layer without codes keeps it.
+        # Not a property of the class: the constructor of nn.Linear assigns `weight`.
         if name == "weight" and "codes" in self._parameters:
             return self.dense_weight(self.weight_dtype)
         if name == "qweight" and "codes" in self._parameters:

@@ -81,7 +81,7 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize; the
             recipe does not match it, or the target cannot be reached.
     """
-    if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
     if any(isinstance(module, TrainableWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")

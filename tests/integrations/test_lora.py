@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
 
-from diffusers_bitsfusion import quantize_model, size_report
+from diffusers_bitsfusion import BitsFusionConfig, prepare_qat, quantize_model, size_report
 from diffusers_bitsfusion.integrations.peft_lora import PackedLoraConv2d, PackedLoraLayer, PackedLoraLinear
 from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
@@ -464,7 +464,7 @@ def test_what_is_no_low_rank_addition_is_refused_before_anything_is_fused(unet, 
     before = call_unet(unet)
     with pytest.raises(ValueError, match=reason):
         unet.fuse_lora()
-    assert not [layer for layer in layers(unet, PackedWeight) if layer.is_packed and layer.branch_rank]
+    assert not [layer for layer in layers(unet, PackedWeight) if layer.branch_rank]
     assert torch.equal(call_unet(unet), before)
 
 
@@ -490,6 +490,23 @@ def test_initialisations_that_take_from_the_base_weight_are_refused(unet, init):
     config.init_lora_weights = init
     with pytest.raises(ValueError, match="changes the base weight"):
         unet.add_adapter(config)
+
+
+def test_adapters_on_a_model_in_training_have_plain_halves(call_unet):
+    unet = prepare_qat(tiny_unet(), BitsFusionConfig(recipe=4, time_embedding="keep"))
+    kinds = {name: type(module) for name, module in unet.named_modules()}
+    bare = call_unet(unet)
+    unet.add_adapter(train_config(init_lora_weights=False))
+    adapted = call_unet(unet)
+    assert {type(h) for m in layers(unet, LoraLayer) for h in (*m.lora_A.values(), *m.lora_B.values())} == {
+        nn.Linear,
+        nn.Conv2d,
+    }
+    for name, module in unet.named_modules():
+        if isinstance(module, LoraLayer):
+            assert type(module.get_base_layer()) is kinds[name]
+    unet.disable_adapters()
+    assert torch.equal(call_unet(unet), bare) and not torch.allclose(adapted, bare)
 
 
 def test_a_variant_that_truncates_the_base_weight_is_refused(unet):

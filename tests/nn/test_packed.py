@@ -10,8 +10,9 @@ from torch.autograd import forward_ad
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
 from diffusers_bitsfusion.codec.schema import branch_shapes
-from diffusers_bitsfusion.nn import PackedWeight, conv
+from diffusers_bitsfusion.nn import PackedWeight, QATConv2d, QATLinear, conv
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
+from diffusers_bitsfusion.nn.fake_quantized import trainable_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +37,6 @@ def test_the_packed_layer_is_still_the_layer_that_others_look_for(kind, base, si
     layer = packed_layer(base, sizes)
     assert type(layer) is kind
     assert isinstance(layer, base) and isinstance(layer, PackedWeight)
-    assert layer.is_packed
 
 
 @every_kind
@@ -97,27 +97,41 @@ def test_asking_for_gradients_of_the_codes_raises(kind, base, sizes):
         packed_layer(base, sizes).requires_grad_(True)
 
 
-@every_kind
-def test_a_layer_constructed_directly_is_an_ordinary_float_layer(kind, base, sizes):
-    torch.manual_seed(0)
-    layer = kind(*sizes)
-    torch.manual_seed(0)
-    plain = base(*sizes)
-    assert not layer.is_packed
-    assert isinstance(layer.weight, nn.Parameter)
-    assert set(layer.state_dict()) == {"weight", "bias"}
-    x = example_input(base)
-    assert torch.equal(layer(x), plain(x))
-    layer(x).sum().backward()
-    plain(x).sum().backward()
-    assert torch.equal(layer.weight.grad, plain.weight.grad)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "way"),
+    [
+        (BitsFusionLinear, (10, 6), "quantize_model"),
+        (BitsFusionConv2d, (4, 6, 3), "quantize_model"),
+        (QATLinear, (10, 6), "prepare_qat"),
+        (QATConv2d, (4, 6, 3), "prepare_qat"),
+    ],
+)
+def test_constructing_a_layer_directly_is_refused(kind, sizes, way):
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no constructor.*{way}.*{kind.__name__}.from_float"):
+        kind(*sizes)
+
+
+GEOMETRIES = [
+    nn.Linear(7, 5, bias=False),
+    nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, padding_mode="circular"),
+    nn.Conv2d(4, 6, 3, padding="same", bias=False),
+]
+
+
+@pytest.mark.parametrize("layer", GEOMETRIES, ids=str)
+def test_the_geometry_is_copied_and_nothing_else(layer):
+    layer = copy.deepcopy(layer)
+    layer.note = "of somebody else"
+    layer.register_forward_hook(lambda *_: None)
+    for twin in (packed_twin(layer, 2, torch.float32), trainable_twin(layer, 2)):
+        assert repr(twin).replace(type(twin).__name__, type(layer).__name__).replace(", bits=2", "") == repr(layer)
+        assert not hasattr(twin, "note") and not twin._forward_hooks
 
 
 @every_kind
 def test_an_attribute_that_does_not_exist_is_an_attribute_error(kind, base, sizes):
-    for layer in (kind(*sizes), packed_layer(base, sizes)):
-        with pytest.raises(AttributeError, match="no_such_thing"):
-            layer.no_such_thing  # noqa: B018
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        packed_layer(base, sizes).no_such_thing  # noqa: B018
 
 
 @every_kind
