@@ -111,7 +111,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
         packer = ModelPacker(model, config, model.dtype, tied, progress)
-        for name, parameter in list(model.named_parameters()):
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
             if packer.wants(name):
                 packer.take(name, parameter, parameter.device)
         for name in packer.plan.bits:

@@ -19,10 +19,10 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
     Differentiable in its input and bias, not in codes or scales.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:  # an image without a batch, as nn.Conv2d takes
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x, padding = self._pad(x)
         packed, geometry = (self.codes, self.scale), (self.stride, padding, self.dilation, self.groups)

@@ -10,12 +10,31 @@ from .conv import BitsFusionConv2d
 from .linear import BitsFusionLinear
 from .packed import PackedWeight, without_weight
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where the submodule `name` was, in the same training mode."""
     parent, _, attribute = name.rpartition(".")
     new.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), attribute, new)
+
+
+def why_not_packable(layer: nn.Linear | nn.Conv2d) -> str | None:
+    """Why a Linear or Conv2d cannot be replaced by the packed layer, or None where it can: it is more than that."""
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    own = [name for name in ("forward", "_conv_forward") if name in layer.__dict__ or _differs(layer, kind, name)]
+    if own:
+        return f"{type(layer).__name__} computes otherwise than nn.{kind.__name__}"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters"
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
+        return "it has hooks, which replacing it would lose"
+    return None
+
+
+def _differs(layer: nn.Module, kind: type[nn.Module], name: str) -> bool:
+    return getattr(type(layer), name, None) is not getattr(kind, name, None)
 
 
 def packed_twin(layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0) -> PackedWeight:

@@ -171,8 +171,8 @@ class _RoundedLinear(torch.autograd.Function):
 class QATLinear(TrainableWeight, nn.Linear):
     """`torch.nn.Linear` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return _RoundedLinear.apply(x, self.weight, self.scale, bias, self.bits, self.balance)
 
@@ -223,10 +223,10 @@ class _RoundedConv2d(torch.autograd.Function):
 class QATConv2d(TrainableWeight, nn.Conv2d):
     """`torch.nn.Conv2d` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:  # an image without a batch, as nn.Conv2d takes
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        x = autocast(input)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

@@ -17,9 +17,9 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
     see `PackedWeight`, and `bias` as in `nn.Linear`. Differentiable in its input and bias, not in codes or scales.
     """
 
-    def forward(self, x: Tensor, geglu: bool = False) -> Tensor:
-        """y = x W^T + b, or `ops.linear.linear_geglu` of it, for which the layer must compute in integers."""
-        x = autocast(x)
+    def forward(self, input: Tensor, geglu: bool = False) -> Tensor:
+        """y = input W^T + b, or `ops.linear.linear_geglu` of it, for which the layer must compute in integers."""
+        x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         packed = self.codes, self.scale
         if geglu:

@@ -116,8 +116,8 @@ class TimeFeatureTable(TimeFeatures):
 class TimeFeaturePassThrough(nn.Module):
     """Stands where `time_embedding` was: the looked-up features need no MLP."""
 
-    def forward(self, features: Tensor, condition: None = None) -> Tensor:
-        return features
+    def forward(self, sample: Tensor, condition: None = None) -> Tensor:
+        return sample
 
 
 class TimeFeatureSlice(nn.Module):
@@ -127,8 +127,8 @@ class TimeFeatureSlice(nn.Module):
         super().__init__()
         self.start, self.stop = start, stop
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features[:, self.start : self.stop]
+    def forward(self, input: Tensor) -> Tensor:
+        return input[:, self.start : self.stop]
 
     def extra_repr(self) -> str:
         return f"{self.start}, {self.stop}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..allocation.data_free import allocate_data_free
 from ..codec.grid import cost_in_bits
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
+from ..nn.conversion import why_not_packable
 from ..nn.fake_quantized import TrainableWeight
 from ..nn.packed import PackedWeight
 from ..nn.time_path import TimePath, why_not_cacheable
@@ -39,12 +40,14 @@ class Plan:
         time_embedding: "table", "cache" or "keep".
         timesteps: the timesteps to cache, for "cache".
         num_timesteps: training timesteps, for "table".
+        left_alone: why layers stay in floating point that cannot be replaced, by name.
     """
 
     bits: dict[str, int]
     time_embedding: str
     timesteps: list[float]
     num_timesteps: int = _NUM_TIMESTEPS
+    left_alone: dict[str, str] = field(default_factory=dict)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -53,13 +56,19 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Linear and Conv2d layers by name, those matching `exclude` left out."""
+    """Linear and Conv2d layers by name; those matching `exclude` and those that compute otherwise are left out."""
     patterns = list(exclude)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns) and not why_not_packable(module)
     }
+
+
+def unpackable_layers(model: nn.Module) -> dict[str, str]:
+    """Why each Linear or Conv2d that is more than that stays in floating point, by name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {name: reason for name, layer in layers.items() if (reason := why_not_packable(layer)) is not None}
 
 
 def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -96,7 +105,9 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
             logger.warning("modules_to_not_convert: %s has no %s.", type(model).__name__, pattern)
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
-    plan = Plan({}, *_plan_time(model, config))
+    plan = Plan({}, *_plan_time(model, config), left_alone=unpackable_layers(model))
+    for name, reason in plan.left_alone.items():
+        logger.warning("%s stays in floating point: %s.", name, reason)
     time_layers = _time_names(model, layers)
     if plan.time_embedding != "keep":
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers.models.lora import LoRACompatibleLinear
 from tiny import tiny_controlnet, tiny_unet
 from torch import nn
 from torch.autograd import forward_ad
@@ -13,6 +14,7 @@ from diffusers_bitsfusion.codec.schema import branch_shapes
 from diffusers_bitsfusion.nn import PackedWeight, QATConv2d, QATLinear, conv
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
 from diffusers_bitsfusion.nn.fake_quantized import trainable_twin
+from diffusers_bitsfusion.packing.plan import quantizable_layers, unpackable_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -49,16 +51,6 @@ def test_reading_the_weight_decodes_it(kind, base, sizes, dtype, bits):
     expected = (codes * layer.scale.view(torch.float32)[:, None]).view(shape).to(dtype)
     assert layer.weight.dtype == dtype
     assert torch.equal(layer.weight, expected)
-
-
-@every_kind
-def test_every_read_is_a_decode_into_new_memory(kind, base, sizes, decodes):
-    layer = packed_layer(base, sizes)
-    first = layer.weight
-    before = first.clone()
-    layer.weight.zero_()
-    assert decodes == {"read": 2, "call": 0}
-    assert torch.equal(first, before)
 
 
 @every_kind
@@ -358,3 +350,115 @@ def test_transforms_of_torch_that_differentiate_forwards(kind, base, sizes):
         yield torch.func.linearize(loss, x)[1](x)
 
     torch.testing.assert_close(list(derivatives(packed)), list(derivatives(float_twin(packed))))
+
+
+# Outputs, inputs.
+
+
+@every_kind
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+def test_an_output_may_be_changed_in_place(kind, base, sizes, compute, bias, dims):
+    if base is nn.Conv2d and dims < 3:
+        pytest.skip("an image has three dimensions")
+    packed = packed_layer(base, sizes, bias=bias)
+    packed.set_compute(compute, "packed")
+    shape = (2, 4, 7, 7)[-dims:] if base is nn.Conv2d else (2, 3, 4, 10)[-dims:]
+    x = torch.randn(shape, requires_grad=True)
+    factor = torch.randn_like(packed(x))
+
+    def changed(y):
+        y *= factor
+        y += 1
+        return nn.ReLU(inplace=True)(y)
+
+    found, expected = changed(packed(x)), changed(packed(x).clone())
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
+
+
+@pytest.mark.parametrize(("base", "sizes"), [(nn.Linear, (10, 6)), (nn.Conv2d, (4, 6, 3))])
+@pytest.mark.parametrize("make", [packed_twin, lambda layer, bits, dtype: trainable_twin(layer, bits)])
+def test_inputs_are_taken_by_the_name_that_torch_gives_them(base, sizes, make):
+    layer = base(*sizes)
+    twin = make(layer, 2, torch.float32)
+    if isinstance(twin, PackedWeight):
+        pack_weight(twin, layer.weight, scale_init="alternating", scale_iterations=2, balance=True)
+    x = example_input(base)
+    assert torch.equal(twin(input=x), twin(x))
+
+
+# Layers that are more than they are called.
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Causal(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(nn.functional.pad(input, (2, 0)), weight, bias)
+
+
+class Renamed(nn.Linear):
+    """Adds nothing."""
+
+
+def hooked():
+    layer = nn.Linear(10, 6)
+    layer.register_forward_pre_hook(lambda module, inputs: None)
+    return layer
+
+
+def patched():
+    layer = nn.Linear(10, 6)
+    layer.forward = lambda input: input
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Linear(10, 6), None),
+        (lambda: Renamed(10, 6), None),
+        (lambda: nn.Conv2d(4, 6, 3), None),
+        (lambda: Scaled(10, 6), "Scaled computes otherwise than nn.Linear"),
+        (lambda: Causal(4, 6, 3), "Causal computes otherwise than nn.Conv2d"),
+        (patched, "Linear computes otherwise"),
+        (lambda: LoRACompatibleLinear(10, 6), "LoRACompatibleLinear computes otherwise"),
+        (hooked, "hooks"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(10, 6)), "computed from other parameters"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Use of `LoRACompatible:FutureWarning")
+def test_a_layer_that_is_more_than_linear_stays_and_is_named(make, reason):
+    found = unpackable_layers(nn.Sequential(nn.Linear(3, 3), make()))
+    assert set(found) == ({"1"} if reason else set())
+    assert set(quantizable_layers(nn.Sequential(make()))) == (set() if reason else {"0"})
+    if reason:
+        assert reason in found["1"]
+
+
+def test_quantizing_leaves_such_layers_and_says_so(caplog):
+    unet = tiny_unet()
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn1.to_q.__class__ = Scaled
+    x = torch.randn(2, block.attn1.to_q.in_features)
+    expected = block.attn1.to_q(x)
+    with caplog.at_level("WARNING", logger="diffusers"):
+        quantize_model(unet, BitsFusionConfig(recipe=2, time_embedding="keep"), progress=False)
+    assert type(block.attn1.to_q) is Scaled and torch.equal(block.attn1.to_q(x), expected)
+    assert isinstance(block.attn1.to_k, PackedWeight)
+    assert "transformer_blocks.0.attn1.to_q stays in floating point: Scaled computes" in caplog.text
+
+
+def test_layers_that_share_a_weight_are_each_packed(call_unet, tmp_path):
+    unet = tiny_unet()
+    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention.to_k.weight = attention.to_q.weight
+    quantize_model(unet, BitsFusionConfig(recipe=8, time_embedding="keep"), progress=False)
+    assert torch.equal(attention.to_k.weight, attention.to_q.weight)
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(call_unet(type(unet).from_pretrained(tmp_path)), call_unet(unet))
