@@ -27,9 +27,9 @@ _REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
 class PackedLoraLayer(LoraLayer):
     """What LoRA layers on packed weights do otherwise than PEFT's.
 
-    PEFT merges by adding to `base_layer.weight.data`; a computed weight would lose that without a word. Here merging
-    extends the low-rank branch of the packed layer, and unmerging cuts it back. Device, dtype and sizes of the base
-    layer are answered without decoding it. Around a layer that is not packed (any more), all is PEFT's.
+    PEFT merges by adding to `base_layer.weight.data`, which a decoded weight refuses. Here merging extends the
+    low-rank branch of the packed layer, and unmerging cuts it back. Around a layer that is not packed (any more), all
+    is PEFT's.
     """
 
     _unmerged_rank = 0
@@ -125,16 +125,6 @@ class PackedLoraLayer(LoraLayer):
 
     def _scaled_up(self, name: str) -> Tensor:
         return self.lora_B[name].weight.float() * self.scaling[name]
-
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        if isinstance(module, BitsFusionLinear):
-            return module.in_features, module.out_features
-        return super()._get_in_out_features(module)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        if _is_packed(base_layer):
-            return base_layer.codes.device, base_layer.weight_dtype
-        return super()._get_base_layer_device_and_dtype(base_layer)
 
 
 class PackedLoraLinear(PackedLoraLayer, Linear):

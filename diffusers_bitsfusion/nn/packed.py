@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from ..codec.radix import dense_width
 from ..codec.schema import branch_shapes
 from ..ops.decode import decode_weight
 from ..ops.dispatch import Way, choose_way
+from ..ops.forward_mode import weight
+from .lazy_weight import LazyWeight, refuse_writing
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
 AnyLayerT = TypeVar("AnyLayerT", bound=nn.Module)
@@ -49,9 +52,9 @@ def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
 class PackedWeight(nn.Module):
     """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is kept as codes and scales, made by `from_float`.
 
-    `weight` is not stored but computed on every read. Codes and scales are integer parameters rather than buffers or
-    floats: offloading moves them, and no cast touches them. A layer may also hold a low-rank branch, whose product
-    up @ down is added to the decoded weight: fused LoRAs, which rounding to the grid would lose.
+    `weight` is not stored but decoded where it is used, see `LazyWeight`. Codes and scales are integer parameters
+    rather than buffers or floats: offloading moves them, and no cast touches them. A layer may also hold a low-rank
+    branch, whose product up @ down is added to the decoded weight: fused LoRAs, which rounding to the grid would lose.
 
     In forward-mode differentiation the layer computes exactly, whatever `compute` says.
 
@@ -154,10 +157,16 @@ class PackedWeight(nn.Module):
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer applies, branch included, rounded once to `dtype`; a new tensor."""
-        if not self.branch_rank:
-            return self.decode(dtype)
-        delta = self.branch_up.float().flatten(1) @ self.branch_down.float().flatten(1)
-        return (self.decode(torch.float32) + delta.view(self.weight_shape)).to(dtype)
+        return _dense_weight(self.decode, self.branch_down, self.branch_up, dtype)
+
+    def _lazy_weight(self) -> Tensor:
+        """`dense_weight` in `weight_dtype`, decoded where it is used."""
+        decode = functools.partial(weight, self.codes, self.scale, self.bits, self.weight_shape)
+        dense = functools.partial(_dense_weight, decode, self.branch_down, self.branch_up, self.weight_dtype)
+        if torch.compiler.is_compiling():  # operators in the graph, which go where only metadata are asked for
+            return dense()
+        like = torch.empty(self.weight_shape, dtype=self.weight_dtype, device="meta")
+        return LazyWeight(dense, like, self.codes.device)
 
     def way(self, compute: str | None = None, resident: str | None = None) -> Way:
         """How `forward` computes, or would with other settings; raises as `ops.select.choose_way`."""
@@ -198,13 +207,25 @@ class PackedWeight(nn.Module):
     def __getattr__(self, name: str) -> Any:
         # Not a property of the class: the constructor of nn.Linear assigns `weight`.
         if name == "weight" and "codes" in self._parameters:
-            return self.dense_weight(self.weight_dtype)
-        if name == "qweight" and "codes" in self._parameters:
-            return self.codes  # PEFT looks there first for the layer's device, many times for each adapter
+            return self._lazy_weight()
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "codes" in self.__dict__.get("_parameters", ()):
+            refuse_writing()
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def _dense_weight(
+    decode: Callable[[torch.dtype], Tensor], down: Tensor | None, up: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if down is None or up is None:
+        return decode(dtype)
+    bare = decode(torch.float32)
+    return (bare + (up.detach().float().flatten(1) @ down.detach().float().flatten(1)).view_as(bare)).to(dtype)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -151,9 +151,8 @@ def test_nothing_decodes_a_weight_to_ask_for_its_dtype(unet, call_unet, decodes)
     num_layers = len(layers(unet, PackedWeight))
     decodes["read"] = 0
     unet.load_lora_adapter(linear, prefix=None, adapter_name="linear")
-    assert decodes["read"] == 0
     unet.load_lora_adapter(conv, prefix=None, adapter_name="conv")
-    assert decodes["read"] <= len(layers(unet, PackedLoraConv2d))  # PEFT asks a convolution for its dimensions
+    assert decodes["read"] == 0
     decodes["read"] = decodes["call"] = 0
     call_unet(unet)
     unet.set_adapters(["linear", "conv"], [0.3, 0.4])
