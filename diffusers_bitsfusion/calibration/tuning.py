@@ -73,7 +73,7 @@ class Channels:
         """Make the module itself compute what it does with gain and offset."""
         module: Any = self.module
         if isinstance(module, PackedWeight):
-            module.scale = float_bits(module.scale.view(torch.float32) * self.gain)
+            module.scale = float_bits(module.scale_bits.view(torch.float32) * self.gain)
         else:
             module.weight.mul_(self.gain)
         if self.offset is not None:

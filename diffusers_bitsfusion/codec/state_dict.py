@@ -30,6 +30,8 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
         key = f"{name}.codes"
         packed = bytes_from_dense(encoded[key].cpu(), layer["bits"], _columns(layer))
         encoded[key] = compress(packed) if config["compression"] == "zstd" else packed
+    for key in _float_bits(config):
+        encoded[key] = encoded[key].view(-1)
     if config["time_embedding"]["type"] == "table":
         encoded["time_proj.codes"] = encode_table(encoded["time_proj.codes"].cpu())
     return encoded
@@ -37,6 +39,8 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
 
 def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Inverse of `encode_state_dict`, for all of a file or one shard of it.
+
+    Tensors that are the bits of floats have one dimension in the file and two in memory, see `nn.packed.float_bits`.
 
     Raises:
         ValueError: a tensor is damaged or of the wrong dtype or shape; the message names it.
@@ -54,14 +58,27 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
     for name, layer in config["layers"].items():
         _check(decoded, f"{name}.scale", torch.int32, (layer["shape"][0],))
         _check_branch(decoded, name, layer)
-    time = config["time_embedding"]
+    _check_time(decoded, config["time_embedding"])
+    for key in _float_bits(config) & decoded.keys():
+        decoded[key] = decoded[key].view(-1, 1)
+    return decoded
+
+
+def _float_bits(config: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors that are the bits of fp32 values."""
+    time = {"keep": set(), "cache": {"time_proj.timesteps"}, "table": {"time_proj.scale"}}
+    return {f"{name}.scale" for name in config["layers"]} | time[config["time_embedding"]["type"]]
+
+
+def _check_time(decoded: dict[str, Tensor], time: Mapping[str, Any]) -> None:
+    """Check the tensors of the time features, and decode those of a table in place."""
     if time["type"] == "keep":
-        return decoded
+        return
     features = sum(size for _, size in time["features"])
     if time["type"] == "cache":
         _check(decoded, "time_proj.values", torch.int16, (len(time["timesteps"]), features))
         _check(decoded, "time_proj.timesteps", torch.int32, (len(time["timesteps"]),))
-        return decoded
+        return
     _check(decoded, "time_proj.scale", torch.int32, (features,))
     if "time_proj.codes" in decoded:
         frame = _frame("time_proj.codes", decoded["time_proj.codes"])
@@ -69,7 +86,6 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
             decoded["time_proj.codes"] = decode_table(frame, time["num_timesteps"] + 2, features)
         except ValueError as error:
             raise ValueError(f"time_proj.codes {error}.") from error
-    return decoded
 
 
 def _columns(layer: Mapping[str, Any]) -> int:

@@ -12,12 +12,15 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ..codec.weight_files import stem
 from ..config.bitsfusion import BitsFusionConfig
+from ..nn import PackedWeight, TimeFeatures
+from ..nn.compute import packed_layers
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
@@ -30,6 +33,17 @@ else:
 
 # Whether a pipeline is being saved: its one card replaces those of its models.
 _inside_pipeline: ContextVar[bool] = ContextVar("inside_pipeline", default=False)
+
+
+def parameters_saved(model: Any) -> int:
+    """How many more parameters a packed model had in full precision than it has tensor elements now."""
+    count = model.hf_quantizer.quantization_config.time_embedding.get("removed_parameters", 0)
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            count += torch.Size(module.weight_shape).numel()
+        if isinstance(module, (PackedWeight, TimeFeatures)):
+            count -= sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "bias")
+    return count
 
 
 class QuantizedModelMixin(_Base):
@@ -84,6 +98,17 @@ class QuantizedModelMixin(_Base):
             write_card(Path(working_dir), self, title=repo_id, token=kwargs.get("token"))
         with explaining_refusals(repo_id):
             return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `ModelMixin.dtype`; that of the decoded weights where nothing but packed layers is left."""
+        dtype = super().dtype
+        return dtype if dtype.is_floating_point else next(iter(packed_layers(self).values())).weight_dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As `ModelMixin.num_parameters`: those of the model in full precision, since a code is no parameter."""
+        stored = super().num_parameters(only_trainable, exclude_embeddings)
+        return stored if only_trainable else stored + parameters_saved(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `ModelMixin.to`, which refuses dtype None (`save_lora_adapter`) and the model's own (IP-Adapters) too."""

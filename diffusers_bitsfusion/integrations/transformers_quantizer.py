@@ -64,8 +64,11 @@ class BitsFusionTextQuantizer(HfQuantizer):
     # While loading.
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether what the file holds has another shape than the model: codes, which are decoded at the end."""
-        return self.pre_quantized and param_name.endswith(".codes")
+        """Whether what the file holds has another shape than the model: codes and scales, decoded at the end."""
+        owner, _, kind = param_name.rpartition(".")
+        return (
+            self.pre_quantized and kind in ("codes", "scale") and isinstance(model.get_submodule(owner), PackedWeight)
+        )
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         return param.element_size()
@@ -93,7 +96,9 @@ class BitsFusionTextQuantizer(HfQuantizer):
             raise_missing(model, missing)
         decoded = decode_state_dict(found, config.to_dict())
         for name, layer in packed.items():
-            layer.codes = nn.Parameter(decoded[f"{name}.codes"].to(layer.codes.device), requires_grad=False)
+            for kind in ("codes", "scale"):
+                tensor = decoded[f"{name}.{kind}"].to(layer.codes.device)
+                setattr(layer, kind, nn.Parameter(tensor, requires_grad=False))
         for module in model.modules():  # what no file holds, and was not initialised before: see above
             if module._non_persistent_buffers_set:
                 model._init_weights(module)

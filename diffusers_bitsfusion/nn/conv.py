@@ -25,7 +25,7 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x, padding = self._pad(x)
-        packed, geometry = (self.codes, self.scale), (self.stride, padding, self.dilation, self.groups)
+        packed, geometry = (self.codes, self.scale_bits), (self.stride, padding, self.dilation, self.groups)
         if in_forward_mode():
             y = F.conv2d(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias, *geometry)
         else:
@@ -37,7 +37,7 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
     def _make_int8_weight(self) -> Tensor:
         padding = self._zero_padding or (0, 0)
         geometry = self.stride, padding, self.dilation, self.groups
-        return int8_conv_weight(self.codes, self.scale, self.bits, self.weight_shape, geometry)
+        return int8_conv_weight(self.codes, self.scale_bits, self.bits, self.weight_shape, geometry)
 
     def _branch(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         hidden = F.conv2d(x, self.branch_down.to(x.dtype), None, self.stride, padding, self.dilation)

@@ -33,6 +33,7 @@ class LazyWeight(torch.Tensor):
 
     decode: Callable[[], Tensor]
     _kept: Tensor | None
+    _is_hf_initialized = True  # by which transformers' initialisation of modules knows what to leave
 
     @staticmethod
     def __new__(cls, decode: Callable[[], Tensor], like: Tensor, device: torch.device) -> LazyWeight:

@@ -21,7 +21,7 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
         """y = input W^T + b, or `ops.linear.linear_geglu` of it, for which the layer must compute in integers."""
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        packed = self.codes, self.scale
+        packed = self.codes, self.scale_bits
         if geglu:
             return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.int8_weight)
         if in_forward_mode():
@@ -31,7 +31,7 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
         return y + self._branch(x) if self.branch_rank else y
 
     def _make_int8_weight(self) -> Tensor:
-        return int8_linear_weight(self.codes, self.scale, self.bits, self.weight_shape)
+        return int8_linear_weight(self.codes, self.scale_bits, self.bits, self.weight_shape)
 
     def _branch(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.branch_down.to(x.dtype)), self.branch_up.to(x.dtype))

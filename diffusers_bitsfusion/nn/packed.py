@@ -21,8 +21,13 @@ AnyLayerT = TypeVar("AnyLayerT", bound=nn.Module)
 
 
 def float_bits(values: Tensor) -> nn.Parameter:
-    """fp32 values as a parameter of their bits (int32), which no loader or `.to(dtype)` casts."""
-    return nn.Parameter(values.to(torch.float32).contiguous().view(torch.int32), requires_grad=False)
+    """fp32 values [n] as a parameter of their bits, int32 [n, 1].
+
+    No loader and no `.to(dtype)` casts integers; of two dimensions, because many recipes for training cast whatever
+    parameters have one (biases, norms) to fp32, without asking for their dtype.
+    """
+    bits = values.to(torch.float32).contiguous().view(torch.int32)
+    return nn.Parameter(bits.view(-1, 1), requires_grad=False)
 
 
 # The arguments of the constructors, beside `bias`, that say what a layer computes; attributes of the same names.
@@ -60,7 +65,7 @@ class PackedWeight(nn.Module):
 
     Attributes:
         codes (`nn.Parameter`): uint8 [out, dense_width(in * kernel, bits)], the dense form of `codec.radix`.
-        scale (`nn.Parameter`): int32 [out], the bits of the fp32 scales.
+        scale (`nn.Parameter`): int32 [out, 1], the bits of the fp32 scales.
         branch_down (`nn.Parameter | None`): `weight_dtype` [rank, in] or [rank, in, height, width].
         branch_up (`nn.Parameter | None`): `weight_dtype` [out, rank] or [out, rank, 1, 1].
         bits (`int`): 1 to 8.
@@ -132,6 +137,11 @@ class PackedWeight(nn.Module):
         self.scale = float_bits(scale)
 
     @property
+    def scale_bits(self) -> Tensor:
+        """The scales as operators take them: the bits of fp32, int32 [out]."""
+        return self.scale.view(-1)
+
+    @property
     def branch_rank(self) -> int:
         return 0 if self.branch_down is None else self.branch_down.shape[0]
 
@@ -153,7 +163,7 @@ class PackedWeight(nn.Module):
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight of the codes in `dtype`, a new tensor."""
-        return decode_weight(self.codes, self.scale.view(torch.float32), self.bits, self.weight_shape, dtype)
+        return decode_weight(self.codes, self.scale_bits.view(torch.float32), self.bits, self.weight_shape, dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer applies, branch included, rounded once to `dtype`; a new tensor."""
@@ -161,7 +171,7 @@ class PackedWeight(nn.Module):
 
     def _lazy_weight(self) -> Tensor:
         """`dense_weight` in `weight_dtype`, decoded where it is used."""
-        decode = functools.partial(weight, self.codes, self.scale, self.bits, self.weight_shape)
+        decode = functools.partial(weight, self.codes, self.scale_bits, self.bits, self.weight_shape)
         dense = functools.partial(_dense_weight, decode, self.branch_down, self.branch_up, self.weight_dtype)
         if torch.compiler.is_compiling():  # operators in the graph, which go where only metadata are asked for
             return dense()

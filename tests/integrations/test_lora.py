@@ -237,7 +237,7 @@ def test_rounding_a_fused_weight_again_would_lose_most_of_the_adapter(bits, leas
     pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
     delta = torch.randn(320, 8, generator=generator) @ torch.randn(8, 320, generator=generator)
     delta *= 0.05 / delta.std()
-    scale, half = packed.scale.view(torch.float32)[:, None], 2 ** (bits - 1)
+    scale, half = packed.scale.view(torch.float32), 2 ** (bits - 1)
     change = torch.round((packed.weight + delta) / scale).clamp(-half, half) * scale - packed.weight
     kept = float((change * delta).sum() / (delta * delta).sum())
     assert least <= round(kept, 4) <= most

@@ -48,7 +48,7 @@ def test_reading_the_weight_decodes_it(kind, base, sizes, dtype, bits):
     layer = packed_layer(base, sizes, bits, dtype)
     shape = base(*sizes).weight.shape
     codes = unpack_dense(layer.codes, bits, shape[1:].numel())
-    expected = (codes * layer.scale.view(torch.float32)[:, None]).view(shape).to(dtype)
+    expected = (codes * layer.scale.view(torch.float32)).view(shape).to(dtype)
     assert layer.weight.dtype == dtype
     assert torch.equal(layer.weight, expected)
 
@@ -69,7 +69,7 @@ def test_codes_and_scale_are_integers_that_need_no_gradient(kind, base, sizes):
     layer = packed_layer(base, sizes, bits=2)
     columns = base(*sizes).weight[0].numel()
     assert layer.codes.dtype == torch.uint8 and layer.codes.shape == (6, dense_width(columns, 2))
-    assert layer.scale.dtype == torch.int32 and layer.scale.shape == (6,)
+    assert layer.scale.dtype == torch.int32 and layer.scale.shape == (6, 1)
     assert not layer.codes.requires_grad and not layer.scale.requires_grad
 
 
