@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LoraBaseMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from peft import LoraModel
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 
 from ..config.bitsfusion import BitsFusionConfig, BitsFusionMethod
 from .diffusers_quantizer import BitsFusionQuantizer
+from .peft_checks import fusing_pipeline, injecting_adapter, merging
 from .peft_lora import creating_lora_layer
 from .saving import saving_pipeline, switching_pipeline, uploading_pipeline
 from .transformers_quantizer import BitsFusionTextQuantizer
@@ -28,4 +32,9 @@ def register() -> None:
     DiffusionPipeline.save_pretrained = saving_pipeline(DiffusionPipeline.save_pretrained)
     DiffusionPipeline._upload_folder = uploading_pipeline(DiffusionPipeline._upload_folder)
     DiffusionPipeline.from_pipe = classmethod(switching_pipeline(DiffusionPipeline.from_pipe.__func__))
+    LoraBaseMixin.fuse_lora = fusing_pipeline(LoraBaseMixin.fuse_lora)
+    BaseTuner.inject_adapter = injecting_adapter(BaseTuner.inject_adapter)
+    BaseTuner.merge_adapter = merging(BaseTuner.merge_adapter)
+    for tuner in (BaseTuner, MixedModel):
+        tuner._unload_and_optionally_merge = merging(tuner._unload_and_optionally_merge)
     LoraModel._create_new_module = staticmethod(creating_lora_layer(LoraModel._create_new_module))

@@ -21,10 +21,12 @@ from ..codec.weight_files import stem
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn import PackedWeight, TimeFeatures
 from ..nn.compute import packed_layers
+from ..nn.packed import refuse_gradients
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
-from .peft_lora import check_fusable, prepare_saving
+from .peft_checks import check_fusable, check_targets
+from .peft_lora import prepare_saving
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin as _Base  # which the class that this is mixed into is
@@ -129,10 +131,43 @@ class QuantizedModelMixin(_Base):
         """As diffusers' `fuse_lora`, but an adapter that cannot be fused is refused before any other has been.
 
         Raises:
-            ValueError: see `lora.check_fusable`.
+            ValueError: see `peft_checks.check_fusable`.
         """
-        check_fusable(self, adapter_names)
+        check_fusable(self, adapter_names, safe_fusing)
         super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As diffusers' `add_adapter`; one that is refused leaves nothing behind, its name included."""
+        known = set(getattr(self, "peft_config", ()))
+        try:
+            super().add_adapter(adapter_config, adapter_name)
+        except Exception:
+            self._hf_peft_config_loaded = bool(known)
+            for name in set(getattr(self, "peft_config", ())) - known:
+                del self.peft_config[name]
+            raise
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' `load_lora_adapter`, but tensors for what is not there are refused before anything is done.
+
+        Raises:
+            ValueError: see `peft_checks.check_targets`.
+        """
+        if isinstance(pretrained_model_name_or_path_or_dict, dict):
+            prefix = args[0] if args else kwargs.get("prefix", "transformer")
+            names = [name.removeprefix(f"{prefix}.") for name in pretrained_model_name_or_path_or_dict]
+            check_targets(self, names)
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`; refused in words, before anything is changed, where layers are packed.
+
+        Raises:
+            RuntimeError: gradients are asked for.
+        """
+        if requires_grad:
+            refuse_gradients(type(self).__name__)
+        return super().requires_grad_(False)
 
     def fuse_qkv_projections(self) -> None:
         """Refused: it would build float layers from the packed ones."""

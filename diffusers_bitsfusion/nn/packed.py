@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,18 @@ _ARGUMENTS = {
         "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
     ),
 }  # fmt: skip
+
+
+def refuse_gradients(name: str) -> NoReturn:
+    """Refuse to train the codes of what is called `name`.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"{name} cannot be trained whole: packed weights are integers, and only tensors of floating point can require "
+        "gradients. Train an adapter on it (`add_adapter`), or the full-precision model by `prepare_qat`."
+    )
 
 
 def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
@@ -199,6 +211,16 @@ class PackedWeight(nn.Module):
         if self.codes.device != before and not self.codes.is_meta:
             self.set_compute(self.compute, self.resident)
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`.
+
+        Raises:
+            RuntimeError: gradients are asked for; nothing has changed then.
+        """
+        if requires_grad:
+            refuse_gradients(type(self).__name__)
+        return super().requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
