@@ -96,7 +96,7 @@ def _quantize(
         )
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
         layer = name.removesuffix(".weight")
         if layer in calibrated:
             packer.take_calibrated(layer, calibrated[layer], parameter.device)

@@ -73,7 +73,7 @@ class Channels:
         """Make the module itself compute what it does with gain and offset."""
         module: Any = self.module
         if isinstance(module, PackedWeight):
-            module.scale = float_bits(module.scale.view(torch.float32) * self.gain)
+            module.scale = float_bits(module.scale_bits.view(torch.float32) * self.gain)
         else:
             module.weight.mul_(self.gain)
         if self.offset is not None:
@@ -183,7 +183,7 @@ def _channels(model: nn.Module) -> list[Channels]:
     """Of the layers that compute with scales or weights per output channel."""
     found = []
     for module in model.modules():
-        if isinstance(module, PackedWeight) and module.is_packed:
+        if isinstance(module, PackedWeight):
             found.append(Channels(module))
         elif isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1:
             found.append(Channels(module))

@@ -13,7 +13,7 @@ from ..utils.adapters import split_adapters
 from .entropy import compress, decompress
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
-from .schema import CheckpointSchema, LayerSchema, branch_shapes
+from .schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, branch_shapes
 from .time_table import decode_table, encode_table
 
 
@@ -29,6 +29,8 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         key = f"{name}.codes"
         packed = bytes_from_dense(encoded[key].cpu(), layer.bits, layer.columns)
         encoded[key] = compress(packed) if schema.compression == "zstd" else packed
+    for key in _float_bits(schema):
+        encoded[key] = encoded[key].view(-1)
     if schema.time_features.kind == "table":
         encoded["time_proj.codes"] = encode_table(encoded["time_proj.codes"].cpu())
     return encoded
@@ -36,6 +38,8 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
 
 def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
     """Inverse of `encode_state_dict`, for all of a file or one shard of it.
+
+    Tensors that are the bits of floats have one dimension in the file and two in memory, see `nn.packed.float_bits`.
 
     Raises:
         ValueError: a tensor is damaged or of the wrong dtype or shape; the message names it.
@@ -53,13 +57,26 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
     for name, layer in schema.layers.items():
         _check(decoded, f"{name}.scale", torch.int32, (layer.rows,))
         _check_branch(decoded, name, layer)
-    time = schema.time_features
+    _check_time(decoded, schema.time_features)
+    for key in _float_bits(schema) & decoded.keys():
+        decoded[key] = decoded[key].view(-1, 1)
+    return decoded
+
+
+def _float_bits(schema: CheckpointSchema) -> set[str]:
+    """Names of the tensors that are the bits of fp32 values."""
+    time = {"keep": set(), "cache": {"time_proj.timesteps"}, "table": {"time_proj.scale"}}
+    return {f"{name}.scale" for name in schema.layers} | time[schema.time_features.kind]
+
+
+def _check_time(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
+    """Check the tensors of the time features, and decode those of a table in place."""
     if time.kind == "keep":
-        return decoded
+        return
     if time.kind == "cache":
         _check(decoded, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
         _check(decoded, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
-        return decoded
+        return
     _check(decoded, "time_proj.scale", torch.int32, (time.num_features,))
     if "time_proj.codes" in decoded:
         frame = _frame("time_proj.codes", decoded["time_proj.codes"])
@@ -67,7 +84,6 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
             decoded["time_proj.codes"] = decode_table(frame, time.num_timesteps + 2, time.num_features)
         except ValueError as error:
             raise ValueError(f"time_proj.codes {error}.") from error
-    return decoded
 
 
 def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str | None) -> Tensor:

@@ -188,6 +188,6 @@ class Recipe(Mapping[str, int]):
 
 def _num_weights(layer: nn.Linear | nn.Conv2d) -> int:
     """Weights of a layer, without decoding a packed one."""
-    if isinstance(layer, PackedWeight) and layer.is_packed:
+    if isinstance(layer, PackedWeight):
         return math.prod(layer.weight_shape)
     return layer.weight.numel()

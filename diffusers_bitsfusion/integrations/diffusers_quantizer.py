@@ -185,7 +185,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
         refuse_dispatched(model, "dequantize")
-        packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed]
+        packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight)]
         dtype = packed[-1][1].weight_dtype if packed else self._dtype
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
             restore(model, dtype)  # first: it may refuse, and then nothing has changed

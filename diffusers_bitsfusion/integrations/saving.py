@@ -12,17 +12,22 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from ..codec.weight_files import stem
 from ..config.bitsfusion import BitsFusionConfig
+from ..nn import PackedWeight, TimeFeatures
+from ..nn.compute import packed_layers
+from ..nn.packed import refuse_gradients
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
 from ..utils.private_names import DIFFUSERS_CONFIG
-from .peft_lora import check_fusable, prepare_saving
+from .peft_checks import check_fusable, check_targets
+from .peft_lora import prepare_saving
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin as _Base  # which the class that this is mixed into is
@@ -31,6 +36,17 @@ else:
 
 # Whether a pipeline is being saved: its one card replaces those of its models.
 _inside_pipeline: ContextVar[bool] = ContextVar("inside_pipeline", default=False)
+
+
+def parameters_saved(model: Any) -> int:
+    """How many more parameters a packed model had in full precision than it has tensor elements now."""
+    count = model.hf_quantizer.quantization_config.time_embedding.get("removed_parameters", 0)
+    for module in model.modules():
+        if isinstance(module, PackedWeight):
+            count += torch.Size(module.weight_shape).numel()
+        if isinstance(module, (PackedWeight, TimeFeatures)):
+            count -= sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "bias")
+    return count
 
 
 class QuantizedModelMixin(_Base):
@@ -86,6 +102,17 @@ class QuantizedModelMixin(_Base):
         with explaining_refusals(repo_id):
             return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """As `ModelMixin.dtype`; that of the decoded weights where nothing but packed layers is left."""
+        dtype = super().dtype
+        return dtype if dtype.is_floating_point else next(iter(packed_layers(self).values())).weight_dtype
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As `ModelMixin.num_parameters`: those of the model in full precision, since a code is no parameter."""
+        stored = super().num_parameters(only_trainable, exclude_embeddings)
+        return stored if only_trainable else stored + parameters_saved(self)
+
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """As `ModelMixin.to`, which refuses dtype None (`save_lora_adapter`) and the model's own (IP-Adapters) too."""
         if "dtype" in kwargs and kwargs["dtype"] in (None, self.dtype):
@@ -105,10 +132,43 @@ class QuantizedModelMixin(_Base):
         """As diffusers' `fuse_lora`, but an adapter that cannot be fused is refused before any other has been.
 
         Raises:
-            ValueError: see `lora.check_fusable`.
+            ValueError: see `peft_checks.check_fusable`.
         """
-        check_fusable(self, adapter_names)
+        check_fusable(self, adapter_names, safe_fusing)
         super().fuse_lora(lora_scale, safe_fusing=safe_fusing, adapter_names=adapter_names)
+
+    def add_adapter(self, adapter_config: Any, adapter_name: str = "default") -> None:
+        """As diffusers' `add_adapter`; one that is refused leaves nothing behind, its name included."""
+        known = set(getattr(self, "peft_config", ()))
+        try:
+            super().add_adapter(adapter_config, adapter_name)
+        except Exception:
+            self._hf_peft_config_loaded = bool(known)
+            for name in set(getattr(self, "peft_config", ())) - known:
+                del self.peft_config[name]
+            raise
+
+    def load_lora_adapter(self, pretrained_model_name_or_path_or_dict: Any, *args: Any, **kwargs: Any) -> None:
+        """As diffusers' `load_lora_adapter`, but tensors for what is not there are refused before anything is done.
+
+        Raises:
+            ValueError: see `peft_checks.check_targets`.
+        """
+        if isinstance(pretrained_model_name_or_path_or_dict, dict):
+            prefix = args[0] if args else kwargs.get("prefix", "transformer")
+            names = [name.removeprefix(f"{prefix}.") for name in pretrained_model_name_or_path_or_dict]
+            check_targets(self, names)
+        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`; refused in words, before anything is changed, where layers are packed.
+
+        Raises:
+            RuntimeError: gradients are asked for.
+        """
+        if requires_grad:
+            refuse_gradients(type(self).__name__)
+        return super().requires_grad_(False)
 
     def fuse_qkv_projections(self) -> None:
         """Refused: it would build float layers from the packed ones."""

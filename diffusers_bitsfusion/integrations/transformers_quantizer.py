@@ -74,8 +74,11 @@ class BitsFusionTextQuantizer(HfQuantizer):
     # While loading.
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether what the file holds has another shape than the model: codes, which are decoded at the end."""
-        return self.pre_quantized and param_name.endswith(".codes")
+        """Whether what the file holds has another shape than the model: codes and scales, decoded at the end."""
+        owner, _, kind = param_name.rpartition(".")
+        return (
+            self.pre_quantized and kind in ("codes", "scale") and isinstance(model.get_submodule(owner), PackedWeight)
+        )
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         return param.element_size()
@@ -102,7 +105,9 @@ class BitsFusionTextQuantizer(HfQuantizer):
             raise_missing(model, missing)
         decoded = decode_state_dict(found, schema)
         for name, layer in packed.items():
-            layer.codes = nn.Parameter(decoded[f"{name}.codes"].to(layer.codes.device), requires_grad=False)
+            for kind in ("codes", "scale"):
+                tensor = decoded[f"{name}.{kind}"].to(layer.codes.device)
+                setattr(layer, kind, nn.Parameter(tensor, requires_grad=False))
         for module in model.modules():  # what no file holds, and was not initialised before: see above
             if TORCH_BUFFERS.read(module):
                 TRANSFORMERS_INIT.require(model)(module)
@@ -120,7 +125,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
         packer = ModelPacker(model, config, model.dtype, tied, progress)
-        for name, parameter in list(model.named_parameters()):
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
             if packer.wants(name):
                 packer.take(name, parameter, parameter.device)
         for name in packer.plan.bits:
@@ -137,7 +142,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_dispatched(model, "dequantize")
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedWeight) and module.is_packed:
+            if isinstance(module, PackedWeight):
                 replace_module(model, name, float_twin(module))
         return model
 

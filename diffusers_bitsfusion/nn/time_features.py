@@ -30,7 +30,7 @@ class TimeFeatureCache(TimeFeatures):
 
     Attributes:
         values (`nn.Parameter`): int16 [timesteps, features], the bits of the fp16 features.
-        timesteps (`nn.Parameter`): int32 [timesteps], the bits of the fp32 timesteps.
+        timesteps (`nn.Parameter`): int32 [timesteps, 1], the bits of the fp32 timesteps.
         known_timesteps (`list[float]`): the same, for messages.
     """
 
@@ -46,10 +46,10 @@ class TimeFeatureCache(TimeFeatures):
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept."""
-        return self.timesteps.view(torch.float32), self.values.view(torch.float16).float()
+        return self.timesteps.view(torch.float32).view(-1), self.values.view(torch.float16).float()
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        match = timesteps.to(torch.float32).unsqueeze(1) == self.timesteps.view(torch.float32)
+        match = timesteps.to(torch.float32).unsqueeze(1) == self.timesteps.view(torch.float32).view(-1)
         have = ", ".join(f"{t:g}" for t in self.known_timesteps)
         self._require(
             match.any(dim=1),
@@ -65,7 +65,7 @@ class TimeFeatureTable(TimeFeatures):
 
     Attributes:
         codes (`nn.Parameter`): int16 [num_timesteps + 2, features]; row i is timestep i - 1.
-        scale (`nn.Parameter`): int32 [features], the bits of the fp32 scales.
+        scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
     """
 
     def __init__(self, num_timesteps: int, features: int):
@@ -79,16 +79,21 @@ class TimeFeatureTable(TimeFeatures):
         """Timesteps of the rows, -1 to num_timesteps."""
         return torch.arange(-1, self.num_timesteps + 1)
 
+    @property
+    def _scale(self) -> Tensor:
+        """fp32 [features], in the memory of `scale`."""
+        return self.scale.view(torch.float32).view(-1)
+
     def set_codes(self, codes: Tensor, scale: Tensor, start: int = 0) -> None:
         """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
         part = slice(start, start + len(scale))
         self.codes[:, part] = codes
-        self.scale.view(torch.float32)[part] = scale
+        self._scale[part] = scale
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps - 1."""
         rows = slice(1, -1)
-        return self.rows[rows].float(), self.codes[rows].float() * self.scale.view(torch.float32)
+        return self.rows[rows].float(), self.codes[rows].float() * self._scale
 
     def forward(self, timesteps: Tensor) -> Tensor:
         t = timesteps.to(torch.float32)
@@ -110,14 +115,14 @@ class TimeFeatureTable(TimeFeatures):
         )
         neighbours = whole.to(torch.int64).unsqueeze(1) + torch.arange(4, device=t.device)
         rows = self.codes[neighbours.clamp(0, self.num_timesteps + 1)]
-        return (rows * weights).sum(dim=1) * self.scale.view(torch.float32)
+        return (rows * weights).sum(dim=1) * self._scale
 
 
 class TimeFeaturePassThrough(nn.Module):
     """Stands where `time_embedding` was: the looked-up features need no MLP."""
 
-    def forward(self, features: Tensor, condition: None = None) -> Tensor:
-        return features
+    def forward(self, sample: Tensor, condition: None = None) -> Tensor:
+        return sample
 
 
 class TimeFeatureSlice(nn.Module):
@@ -127,8 +132,8 @@ class TimeFeatureSlice(nn.Module):
         super().__init__()
         self.start, self.stop = start, stop
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features[:, self.start : self.stop]
+    def forward(self, input: Tensor) -> Tensor:
+        return input[:, self.start : self.stop]
 
     def extra_repr(self) -> str:
         return f"{self.start}, {self.stop}"

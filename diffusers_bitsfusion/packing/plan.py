@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, floor
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..codec.grid import cost_in_bits
 from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
+from ..nn.conversion import why_not_packable
 from ..nn.fake_quantized import TrainableWeight
 from ..nn.packed import PackedWeight
 from ..nn.time_path import TimePath, why_not_cacheable
@@ -41,6 +42,7 @@ class Plan:
         timesteps: the timesteps to cache, for "cache".
         time_path: where the features of each ResBlock come from, if from the timestep alone.
         num_timesteps: training timesteps, for "table".
+        left_alone: why layers stay in floating point that cannot be replaced, by name.
     """
 
     bits: dict[str, int]
@@ -48,6 +50,7 @@ class Plan:
     timesteps: list[float]
     time_path: TimePath | None
     num_timesteps: int = _NUM_TIMESTEPS
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     @property
     def replaced_path(self) -> TimePath | None:
@@ -94,13 +97,19 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Linear and Conv2d layers by name, those matching `exclude` left out."""
+    """Linear and Conv2d layers by name; those matching `exclude` and those that compute otherwise are left out."""
     patterns = list(exclude)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns) and not why_not_packable(module)
     }
+
+
+def unpackable_layers(model: nn.Module) -> dict[str, str]:
+    """Why each Linear or Conv2d that is more than that stays in floating point, by name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {name: reason for name, layer in layers.items() if (reason := why_not_packable(layer)) is not None}
 
 
 def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -122,7 +131,7 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize; the
             recipe does not match it, or the target cannot be reached.
     """
-    if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
     if any(isinstance(module, TrainableWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")
@@ -138,7 +147,9 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     path = TimePath.find(model)
-    plan = Plan({}, *_plan_time(model, path, config), path)
+    plan = Plan({}, *_plan_time(model, path, config), path, left_alone=unpackable_layers(model))
+    for name, reason in plan.left_alone.items():
+        logger.warning("%s stays in floating point: %s.", name, reason)
     time_layers = _time_names(path, layers)
     if plan.replaced_path is not None:
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}

@@ -28,7 +28,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed}
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight)}
 
 
 def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:

@@ -85,7 +85,7 @@ def test_the_cache_tells_what_it_keeps():
 
 def test_the_table_gives_scale_times_code_at_whole_steps():
     table = filled_table(waves)
-    expected = table.codes[1:-1] * table.scale.view(torch.float32)
+    expected = table.codes[1:-1] * table.scale.view(torch.float32).T
     assert torch.equal(table(torch.arange(50)), expected)
     timesteps, features = table.features()
     assert timesteps.tolist() == list(range(50))
