@@ -63,6 +63,9 @@ class TimeFeatureCache(TimeFeatures):
 class TimeFeatureTable(TimeFeatures):
     """Features of every training timestep as integers, with cubic interpolation between them.
 
+    It reaches one further than training does, to `num_timesteps`: there flow matching starts, and leading spacing with
+    an offset of 1.
+
     Attributes:
         codes (`nn.Parameter`): int16 [num_timesteps + 2, features]; row i is timestep i - 1.
         scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
@@ -91,19 +94,20 @@ class TimeFeatureTable(TimeFeatures):
         self._scale[part] = scale
 
     def features(self) -> tuple[Tensor, Tensor]:
-        """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps - 1."""
-        rows = slice(1, -1)
+        """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps."""
+        rows = slice(1, None)
         return self.rows[rows].float(), self.codes[rows].float() * self._scale
 
     def forward(self, timesteps: Tensor) -> Tensor:
         t = timesteps.to(torch.float32)
-        last = self.num_timesteps - 1
+        last = self.num_timesteps
         self._require(
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
-        whole = t.floor()
+        # Lagrange's cubic through the rows at -1, 0, 1 and 2 from the whole step, or near the end from an earlier one,
+        # where there are such rows; exact on whole steps.
+        whole = t.floor().clamp(max=last - 2)
         f = (t - whole).unsqueeze(1)
-        # Lagrange's cubic through the rows at -1, 0, 1 and 2 from the whole step; exact on whole steps.
         weights = torch.stack(
             [
                 -f * (f - 1) * (f - 2) / 6,
