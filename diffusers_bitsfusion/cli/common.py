@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import typer
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+
+from ..utils.json_files import read_json
 
 
 @contextmanager
@@ -58,7 +59,12 @@ def is_model(folder: Path) -> bool:
 
 
 def read_config(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))
+    """Return the content of a config.json.
+
+    Raises:
+        DamagedFileError: it is no JSON object.
+    """
+    return read_json(file, non_finite=True)
 
 
 def refuse_quantized(folder: Path, components: Iterable[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -15,11 +14,14 @@ from torch import nn
 
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
 from ..codec.grid import levels
-from ..codec.weight_files import stem, weight_files
+from ..codec.weight_files import index_files, read_headers
+from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import attention_ways
 from ..nn.compute import packed_layers
 from ..ops.dispatch import Way
 from ..utils.adapters import split_adapters
+from ..utils.errors import DamagedFileError
+from ..utils.json_files import read_json
 
 MB = 1e6
 
@@ -176,10 +178,10 @@ def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport
 
 def _pipeline_report(path: Path) -> PipelineSizeReport:
     quantized, others = {}, {}
-    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(path / "model_index.json", non_finite=True)
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name in index):
         config = folder / "config.json"
-        if config.is_file() and _is_ours(json.loads(config.read_text(encoding="utf-8"))):
+        if config.is_file() and _is_ours(read_json(config, non_finite=True)):
             quantized[folder.name] = _file_report(folder)
         else:
             others[folder.name] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -189,32 +191,45 @@ def _pipeline_report(path: Path) -> PipelineSizeReport:
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:
-    return (config.get("quantization_config") or {}).get("quant_method") == "bitsfusion"
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitsfusion"
 
 
 def _file_report(path: Path) -> SizeReport:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not _is_ours(config):
-        raise ValueError(f"The model in {path} is not quantized by diffusers_bitsfusion.")
-    if "layers" not in config["quantization_config"]:
-        raise ValueError(f"{path / 'config.json'} is damaged: its quantization_config names no layers.")
-    files = weight_files(path)
-    tensors = [tensor for file in files for tensor in _read_header(file)]
-    overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)
-    indices = [file for file in path.glob("*.index.json") if stem(file.name) == stem(files[0].name)]
-    overhead += sum(file.stat().st_size for file in [path / "config.json", *indices])
-    return report_of_tensors("file", tensors, config["quantization_config"], overhead)
-
-
-def _read_header(file: Path) -> list[TensorSize]:
-    """Every tensor of a safetensors file, from its header alone."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    return [
-        (name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
+    quantization = read_quantization_config(path)
+    headers = read_headers(path)
+    tensors = [
+        (name, entry.shape, entry.num_bytes) for header in headers.values() for name, entry in header.tensors.items()
     ]
+    overhead = sum(file.stat().st_size for file in headers) - sum(size for _, _, size in tensors)
+    overhead += sum(file.stat().st_size for file in [path / "config.json", *index_files(path)])
+    return report_of_tensors("file", tensors, quantization, overhead)
+
+
+def read_quantization_config(folder: Path) -> dict[str, Any]:
+    """The `quantization_config` in the config.json of a packed model's folder, as it is, after every check.
+
+    Raises:
+        DamagedFileError: it is damaged.
+        ValueError: the model is not quantized by this package.
+        FileNotFoundError: there is no config.json.
+    """
+    file = folder / "config.json"
+    config = read_json(file, non_finite=True)
+    if not _is_ours(config):
+        raise ValueError(f"The model in {folder} is not quantized by diffusers_bitsfusion.")
+    quantization = config["quantization_config"]
+    if "layers" not in quantization:
+        raise DamagedFileError(file, "is damaged: its quantization_config names no layers")
+    try:
+        resolved = BitsFusionConfig.from_dict(quantization)
+    except TypeError as error:
+        raise DamagedFileError(file, f"is damaged: {error}") from error
+    except ValueError as error:
+        raise DamagedFileError(file, f"cannot be read: {error}") from error
+    if not resolved.is_resolved:
+        raise DamagedFileError(file, "is damaged: its quantization_config has no format_version")
+    return quantization
 
 
 def _memory_report(model: nn.Module) -> SizeReport:
