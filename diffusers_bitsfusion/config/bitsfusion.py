@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 from ..codec.grid import check_bits
 from ..codec.scales import SCALE_INITS
 from ..ops.dispatch import check_settings
+from ..utils.errors import UnfinishedSaveError, shown
 from .calibration import Calibration
 from .recipe import Recipe
 
@@ -32,6 +33,10 @@ DEFAULT_COMPONENTS = ("unet", "transformer")
 # Bounds the memory that a checkpoint's own word can ask for; third differences of more would outgrow int16 besides.
 _MAX_TIMESTEPS = 3800
 _MAX_BRANCH_RANK = 1 << 16
+
+
+# In the config of a save under way: the folder that is saved into.
+_UNFINISHED = "unfinished_save"
 
 
 class BitsFusionMethod(str, Enum):
@@ -164,9 +169,15 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
 
         Raises:
             ValueError: an unknown key, or a checkpoint of a newer format version.
+            UnfinishedSaveError: the save of the checkpoint was killed before its end.
         """
         known = dict(config_dict)
         known.pop("quant_method", None)
+        if (folder := known.get(_UNFINISHED)) is not None:
+            raise UnfinishedSaveError(
+                f"A save into {shown(folder)[1:-1]} was cut off. Finish it by `bitsfusion inspect {shown(folder)} "
+                "--repair`, or save again."
+            )
         version = known.get("format_version")
         if _is_count(version) and version > FORMAT_VERSION:
             raise ValueError(
@@ -201,6 +212,12 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
 
     def __repr__(self) -> str:
         return QuantizationConfigMixin.__repr__(self)
+
+
+def unfinished_config(config: Mapping[str, Any]) -> str | None:
+    """The folder that was being saved into, where a model's config says that the save has not ended."""
+    quantization = config.get("quantization_config")
+    return quantization.get(_UNFINISHED) if isinstance(quantization, dict) else None
 
 
 def _is_count(value: Any) -> TypeGuard[int]:

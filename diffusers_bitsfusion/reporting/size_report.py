@@ -15,12 +15,12 @@ from torch import nn
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
 from ..codec.grid import levels
 from ..codec.weight_files import index_files, read_headers
-from ..config.bitsfusion import BitsFusionConfig
+from ..config.bitsfusion import BitsFusionConfig, unfinished_config
 from ..nn.attention import attention_ways
 from ..nn.compute import packed_layers
 from ..ops.dispatch import Way
 from ..utils.adapters import split_adapters
-from ..utils.errors import DamagedFileError
+from ..utils.errors import DamagedFileError, UnfinishedSaveError
 from ..utils.json_files import read_json
 
 MB = 1e6
@@ -219,10 +219,12 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     if not _is_ours(config):
         raise ValueError(f"The model in {folder} is not quantized by diffusers_bitsfusion.")
     quantization = config["quantization_config"]
-    if "layers" not in quantization:
+    if unfinished_config(config) is None and "layers" not in quantization:
         raise DamagedFileError(file, "is damaged: its quantization_config names no layers")
     try:
         resolved = BitsFusionConfig.from_dict(quantization)
+    except UnfinishedSaveError:
+        raise
     except TypeError as error:
         raise DamagedFileError(file, f"is damaged: {error}") from error
     except ValueError as error:
