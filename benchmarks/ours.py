@@ -55,7 +55,7 @@ def read_back(out: Path) -> dict[str, Any]:
 @torch.no_grad()
 def time_features(source: Path, out: Path) -> dict[str, Any]:
     """Largest relative RMS error over timesteps of the looked-up features, at whole and at half steps."""
-    exact = TimePath.of(UNet2DConditionModel.from_pretrained(source, dtype=torch.float32))
+    exact = TimePath.find(UNet2DConditionModel.from_pretrained(source, dtype=torch.float32))
     lookup = UNet2DConditionModel.from_pretrained(out).time_proj
     errors = {}
     for name, steps in (("whole", torch.arange(1000.0)), ("half", torch.arange(999) + 0.5)):

@@ -14,9 +14,10 @@ from .calibration.denoising import check_pipeline
 from .calibration.layers import CalibratedLayer
 from .calibration.run import calibrate
 from .codec.radix import pack_dense, unpack_dense
-from .config.bitsfusion import FORMAT_VERSION, BitsFusionConfig
+from .config.bitsfusion import BitsFusionConfig
 from .config.calibration import Calibration
 from .integrations.diffusers_quantizer import BitsFusionQuantizer
+from .integrations.finish import finish
 from .nn.conversion import packed_twin, replace_module
 from .nn.fake_quantized import QATConv2d, QATLinear, trainable_twin
 from .packing.packer import install_time_features
@@ -89,9 +90,7 @@ def prepare_qat(
         component,
         plan.bits,
         asked,
-        scale_init=config.scale_init,
-        iterations=config.scale_iterations,
-        balance=config.balance,
+        config.rounding,
     )
     start_calibrated(_prepare(component, config, plan), start)
     return model
@@ -130,13 +129,7 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
 def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMixin:
     for name, bits in plan.bits.items():
         try:
-            layer = trainable_twin(
-                model.get_submodule(name),
-                bits,
-                scale_init=config.scale_init,
-                scale_iterations=config.scale_iterations,
-                balance=config.balance,
-            )
+            layer = trainable_twin(model.get_submodule(name), bits, config.rounding)
         except ValueError as error:
             raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
         replace_module(model, name, layer)
@@ -172,23 +165,18 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     _refuse_not_finite(model)
     dtype = dtype or model.dtype
     config, plan = model.qat_state.config, model.qat_state.plan
-    config.format_version = FORMAT_VERSION
-    config.layers = {}
+    schema = plan.schema(model, config)
     for name, layer in trainable_layers(model).items():
-        config.layers[name] = {"bits": layer.bits, "shape": list(layer.weight.shape)}
         packed = packed_twin(layer, layer.bits, dtype)
         del packed.balance  # a setting of the trainable layer, copied with stride and padding
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)
-    config.time_embedding = install_time_features(model, plan)
+    install_time_features(model, plan, schema.time_features)
     _cast_floats(model, dtype)
     del model.qat_state
-    quantizer = BitsFusionQuantizer(config, pre_quantized=True)
-    quantizer.update_torch_dtype(dtype)
-    quantizer.finish(model)
-    model.hf_quantizer = quantizer
-    model.register_to_config(_pre_quantization_dtype=dtype)
+    resolved = config.resolved(schema, config.calibration)
+    finish(model, BitsFusionQuantizer(resolved, pre_quantized=True), resolved, dtype)
     return model.requires_grad_(False)
 
 

@@ -17,6 +17,7 @@ from .calibration.run import calibrate, record_calls, tune_packed
 from .config.bitsfusion import BitsFusionConfig
 from .config.calibration import Calibration
 from .integrations.diffusers_quantizer import BitsFusionQuantizer
+from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .packing.packer import ModelPacker
 from .utils.hooks import refuse_dispatched
@@ -78,8 +79,6 @@ def _quantize(
         return model
     refuse_dispatched(model, "quantize")
     dtype = model.dtype
-    quantizer = BitsFusionQuantizer(config, pre_quantized=False)
-    quantizer.update_torch_dtype(dtype)
     exclude = model._keep_in_fp32_modules or []
     packer = ModelPacker(model, config, dtype, exclude, progress)
     calibrated: dict[str, CalibratedLayer] = {}
@@ -91,12 +90,9 @@ def _quantize(
             model,
             packer.plan.bits,
             calibration,
-            scale_init=config.scale_init,
-            iterations=config.scale_iterations,
-            balance=config.balance,
-            progress=progress,
+            config.rounding,
+            progress,
         )
-        packer.config.calibration = calibration.summary()
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
     for name, parameter in list(model.named_parameters()):
@@ -105,12 +101,11 @@ def _quantize(
             packer.take_calibrated(layer, calibrated[layer], parameter.device)
         elif packer.wants(name):
             packer.take(name, parameter, parameter.device)
-    quantizer.adopt(packer)
-    quantizer.finish(model)
+    packed = packer.finish(None if calibration is None else calibration.summary())
+    finish(model, BitsFusionQuantizer(packed, pre_quantized=True), packed, dtype)
+    warn_untrained()
     if calibration is not None and calls:
         tune_packed(model, calls, calibration, timesteps, progress)
-    model.hf_quantizer = quantizer
-    model.register_to_config(_pre_quantization_dtype=dtype)
     return model
 
 

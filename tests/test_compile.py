@@ -12,6 +12,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_bitsfusion import set_compute
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -28,7 +29,7 @@ def fresh_compiler():
 
 def packed(layer, bits=2, compute="exact", resident="packed"):
     twin = packed_twin(layer, bits, torch.float32)
-    pack_weight(twin, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
+    pack_weight(twin, layer.weight, Rounding())
     twin.set_compute(compute, resident)
     return twin
 

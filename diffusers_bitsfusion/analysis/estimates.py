@@ -137,7 +137,7 @@ def measure_calibrated(study: Study, items: Iterable[Item]) -> Iterator[Record]:
         layer = study.layers[name]
         moments = _input_moments(study, layer, seen)
         for bits in widths:
-            found = quantize_layer(layer, moments, bits, scale_init="alternating", iterations=10, balance=True)
+            found = quantize_layer(layer, moments, bits)
             weight = decode_weight(found.codes, found.scale, bits, tuple(layer.weight.shape), torch.float32)
             with holding(layer, weight, found.bias):
                 errors = [(call.repeat(study.model) - call.output).square().flatten(1).mean(dim=1) for call in rest]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codec.grid import code_range
+from ..codec.rounding import Rounding
 from ..codec.scales import quantize_rows
 from .compensated_rounding import Factor, project, round_with_compensation
 
@@ -25,10 +26,7 @@ def quantize_rows_for_inputs(
     weight: Tensor,
     factors: Sequence[Factor],
     bits: int,
-    *,
-    scale_init: str = "alternating",
-    iterations: int = 10,
-    balance: bool = True,
+    rounding: Rounding = Rounding(),
 ) -> tuple[Tensor, Tensor]:
     """Codes and scale of each row, small in the mean square error of the output and in the entropy of the codes.
 
@@ -40,7 +38,7 @@ def quantize_rows_for_inputs(
     Args:
         weight: fp32 [rows, columns].
         factors: of the inputs' second moment, see `rounding.round_with_compensation`.
-        bits, scale_init, iterations, balance: as in `codec.scales.quantize_rows`, which gives the first scale.
+        bits, rounding: as in `codec.scales.quantize_rows`, which gives the first scale.
 
     Returns:
         codes int8 [rows, columns], scale fp32 [rows].
@@ -48,14 +46,14 @@ def quantize_rows_for_inputs(
     Raises:
         ValueError: a weight is NaN or infinite.
     """
-    codes, scale = quantize_rows(weight, bits, scale_init=scale_init, iterations=iterations, balance=balance)
+    codes, scale = quantize_rows(weight, bits, rounding)
     target = project(weight, factors)
     reached = project(scale.unsqueeze(1) * codes, factors)
-    levels = code_range(bits, balance)
+    levels = code_range(bits, rounding.balance)
     best = codes, scale, _cost((target - reached).square().sum(dim=1), codes, levels)
 
     def attempt(best: tuple[Tensor, Tensor, Tensor], scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        codes, residual = round_with_compensation(weight, factors, scale, bits, balance=balance)
+        codes, residual = round_with_compensation(weight, factors, scale, bits, balance=rounding.balance)
         scale, error = _refit(target, residual, scale)
         return _better(best, (codes, scale, _cost(error, codes, levels)))
 

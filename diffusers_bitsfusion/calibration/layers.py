@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec.radix import pack_dense
+from ..codec.rounding import Rounding
 from ..codec.scales import quantize_rows
 from .compensated_rounding import Factor, factorize
 from .input_weighted_scales import quantize_rows_for_inputs
@@ -41,7 +42,7 @@ class CalibratedLayer:
 
 @torch.no_grad()
 def quantize_layer(
-    layer: nn.Linear | nn.Conv2d, moments: InputMoments, bits: int, *, scale_init: str, iterations: int, balance: bool
+    layer: nn.Linear | nn.Conv2d, moments: InputMoments, bits: int, rounding: Rounding = Rounding()
 ) -> CalibratedLayer:
     """Round a layer's weight for the inputs that `moments` has seen.
 
@@ -62,7 +63,7 @@ def quantize_layer(
             factors = _factors(moments, blocks, centred=layer.bias is not None)
             round_rows = partial(quantize_rows_for_inputs, factors=factors)
         for part in rows.split(max(1, _WEIGHTS_AT_ONCE // rows.shape[1])):
-            found = round_rows(part, bits=bits, scale_init=scale_init, iterations=iterations, balance=balance)
+            found = round_rows(part, bits=bits, rounding=rounding)
             codes.append(found[0])
             scales.append(found[1])
     code, scale = torch.cat(codes), torch.cat(scales)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..codec.rounding import Rounding
 from ..config.calibration import Calibration
 from ..utils.fingerprints import hash_of_sums
 from ..utils.processes import process_state
@@ -35,10 +37,7 @@ def calibrate(
     model: ModelMixin,
     bits: Mapping[str, int],
     calibration: Calibration,
-    *,
-    scale_init: str = "alternating",
-    iterations: int = 10,
-    balance: bool = True,
+    rounding: Rounding = Rounding(),
     progress: bool = True,
 ) -> dict[str, CalibratedLayer]:
     """Codes, scales and biases of a model's layers for the inputs that they see while the pipeline draws.
@@ -51,7 +50,7 @@ def calibrate(
         model: the component of it to calibrate.
         bits: bits by layer name; only these layers are looked at.
         calibration: what to run.
-        scale_init, iterations, balance: as in `codec.scales.quantize_rows`.
+        rounding: how scales are found, on which grid.
         progress: whether to show progress bars.
 
     Returns:
@@ -62,9 +61,8 @@ def calibrate(
             belongs to another calibration.
         FolderInUseError: another calibration is using the cache folder.
     """
-    options = {"scale_init": scale_init, "iterations": iterations, "balance": balance}
     with using_alone(calibration.cache_dir, process_state().process_index):
-        return _calibrate(pipeline, model, bits, calibration, options, progress)
+        return _calibrate(pipeline, model, bits, calibration, rounding, progress)
 
 
 def _calibrate(
@@ -72,7 +70,7 @@ def _calibrate(
     model: ModelMixin,
     bits: Mapping[str, int],
     calibration: Calibration,
-    options: Mapping[str, Any],
+    rounding: Rounding,
     progress: bool,
 ) -> dict[str, CalibratedLayer]:
     layers = {name: model.get_submodule(name) for name in bits}
@@ -80,7 +78,7 @@ def _calibrate(
     state = process_state()
     folder = None
     if calibration.cache_dir is not None:
-        settings = _settings(pipeline, bits, calibration) | dict(options)
+        settings = _settings(pipeline, bits, calibration) | asdict(rounding)
         folder = CalibrationFolder(calibration.cache_dir, settings, state.process_index)
 
     done: dict[str, CalibratedLayer] = {}
@@ -97,7 +95,7 @@ def _calibrate(
         _gather(Denoising(pipeline, model, calibration), moments, folder, index, title, progress)
         moments = _summed(moments, missing)
         for name in tqdm(missing, desc=f"Rounding layers, {title}", disable=not _shows(progress)):
-            done[name] = _round(layers[name], name, moments.pop(name), bits[name], options)
+            done[name] = _round(layers[name], name, moments.pop(name), bits[name], rounding)
             if folder is not None:
                 folder.save_layer(name, done[name])
         if folder is not None:
@@ -230,10 +228,10 @@ def _summed(moments: Mapping[str, InputMoments], names: Sequence[str]) -> dict[s
 
 
 def _round(
-    layer: nn.Linear | nn.Conv2d, name: str, moments: InputMoments, bits: int, options: Mapping[str, Any]
+    layer: nn.Linear | nn.Conv2d, name: str, moments: InputMoments, bits: int, rounding: Rounding
 ) -> CalibratedLayer:
     try:
-        return quantize_layer(layer, moments, bits, **options).to("cpu")
+        return quantize_layer(layer, moments, bits, rounding).to("cpu")
     except ValueError as error:
         raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
 

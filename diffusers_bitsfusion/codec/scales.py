@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .grid import code_range, half_range
-
-SCALE_INITS = ("alternating", "minmax")
+from .rounding import Rounding
 
 # Step that minimises the squared error of a unit Gaussian at 1 to 8 bits, by numerical minimisation.
 GAUSSIAN_STEP = {
@@ -19,18 +18,13 @@ GAUSSIAN_STEP = {
 _TILE = 1 << 16
 
 
-def quantize_rows(
-    weight: Tensor, bits: int, *, scale_init: str = "alternating", iterations: int = 10, balance: bool = True
-) -> tuple[Tensor, Tensor]:
+def quantize_rows(weight: Tensor, bits: int, rounding: Rounding = Rounding()) -> tuple[Tensor, Tensor]:
     """Scale and codes of each row, minimising ||scale * codes - weight||^2 row by row.
 
     Args:
         weight: floating [rows, columns], one row per output channel; worked on in fp32.
         bits: 1 to 8.
-        scale_init: "alternating" (codes given the scale, scale given the codes, `iterations` times) or "minmax"
-            (largest magnitude over largest code), which the paper compares with.
-        iterations: rounds of the alternation.
-        balance: 2**bits + 1 symmetric levels; `False` for the plain grid of 2**bits.
+        rounding: how scales are found, on which grid.
 
     Returns:
         codes int8 [rows, columns], scale fp32 [rows]. A row of zeros gets codes 0 and scale 1.
@@ -45,11 +39,11 @@ def quantize_rows(
     for start in range(0, rows, step):
         part = slice(start, start + step)
         tile = weight[part].float()
-        if scale_init == "minmax":
+        if rounding.scale_init == "minmax":
             scale[part] = _one_where_zero(tile.abs().amax(dim=1) / half_range(bits))
         else:
-            scale[part] = _alternating_scale(tile, bits, iterations, balance)
-        codes[part] = round_to_codes(tile, scale[part], bits, balance)
+            scale[part] = _alternating_scale(tile, bits, rounding.iterations, rounding.balance)
+        codes[part] = round_to_codes(tile, scale[part], bits, rounding.balance)
     check_finite(scale)
     return codes, scale
 

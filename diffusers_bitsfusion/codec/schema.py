@@ -1,11 +1,273 @@
-"""What a packed checkpoint says of itself."""
+"""What a packed checkpoint says of itself (docs/FORMAT.md), typed and checked: layers, time features, coding.
+
+The `quantization_config` of config.json is read into these classes by `from_json` and written from them by `to_json`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
+
+from .grid import check_bits
+
+# Version of the file's layout, raised when older readers could not read it.
+FORMAT_VERSION = 1
+
+COMPRESSIONS = ("zstd", None)
+TIME_FEATURES = ("keep", "table", "cache")
+
+# Most timesteps of a table: it bounds the memory that a file can ask for; third differences of more outgrow int16.
+MAX_TIMESTEPS = 3800
+
+# Largest rank of a low-rank branch, which bounds the memory that a file can ask for.
+MAX_BRANCH_RANK = 1 << 16
+
+
+@dataclass(frozen=True)
+class LayerSchema:
+    """One packed layer.
+
+    Attributes:
+        bits: 1 to 8.
+        shape: of the weight, (out, in) or (out, in / groups, height, width).
+        branch_rank: rank of the low-rank branch that fused LoRAs have left; 0 where there is none.
+    """
+
+    bits: int
+    shape: tuple[int, ...]
+    branch_rank: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Output channels."""
+        return self.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """Weights of an output channel."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def num_weights(self) -> int:
+        """Weights of the layer."""
+        return math.prod(self.shape)
+
+    @classmethod
+    def from_json(cls, name: str, content: Any) -> LayerSchema:
+        """Read the entry of the layer `name`.
+
+        Raises:
+            ValueError: the entry is none, or holds impossible values; the message names the layer.
+        """
+        if not isinstance(content, Mapping) or not {"bits", "shape"} <= set(content):
+            raise ValueError(f"layers[{name!r}] must have the keys bits, shape and maybe branch_rank, got {content!r}")
+        bits, shape, rank = content["bits"], content["shape"], content.get("branch_rank", 0)
+        check_bits(bits, f"bits of layer {name!r}")
+        if not isinstance(shape, (list, tuple)) or not shape or not all(is_count(size) and size for size in shape):
+            raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shape!r}")
+        if "branch_rank" in content and (not is_count(rank) or not 1 <= rank <= MAX_BRANCH_RANK):
+            raise ValueError(f"branch_rank of layer {name!r} must be from 1 to {MAX_BRANCH_RANK}, got {rank!r}")
+        return cls(bits, tuple(shape), rank)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        branch = {"branch_rank": self.branch_rank} if self.branch_rank else {}
+        return {"bits": self.bits, "shape": list(self.shape), **branch}
+
+
+@dataclass(frozen=True)
+class TimeFeaturesSchema:
+    """What stands where the time embedding of a model was.
+
+    Attributes:
+        kind: "keep": the time embedding itself; "table": features of all training timesteps; "cache": of some.
+        features: (block name, number of features) of each ResBlock, in order.
+        removed_weights: weights of the time embedding that was taken out.
+        removed_parameters: its parameters, biases included.
+        timesteps: of a cache.
+        num_timesteps: of a table.
+    """
+
+    kind: str = "keep"
+    features: tuple[tuple[str, int], ...] = ()
+    removed_weights: int = 0
+    removed_parameters: int = 0
+    timesteps: tuple[float, ...] = ()
+    num_timesteps: int = 0
+
+    @property
+    def num_features(self) -> int:
+        """Features of all blocks together."""
+        return sum(size for _, size in self.features)
+
+    @classmethod
+    def from_json(cls, content: Any) -> TimeFeaturesSchema:
+        """Read the `time_embedding` of a checkpoint.
+
+        Raises:
+            ValueError: a key is missing, or holds an impossible value; the message names it.
+        """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"time_embedding of a checkpoint must be an object, got {content!r}")
+        kind = check_time_features(content)
+        if kind == "keep":
+            return cls()
+        features = content.get("features")
+        if not isinstance(features, list) or not all(
+            isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and is_count(entry[1])
+            for entry in features
+        ):
+            raise ValueError(
+                'time_embedding["features"] must list a block name and a number of features for each block'
+            )
+        counts = ["removed_weights", "removed_parameters", *(["num_timesteps"] if kind == "table" else [])]
+        for key in counts:
+            if not is_count(content.get(key)):
+                raise ValueError(f'time_embedding["{key}"] must be a number from 0, got {content.get(key)!r}')
+        num_timesteps = content["num_timesteps"] if kind == "table" else 0
+        if num_timesteps > MAX_TIMESTEPS:
+            raise ValueError(f'time_embedding["num_timesteps"] must be at most {MAX_TIMESTEPS}')
+        return cls(
+            kind=kind,
+            features=tuple((name, size) for name, size in features),
+            removed_weights=content["removed_weights"],
+            removed_parameters=content["removed_parameters"],
+            timesteps=tuple(content["timesteps"]) if kind == "cache" else (),
+            num_timesteps=num_timesteps,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        if self.kind == "keep":
+            return {"type": "keep"}
+        steps = {"timesteps": list(self.timesteps)} if self.kind == "cache" else {"num_timesteps": self.num_timesteps}
+        return {
+            "type": self.kind,
+            "features": [list(entry) for entry in self.features],
+            "removed_weights": self.removed_weights,
+            "removed_parameters": self.removed_parameters,
+            **steps,
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointSchema:
+    """A packed checkpoint.
+
+    Attributes:
+        layers: the packed layers by module name.
+        time_features: what stands where the time embedding was.
+        balance: whether the grids are balanced (paper, section 3.1).
+        compression: "zstd", or None for plain packed bytes.
+        format_version: of the file's layout.
+    """
+
+    layers: Mapping[str, LayerSchema]
+    time_features: TimeFeaturesSchema = field(default_factory=TimeFeaturesSchema)
+    balance: bool = True
+    compression: str | None = "zstd"
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> CheckpointSchema:
+        """Read the `quantization_config` of a checkpoint; keys that belong to no schema are left to others.
+
+        Raises:
+            ValueError: the checkpoint is of a newer format version, or its config.json is damaged.
+        """
+        version = content.get("format_version")
+        if version is None:
+            raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
+        if not is_count(version):
+            raise ValueError(f"format_version must be an integer, got {version!r}")
+        if version > FORMAT_VERSION:
+            raise ValueError(
+                f"This checkpoint has BitsFusion format version {version}, newer than the version {FORMAT_VERSION} "
+                "that this diffusers_bitsfusion reads. Upgrade with `pip install -U diffusers_bitsfusion`."
+            )
+        layers = content.get("layers")
+        if not isinstance(layers, Mapping) or not layers:
+            raise ValueError("The checkpoint's quantization_config lists no layers: its config.json is damaged.")
+        return cls(
+            layers={name: LayerSchema.from_json(name, layer) for name, layer in layers.items()},
+            time_features=TimeFeaturesSchema.from_json(content.get("time_embedding")),
+            balance=check_balance(content.get("balance", True)),
+            compression=check_compression(content.get("compression", "zstd")),
+            format_version=version,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {
+            "format_version": self.format_version,
+            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
+            "time_embedding": self.time_features.to_json(),
+            "balance": self.balance,
+            "compression": self.compression,
+        }
+
+    def with_branch_ranks(self, ranks: Mapping[str, int]) -> CheckpointSchema:
+        """Return the same checkpoint with other ranks of the layers' branches, by layer name."""
+        layers = {name: replace(layer, branch_rank=ranks[name]) for name, layer in self.layers.items()}
+        return replace(self, layers=layers)
+
+
+def check_time_features(content: Mapping[str, Any]) -> str:
+    """Return the kind of a `time_embedding` object, as a user or a checkpoint writes it.
+
+    Raises:
+        ValueError: there is no such kind, or a cache has no distinct timesteps.
+    """
+    kind, timesteps = content.get("type"), content.get("timesteps")
+    if kind not in TIME_FEATURES:
+        raise ValueError(f'time_embedding["type"] must be "cache", "table" or "keep", got {kind!r}')
+    if kind == "cache" and not (
+        isinstance(timesteps, (list, tuple))
+        and timesteps
+        and all(_is_number(t) for t in timesteps)
+        and len(set(timesteps)) == len(timesteps)
+    ):
+        raise ValueError(
+            'time_embedding["timesteps"] must be a list of distinct numbers, for example '
+            f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {timesteps!r}"
+        )
+    return kind
+
+
+def check_balance(balance: Any) -> bool:
+    """Return `balance` if it is one.
+
+    Raises:
+        ValueError: it is neither True nor False.
+    """
+    if not isinstance(balance, bool):
+        raise ValueError(f"balance must be True or False, got {balance!r}")
+    return balance
+
+
+def check_compression(compression: Any) -> str | None:
+    """Return `compression` if there is such a one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if compression not in COMPRESSIONS:
+        raise ValueError(f"compression must be one of {COMPRESSIONS} in this version, got {compression!r}")
+    return compression
 
 
 def branch_shapes(weight_shape: Sequence[int], rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of a branch's two halves, (down, up), for a weight of `weight_shape`."""
+    """Return the shapes of a branch's two halves, (down, up), for a weight of `weight_shape`."""
     outputs, *inputs = weight_shape
     return (rank, *inputs), (outputs, rank, *(1 for _ in inputs[1:]))
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Return whether a value is an integer from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

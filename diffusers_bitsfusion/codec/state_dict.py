@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +13,28 @@ from ..utils.adapters import split_adapters
 from .entropy import compress, decompress
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
-from .schema import branch_shapes
+from .schema import CheckpointSchema, LayerSchema, branch_shapes
 from .time_table import decode_table, encode_table
 
 
-def encode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
     """Tensors of a quantized model to tensors of the file.
 
     Args:
         state_dict: tensors by name; packed layers have `codes` in the dense form. PEFT's adapters are left out.
-        config: content of a resolved `BitsFusionConfig`.
+        schema: what the checkpoint holds.
     """
     encoded, _ = split_adapters(state_dict)
-    for name, layer in config["layers"].items():
+    for name, layer in schema.layers.items():
         key = f"{name}.codes"
-        packed = bytes_from_dense(encoded[key].cpu(), layer["bits"], _columns(layer))
-        encoded[key] = compress(packed) if config["compression"] == "zstd" else packed
-    if config["time_embedding"]["type"] == "table":
+        packed = bytes_from_dense(encoded[key].cpu(), layer.bits, layer.columns)
+        encoded[key] = compress(packed) if schema.compression == "zstd" else packed
+    if schema.time_features.kind == "table":
         encoded["time_proj.codes"] = encode_table(encoded["time_proj.codes"].cpu())
     return encoded
 
 
-def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
     """Inverse of `encode_state_dict`, for all of a file or one shard of it.
 
     Raises:
@@ -45,39 +44,34 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], config: Mapping[str, Any
 
     def decode_codes(name: str) -> tuple[str, Tensor]:
         key = f"{name}.codes"
-        return key, _decode_codes(key, state_dict[key], config["layers"][name], config["compression"])
+        return key, _decode_codes(key, state_dict[key], schema.layers[name], schema.compression)
 
     # Decompressing and the compiled loops release the interpreter's lock.
     threads = torch.get_num_threads() if native_library() else 1
     with ThreadPoolExecutor(threads) as pool:
-        decoded.update(pool.map(decode_codes, [name for name in config["layers"] if f"{name}.codes" in state_dict]))
-    for name, layer in config["layers"].items():
-        _check(decoded, f"{name}.scale", torch.int32, (layer["shape"][0],))
+        decoded.update(pool.map(decode_codes, [name for name in schema.layers if f"{name}.codes" in state_dict]))
+    for name, layer in schema.layers.items():
+        _check(decoded, f"{name}.scale", torch.int32, (layer.rows,))
         _check_branch(decoded, name, layer)
-    time = config["time_embedding"]
-    if time["type"] == "keep":
+    time = schema.time_features
+    if time.kind == "keep":
         return decoded
-    features = sum(size for _, size in time["features"])
-    if time["type"] == "cache":
-        _check(decoded, "time_proj.values", torch.int16, (len(time["timesteps"]), features))
-        _check(decoded, "time_proj.timesteps", torch.int32, (len(time["timesteps"]),))
+    if time.kind == "cache":
+        _check(decoded, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
+        _check(decoded, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
         return decoded
-    _check(decoded, "time_proj.scale", torch.int32, (features,))
+    _check(decoded, "time_proj.scale", torch.int32, (time.num_features,))
     if "time_proj.codes" in decoded:
         frame = _frame("time_proj.codes", decoded["time_proj.codes"])
         try:
-            decoded["time_proj.codes"] = decode_table(frame, time["num_timesteps"] + 2, features)
+            decoded["time_proj.codes"] = decode_table(frame, time.num_timesteps + 2, time.num_features)
         except ValueError as error:
             raise ValueError(f"time_proj.codes {error}.") from error
     return decoded
 
 
-def _columns(layer: Mapping[str, Any]) -> int:
-    return torch.Size(layer["shape"][1:]).numel()
-
-
-def _decode_codes(key: str, tensor: Tensor, layer: Mapping[str, Any], compression: str | None) -> Tensor:
-    rows, columns, bits = layer["shape"][0], _columns(layer), layer["bits"]
+def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str | None) -> Tensor:
+    rows, columns, bits = layer.rows, layer.columns, layer.bits
     # To the CPU, since transformers reads onto the model's device.
     packed = _packed_bytes(key, tensor.cpu(), (rows, byte_width(columns, bits)), compression)
     if packed.numel() and packed.numpy().max() > largest_byte(bits):  # on this thread alone, unlike torch's
@@ -111,12 +105,11 @@ def _check(state_dict: Mapping[str, Tensor], key: str, dtype: torch.dtype, shape
         )
 
 
-def _check_branch(state_dict: Mapping[str, Tensor], name: str, layer: Mapping[str, Any]) -> None:
-    rank = layer.get("branch_rank", 0)
-    for part, shape in zip(("branch_down", "branch_up"), branch_shapes(layer["shape"], rank), strict=True):
+def _check_branch(state_dict: Mapping[str, Tensor], name: str, layer: LayerSchema) -> None:
+    for part, shape in zip(("branch_down", "branch_up"), branch_shapes(layer.shape, layer.branch_rank), strict=True):
         tensor = state_dict.get(f"{name}.{part}")
         if tensor is not None and (not tensor.is_floating_point() or tuple(tensor.shape) != shape):
             raise ValueError(
-                f"{name}.{part} must be floating of shape {shape}, for branch_rank {rank} in config.json; the "
-                f"checkpoint has {tensor.dtype} of {tuple(tensor.shape)}."
+                f"{name}.{part} must be floating of shape {shape}, for branch_rank {layer.branch_rank} in "
+                f"config.json; the checkpoint has {tensor.dtype} of {tuple(tensor.shape)}."
             )

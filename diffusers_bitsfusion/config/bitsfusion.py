@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from typing import Any, TypeGuard
+from typing import Any
 
 from diffusers import PipelineQuantizationConfig
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import logging
 from transformers.utils.quantization_config import QuantizationConfigMixin as TransformersConfigMixin
 
 from ..codec.grid import check_bits
-from ..codec.scales import SCALE_INITS
+from ..codec.rounding import Rounding
+from ..codec.schema import TIME_FEATURES, CheckpointSchema, check_compression, check_time_features
 from ..ops.dispatch import check_settings
 from ..utils.errors import UnfinishedSaveError, shown
 from .calibration import Calibration
 from .recipe import Recipe
 
-# Version of the file's layout (docs/FORMAT.md), raised when older readers could not read it.
-FORMAT_VERSION = 1
+logger = logging.get_logger(__name__)
 
-TIME_EMBEDDINGS = ("auto", "table", "cache", "keep")
-_CHOICES = {
-    "compression": ("zstd", None),
-}
-
+TIME_EMBEDDINGS = ("auto", *TIME_FEATURES)
 DEFAULT_COMPONENTS = ("unet", "transformer")
-
-# Bounds the memory that a checkpoint's own word can ask for; third differences of more would outgrow int16 besides.
-_MAX_TIMESTEPS = 3800
-_MAX_BRANCH_RANK = 1 << 16
 
 
 # In the config of a save under way: the folder that is saved into.
@@ -117,37 +111,49 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         self.resident = resident
         # A checkpoint says what was run, which is less than what is needed to run it again.
         self.calibration = Calibration.of(calibration) if format_version is None else calibration
-        self.compression = compression
+        self.compression = check_compression(compression)
         self.components = _as_names(components, "components")
-        self.format_version = format_version
-        self.layers = layers
         self._check()
+        self._schema: CheckpointSchema | None = None
+        if format_version is not None:
+            described = {
+                "format_version": format_version,
+                "layers": layers,
+                "time_embedding": self.time_embedding,
+                "balance": balance,
+                "compression": compression,
+            }
+            self._schema = CheckpointSchema.from_json(described)
 
     def _check(self) -> None:
         if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
             raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
         if not (math.isfinite(self.target_bits) and self.target_bits > 0):
             raise ValueError(f"target_bits must be positive, got {self.target_bits}")
-        if self.scale_init not in SCALE_INITS:
-            raise ValueError(f"scale_init must be one of {SCALE_INITS}, got {self.scale_init!r}")
-        if not _is_count(self.scale_iterations):
-            raise ValueError(f"scale_iterations must be an integer from 0, got {self.scale_iterations!r}")
-        if not isinstance(self.balance, bool):
-            raise ValueError(f"balance must be True or False, got {self.balance!r}")
+        Rounding(self.scale_init, self.scale_iterations, self.balance)  # it checks them
         check_settings(self.compute, self.resident)
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices} in this version, got {getattr(self, name)!r}")
-        if not isinstance(self.time_embedding, dict) and self.time_embedding not in TIME_EMBEDDINGS:
-            raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
         if isinstance(self.time_embedding, dict):
-            _check_time_embedding(self.time_embedding)
-        if self.format_version is None:
-            return
-        if not _is_count(self.format_version):
-            raise ValueError(f"format_version must be an integer, got {self.format_version!r}")
-        _check_layers(self.layers)
-        _check_resolved_time_embedding(self.time_embedding)
+            check_time_features(self.time_embedding)
+        elif self.time_embedding not in TIME_EMBEDDINGS:
+            raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
+
+    @property
+    def rounding(self) -> Rounding:
+        """How weights are rounded to their grid."""
+        return Rounding(self.scale_init, self.scale_iterations, self.balance)
+
+    def resolved(self, schema: CheckpointSchema, calibration: Mapping[str, Any] | None = None) -> BitsFusionConfig:
+        """Return the config of the checkpoint that quantizing by this one gives.
+
+        Args:
+            schema: what the checkpoint holds.
+            calibration: what was run, see `Calibration.summary`.
+        """
+        config = copy.deepcopy(self)
+        config.calibration = calibration
+        config.time_embedding = schema.time_features.to_json()
+        config.schema = schema
+        return config
 
     @property
     def components_to_quantize(self) -> list[str] | None:
@@ -157,7 +163,32 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
     @property
     def is_resolved(self) -> bool:
         """Whether this describes a quantized checkpoint rather than a wish."""
-        return self.format_version is not None
+        return self._schema is not None
+
+    @property
+    def schema(self) -> CheckpointSchema:
+        """What the checkpoint holds.
+
+        Raises:
+            ValueError: this is a wish, where a checkpoint's own config was expected.
+        """
+        if self._schema is None:
+            raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
+        return self._schema
+
+    @schema.setter
+    def schema(self, schema: CheckpointSchema) -> None:
+        self._schema = schema
+
+    @property
+    def format_version(self) -> int | None:
+        """Version of the checkpoint's layout; None of a wish."""
+        return None if self._schema is None else self._schema.format_version
+
+    @property
+    def layers(self) -> dict[str, dict[str, Any]] | None:
+        """Bits, weight shape and branch rank of every packed layer, as config.json has them; None of a wish."""
+        return None if self._schema is None else self._schema.to_json()["layers"]
 
     def _resolve_quant_config(self, is_diffusers: bool = True, module_name: str | None = None) -> Any:
         """This config for the pipeline components it names, None for others (called by diffusers' loader)."""
@@ -171,30 +202,27 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             ValueError: an unknown key, or a checkpoint of a newer format version.
             UnfinishedSaveError: the save of the checkpoint was killed before its end.
         """
-        known = dict(config_dict)
-        known.pop("quant_method", None)
-        if (folder := known.get(_UNFINISHED)) is not None:
+        if (folder := config_dict.get(_UNFINISHED)) is not None:
             raise UnfinishedSaveError(
                 f"A save into {shown(folder)[1:-1]} was cut off. Finish it by `bitsfusion inspect {shown(folder)} "
                 "--repair`, or save again."
             )
-        version = known.get("format_version")
-        if _is_count(version) and version > FORMAT_VERSION:
-            raise ValueError(
-                f"This checkpoint has BitsFusion format version {version}, newer than the version {FORMAT_VERSION} "
-                "that this diffusers_bitsfusion reads. Upgrade with `pip install -U diffusers_bitsfusion`."
-            )
-        unknown = sorted(set(known) - set(cls().__dict__))
-        if unknown:
+        known = {key: value for key, value in config_dict.items() if key != "quant_method"}
+        arguments = inspect.signature(cls).parameters
+        unknown = sorted(set(known) - set(arguments))
+        if unknown and known.get("format_version") is None:
             raise ValueError(
                 f"Unknown keys in the BitsFusion quantization config: {', '.join(unknown)}. Known are: "
-                f"{', '.join(cls().__dict__)}."
+                f"{', '.join(arguments)}."
             )
+        if unknown:  # docs/FORMAT.md allows them to later writers of the same version
+            logger.warning("Ignoring unknown keys of the checkpoint's quantization_config: %s.", ", ".join(unknown))
+            known = {key: value for key, value in known.items() if key in arguments}
         return super().from_dict(known, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe content; `from_dict` reads it."""
-        content = copy.deepcopy(self.__dict__)
+        content = {name: copy.deepcopy(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
         if isinstance(self.recipe, Recipe):
             content["recipe"] = dict(self.recipe)
         if self.is_resolved:  # how one machine computes, and where it keeps its files, is not for the others that load
@@ -208,7 +236,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
     def to_diff_dict(self) -> dict[str, Any]:
         """What differs from the defaults."""
         default = type(self)().to_dict()
-        return {key: value for key, value in self.to_dict().items() if key not in default or value != default[key]}
+        return {key: value for key, value in self.to_dict().items() if value != default.get(key, object())}
 
     def __repr__(self) -> str:
         return QuantizationConfigMixin.__repr__(self)
@@ -218,14 +246,6 @@ def unfinished_config(config: Mapping[str, Any]) -> str | None:
     """The folder that was being saved into, where a model's config says that the save has not ended."""
     quantization = config.get("quantization_config")
     return quantization.get(_UNFINISHED) if isinstance(quantization, dict) else None
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _as_recipe(recipe: Any) -> Recipe | str | int:
@@ -245,56 +265,3 @@ def _as_names(names: Any, argument: str) -> list[str]:
     if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{argument} must be a list of names, got {names!r}")
     return list(names)
-
-
-def _check_time_embedding(time_embedding: Mapping[str, Any]) -> None:
-    kind, timesteps = time_embedding.get("type"), time_embedding.get("timesteps")
-    if kind not in ("cache", "table", "keep"):
-        raise ValueError(f'time_embedding["type"] must be "cache", "table" or "keep", got {kind!r}')
-    if kind == "cache" and not (
-        isinstance(timesteps, (list, tuple))
-        and timesteps
-        and all(_is_number(t) for t in timesteps)
-        and len(set(timesteps)) == len(timesteps)
-    ):
-        raise ValueError(
-            'time_embedding["timesteps"] must be a list of distinct numbers, for example '
-            f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {timesteps!r}"
-        )
-
-
-def _check_layers(layers: Any) -> None:
-    """Refuse what a damaged or hostile config.json may hold in place of the packed layers."""
-    if not isinstance(layers, Mapping) or not layers:
-        raise ValueError("The checkpoint's quantization_config lists no layers: its config.json is damaged.")
-    for name, layer in layers.items():
-        if not isinstance(layer, Mapping) or set(layer) - {"branch_rank"} != {"bits", "shape"}:
-            raise ValueError(f"layers[{name!r}] must have the keys bits, shape and maybe branch_rank, got {layer!r}")
-        check_bits(layer["bits"], f"bits of layer {name!r}")
-        shape = layer["shape"]
-        if not isinstance(shape, (list, tuple)) or not shape or not all(_is_count(size) and size for size in shape):
-            raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shape!r}")
-        rank = layer.get("branch_rank", 1)
-        if not _is_count(rank) or not 1 <= rank <= _MAX_BRANCH_RANK:
-            raise ValueError(f"branch_rank of layer {name!r} must be from 1 to {_MAX_BRANCH_RANK}, got {rank!r}")
-
-
-def _check_resolved_time_embedding(time_embedding: Any) -> None:
-    if not isinstance(time_embedding, dict):
-        raise ValueError(f"time_embedding of a checkpoint must be an object, got {time_embedding!r}")
-    if time_embedding["type"] == "keep":
-        return
-    features = time_embedding.get("features")
-    if not isinstance(features, list) or not all(
-        isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and _is_count(entry[1])
-        for entry in features
-    ):
-        raise ValueError('time_embedding["features"] must list a block name and a number of features for each block')
-    counts = ["removed_weights", "removed_parameters"]
-    if time_embedding["type"] == "table":
-        counts.append("num_timesteps")
-    for key in counts:
-        if not _is_count(time_embedding.get(key)):
-            raise ValueError(f'time_embedding["{key}"] must be a number from 0, got {time_embedding.get(key)!r}')
-    if time_embedding.get("num_timesteps", 0) > _MAX_TIMESTEPS:
-        raise ValueError(f'time_embedding["num_timesteps"] must be at most {_MAX_TIMESTEPS}')

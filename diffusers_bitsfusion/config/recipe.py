@@ -18,7 +18,7 @@ from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, AverageBit
 from ..codec.grid import check_bits
 from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures
-from ..nn.time_path import TimePath, why_not_cacheable
+from ..nn.time_path import TimePath
 from ..utils.errors import DamagedFileError, shown
 from ..utils.files import write_atomically
 from ..utils.hub import explaining_refusals
@@ -92,11 +92,9 @@ class Recipe(Mapping[str, int]):
             raise ValueError(f"The recipe names layers that the model lacks: {', '.join(missing[:5])}.")
         removed = features = 0
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
-            time_embedding = model.hf_quantizer.quantization_config.time_embedding
-            removed = time_embedding["removed_weights"]
-            features = sum(size for _, size in time_embedding["features"])
-        elif why_not_cacheable(model) is None:
-            path = TimePath.of(model)
+            time_features = model.hf_quantizer.quantization_config.schema.time_features
+            removed, features = time_features.removed_weights, time_features.num_features
+        elif (path := TimePath.find(model)) is not None:
             removed, features = sum(weights.pop(name) for name in path.layers), sum(size for _, size in path.sizes)
         bits = {name: 8 for name in weights if name in IN_OUT_LAYERS} | dict(self)
         return average_bits(

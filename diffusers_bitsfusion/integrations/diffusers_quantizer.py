@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from accelerate.utils import CustomDtype
 from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import set_attention
-from ..nn.compute import set_compute
 from ..nn.conversion import float_twin, replace_module
 from ..nn.feed_forward import set_geglu
 from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures
-from ..nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
+from ..nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..utils.hooks import refuse_dispatched
-from .saving import as_plain_model, as_quantized_model
-
-logger = logging.get_logger(__name__)
+from .finish import finish, warn_untrained
+from .saving import as_plain_model
 
 
 class BitsFusionQuantizer(DiffusersQuantizer):
@@ -106,23 +102,19 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: the checkpoint's config does not fit the model.
         """
-        install_packed_layers(model, self.quantization_config, lambda name: self._dtype)
-        self._prepare_time_features(model)
-
-    def _prepare_time_features(self, model: ModelMixin) -> None:
-        time = self.quantization_config.time_embedding
-        assert isinstance(time, dict)
-        if time["type"] == "keep":
+        schema = self.quantization_config.schema
+        install_packed_layers(model, schema, lambda name: self._dtype)
+        time = schema.time_features
+        if time.kind == "keep":
             return
-        obstacle = why_not_cacheable(model)
-        sizes = None if obstacle else TimePath.of(model).sizes
-        if sizes != [tuple(size) for size in time["features"]]:
+        path = TimePath.find(model)
+        if path is None or tuple(path.sizes) != time.features:
             raise ValueError(
                 f"The checkpoint's time features do not fit {type(model).__name__}: "
-                f"{obstacle or 'its blocks have other sizes'}."
+                f"{why_not_cacheable(model) or 'its blocks have other sizes'}."
             )
         with torch.device("meta"):
-            install(model, lookup_from_config(time), sizes)
+            install(model, empty_lookup(time), path.sizes)
 
     # While loading.
 
@@ -134,7 +126,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._leave_alone or not self.pre_quantized or not self.quantization_config.is_resolved:
             return state_dict
-        return decode_state_dict(state_dict, self.quantization_config.to_dict())
+        return decode_state_dict(state_dict, self.quantization_config.schema)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         if missing_keys and not self._leave_alone:
@@ -173,26 +165,13 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         missing = [name for name, module in _modules_with_missing_weights(model)]
         if missing:
             raise_missing(model, missing)
-        self.finish(model)
-        return model
-
-    def adopt(self, packer: ModelPacker) -> None:
-        """Take over a packer that has taken every weight, for `finish`."""
-        self._packer = packer
-
-    def finish(self, model: ModelMixin) -> None:
-        """Set on a packed model whatever loading sets, so that one quantized in memory behaves alike."""
+        config = self.quantization_config
         if self._packer is not None:
-            self.quantization_config = self._packer.finish()
+            config = self._packer.finish()
             self._packer = None
-            _warn_untrained()
-        _own_memory(model, decoded=self.quantization_config.compression is not None)
-        set_compute(model, self.quantization_config.compute, self.quantization_config.resident)
-        self.pre_quantized = True
-        model.is_quantized = True
-        model.quantization_method = self.quantization_config.quant_method
-        model.register_to_config(quantization_config=self.quantization_config)
-        as_quantized_model(model)
+            warn_untrained()
+        finish(model, self, config)
+        return model
 
     # Saving and undoing.
 
@@ -201,7 +180,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self._leave_alone:
             return state_dict, {}
-        return encode_state_dict(state_dict, self.quantization_config.to_dict()), {}
+        return encode_state_dict(state_dict, self.quantization_config.schema), {}
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
         refuse_dispatched(model, "dequantize")
@@ -238,18 +217,3 @@ def _modules_with_missing_weights(model: ModelMixin) -> list[tuple[str, nn.Modul
 def _is_offloaded(module: nn.Module) -> bool:
     hook = getattr(module, "_hf_hook", None)
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
-
-
-def _own_memory(model: ModelMixin, decoded: bool) -> None:
-    """Copy what was not packed or decoded here: a single view would keep the whole file mapped into memory."""
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta and not (decoded and name.endswith(".codes")):
-            parameter.data = parameter.data.clone()
-
-
-@functools.cache
-def _warn_untrained() -> None:
-    logger.warning(
-        "Layers were rounded after training. At about 2 bits a Stable Diffusion model then draws noise until it is "
-        "trained in this precision (quantization-aware training); see the README of diffusers_bitsfusion."
-    )

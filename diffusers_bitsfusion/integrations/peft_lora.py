@@ -202,10 +202,7 @@ def prepare_saving(model: Any) -> None:
             here = set(module._all_available_adapter_names())
             unfused |= here.intersection(module.active_adapters).difference(module.merged_adapters)
     config = model.hf_quantizer.quantization_config
-    config.layers = {
-        name: {"bits": layer["bits"], "shape": layer["shape"]} | ({"branch_rank": ranks[name]} if ranks[name] else {})
-        for name, layer in config.layers.items()
-    }
+    config.schema = config.schema.with_branch_ranks(ranks)
     if unfused:
         logger.warning(
             f"The model is saved without its adapters {', '.join(sorted(unfused))}: save them by "

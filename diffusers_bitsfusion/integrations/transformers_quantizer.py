@@ -17,6 +17,7 @@ from ..nn.packed import PackedWeight
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..packing.plan import matches
 from ..utils.hooks import refuse_dispatched, refuse_offloaded_to_disk
+from .finish import finish
 from .peft_lora import prepare_saving
 
 
@@ -55,7 +56,9 @@ class BitsFusionTextQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self.pre_quantized:
             return
-        install_packed_layers(model, self.quantization_config, lambda name: _weight_dtype(model, name, self._dtype))
+        install_packed_layers(
+            model, self.quantization_config.schema, lambda name: _weight_dtype(model, name, self._dtype)
+        )
         # transformers initialises what a file lacks, and for that reads weights, before the codes have been decoded.
         for module in model.modules():
             if any(isinstance(part, PackedWeight) for part in module.modules()):
@@ -79,9 +82,8 @@ class BitsFusionTextQuantizer(HfQuantizer):
             self.pack(model)
 
     def _decode(self, model: PreTrainedModel) -> None:
-        config = self.quantization_config
-        assert config.layers is not None
-        packed = {name: model.get_submodule(name) for name in config.layers}
+        schema = self.quantization_config.schema
+        packed = {name: model.get_submodule(name) for name in schema.layers}
         found = {
             f"{name}.{kind}": tensor
             for name, layer in packed.items()
@@ -91,7 +93,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         missing = [name for name, tensor in found.items() if not getattr(tensor, "_is_hf_initialized", False)]
         if missing:
             raise_missing(model, missing)
-        decoded = decode_state_dict(found, config.to_dict())
+        decoded = decode_state_dict(found, schema)
         for name, layer in packed.items():
             layer.codes = nn.Parameter(decoded[f"{name}.codes"].to(layer.codes.device), requires_grad=False)
         for module in model.modules():  # what no file holds, and was not initialised before: see above
@@ -116,19 +118,14 @@ class BitsFusionTextQuantizer(HfQuantizer):
                 packer.take(name, parameter, parameter.device)
         for name in packer.plan.bits:
             model.get_submodule(name).weight_dtype = _weight_dtype(model, name, model.dtype)
-        self.quantization_config = packer.finish()
-        self.pre_quantized = True
-        model.hf_quantizer = self
-        model.is_quantized = True
-        model.quantization_method = self.quantization_config.quant_method
-        model.config.quantization_config = self.quantization_config
+        finish(model, self, packer.finish())
 
     # Saving and undoing.
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         refuse_offloaded_to_disk(model)
         prepare_saving(model)
-        return encode_state_dict(model.state_dict(), self.quantization_config.to_dict()), {}
+        return encode_state_dict(model.state_dict(), self.quantization_config.schema), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_dispatched(model, "dequantize")

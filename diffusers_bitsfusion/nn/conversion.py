@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec.quantize_dense import quantize_to_dense
+from ..codec.rounding import Rounding
 from .conv import BitsFusionConv2d
 from .linear import BitsFusionLinear
 from .packed import PackedWeight
@@ -24,22 +25,15 @@ def packed_twin(layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, bra
     return kind.from_float(layer, bits, dtype, branch_rank)
 
 
-def pack_weight(
-    packed: PackedWeight, weight: Tensor, *, scale_init: str, scale_iterations: int, balance: bool
-) -> PackedWeight:
+def pack_weight(packed: PackedWeight, weight: Tensor, rounding: Rounding) -> PackedWeight:
     """Quantize `weight` (any floating dtype and device) into `packed`.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.
     """
     assert packed.bits is not None
-    dense, scale = quantize_to_dense(
-        weight.detach().reshape(packed.weight_shape[0], packed.columns),
-        packed.bits,
-        scale_init=scale_init,
-        iterations=scale_iterations,
-        balance=balance,
-    )
+    rows = weight.detach().reshape(packed.weight_shape[0], packed.columns)
+    dense, scale = quantize_to_dense(rows, packed.bits, rounding)
     packed.set_codes(dense, scale)
     return packed
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..codec.grid import code_range, half_range
 from ..codec.quantize_dense import quantize_to_dense
+from ..codec.rounding import Rounding
 from ..codec.scales import round_to_codes
 from .packed import autocast
 
@@ -49,10 +50,7 @@ class TrainableWeight(nn.Module):
         cls: type[LayerT],
         layer: nn.Linear | nn.Conv2d,
         bits: int,
-        *,
-        scale_init: str = "alternating",
-        scale_iterations: int = 10,
-        balance: bool = True,
+        rounding: Rounding = Rounding(),
     ) -> LayerT:
         """Trainable twin of a Linear or Conv2d, with the scales that quantizing it gives; shares no memory with it.
 
@@ -62,11 +60,9 @@ class TrainableWeight(nn.Module):
         twin = cls.__new__(cls)
         nn.Module.__init__(twin)
         twin.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in twin.__dict__})
-        twin.bits, twin.balance = bits, balance
+        twin.bits, twin.balance = bits, rounding.balance
         weight = layer.weight.detach()
-        _, scale = quantize_to_dense(
-            weight.flatten(1), bits, scale_init=scale_init, iterations=scale_iterations, balance=balance
-        )
+        _, scale = quantize_to_dense(weight.flatten(1), bits, rounding)
         twin.weight = nn.Parameter(weight.to(torch.float32, copy=True))
         twin.scale = nn.Parameter(scale)
         bias = (
@@ -230,11 +226,11 @@ class QATConv2d(TrainableWeight, nn.Conv2d):
         return _RoundedConv2d.apply(x, self.weight, self.scale, bias, self, cast("tuple[int, ...]", padding))
 
 
-def trainable_twin(layer: nn.Linear | nn.Conv2d, bits: int, **scales: Any) -> QATLinear | QATConv2d:
-    """Trainable layer for an `nn.Linear` or `nn.Conv2d`; `scales` as for `TrainableWeight.from_float`.
+def trainable_twin(layer: nn.Linear | nn.Conv2d, bits: int, rounding: Rounding = Rounding()) -> QATLinear | QATConv2d:
+    """Trainable layer for an `nn.Linear` or `nn.Conv2d`; arguments as for `TrainableWeight.from_float`.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.
     """
     kind: Any = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
-    return kind.from_float(layer, bits, **scales)
+    return kind.from_float(layer, bits, rounding)

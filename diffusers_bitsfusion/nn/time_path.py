@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from ..codec.schema import TimeFeaturesSchema
 from .time_features import TimeFeatureCache, TimeFeaturePassThrough, TimeFeatures, TimeFeatureSlice, TimeFeatureTable
 
 # Width of the MLP that `restore` fits to a table: enough to pass through 1000 timesteps.
@@ -59,8 +60,10 @@ class TimePath:
     blocks: dict[str, ResnetBlock2D]
 
     @classmethod
-    def of(cls, model: ModelMixin) -> TimePath:
-        """The time path of a model for which `why_not_cacheable` gives None."""
+    def find(cls, model: ModelMixin) -> TimePath | None:
+        """Return the time path of a model, or None where `why_not_cacheable` gives a reason."""
+        if why_not_cacheable(model) is not None:
+            return None
         return cls(model, {name: m for name, m in model.named_modules() if isinstance(m, ResnetBlock2D)})
 
     @property
@@ -108,7 +111,7 @@ class TimePath:
             yield linear(f"{name}.time_emb_proj", hidden).to(device)
 
 
-def install(model: ModelMixin, lookup: TimeFeatures, sizes: list[tuple[str, int]]) -> None:
+def install(model: ModelMixin, lookup: TimeFeatures, sizes: Iterable[tuple[str, int]]) -> None:
     """Replace the time path of `model` by `lookup`, whose features belong to the blocks of `sizes` in order."""
     model.time_proj = lookup
     model.time_embedding = TimeFeaturePassThrough()
@@ -170,9 +173,8 @@ def restore(model: ModelMixin, dtype: torch.dtype) -> None:
             block.time_emb_proj, block.skip_time_act = projection, False
 
 
-def lookup_from_config(time_embedding: dict) -> TimeFeatures:
-    """The look-up that a resolved `BitsFusionConfig.time_embedding` describes, without its features."""
-    features = sum(size for _, size in time_embedding["features"])
-    if time_embedding["type"] == "cache":
-        return TimeFeatureCache(time_embedding["timesteps"], features)
-    return TimeFeatureTable(time_embedding["num_timesteps"], features)
+def empty_lookup(schema: TimeFeaturesSchema) -> TimeFeatureCache | TimeFeatureTable:
+    """Return the look-up that a checkpoint describes, which must have one, without its features."""
+    if schema.kind == "cache":
+        return TimeFeatureCache(list(schema.timesteps), schema.num_features)
+    return TimeFeatureTable(schema.num_timesteps, schema.num_features)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -14,11 +13,12 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..calibration.layers import CalibratedLayer
+from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
 from ..codec.time_table import quantize_table
-from ..config.bitsfusion import FORMAT_VERSION, BitsFusionConfig
+from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import pack_weight, packed_twin, replace_module
-from ..nn.time_features import TimeFeatureCache, TimeFeatureTable
-from ..nn.time_path import TimePath, install, lookup_from_config
+from ..nn.time_features import TimeFeatureCache
+from ..nn.time_path import empty_lookup, install
 from .plan import Plan, make_plan
 
 
@@ -47,14 +47,10 @@ class ModelPacker:
         self.model = model
         self.dtype = dtype
         self.plan = make_plan(model, config, exclude)
-        self.config = copy.deepcopy(config)
-        self.config.format_version = FORMAT_VERSION
-        self.config.layers = {
-            name: {"bits": bits, "shape": list(model.get_submodule(name).weight.shape)}
-            for name, bits in self.plan.bits.items()
-        }
-        self.config.time_embedding = {"type": self.plan.time_embedding}
-        time_layers = {} if self.plan.time_embedding == "keep" else TimePath.of(model).layers
+        self.schema = self.plan.schema(model, config)
+        self._config = config
+        path = self.plan.replaced_path
+        time_layers = {} if path is None else path.layers
         self._time_parameters = {
             f"{name}.{kind}" for name, layer in time_layers.items() for kind, _ in layer.named_parameters()
         }
@@ -85,18 +81,12 @@ class ModelPacker:
             set_module_tensor_to_device(self.model, parameter, device, value=value)
             self._time_parameters.discard(parameter)
             if not self._time_parameters:
-                self.config.time_embedding = install_time_features(self.model, self.plan)
+                install_time_features(self.model, self.plan, self.schema.time_features)
             return
         name = parameter.removesuffix(".weight")
         packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
         try:
-            pack_weight(
-                packed,
-                value.to(device),
-                scale_init=self.config.scale_init,
-                scale_iterations=self.config.scale_iterations,
-                balance=self.config.balance,
-            )
+            pack_weight(packed, value.to(device), self._config.rounding)
         except ValueError as error:
             raise ValueError(f"Cannot quantize {parameter}: {error}.") from error
         replace_module(self.model, name, packed)
@@ -111,8 +101,11 @@ class ModelPacker:
         replace_module(self.model, name, packed)
         self._bar.update()
 
-    def finish(self) -> BitsFusionConfig:
-        """Close the progress bar; the config that describes the packed model.
+    def finish(self, calibration: Mapping[str, Any] | None = None) -> BitsFusionConfig:
+        """Close the progress bar, and return the config that describes the packed model.
+
+        Args:
+            calibration: what was run, see `Calibration.summary`.
 
         Raises:
             ValueError: a parameter that was not quantized holds NaN or infinite values.
@@ -121,69 +114,57 @@ class ModelPacker:
             if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
                 raise ValueError(f"Cannot quantize: {name} holds NaN or infinite values.")
         self._bar.close()
-        return self.config
+        return self._config.resolved(self.schema, calibration)
 
 
-def install_time_features(model: ModelMixin, plan: Plan) -> dict[str, Any]:
-    """Replace the time path of `model`, whose weights are complete, by the look-up that `plan` asks for.
+def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSchema) -> None:
+    """Replace the time path of `model`, whose weights are complete, by the look-up that `plan` asks for, if any.
 
-    Returns:
-        What a resolved `BitsFusionConfig.time_embedding` says of it.
+    Args:
+        model: that the plan was made for.
+        plan: what becomes of its time embedding.
+        schema: what the checkpoint will say of it.
     """
-    if plan.time_embedding == "keep":
-        return {"type": "keep"}
-    path = TimePath.of(model)
-    described: dict[str, Any] = {
-        "type": plan.time_embedding,
-        "features": [list(size) for size in path.sizes],
-        "removed_weights": path.num_weights,
-        "removed_parameters": path.num_parameters,
-    }
-    if plan.time_embedding == "cache":
-        described["timesteps"] = plan.timesteps
-    else:
-        described["num_timesteps"] = plan.num_timesteps
-    lookup = lookup_from_config(described)
+    path = plan.replaced_path
+    if path is None:
+        return
+    lookup = empty_lookup(schema)
     if isinstance(lookup, TimeFeatureCache):
-        timesteps = torch.tensor(plan.timesteps, dtype=torch.float32)
+        timesteps = torch.tensor(schema.timesteps, dtype=torch.float32)
         lookup.set_features(torch.cat(list(path.compute(timesteps)), dim=1))
-    elif isinstance(lookup, TimeFeatureTable):
+    else:
         start = 0
         for features in path.compute(lookup.rows):
             lookup.set_codes(*quantize_table(features), start=start)
             start += features.shape[1]
     lookup.to(path.layers["time_embedding.linear_1"].weight.device)
     install(model, lookup, path.sizes)
-    return described
 
 
 def install_packed_layers(
-    model: nn.Module, config: BitsFusionConfig, weight_dtype: Callable[[str], torch.dtype]
+    model: nn.Module, schema: CheckpointSchema, weight_dtype: Callable[[str], torch.dtype]
 ) -> None:
-    """Give a model on the meta device the packed layers that a checkpoint's config describes, still empty.
+    """Give a model on the meta device the packed layers that a checkpoint describes, still empty.
 
     Args:
         model: of the class that the checkpoint is of, with float layers.
-        config: read from the checkpoint.
+        schema: of the checkpoint.
         weight_dtype: dtype that the weight of a layer would have, by its name.
 
     Raises:
-        ValueError: the config is damaged, or does not fit the model.
+        ValueError: the checkpoint does not fit the model.
     """
-    if not config.is_resolved:
-        raise ValueError("The checkpoint's quantization_config has no format_version: its config.json is damaged.")
-    assert config.layers is not None
     modules = dict(model.named_modules())
-    for name, layer in config.layers.items():
+    for name, layer in schema.layers.items():
         module = modules.get(name)
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             raise ValueError(f"The checkpoint's config packs {name}, which {type(model).__name__} does not have.")
-        if list(module.weight.shape) != list(layer["shape"]):
+        if tuple(module.weight.shape) != layer.shape:
             raise ValueError(
-                f"The checkpoint's config gives {name} the shape {layer['shape']}; "
+                f"The checkpoint's config gives {name} the shape {list(layer.shape)}; "
                 f"{type(model).__name__} has {list(module.weight.shape)}."
             )
-        packed = packed_twin(module, layer["bits"], weight_dtype(name), layer.get("branch_rank", 0))
+        packed = packed_twin(module, layer.bits, weight_dtype(name), layer.branch_rank)
         replace_module(model, name, packed)
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bits
 from ..allocation.data_free import allocate_data_free
 from ..codec.grid import cost_in_bits
+from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
 from ..nn.fake_quantized import TrainableWeight
@@ -38,13 +39,53 @@ class Plan:
         bits: bits by name of every layer to pack.
         time_embedding: "table", "cache" or "keep".
         timesteps: the timesteps to cache, for "cache".
+        time_path: where the features of each ResBlock come from, if from the timestep alone.
         num_timesteps: training timesteps, for "table".
     """
 
     bits: dict[str, int]
     time_embedding: str
     timesteps: list[float]
+    time_path: TimePath | None
     num_timesteps: int = _NUM_TIMESTEPS
+
+    @property
+    def replaced_path(self) -> TimePath | None:
+        """The time path, where a look-up of its features takes its place."""
+        return None if self.time_embedding == "keep" else self.time_path
+
+    def schema(self, model: nn.Module, config: BitsFusionConfig) -> CheckpointSchema:
+        """Return what the checkpoint will hold.
+
+        Args:
+            model: with its float layers, which may be on the meta device.
+            config: what was asked for.
+        """
+        return CheckpointSchema(
+            layers={name: LayerSchema(bits, _weight_shape(model, name)) for name, bits in self.bits.items()},
+            time_features=self._time_features(),
+            balance=config.balance,
+            compression=config.compression,
+        )
+
+    def _time_features(self) -> TimeFeaturesSchema:
+        path = self.replaced_path
+        if path is None:
+            return TimeFeaturesSchema()
+        cached = self.time_embedding == "cache"
+        return TimeFeaturesSchema(
+            kind=self.time_embedding,
+            features=tuple(path.sizes),
+            removed_weights=path.num_weights,
+            removed_parameters=path.num_parameters,
+            timesteps=tuple(self.timesteps) if cached else (),
+            num_timesteps=0 if cached else self.num_timesteps,
+        )
+
+
+def _weight_shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    layer: Any = model.get_submodule(name)
+    return tuple(layer.weight.shape)
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -65,7 +106,7 @@ def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[st
 def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
     """Layers whose bits a recipe decides: neither first, last nor of the time embedding."""
     layers = quantizable_layers(model, exclude)
-    special = {*IN_OUT_LAYERS, *_time_names(model, layers)}
+    special = {*IN_OUT_LAYERS, *_time_names(TimePath.find(model), layers)}
     return {name: layer for name, layer in layers.items() if name not in special}
 
 
@@ -96,9 +137,10 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
             logger.warning("modules_to_not_convert: %s has no %s.", type(model).__name__, pattern)
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
-    plan = Plan({}, *_plan_time(model, config))
-    time_layers = _time_names(model, layers)
-    if plan.time_embedding != "keep":
+    path = TimePath.find(model)
+    plan = Plan({}, *_plan_time(model, path, config), path)
+    time_layers = _time_names(path, layers)
+    if plan.replaced_path is not None:
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}
     if not layers:
         raise ValueError(f"This {type(model).__name__} has no Linear or Conv2d layer to quantize.")
@@ -112,28 +154,28 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     return plan
 
 
-def _time_names(model: ModelMixin, layers: Iterable[str]) -> set[str]:
+def _time_names(path: TimePath | None, layers: Iterable[str]) -> set[str]:
     """Layers of the time embedding; of one that must stay, by the names that diffusers gives them."""
-    if why_not_cacheable(model) is None:
-        return set(TimePath.of(model).layers)
+    if path is not None:
+        return set(path.layers)
     return {name for name in layers if matches(name, ("time_embedding", "time_emb_proj", "add_embedding"))}
 
 
-def _plan_time(model: ModelMixin, config: BitsFusionConfig) -> tuple[str, list[float]]:
+def _plan_time(model: ModelMixin, path: TimePath | None, config: BitsFusionConfig) -> tuple[str, list[float]]:
     """(what becomes of the time embedding, timesteps to cache)."""
     asked = config.time_embedding
     kind = asked["type"] if isinstance(asked, dict) else asked
     timesteps = list(asked["timesteps"] if isinstance(asked, dict) and kind == "cache" else PAPER_TIMESTEPS)
-    obstacle = why_not_cacheable(model)
-    if obstacle is None and matches_any(TimePath.of(model).layers, config.modules_to_not_convert):
+    obstacle = why_not_cacheable(model) if path is None else None
+    if path is not None and matches_any(path.layers, config.modules_to_not_convert):
         obstacle = "modules_to_not_convert names a part of it"
         kind = "table" if kind == "auto" else kind  # what it would have been: worth a word
-    if obstacle is not None:
+    if path is None or obstacle is not None:
         if kind in ("table", "cache"):
             logger.warning('The time embedding is kept, not replaced by a "%s": %s.', kind, obstacle)
         return "keep", timesteps
     if kind == "auto":
-        width = TimePath.of(model).layers["time_embedding.linear_2"].out_features
+        width = path.layers["time_embedding.linear_2"].out_features
         kind = "table" if width * config.in_out_bits > TABLE_BITS_PER_FEATURE else "keep"
     return kind, timesteps
 
@@ -193,7 +235,7 @@ def _allocate(
         total = sum(sizes.values())
         least, most = ((fixed + cost_in_bits(bits, config.balance) * total) / weights for bits in (1, 7))
         reach = f"With these settings target_bits goes from {ceil(100 * least) / 100} to {floor(100 * most) / 100}"
-        if plan.time_embedding == "keep" and why_not_cacheable(model) is None:
+        if plan.time_embedding == "keep" and plan.time_path is not None:
             reach += '; time_embedding="table" takes fewer bits than layers of in_out_bits'
         raise ValueError(
             f"target_bits={config.target_bits} cannot be reached for this model: {error}. {reach}."
@@ -216,7 +258,7 @@ def fixed_bits(
     """
     layers = quantizable_layers(model, exclude)
     fixed: float = sum(cost_in_bits(bits) * layers[name].weight.numel() for name, bits in special.items())
-    if plan.time_embedding != "keep":
-        features = sum(size for _, size in TimePath.of(model).sizes)
+    if plan.replaced_path is not None:
+        features = sum(size for _, size in plan.replaced_path.sizes)
         fixed += cached_bits(features, len(plan.timesteps))
     return fixed, sum(layer.weight.numel() for layer in layers.values())

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import unpack_dense
+from ..codec.rounding import Rounding
 from ..nn import PackedWeight
 from ..nn.compute import packed_layers
 
@@ -56,7 +57,7 @@ def _requantize(layer: PackedWeight, balance: bool) -> float:
     rows, columns = layer.weight_shape[0], layer.columns
     before = layer.decode(torch.float32).view(rows, columns)
     target = layer.dense_weight(torch.float32).view(rows, columns)
-    codes, scale = quantize_to_dense(target, layer.bits, balance=balance)
+    codes, scale = quantize_to_dense(target, layer.bits, Rounding(balance=balance))
     after = unpack_dense(codes, layer.bits, columns) * scale[:, None]
     branch = target - before
     size = branch.square().sum()

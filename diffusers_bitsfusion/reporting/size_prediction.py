@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from ..codec.entropy import compress
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import byte_width, bytes_from_dense
+from ..codec.rounding import Rounding
+from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
-from ..nn.time_path import TimePath
 from ..packing.plan import TABLE_BITS_PER_FEATURE, Plan, make_plan
 from ..utils.errors import DamagedFileError, shown
 from ..utils.json_files import is_number, read_json
@@ -101,60 +101,39 @@ def predict_size(
     config = config or BitsFusionConfig()
     kept_in_fp32 = model._keep_in_fp32_modules or []
     plan = make_plan(model, config, kept_in_fp32)
-    resolved = config.to_dict() | {
-        "layers": {
-            name: {"bits": bits, "shape": list(model.get_submodule(name).weight.shape)}
-            for name, bits in plan.bits.items()
-        },
-        "time_embedding": _time_embedding(model, plan),
-    }
-    tensors = [*_packed(resolved), *_time_features(resolved["time_embedding"]), *_others(model, plan, resolved, dtype)]
+    schema = plan.schema(model, config)
+    tensors = [*_packed(schema), *_time_features(schema.time_features), *_others(model, plan, dtype)]
     texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**8, 10**8]} for name, shape, _ in tensors}
     overhead = len(json.dumps(texts)) + len(
-        json.dumps(dict(model.config) | {"quantization_config": resolved}, indent=2)
+        json.dumps(dict(model.config) | {"quantization_config": config.resolved(schema).to_dict()}, indent=2)
     )
-    return report_of_tensors("predicted file", tensors, resolved, overhead)
+    return report_of_tensors("predicted file", tensors, schema, overhead)
 
 
-def _packed(config: dict[str, Any]) -> Iterator[TensorSize]:
-    for name, layer in config["layers"].items():
-        rows, columns = layer["shape"][0], math.prod(layer["shape"][1:])
-        size = rows * byte_width(columns, layer["bits"])
-        if config["compression"]:
-            rate = _compressed_share(layer["bits"], config["balance"])
-            size = round(rate * size)
+def _packed(schema: CheckpointSchema) -> Iterator[TensorSize]:
+    for name, layer in schema.layers.items():
+        size = layer.rows * byte_width(layer.columns, layer.bits)
+        if schema.compression is not None:
+            size = round(_compressed_share(layer.bits, schema.balance) * size)
         yield f"{name}.codes", (size,), size
-        yield f"{name}.scale", (rows,), 4 * rows
+        yield f"{name}.scale", (layer.rows,), 4 * layer.rows
 
 
 @functools.cache
 def _compressed_share(bits: int, balance: bool) -> float:
     """What zstd leaves of the packed bytes of Gaussian weights."""
     weight = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(_SEED))
-    dense, _ = quantize_to_dense(weight, bits, balance=balance)
+    dense, _ = quantize_to_dense(weight, bits, Rounding(balance=balance))
     packed = bytes_from_dense(dense, bits, _SAMPLE[1])
     return compress(packed).numel() / packed.numel()
 
 
-def _time_embedding(model: ModelMixin, plan: Plan) -> dict[str, Any]:
-    if plan.time_embedding == "keep":
-        return {"type": "keep"}
-    path = TimePath.of(model)
-    return {
-        "type": plan.time_embedding,
-        "timesteps": plan.timesteps,
-        "features": [list(size) for size in path.sizes],
-        "removed_weights": path.num_weights,
-        "removed_parameters": path.num_parameters,
-    }
-
-
-def _time_features(time: dict[str, Any]) -> Iterator[TensorSize]:
-    if time["type"] == "keep":
+def _time_features(time: TimeFeaturesSchema) -> Iterator[TensorSize]:
+    if time.kind == "keep":
         return
-    features = sum(size for _, size in time["features"])
-    if time["type"] == "cache":
-        steps = len(time["timesteps"])
+    features = time.num_features
+    if time.kind == "cache":
+        steps = len(time.timesteps)
         yield "time_proj.values", (steps, features), 2 * steps * features
         yield "time_proj.timesteps", (steps,), 4 * steps
     else:
@@ -163,12 +142,12 @@ def _time_features(time: dict[str, Any]) -> Iterator[TensorSize]:
         yield "time_proj.scale", (features,), 4 * features
 
 
-def _others(model: ModelMixin, plan: Plan, config: dict[str, Any], dtype: torch.dtype) -> Iterator[TensorSize]:
+def _others(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[TensorSize]:
     """Biases, norms and layers left alone, without the time path where features replace it."""
-    gone = set(TimePath.of(model).layers) if plan.time_embedding != "keep" else set()
+    gone = set() if plan.replaced_path is None else set(plan.replaced_path.layers)
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")
-        if owner in gone or (owner in config["layers"] and kind == "weight"):
+        if owner in gone or (owner in plan.bits and kind == "weight"):
             continue
         in_fp32 = any(part in name.split(".") for part in model._keep_in_fp32_modules or [])
         yield name, tuple(parameter.shape), parameter.numel() * (4 if in_fp32 else dtype.itemsize)

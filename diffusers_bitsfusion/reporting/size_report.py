@@ -14,8 +14,9 @@ from torch import nn
 
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
 from ..codec.grid import levels
+from ..codec.schema import CheckpointSchema
 from ..codec.weight_files import index_files, read_headers
-from ..config.bitsfusion import BitsFusionConfig, unfinished_config
+from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import attention_ways
 from ..nn.compute import packed_layers
 from ..ops.dispatch import Way
@@ -196,21 +197,22 @@ def _is_ours(config: Mapping[str, Any]) -> bool:
 
 
 def _file_report(path: Path) -> SizeReport:
-    quantization = read_quantization_config(path)
+    schema = read_schema(path)
     headers = read_headers(path)
     tensors = [
         (name, entry.shape, entry.num_bytes) for header in headers.values() for name, entry in header.tensors.items()
     ]
     overhead = sum(file.stat().st_size for file in headers) - sum(size for _, _, size in tensors)
     overhead += sum(file.stat().st_size for file in [path / "config.json", *index_files(path)])
-    return report_of_tensors("file", tensors, quantization, overhead)
+    return report_of_tensors("file", tensors, schema, overhead)
 
 
-def read_quantization_config(folder: Path) -> dict[str, Any]:
-    """The `quantization_config` in the config.json of a packed model's folder, as it is, after every check.
+def read_schema(folder: Path) -> CheckpointSchema:
+    """What the config.json of a packed model's folder says of its file, after every check.
 
     Raises:
         DamagedFileError: it is damaged.
+        UnfinishedSaveError: the save into the folder was killed before its end.
         ValueError: the model is not quantized by this package.
         FileNotFoundError: there is no config.json.
     """
@@ -218,29 +220,21 @@ def read_quantization_config(folder: Path) -> dict[str, Any]:
     config = read_json(file, non_finite=True)
     if not _is_ours(config):
         raise ValueError(f"The model in {folder} is not quantized by diffusers_bitsfusion.")
-    quantization = config["quantization_config"]
-    if unfinished_config(config) is None and "layers" not in quantization:
-        raise DamagedFileError(file, "is damaged: its quantization_config names no layers")
     try:
-        resolved = BitsFusionConfig.from_dict(quantization)
+        return BitsFusionConfig.from_dict(config["quantization_config"]).schema
     except UnfinishedSaveError:
         raise
-    except TypeError as error:
-        raise DamagedFileError(file, f"is damaged: {error}") from error
-    except ValueError as error:
-        raise DamagedFileError(file, f"cannot be read: {error}") from error
-    if not resolved.is_resolved:
-        raise DamagedFileError(file, "is damaged: its quantization_config has no format_version")
-    return quantization
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{file}:", str(error)) from error
 
 
 def _memory_report(model: nn.Module) -> SizeReport:
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if config is None or getattr(config, "layers", None) is None:
+    if config is None or not getattr(config, "is_resolved", False):
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
     plain, adapters = split_adapters(model.state_dict())
     tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]
-    report = report_of_tensors("memory", tensors, config.to_dict(), 0)
+    report = report_of_tensors("memory", tensors, config.schema, 0)
     report.parts["LoRA branches"] += sum(t.nbytes for t in adapters.values())
     layers = {name.replace(".base_layer", ""): layer for name, layer in packed_layers(model).items()}
     kept = [layer.int8_weight for layer in layers.values() if layer.int8_weight is not None]
@@ -251,17 +245,17 @@ def _memory_report(model: nn.Module) -> SizeReport:
 
 
 def report_of_tensors(
-    where: str, tensors: Iterable[TensorSize], config: Mapping[str, Any], overhead: int
+    where: str, tensors: Iterable[TensorSize], schema: CheckpointSchema, overhead: int
 ) -> SizeReport:
     """The report of a model from its tensors' names and sizes.
 
     Args:
         where: "file", "memory" or the like, for the reader.
         tensors: of the packed model.
-        config: content of a resolved `BitsFusionConfig`.
+        schema: what the checkpoint holds.
         overhead: bytes that belong to no tensor.
     """
-    layers = {name: (layer["bits"], torch.Size(layer["shape"]).numel()) for name, layer in config["layers"].items()}
+    layers = {name: (layer.bits, layer.num_weights) for name, layer in schema.layers.items()}
     parts = dict.fromkeys(_PARTS, 0)
     other_parameters = other_weights = 0
     for name, shape, size in tensors:
@@ -280,12 +274,8 @@ def report_of_tensors(
             other_weights += count if is_weight else 0
     parts["headers and config.json"] = overhead
 
-    time = config["time_embedding"]
-    removed_weights, removed_parameters, cached = 0, 0, 0.0
-    if time["type"] != "keep":
-        removed_weights, removed_parameters = time["removed_weights"], time["removed_parameters"]
-        steps = len(time["timesteps"]) if time["type"] == "cache" else len(PAPER_TIMESTEPS)
-        cached = cached_bits(sum(size for _, size in time["features"]), steps)
+    time = schema.time_features
+    steps = len(time.timesteps) if time.kind == "cache" else len(PAPER_TIMESTEPS)
     packed = sum(count for _, count in layers.values())
     histogram: dict[int, tuple[int, int]] = {}
     for bits, count in layers.values():
@@ -296,12 +286,12 @@ def report_of_tensors(
         parts=parts,
         average_bits=average_bits(
             layers,
-            balance=config["balance"],
+            balance=schema.balance,
             other_weights=other_weights,
-            removed_weights=removed_weights,
-            cached=cached,
+            removed_weights=time.removed_weights,
+            cached=cached_bits(time.num_features, steps),
         ),
-        weights=packed + other_weights + removed_weights,
-        original_parameters=packed + other_parameters + removed_parameters,
+        weights=packed + other_weights + time.removed_weights,
+        original_parameters=packed + other_parameters + time.removed_parameters,
         histogram=histogram,
     )

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_bitsfusion.allocation.knapsack import knapsack
-from diffusers_bitsfusion.analysis.allocate import predicted_damage
 
 
 def total(table, bits):
@@ -63,11 +62,3 @@ def test_a_budget_below_the_smallest_assignment_is_refused():
     with pytest.raises(ValueError, match="no assignment of bits fits into 29 bytes: the smallest takes 30"):
         knapsack({"a": [1.0, 0.5], "b": [1.0, 0.5]}, {"a": [10, 20], "b": [20, 30]}, 29)
     assert knapsack({"a": [1.0, 0.5], "b": [1.0, 0.5]}, {"a": [10, 20], "b": [20, 30]}, 30) == {"a": 1, "b": 1}
-
-
-def test_above_the_measured_bits_damage_falls_as_the_weight_error_does(make_analysis):
-    analysis = make_analysis({"a": (1000, (0.4, 0.2, 0.05)), "dead": (10, (0.0, 0.0, 0.0))})
-    predicted, errors = predicted_damage(analysis), analysis.header.layers["a"].weight_error
-    assert predicted["a"][:3] == [0.4, 0.2, 0.05]
-    assert predicted["a"][3:] == pytest.approx([0.05 * error / errors[2] for error in errors[3:]])
-    assert predicted["dead"] == [0.0] * 7

@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model, size_report
-from diffusers_bitsfusion.analysis.allocate import RULES, Totals, allocate
+from diffusers_bitsfusion.analysis.allocate import RULES, Totals, allocate, predicted_damage
 
 from .conftest import DEAD
 
@@ -104,3 +104,11 @@ def test_a_recipe_is_saved_loaded_and_used_on_a_fine_tune(full, small_folder, ta
     recipe = Recipe.load(tmp_path)
     quantize_model(pipe, BitsFusionConfig(recipe=str(tmp_path)), progress=False)
     assert {name: pipe.unet.get_submodule(name).bits for name in recipe} == recipe
+
+
+def test_above_the_measured_bits_damage_falls_as_the_weight_error_does(make_analysis):
+    analysis = make_analysis({"a": (1000, (0.4, 0.2, 0.05)), "dead": (10, (0.0, 0.0, 0.0))})
+    predicted, errors = predicted_damage(analysis), analysis.header.layers["a"].weight_error
+    assert predicted["a"][:3] == [0.4, 0.2, 0.05]
+    assert predicted["a"][3:] == pytest.approx([0.05 * error / errors[2] for error in errors[3:]])
+    assert predicted["dead"] == [0.0] * 7

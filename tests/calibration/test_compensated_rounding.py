@@ -9,6 +9,7 @@ import torch
 from diffusers_bitsfusion.calibration.compensated_rounding import DAMPING, factorize, project, round_with_compensation
 from diffusers_bitsfusion.calibration.input_weighted_scales import RATE, quantize_rows_for_inputs
 from diffusers_bitsfusion.codec.grid import code_range
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.scales import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,7 +117,7 @@ def test_rows_are_the_candidates_of_least_error_and_entropy(bits, balance):
     weight, moment = random_weight(6, 40), correlated_moment(40)
     damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(40)
     levels = code_range(bits, balance)
-    codes, scale = quantize_rows(weight, bits, balance=balance)
+    codes, scale = quantize_rows(weight, bits, Rounding(balance=balance))
     first = scale.double().numpy()
     best = [
         (float(cost(weight[[i]], codes[[i]], scale[[i]], damped)[0]), codes[i].numpy(), first[i]) for i in range(6)
@@ -134,7 +135,7 @@ def test_rows_are_the_candidates_of_least_error_and_entropy(bits, balance):
         attempt(first * multiple)
     for _ in range(2):
         attempt(np.array([scale for _, _, scale in best]))
-    codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], bits, balance=balance)
+    codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], bits, Rounding(balance=balance))
     assert np.array_equal(codes.numpy(), [row for _, row, _ in best])
     assert np.allclose(scale, [scale for _, _, scale in best], rtol=1e-5)
 
@@ -146,10 +147,10 @@ def test_error_and_entropy_are_never_worse_than_plain_roundings_and_the_error_mo
     weight[3] = 0  # a dead channel
     moment = correlated_moment(80)
     damped = moment + DAMPING * moment.diagonal().mean() * torch.eye(80)
-    codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], bits, balance=balance)
+    codes, scale = quantize_rows_for_inputs(weight, [factorize(moment)], bits, Rounding(balance=balance))
     low, high = code_range(bits, balance)
     assert codes.dtype == torch.int8 and low <= codes.min() and codes.max() <= high
-    nearest = quantize_rows(weight, bits, balance=balance)
+    nearest = quantize_rows(weight, bits, Rounding(balance=balance))
     assert (cost(weight, codes, scale, damped) <= cost(weight, *nearest, damped) + 1e-4).all()
     plain, found = output_error(weight, *nearest, damped), output_error(weight, codes, scale, damped)
     assert (found <= plain * (1 + 1e-5)).all() and found.sum() < 0.6 * plain.sum()

@@ -13,7 +13,6 @@ from diffusers_bitsfusion.nn.conversion import packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-OPTIONS = {"scale_init": "alternating", "iterations": 10, "balance": True}
 LAYERS = {
     "linear": lambda: (nn.Linear(24, 12), (40, 24)),
     "no bias": lambda: (nn.Linear(24, 12, bias=False), (40, 24)),
@@ -46,7 +45,7 @@ def packed(layer, codes, scale, bias):
 @torch.no_grad()
 def test_the_output_changes_far_less_than_by_plain_rounding(layer_and_inputs):
     layer, x = layer_and_inputs
-    calibrated = quantize_layer(layer, moments_of(layer, x), 2, **OPTIONS)
+    calibrated = quantize_layer(layer, moments_of(layer, x), 2)
     outputs = packed(layer, calibrated.codes, calibrated.scale, calibrated.bias)(x)
     plain_codes, plain_scale = quantize_rows(layer.weight.flatten(1), 2)
     plain = (plain_scale.unsqueeze(1) * plain_codes).view_as(layer.weight)
@@ -57,7 +56,7 @@ def test_the_output_changes_far_less_than_by_plain_rounding(layer_and_inputs):
 @torch.no_grad()
 def test_the_mean_of_the_output_stays_where_there_is_a_bias(layer_and_inputs):
     layer, x = layer_and_inputs
-    calibrated = quantize_layer(layer, moments_of(layer, x), 1, **OPTIONS)
+    calibrated = quantize_layer(layer, moments_of(layer, x), 1)
     if layer.bias is None:
         assert calibrated.bias is None
         return
@@ -80,12 +79,12 @@ def channel_mean(y: torch.Tensor) -> torch.Tensor:
 def test_a_group_is_rounded_as_a_convolution_of_its_own():
     torch.manual_seed(0)
     layer, x = nn.Conv2d(6, 8, 3, groups=2), torch.randn(4, 6, 8, 8)
-    whole = quantize_layer(layer, moments_of(layer, x), 2, **OPTIONS)
+    whole = quantize_layer(layer, moments_of(layer, x), 2)
     for group, part in enumerate(x.chunk(2, dim=1)):
         alone = nn.Conv2d(3, 4, 3)
         rows = slice(4 * group, 4 * group + 4)
         alone.weight.data, alone.bias.data = layer.weight[rows].clone(), layer.bias[rows].clone()
-        expected = quantize_layer(alone, moments_of(alone, part), 2, **OPTIONS)
+        expected = quantize_layer(alone, moments_of(alone, part), 2)
         assert torch.equal(whole.codes[rows], expected.codes)
         assert torch.allclose(whole.scale[rows], expected.scale) and torch.allclose(whole.bias[rows], expected.bias)
 
@@ -93,7 +92,7 @@ def test_a_group_is_rounded_as_a_convolution_of_its_own():
 def test_a_layer_that_was_never_called_is_rounded_to_the_nearest_level():
     torch.manual_seed(0)
     layer = nn.Linear(24, 12)
-    calibrated = quantize_layer(layer, InputMoments(layer, 10), 2, **OPTIONS)
+    calibrated = quantize_layer(layer, InputMoments(layer, 10), 2)
     found = packed(layer, calibrated.codes, calibrated.scale, calibrated.bias).weight
     codes, scale = quantize_rows(layer.weight.detach(), 2)
     plain = scale.unsqueeze(1) * codes

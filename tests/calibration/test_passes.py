@@ -73,12 +73,13 @@ from torch import nn
 from benchmarks.measure import peak_rss
 from diffusers_bitsfusion.calibration.layers import quantize_layer, rounding_bytes
 from diffusers_bitsfusion.calibration.moments import InputMoments
-options = {"scale_init": "alternating", "iterations": 1, "balance": True}
+from diffusers_bitsfusion.codec.rounding import Rounding
+rounding = Rounding(iterations=1)
 def run(layer):
     moments = InputMoments(layer, 2000)
     moments.add(torch.randn(64, layer.weight[0].numel()))
     before = peak_rss()
-    quantize_layer(layer, moments, 2, **options)
+    quantize_layer(layer, moments, 2, rounding)
     return peak_rss() - before
 run(nn.Linear(300, 8))  # what libraries allocate once
 layer = nn.Linear(2000, 1000)

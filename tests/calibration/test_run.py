@@ -122,7 +122,7 @@ import torch
 from pathlib import Path
 from tiny import tiny_pipeline
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
-from diffusers_bitsfusion.processes import process_state
+from diffusers_bitsfusion.utils.processes import process_state
 folder, left = Path(sys.argv[1]), sys.argv[2].split(",")
 state = process_state()
 (own := folder / f"process{state.process_index}").mkdir()

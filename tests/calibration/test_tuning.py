@@ -12,12 +12,13 @@ from diffusers_bitsfusion.calibration import run as calibration_run
 from diffusers_bitsfusion.calibration import tuning
 from diffusers_bitsfusion.calibration.calls import Call, recording
 from diffusers_bitsfusion.calibration.denoising import Denoising
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
 
 
 def packed(layer):
     twin = packed_twin(layer, 2, torch.float32)
-    pack_weight(twin, layer.weight.detach(), scale_init="alternating", scale_iterations=3, balance=True)
+    pack_weight(twin, layer.weight.detach(), Rounding(iterations=3))
     return twin
 
 

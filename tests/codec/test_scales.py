@@ -5,6 +5,7 @@ import torch
 from diffusers_bitsfusion.codec.grid import code_range, half_range
 from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.radix import unpack_dense
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.scales import quantize_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -13,8 +14,8 @@ BALANCED_OPTIMUM = {1: 0.19017, 2: 0.08218, 3: 0.03070, 4: 0.01041}
 UNBALANCED_OPTIMUM = {1: 0.595, 2: 0.149, 3: 0.041}
 
 
-def through_dense(weight, bits, **options):
-    dense, scale = quantize_to_dense(weight, bits, **options)
+def through_dense(weight, bits, *options):
+    dense, scale = quantize_to_dense(weight, bits, *options)
     return unpack_dense(dense, bits, weight.shape[1]), scale
 
 
@@ -66,7 +67,7 @@ def test_a_unit_gaussian_reaches_the_optimum_of_the_balanced_grid(million, quant
 @both_ways
 @pytest.mark.parametrize("bits", UNBALANCED_OPTIMUM)
 def test_a_unit_gaussian_reaches_the_optimum_of_the_unbalanced_grid(million, quantize, bits):
-    codes, scale = quantize(million, bits, balance=False)
+    codes, scale = quantize(million, bits, Rounding(balance=False))
     assert (int(codes.min()), int(codes.max())) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     assert squared_error(million, codes, scale) == pytest.approx(UNBALANCED_OPTIMUM[bits], rel=0.01)
 
@@ -94,9 +95,9 @@ def test_the_start_is_better_than_min_max_at_17_levels(million, quantize):
 def test_each_round_does_what_the_paper_says(quantize, bits, balance):
     weight = draw("normal", 6, 2001, seed=1)
     rows = weight.double().numpy()
-    previous = quantize(weight, bits, iterations=0, balance=balance)[1].double().numpy()
+    previous = quantize(weight, bits, Rounding(iterations=0, balance=balance))[1].double().numpy()
     for rounds in range(1, 5):
-        codes, scale = quantize(weight, bits, iterations=rounds, balance=balance)
+        codes, scale = quantize(weight, bits, Rounding(iterations=rounds, balance=balance))
         scale = scale.double().numpy()
         assert scale == pytest.approx(one_round(rows, previous, bits, balance), rel=1e-4)
         # A weight half-way between two codes may go either way: fp32 divides, the reference is exact.
@@ -109,7 +110,9 @@ def test_each_round_does_what_the_paper_says(quantize, bits, balance):
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_more_rounds_never_hurt(quantize, bits):
     weight = draw("laplace", 1, 5000, seed=2)
-    errors = [squared_error(weight, *quantize(weight, bits, iterations=rounds)) for rounds in (0, 1, 2, 5, 10, 30)]
+    errors = [
+        squared_error(weight, *quantize(weight, bits, Rounding(iterations=rounds))) for rounds in (0, 1, 2, 5, 10, 30)
+    ]
     assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(errors, errors[1:], strict=False))
 
 
@@ -127,7 +130,7 @@ def test_the_scale_is_close_to_the_best_one(quantize, distribution, bits):
 def test_min_max_puts_the_largest_weight_on_the_last_level(quantize, bits):
     weight = draw("normal", 5, 777, seed=4)
     rows = weight.double().numpy()
-    codes, scale = quantize(weight, bits, scale_init="minmax")
+    codes, scale = quantize(weight, bits, Rounding(scale_init="minmax"))
     expected = np.abs(rows).max(1) / half_range(bits)
     assert scale.numpy() == pytest.approx(expected, rel=1e-6)
     assert (codes.numpy() == round_to_grid(rows, scale.double().numpy(), bits)).mean() > 0.999
@@ -150,7 +153,7 @@ def test_weights_on_a_grid_come_back_exactly(quantize, bits):
 def test_a_row_of_zeros_gets_zero_codes_and_scale_one(quantize, bits, options):
     weight = draw("normal", 3, 33)
     weight[1] = 0
-    codes, scale = quantize(weight, bits, **options)
+    codes, scale = quantize(weight, bits, Rounding(**options))
     assert not codes[1].any()
     assert scale[1] == 1
     assert codes[0].any() and codes[2].any()
@@ -164,7 +167,7 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_channel(quantize, value
     weight = draw("normal", 6, 50).to(dtype)
     weight[4, 17] = value
     with pytest.raises(ValueError, match="output channel 4 holds NaN or infinite values"):
-        quantize(weight, 2, scale_init=scale_init)
+        quantize(weight, 2, Rounding(scale_init=scale_init))
 
 
 @both_ways

@@ -4,7 +4,7 @@ import math
 import pytest
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe
-from diffusers_bitsfusion.config.bitsfusion import FORMAT_VERSION
+from diffusers_bitsfusion.codec.schema import FORMAT_VERSION, CheckpointSchema, LayerSchema
 
 CONFIGS = {
     "default": {},
@@ -162,6 +162,21 @@ def test_unknown_keys_are_refused_naming_them_and_the_known_ones():
         BitsFusionConfig.from_dict({"target_bit": 2.0, "colour": "red", "recipe": 2})
 
 
+def test_unknown_keys_of_a_checkpoint_are_ignored_and_named_once(caplog):
+    known = BitsFusionConfig(**CONFIGS["resolved"]).to_dict()
+    with caplog.at_level("WARNING"):
+        read = BitsFusionConfig.from_dict(known | {"colour": "red", "checksum": 7})
+    assert read.to_dict() == known
+    assert [record.getMessage() for record in caplog.records if "Ignoring" in record.getMessage()] == [
+        "Ignoring unknown keys of the checkpoint's quantization_config: checksum, colour."
+    ]
+
+
+def test_a_wish_has_no_schema():
+    with pytest.raises(ValueError, match="has no format_version"):
+        BitsFusionConfig().schema  # noqa: B018
+
+
 def test_an_unknown_argument_is_refused():
     with pytest.raises(TypeError, match="target_bit"):
         BitsFusionConfig(target_bit=2.0)
@@ -211,7 +226,7 @@ def test_impossible_ways_to_compute_are_refused(options, message):
 def test_a_checkpoint_does_not_say_how_to_compute():
     config = BitsFusionConfig(compute="int8", resident="int8")
     assert BitsFusionConfig.from_dict(config.to_dict()).compute == "int8"
-    config.format_version = 1
+    config = config.resolved(CheckpointSchema({"conv": LayerSchema(2, (4, 3))}))
     assert config.to_dict()["compute"] == "auto" and config.to_dict()["resident"] == "packed"
 
 

@@ -17,6 +17,7 @@ from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
 
 from diffusers_bitsfusion import quantize_model, size_report
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.integrations.peft_lora import PackedLoraConv2d, PackedLoraLayer, PackedLoraLinear
 from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
@@ -235,7 +236,7 @@ def test_rounding_a_fused_weight_again_would_lose_most_of_the_adapter(bits, leas
     layer = nn.Linear(320, 320, bias=False)
     layer.weight.data = torch.randn(320, 320, generator=generator)
     packed = packed_twin(layer, bits, torch.float32)
-    pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
+    pack_weight(packed, layer.weight, Rounding())
     delta = torch.randn(320, 8, generator=generator) @ torch.randn(8, 320, generator=generator)
     delta *= 0.05 / delta.std()
     scale, half = packed.scale.view(torch.float32)[:, None], 2 ** (bits - 1)
@@ -473,7 +474,7 @@ def test_a_grouped_convolution_takes_an_adapter_but_no_fusing():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 8, 3, groups=2)
     packed = packed_twin(conv, 4, torch.float32)
-    pack_weight(packed, conv.weight, scale_init="alternating", scale_iterations=2, balance=True)
+    pack_weight(packed, conv.weight, Rounding(iterations=2))
     config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(packed), config)
     x = torch.randn(1, 4, 6, 6)

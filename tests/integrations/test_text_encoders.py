@@ -139,10 +139,10 @@ class OnADevice(Tensor):
 @pytest.mark.parametrize("compression", ["zstd", None])
 def test_codes_that_were_read_onto_a_device_are_decoded(compression):
     packed = quantize_model(clip(), BitsFusionConfig(**CONFIG, compression=compression), progress=False)
-    config = packed.hf_quantizer.quantization_config.to_dict()
-    state = encode_state_dict(packed.state_dict(), config)
+    schema = packed.hf_quantizer.quantization_config.schema
+    state = encode_state_dict(packed.state_dict(), schema)
     on_device = {name: value.as_subclass(OnADevice) for name, value in state.items()}
-    decoded = decode_state_dict(on_device, config)
+    decoded = decode_state_dict(on_device, schema)
     assert all(torch.equal(decoded[f"{name}.codes"], layer.codes) for name, layer in packed_layers(packed).items())
 
 

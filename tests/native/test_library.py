@@ -15,6 +15,7 @@ from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.radix import dense_width, pack_dense, unpack_dense
 from diffusers_bitsfusion.codec.repack import repack
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.scales import quantize_rows
 from diffusers_bitsfusion.native import library as native
 from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_weight
@@ -115,8 +116,8 @@ def test_bf16_weights_are_rounded_to_the_nearest_even():
 def test_compiled_quantizing_is_as_good_as_the_reference(bits, balance):
     torch.manual_seed(0)
     weight = torch.cat([torch.randn(4, 1501), torch.rand(4, 1501) - 0.5, torch.randn(4, 1501) ** 3])
-    dense, scale = quantize_to_dense(weight, bits, balance=balance)
-    codes, reference_scale = quantize_rows(weight, bits, balance=balance)
+    dense, scale = quantize_to_dense(weight, bits, Rounding(balance=balance))
+    codes, reference_scale = quantize_rows(weight, bits, Rounding(balance=balance))
     found = squared_errors(weight, dense, scale, bits)
     expected = squared_errors(weight, pack_dense(codes, bits), reference_scale, bits)
     # Sums in another order can tip the choice of the start, and so the local optimum that is reached.

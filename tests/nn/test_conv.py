@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffusers_bitsfusion.codec.radix import unpack_dense
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -20,7 +21,7 @@ def packed_and_float(*sizes, bits=2, dtype=torch.float32, seed=0, **options):
     torch.manual_seed(seed)
     layer = nn.Conv2d(*sizes, **options).to(dtype)
     packed = packed_twin(layer, bits, dtype)
-    pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
+    pack_weight(packed, layer.weight, Rounding())
     reference = copy.deepcopy(layer)
     codes = unpack_dense(packed.codes, bits, layer.weight[0].numel())
     weight = codes * packed.scale.view(torch.float32)[:, None]

@@ -12,6 +12,7 @@ from torch import nn
 from diffusers_bitsfusion.codec.grid import code_range
 from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.radix import unpack_dense
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.fake_quantized import straight_through, trainable_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -67,7 +68,7 @@ def gradients(output, tensors):
 @settings(deadline=None, max_examples=60)
 def test_linear_equals_textbook_lsq(inputs, outputs, bits, balance, bias, batch, seed):
     torch.manual_seed(seed)
-    layer = disturbed(trainable_twin(nn.Linear(inputs, outputs, bias=bias), bits, balance=balance), seed)
+    layer = disturbed(trainable_twin(nn.Linear(inputs, outputs, bias=bias), bits, Rounding(balance=balance)), seed)
     x = torch.randn(*batch, inputs, requires_grad=True)
     tensors = [x, layer.weight, layer.scale, *([layer.bias] if bias else [])]
     expected = F.linear(x, textbook_rounding(layer.weight, layer.scale, bits, balance), layer.bias)
@@ -116,8 +117,8 @@ def test_it_starts_as_post_training_quantization_rounds(bits, dtype, init):
     torch.manual_seed(bits)
     plain = nn.Linear(75, 20).to(dtype)
     before = copy.deepcopy(plain.state_dict())
-    layer = trainable_twin(plain, bits, scale_init=init)
-    dense, scale = quantize_to_dense(plain.weight.detach(), bits, scale_init=init)
+    layer = trainable_twin(plain, bits, Rounding(scale_init=init))
+    dense, scale = quantize_to_dense(plain.weight.detach(), bits, Rounding(scale_init=init))
     codes, own_scale = layer.codes_and_scale()
     assert torch.equal(codes, unpack_dense(dense, bits, 75).float()) and torch.equal(own_scale, scale)
     assert layer.weight.dtype == layer.scale.dtype == torch.float32

@@ -9,6 +9,7 @@ from torch import nn
 
 from diffusers_bitsfusion import BitsFusionLinear
 from diffusers_bitsfusion.codec.radix import unpack_dense
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +23,7 @@ def packed_and_float(inputs, outputs, bits=2, bias=True, dtype=torch.float32, se
     torch.manual_seed(seed)
     layer = nn.Linear(inputs, outputs, bias=bias).to(dtype)
     packed = packed_twin(layer, bits, dtype)
-    pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
+    pack_weight(packed, layer.weight, Rounding())
     reference = copy.deepcopy(layer)
     codes = unpack_dense(packed.codes, bits, inputs)
     reference.weight.data = (codes * packed.scale.view(torch.float32)[:, None]).to(dtype)

@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.schema import branch_shapes
 from diffusers_bitsfusion.nn import PackedWeight, conv
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
@@ -24,7 +25,7 @@ def packed_layer(base, sizes, bits=2, dtype=torch.float32, **options):
     torch.manual_seed(0)
     layer = base(*sizes, **options)
     packed = packed_twin(layer, bits, dtype)
-    return pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
+    return pack_weight(packed, layer.weight, Rounding())
 
 
 def example_input(base):
@@ -197,13 +198,7 @@ def test_a_weight_that_is_not_finite_is_not_packed(kind, base, sizes):
     layer = base(*sizes)
     layer.weight.data[3].fill_(float("nan"))
     with pytest.raises(ValueError, match="output channel 3 holds NaN or infinite values"):
-        pack_weight(
-            packed_twin(layer, 2, torch.float32),
-            layer.weight,
-            scale_init="alternating",
-            scale_iterations=10,
-            balance=True,
-        )
+        pack_weight(packed_twin(layer, 2, torch.float32), layer.weight, Rounding())
 
 
 # The low-rank branch.
@@ -272,11 +267,10 @@ def test_meta_inputs_give_meta_outputs(kind, base, sizes):
 def test_quantizing_goes_on_the_weights_own_device():
     layer = nn.Linear(10, 6)
     expected = packed_twin(layer, 2, torch.float32)
-    arguments = {"scale_init": "alternating", "scale_iterations": 10, "balance": True}
-    pack_weight(expected, layer.weight, **arguments)
+    pack_weight(expected, layer.weight, Rounding())
     found = packed_twin(layer, 2, torch.float32)
     with torch.device("meta"):  # stands for a GPU that is the default device
-        pack_weight(found, layer.weight, **arguments)
+        pack_weight(found, layer.weight, Rounding())
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
 
 

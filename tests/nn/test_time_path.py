@@ -8,9 +8,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from tiny import tiny_controlnet, tiny_unet
 from torch import nn
 
+from diffusers_bitsfusion.codec.schema import TimeFeaturesSchema
 from diffusers_bitsfusion.codec.time_table import quantize_table
 from diffusers_bitsfusion.nn.time_features import TimeFeatureCache, TimeFeatures, TimeFeatureTable
-from diffusers_bitsfusion.nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
+from diffusers_bitsfusion.nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +27,7 @@ def exact_features(model, timesteps):
 
 
 def with_cache(model, timesteps):
-    path = TimePath.of(model)
+    path = TimePath.find(model)
     cache = TimeFeatureCache([float(t) for t in timesteps], sum(size for _, size in path.sizes))
     cache.set_features(torch.cat(list(path.compute(torch.tensor(timesteps))), dim=1))
     install(model, cache, path.sizes)
@@ -34,7 +35,7 @@ def with_cache(model, timesteps):
 
 
 def with_table(model, num_timesteps=1000):
-    path = TimePath.of(model)
+    path = TimePath.find(model)
     table = TimeFeatureTable(num_timesteps, sum(size for _, size in path.sizes))
     table.set_codes(*quantize_table(torch.cat(list(path.compute(table.rows)), dim=1)))
     install(model, table, path.sizes)
@@ -77,7 +78,7 @@ every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_the_features_are_those_of_the_models_own_modules(make):
     model = make()
     timesteps = torch.tensor(TIMESTEPS)
-    path = TimePath.of(model)
+    path = TimePath.find(model)
     parts = list(path.compute(timesteps))
     assert [part.shape[1] for part in parts] == [size for _, size in path.sizes]
     torch.testing.assert_close(torch.cat(parts, dim=1), exact_features(model, timesteps), rtol=1e-5, atol=1e-6)
@@ -86,7 +87,7 @@ def test_the_features_are_those_of_the_models_own_modules(make):
 def test_features_of_a_half_precision_model_are_computed_in_fp32():
     model = tiny_unet()
     rounded = copy.deepcopy(model).half().float()
-    (features,) = [torch.cat(list(TimePath.of(model.half()).compute(torch.tensor([999.0]))), dim=1)]
+    (features,) = [torch.cat(list(TimePath.find(model.half()).compute(torch.tensor([999.0]))), dim=1)]
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, exact_features(rounded, torch.tensor([999.0])), rtol=1e-5, atol=1e-6)
 
@@ -94,7 +95,7 @@ def test_features_of_a_half_precision_model_are_computed_in_fp32():
 @every_model
 def test_the_path_names_the_time_layers_and_counts_their_weights(make):
     model = make()
-    path = TimePath.of(model)
+    path = TimePath.find(model)
     expected = {
         name: module
         for name, module in model.named_modules()
@@ -135,7 +136,7 @@ def test_bf16_models_look_timesteps_up_before_any_cast():
 @pytest.mark.parametrize("lookup", ["cache", "table"])
 def test_the_lookup_leaves_no_layer_of_the_time_path(lookup):
     model = tiny_unet()
-    removed = TimePath.of(model).num_parameters
+    removed = TimePath.find(model).num_parameters
     before = sum(p.numel() for p in model.parameters() if p.is_floating_point())
     with_cache(model, TIMESTEPS) if lookup == "cache" else with_table(model)
     assert before - sum(p.numel() for p in model.parameters() if p.is_floating_point()) == removed
@@ -170,7 +171,7 @@ def wide():
         cross_attention_dim=32,
     )
     assert model.time_embedding.linear_2.out_features == 1280
-    for layer in TimePath.of(model).layers.values():
+    for layer in TimePath.find(model).layers.values():
         nn.init.normal_(layer.weight, std=0.02)
         nn.init.normal_(layer.bias, std=0.02)
     return copy.deepcopy(model), with_table(model)
@@ -238,7 +239,7 @@ def test_restoring_is_the_same_every_time():
 def test_a_restored_time_path_can_be_trained():
     model = with_cache(tiny_unet(), TIMESTEPS)
     restore(model, torch.float32)
-    path = TimePath.of(model)
+    path = TimePath.find(model)
     assert all(p.requires_grad for layer in path.layers.values() for p in layer.parameters())
     assert why_not_cacheable(model) is None
 
@@ -298,8 +299,8 @@ def test_a_model_whose_features_need_more_than_the_timestep_says_why(make, reaso
 
 
 def test_the_lookup_of_a_checkpoint_is_made_from_its_description():
-    sizes = [["a", 3], ["b", 4]]
-    cache = lookup_from_config({"type": "cache", "features": sizes, "timesteps": [1.0, 5.0]})
+    sizes = (("a", 3), ("b", 4))
+    cache = empty_lookup(TimeFeaturesSchema("cache", sizes, timesteps=(1.0, 5.0)))
     assert isinstance(cache, TimeFeatureCache) and cache.values.shape == (2, 7)
-    table = lookup_from_config({"type": "table", "features": sizes, "num_timesteps": 100})
+    table = empty_lookup(TimeFeaturesSchema("table", sizes, num_timesteps=100))
     assert isinstance(table, TimeFeatureTable) and table.codes.shape == (102, 7)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffusers_bitsfusion.codec.radix import unpack_dense
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
 from diffusers_bitsfusion.nn.packed import float_bits
 from diffusers_bitsfusion.ops import activations, decode
@@ -29,7 +30,7 @@ def int8_layer(kind, *sizes, bits=2, resident="packed", dtype=torch.float32, see
     torch.manual_seed(seed)
     layer = kind(*sizes, **options).to(dtype)
     packed = packed_twin(layer, bits, dtype)
-    pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=10, balance=True)
+    pack_weight(packed, layer.weight, Rounding())
     packed.set_compute("int8", resident)
     return packed
 

@@ -29,7 +29,7 @@ from diffusers_bitsfusion.ops.activations import (
 
 DECODING = """
 from diffusers_bitsfusion.ops.decode import decode_reference
-from diffusers_bitsfusion.ops.triton_decode import decode_triton
+from diffusers_bitsfusion.ops.triton.decode import decode_triton
 dtypes = (torch.float32, torch.bfloat16, torch.int8)
 shapes = [(1, 1), (64, 1), (9, 9), (4 * 9, 9), (150 * 9, 9), (30, 2)]
 cases = [(*shape, torch.float32) for shape in shapes]
@@ -51,8 +51,8 @@ for bits, (columns, positions, dtype) in itertools.product(range(1, 9), cases):
 """
 
 ACTIVATIONS = """
-from diffusers_bitsfusion.ops import triton_activations
-from diffusers_bitsfusion.ops.triton_activations import quantize_image_triton, quantize_tokens_triton
+from diffusers_bitsfusion.ops.triton import activations as triton_activations
+from diffusers_bitsfusion.ops.triton.activations import quantize_image_triton, quantize_tokens_triton
 for tokens, columns, size in itertools.product((0, 1, 5), (1, 64, 1000, 1500), (0.0, 1e-3, 1e4)):
     x = torch.randn(tokens, columns) * size
     for dtype in (torch.float32, torch.float16):
@@ -81,7 +81,7 @@ for bad in (float("nan"), float("inf"), -float("inf")):
 """
 
 LINEAR = """
-from diffusers_bitsfusion.ops.triton_int8 import linear_triton
+from diffusers_bitsfusion.ops.triton.int8 import linear_triton
 for (tokens, inputs, outputs), bias, dtype in itertools.product(
     ((0, 5, 3), (1, 1, 1), (7, 33, 11), (16, 64, 128), (130, 70, 140)), (True, False), (torch.float32, torch.bfloat16)
 ):
@@ -97,7 +97,7 @@ for (tokens, inputs, outputs), bias, dtype in itertools.product(
 
 FUSED = """
 from diffusers_bitsfusion.ops.decode import decode_reference
-from diffusers_bitsfusion.ops.triton_fused import linear_fused
+from diffusers_bitsfusion.ops.triton.fused_linear import linear_fused
 shapes = ((1, 1, 1), (2, 320, 40), (16, 1500, 20), (7, 2600, 16))
 for bits, (tokens, columns, outputs) in itertools.product(range(1, 9), shapes):
     half, with_bias = half_range(bits), bits % 2
@@ -114,7 +114,7 @@ for bits, (tokens, columns, outputs) in itertools.product(range(1, 9), shapes):
 """
 
 CONV = """
-from diffusers_bitsfusion.ops.triton_int8 import conv2d_triton
+from diffusers_bitsfusion.ops.triton.int8 import conv2d_triton
 settings = [
     dict(),
     dict(padding=(1, 1)),
