@@ -20,6 +20,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
+from ..utils.safetensors_files import sort_metadata
 from .folder_commit import private_folder, replacing
 from .peft_lora import check_fusable, prepare_saving
 
@@ -187,6 +188,8 @@ def _replacing_then_uploading(directory: Path) -> Iterator[Path]:
     try:
         with replacing(directory) as scratch:
             yield scratch
+            for file in scratch.rglob("*.safetensors"):
+                sort_metadata(file)  # the same bytes each time
             names = [file.relative_to(scratch) for file in scratch.rglob("*") if file.is_file()]
     finally:
         _uploads.reset(token)

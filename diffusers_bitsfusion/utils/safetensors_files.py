@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -101,6 +102,19 @@ def read_header(file: str | os.PathLike[str]) -> SafetensorsHeader:
     if reached != size:
         _refuse(path, f"is cut short or too long: it has {size} bytes where {reached} are expected")
     return SafetensorsHeader(dict(entries), metadata)
+
+
+def sort_metadata(file: Path) -> None:
+    """Put the metadata of a file into the order of their names: the safetensors library writes them in any."""
+    with file.open("r+b") as stream:
+        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        header = json.loads(stream.read(length))
+        if _METADATA in header:
+            header[_METADATA] = dict(sorted(header[_METADATA].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= length:
+                stream.seek(_LENGTH_BYTES)
+                stream.write(text.ljust(length))
 
 
 def read_tensor_bytes(file: Path, entry: TensorEntry, chunk: int = 1 << 22) -> Iterator[bytes]:
