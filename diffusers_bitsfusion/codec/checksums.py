@@ -104,9 +104,8 @@ def verify_files(files: Sequence[Path], schema: CheckpointSchema) -> bool:
     for (file, name, _), checksum in zip(places, found, strict=True):
         if expected.get(name) != checksum:
             raise DamagedFileError(
-                file,
-                f"is damaged: the checksum of {shown(name)[1:-1]} fits neither its data nor what config.json says of "
-                "it",
+                f"{shown(name)[1:-1]} in {file}",
+                "is damaged: its checksum fits neither its data nor what config.json says of it",
             )
     present = {name for _, name, _ in places}
     for name in expected.keys() - present:
@@ -116,18 +115,17 @@ def verify_files(files: Sequence[Path], schema: CheckpointSchema) -> bool:
 
 
 def _common_table(headers: Mapping[Path, SafetensorsHeader]) -> dict[str, str] | None:
-    """Checksums by name, which every file of a save has in common; None where there are none."""
-    texts = {header.metadata.get(METADATA_KEY) for header in headers.values()}
+    """Checksums by name, which the files of a save have in common; None where no file has any."""
+    texts = {header.metadata[METADATA_KEY] for header in headers.values() if METADATA_KEY in header.metadata}
     first = next(iter(headers))
     if len(texts) > 1:
         raise DamagedFileError(
             first.parent, f"holds weight files of several saves: {', '.join(f.name for f in headers)}"
         )
-    text = next(iter(texts))
-    if text is None:
+    if not texts:
         return None
     where = f"{first}, its {METADATA_KEY},"
-    table = parse_json(text.encode(), where)
+    table = parse_json(texts.pop().encode(), where)
     if table.get("algorithm") != ALGORITHM:
         return None
     tensors = table.get("tensors")

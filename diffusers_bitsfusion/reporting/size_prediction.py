@@ -15,6 +15,7 @@ import torch
 from diffusers import ModelMixin
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..codec.checksums import METADATA_KEY
 from ..codec.entropy import compress
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import byte_width, bytes_from_dense
@@ -104,7 +105,8 @@ def predict_size(
     schema = plan.schema(model, config)
     tensors = [*_packed(schema), *_time_features(schema.time_features), *_others(model, plan, dtype)]
     texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**8, 10**8]} for name, shape, _ in tensors}
-    overhead = len(json.dumps(texts)) + len(
+    checksums = {METADATA_KEY: json.dumps({"tensors": dict.fromkeys(texts, "0" * 8)})}
+    overhead = len(json.dumps(texts | checksums)) + len(
         json.dumps(dict(model.config) | {"quantization_config": config.resolved(schema).to_dict()}, indent=2)
     )
     return report_of_tensors("predicted file", tensors, schema, overhead)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from ..codec.checksums import METADATA_KEY
 from ..codec.grid import levels
 from ..codec.schema import CheckpointSchema
 from ..codec.weight_files import index_files, read_headers
@@ -63,6 +64,7 @@ class SizeReport:
         histogram: bits to (layers, weights).
         ways: how each packed layer of a model in memory computes, and why; empty for files.
         attention_ways: the same of its attention, where `set_compute` chose it.
+        checksums: whether a file has a checksum of every tensor; None of what is no file.
     """
 
     where: str
@@ -73,6 +75,7 @@ class SizeReport:
     histogram: dict[int, tuple[int, int]]
     ways: dict[str, Way] = field(default_factory=dict)
     attention_ways: dict[str, str] = field(default_factory=dict)
+    checksums: bool | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -109,6 +112,7 @@ class SizeReport:
             "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
             "ways": {name: asdict(way) for name, way in self.ways.items()},
             "attention_ways": self.attention_ways,
+            "checksums": self.checksums,
         }
 
     def __str__(self) -> str:
@@ -135,6 +139,8 @@ class SizeReport:
             lines.append(f"{count:>6}  {way.arithmetic}, weights {way.weights}: {way.reason}")
         for how, count in Counter(self.attention_ways.values()).most_common():
             lines.append(f"{count:>6}  attention {how}")
+        if self.checksums is not None:
+            lines += ["", f"checksums: {'of every tensor' if self.checksums else 'none, save again to add them'}"]
         return "\n".join(lines)
 
 
@@ -181,14 +187,23 @@ def _pipeline_report(path: Path) -> PipelineSizeReport:
     quantized, others = {}, {}
     index = read_json(path / "model_index.json", non_finite=True)
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name in index):
-        config = folder / "config.json"
-        if config.is_file() and _is_ours(read_json(config, non_finite=True)):
+        if is_packed_model(folder):
             quantized[folder.name] = _file_report(folder)
         else:
             others[folder.name] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if not quantized:
         raise ValueError(f"No component of the pipeline in {path} is quantized by diffusers_bitsfusion.")
     return PipelineSizeReport(quantized, others)
+
+
+def is_packed_model(folder: Path) -> bool:
+    """Whether the config.json in a folder, where there is one, says that this package packed the model.
+
+    Raises:
+        DamagedFileError: the config.json cannot be read.
+    """
+    config = folder / "config.json"
+    return config.is_file() and _is_ours(read_json(config, non_finite=True))
 
 
 def _is_ours(config: Mapping[str, Any]) -> bool:
@@ -204,7 +219,8 @@ def _file_report(path: Path) -> SizeReport:
     ]
     overhead = sum(file.stat().st_size for file in headers) - sum(size for _, _, size in tensors)
     overhead += sum(file.stat().st_size for file in [path / "config.json", *index_files(path)])
-    return report_of_tensors("file", tensors, schema, overhead)
+    report = report_of_tensors("file", tensors, schema, overhead)
+    return replace(report, checksums=all(METADATA_KEY in header.metadata for header in headers.values()))
 
 
 def read_schema(folder: Path) -> CheckpointSchema:
