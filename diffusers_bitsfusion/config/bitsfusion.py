@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -20,6 +19,7 @@ from ..codec.rounding import Rounding
 from ..codec.schema import TIME_FEATURES, CheckpointSchema, check_compression, check_time_features
 from ..ops.dispatch import check_settings
 from ..utils.errors import UnfinishedSaveError, shown
+from ..utils.json_files import is_number
 from .calibration import Calibration
 from .recipe import Recipe
 
@@ -128,8 +128,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
     def _check(self) -> None:
         if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
             raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
-        if not (math.isfinite(self.target_bits) and self.target_bits > 0):
-            raise ValueError(f"target_bits must be positive, got {self.target_bits}")
+        if not (is_number(self.target_bits) and self.target_bits > 0):
+            raise ValueError(f"target_bits must be positive, got {shown(self.target_bits)}")
         Rounding(self.scale_init, self.scale_iterations, self.balance)  # it checks them
         check_settings(self.compute, self.resident)
         if isinstance(self.time_embedding, dict):

@@ -54,7 +54,10 @@ def replacing(directory: Path) -> Iterator[Path]:
             write_atomically(scratch / _JOURNAL, json.dumps({"files": names}) + "\n")
         except Exception as error:
             if is_write_error(error) and not isinstance(error, OSError):
-                raise OSError(f"Could not save {directory}: {error}. What was there before is kept; do the same again when there is room.") from error
+                raise OSError(
+                    f"Could not save {directory}: {error}. What was there before is kept; do the same again when there "
+                    "is room."
+                ) from error
             raise
         try:
             _roll_forward(directory, scratch)

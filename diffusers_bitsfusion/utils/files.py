@@ -69,7 +69,10 @@ def replacing_file(path: Path) -> Iterator[Path]:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if is_write_error(error):
-            raise OSError(f"Could not write {path}: {error}. What was there before is kept; do the same again when there is room.") from error
+            raise OSError(
+                f"Could not write {path}: {error}. What was there before is kept; do the same again when there is "
+                "room."
+            ) from error
         raise
     flush_folder(path.parent)
 

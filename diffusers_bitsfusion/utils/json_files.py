@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -84,7 +85,7 @@ def is_count(value: Any, least: int = 0) -> bool:
 
 def is_number(value: Any) -> bool:
     """Whether it is a finite number; `True` is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_list_of(value: Any, kind: type) -> bool:
