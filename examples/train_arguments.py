@@ -152,7 +152,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
     group.add_argument("--output_dir", default="bitsfusion-model")
     group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many of each stage.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many of each stage; below 1: all.")
     group.add_argument("--resume_from_checkpoint", help='"latest", or the path of a checkpoint.')
     group.add_argument("--estimate_only", action="store_true", help="Print what the run takes; end.")
     group.add_argument("--report_to", help='"tensorboard", "wandb", ... or "all". Default: none.')

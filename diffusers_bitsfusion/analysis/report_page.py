@@ -13,6 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from ..utils.errors import printable
+from ..utils.files import write_atomically
 from . import plots as figures
 from .allocate import RULES, Totals, allocate
 from .layer_cost import WIDTHS
@@ -78,7 +80,7 @@ def write_report(
         _image(figures.damage_against_size(_curves(analysis), _uniform(analysis))),
     ]
     page = f"<!doctype html><html lang=en><meta charset=utf-8><title>Sensitivity</title><style>{_STYLE}</style>\n"
-    Path(path).write_text(page + "\n".join(sections) + "\n</html>\n", encoding="utf-8")
+    write_atomically(Path(path), printable(page + "\n".join(sections) + "\n</html>\n"))
 
 
 def _target(analysis: Analysis, layer_bits: float) -> float:
@@ -96,7 +98,7 @@ def _summary(analysis: Analysis) -> str:
         f"{header.method} method",
     ]
     parts += [f"{key.replace('_', ' ')} {value}" for key, value in shown.items()]
-    parts += [f"weights {header.model['fingerprint'][:12]}", f"torch {header.versions['torch']}"]
+    parts += [f"weights {header.model['fingerprint'][:12]}", f"torch {header.versions.get('torch', 'unknown')}"]
     return escape(" · ".join(parts))
 
 

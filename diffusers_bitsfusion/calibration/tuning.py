@@ -282,9 +282,13 @@ def _load(
     """Go on from `state`; the number of steps done."""
     if state is None:
         return 0
+    parameters = optimizer.param_groups[0]["params"]
+    shapes = [tuple(value.shape) for value in state["values"]]
+    if len(state["spreads"]) != len(channels) or shapes != [tuple(parameter.shape) for parameter in parameters]:
+        raise ValueError("The kept state of tuning is of another model. Delete the calibration's folder.")
     for channel, spread in zip(channels, state["spreads"], strict=True):
         channel.spread = spread
-    for parameter, value in zip(optimizer.param_groups[0]["params"], state["values"], strict=True):
+    for parameter, value in zip(parameters, state["values"], strict=True):
         parameter.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
     guidance.surplus = state["surplus"]

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from ..utils.files import write_atomically
 from .common import default_prompts, user_errors
 
 
@@ -64,4 +65,4 @@ def evaluate(
         if card:
             add_section(Path(path), "Scores", f"```text\n{evaluation.format_report(report)}\n```")
         if json_file is not None:
-            json_file.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            write_atomically(json_file, json.dumps(report, indent=2, allow_nan=False) + "\n")

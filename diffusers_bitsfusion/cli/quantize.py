@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import config_folder, is_model, read_config, refuse_quantized, user_errors
+from .common import config_folder, is_model, read_config, refuse_destination, refuse_quantized, user_errors
 
 _DTYPES = ("float16", "bfloat16", "float32")
 
@@ -67,6 +67,7 @@ def quantize(
             target_bits=target_bits,
             time_embedding=time_embedding,
         )
+        refuse_destination(source, destination, config.components)
         if calibrate:
             calibration = _calibration(destination, prompts, given)
             _quantize_calibrated(source, destination, config, getattr(torch, dtype), calibration)

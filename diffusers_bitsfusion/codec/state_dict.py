@@ -15,6 +15,7 @@ from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
 from .schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, branch_shapes
 from .time_table import decode_table, encode_table
+from .values import check_values
 
 
 def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
@@ -50,14 +51,16 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         key = f"{name}.codes"
         return key, _decode_codes(key, state_dict[key], schema.layers[name], schema.compression)
 
+    for name, layer in schema.layers.items():
+        _check(state_dict, f"{name}.scale", torch.int32, (layer.rows,))
+        _check_branch(state_dict, name, layer)
+    _check_time_features(state_dict, schema.time_features)
+    check_values(state_dict, schema)
     # Decompressing and the compiled loops release the interpreter's lock.
     threads = torch.get_num_threads() if native_library() else 1
     with ThreadPoolExecutor(threads) as pool:
         decoded.update(pool.map(decode_codes, [name for name in schema.layers if f"{name}.codes" in state_dict]))
-    for name, layer in schema.layers.items():
-        _check(decoded, f"{name}.scale", torch.int32, (layer.rows,))
-        _check_branch(decoded, name, layer)
-    _check_time(decoded, schema.time_features)
+    _decode_time_table(decoded, schema.time_features)
     for key in _float_bits(schema) & decoded.keys():
         decoded[key] = decoded[key].view(-1, 1)
     return decoded
@@ -69,21 +72,21 @@ def _float_bits(schema: CheckpointSchema) -> set[str]:
     return {f"{name}.scale" for name in schema.layers} | time[schema.time_features.kind]
 
 
-def _check_time(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
-    """Check the tensors of the time features, and decode those of a table in place."""
-    if time.kind == "keep":
-        return
-    if time.kind == "cache":
-        _check(decoded, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
-        _check(decoded, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
-        return
-    _check(decoded, "time_proj.scale", torch.int32, (time.num_features,))
-    if "time_proj.codes" in decoded:
+def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
+    if time.kind == "table" and "time_proj.codes" in decoded:
         frame = _frame("time_proj.codes", decoded["time_proj.codes"])
         try:
             decoded["time_proj.codes"] = decode_table(frame, time.num_timesteps + 2, time.num_features)
         except ValueError as error:
             raise ValueError(f"time_proj.codes {error}.") from error
+
+
+def _check_time_features(state_dict: Mapping[str, Tensor], time: TimeFeaturesSchema) -> None:
+    if time.kind == "cache":
+        _check(state_dict, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
+        _check(state_dict, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
+    elif time.kind == "table":
+        _check(state_dict, "time_proj.scale", torch.int32, (time.num_features,))
 
 
 def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str | None) -> Tensor:

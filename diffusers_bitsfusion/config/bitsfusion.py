@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -19,6 +18,8 @@ from ..codec.grid import check_bits
 from ..codec.rounding import Rounding
 from ..codec.schema import TIME_FEATURES, CheckpointSchema, check_compression, check_time_features
 from ..ops.dispatch import check_settings
+from ..utils.errors import UnfinishedSaveError, shown
+from ..utils.json_files import is_number
 from .calibration import Calibration
 from .recipe import Recipe
 
@@ -26,6 +27,10 @@ logger = logging.get_logger(__name__)
 
 TIME_EMBEDDINGS = ("auto", *TIME_FEATURES)
 DEFAULT_COMPONENTS = ("unet", "transformer")
+
+
+# In the config of a save under way: the folder that is saved into.
+_UNFINISHED = "unfinished_save"
 
 
 class BitsFusionMethod(str, Enum):
@@ -123,8 +128,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
     def _check(self) -> None:
         if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
             raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
-        if not (math.isfinite(self.target_bits) and self.target_bits > 0):
-            raise ValueError(f"target_bits must be positive, got {self.target_bits}")
+        if not (is_number(self.target_bits) and self.target_bits > 0):
+            raise ValueError(f"target_bits must be positive, got {shown(self.target_bits)}")
         Rounding(self.scale_init, self.scale_iterations, self.balance)  # it checks them
         check_settings(self.compute, self.resident)
         if isinstance(self.time_embedding, dict):
@@ -195,7 +200,13 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
 
         Raises:
             ValueError: an unknown key, or a checkpoint of a newer format version.
+            UnfinishedSaveError: the save of the checkpoint was killed before its end.
         """
+        if (folder := config_dict.get(_UNFINISHED)) is not None:
+            raise UnfinishedSaveError(
+                f"A save into {shown(folder)[1:-1]} was cut off. Finish it by `bitsfusion inspect {shown(folder)} "
+                "--repair`, or save again."
+            )
         known = {key: value for key, value in config_dict.items() if key != "quant_method"}
         arguments = inspect.signature(cls).parameters
         unknown = sorted(set(known) - set(arguments))
@@ -229,6 +240,12 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
 
     def __repr__(self) -> str:
         return QuantizationConfigMixin.__repr__(self)
+
+
+def unfinished_config(config: Mapping[str, Any]) -> str | None:
+    """The folder that was being saved into, where a model's config says that the save has not ended."""
+    quantization = config.get("quantization_config")
+    return quantization.get(_UNFINISHED) if isinstance(quantization, dict) else None
 
 
 def _as_recipe(recipe: Any) -> Recipe | str | int:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..utils.seeds import cpu_generator, derived_seed
 from .image_folder import ImageFolder
 
 
@@ -87,16 +87,9 @@ def _draw(pipeline, captions, indices, sampling):
         prompt=[captions[index] for index in indices],
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
-        generator=[_generator(sampling.seed, index) for index in indices],
+        generator=[cpu_generator(derived_seed(sampling.seed, index)) for index in indices],
         output_type="np",
     ).images
     if not np.isfinite(images).all():
         raise ValueError(f"The pipeline drew NaN for one of the prompts {[captions[index] for index in indices]}.")
     return (images * 255).round().astype(np.uint8)
-
-
-def _generator(seed, index):
-    # A hash, not a sum: with `seed + index`, neighbouring base seeds would share most of their noise. On the CPU,
-    # so that the noise is the same on every device; its generator takes 32 bits.
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]))

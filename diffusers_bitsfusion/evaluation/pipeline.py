@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+
+from ..utils.fingerprints import hash_of_folder
+
+fingerprint = hash_of_folder
 
 DENOISERS = ("unet", "transformer")  # a pipeline's component that predicts the noise has one of these names
 
@@ -45,16 +48,6 @@ def load_pipeline(
         pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
-
-
-def fingerprint(path: str | os.PathLike[str]) -> str:
-    """Changes when a file of the local pipeline does; the id itself for one on the Hub."""
-    folder = Path(path)
-    if not folder.is_dir():
-        return os.fspath(path)
-    files = sorted(file for file in folder.rglob("*") if file.suffix in (".json", ".safetensors", ".bin"))
-    state = [(str(file.relative_to(folder)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
 def _check_folder(path: str) -> None:

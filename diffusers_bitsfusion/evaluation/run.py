@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..utils.fingerprints import hash_of_settings, hash_of_text
 from .clip import Clip, clip_score
 from .compositional import Scorer, bootstrap_mean, bootstrap_scores, judge
 from .distribution import cmmd, frechet_distance
@@ -138,20 +137,16 @@ def _draw(
         if images is not None:
             settings = {
                 "files": fingerprint(path),
-                "prompts": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
+                "prompts": hash_of_text("\n".join(captions)),
                 "scheduler": scheduler,
                 "steps": sampling.steps,
                 "guidance_scale": sampling.guidance_scale,
                 "seed": sampling.seed,
                 "device": default_device().type,
             }
-            folder = ImageFolder(Path(images) / f"{Path(path).name}-{_short_hash(settings)}", settings)
+            folder = ImageFolder(Path(images) / f"{Path(path).name}-{hash_of_settings(settings)[:8]}", settings)
         by_scale.append(generate_images(pipeline, captions, sampling, folder, progress))
     return _Pictures(scheduler, by_scale)
-
-
-def _short_hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def _report(

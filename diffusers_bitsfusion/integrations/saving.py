@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
+from huggingface_hub.errors import HfHubHTTPError
 from torch import nn
 
-from ..codec.weight_files import stem
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn import PackedWeight, TimeFeatures
 from ..nn.compute import packed_layers
@@ -26,6 +25,8 @@ from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
 from ..utils.private_names import DIFFUSERS_CONFIG
+from ..utils.safetensors_files import sort_metadata
+from .folder_commit import private_folder, replacing
 from .peft_checks import check_fusable, check_targets
 from .peft_lora import prepare_saving
 
@@ -36,6 +37,11 @@ else:
 
 # Whether a pipeline is being saved: its one card replaces those of its models.
 _inside_pipeline: ContextVar[bool] = ContextVar("inside_pipeline", default=False)
+
+# Of a save under way, what is to be uploaded when it is complete; None where none is.
+_uploads: ContextVar[list[Callable[[str], Any]] | None] = ContextVar("uploads", default=None)
+
+_LINKS = "links"
 
 
 def parameters_saved(model: Any) -> int:
@@ -65,6 +71,8 @@ class QuantizedModelMixin(_Base):
     ) -> None:
         """As `ModelMixin.save_pretrained`, but all or nothing: on an error the old checkpoint is untouched.
 
+        A push that the Hub refuses leaves the finished save in the folder.
+
         The arguments are written out because a pipeline's save passes on only those that it finds in the signature.
 
         Raises:
@@ -81,26 +89,36 @@ class QuantizedModelMixin(_Base):
         prepare_saving(self)
         # An earlier save left a plain dict there.
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
-        with replacing(directory) as scratch:
-            super().save_pretrained(
+        inside = _inside_pipeline.get()
+        # What a pipeline saves into is itself not in its place yet.
+        with nullcontext(directory) if inside else _replacing_then_uploading(directory) as scratch:
+            save = functools.partial(
+                super().save_pretrained,
                 str(scratch),
                 is_main_process=is_main_process,
                 save_function=save_function,
                 variant=variant,
                 max_shard_size=max_shard_size,
-                push_to_hub=push_to_hub,
                 **kwargs,
             )
+            refusal = _save_even_if_refused(save, scratch, push_to_hub)
             # The others write no config, whose figures a card shows.
-            if is_main_process and not _inside_pipeline.get() and not is_users_own(directory):
+            if is_main_process and not inside and not is_users_own(directory):
                 write_card(scratch, self, title=title)
+        if refusal is not None:
+            raise refusal
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """diffusers puts its own card into what it uploads; ours has the figures."""
         if not is_users_own(Path(working_dir)):
             write_card(Path(working_dir), self, title=repo_id, token=kwargs.get("token"))
-        with explaining_refusals(repo_id):
-            return super()._upload_folder(working_dir, repo_id, *args, **kwargs)
+        upload = super()._upload_folder
+
+        def send(folder: str) -> Any:
+            with explaining_refusals(repo_id):
+                return upload(folder, repo_id, *args, **kwargs)
+
+        return _upload(send, working_dir)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,44 +240,64 @@ def as_plain_model(model: ModelMixin) -> None:
 
 
 @contextmanager
-def replacing(directory: Path) -> Iterator[Path]:
-    """A scratch folder whose files take the place of those in `directory` if the block ends without an error.
+def _replacing_then_uploading(directory: Path) -> Iterator[Path]:
+    """`folder_commit.replacing`; what the block asks to upload of the scratch folder is uploaded afterwards.
 
-    Files are flushed to the disk, then renamed; weight files of an earlier save that the new one does not have
-    (other shards, their index) go.
+    So a push that fails leaves the finished save.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    uploads: list[Callable[[str], Any]] = []
+    token = _uploads.set(uploads)
     try:
-        yield scratch
-        files = [file.relative_to(scratch) for file in sorted(scratch.rglob("*")) if file.is_file()]
-        for file in files:
-            _flush(scratch / file)
-        for folder in {file.parent for file in files}:
-            (directory / folder).mkdir(parents=True, exist_ok=True)
-            new = {file.name for file in files if file.parent == folder}
-            stale = _stale_weights(directory / folder, new)
-            for name in sorted(new):
-                os.replace(scratch / folder / name, directory / folder / name)
-            for file in stale:
-                file.unlink(missing_ok=True)  # another process may be saving the same
+        with replacing(directory) as scratch:
+            yield scratch
+            for file in scratch.rglob("*.safetensors"):
+                sort_metadata(file)  # the same bytes each time
+            names = [file.relative_to(scratch) for file in scratch.rglob("*") if file.is_file()]
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        _uploads.reset(token)
+    if not uploads:
+        return
+    with private_folder(directory) as linked:
+        for name in names:
+            (linked / _LINKS / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(directory / name, linked / _LINKS / name)
+        for upload in uploads:
+            upload(str(linked / _LINKS))
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # some file systems have no hard links
+        shutil.copyfile(source, target)
+
+
+def _upload(upload: Callable[[str], Any], folder: str | os.PathLike[str]) -> Any:
+    """Upload a folder, now or after the save that it is part of."""
+    uploads = _uploads.get()
+    if uploads is None:
+        return upload(str(folder))
+    uploads.append(upload)
+
+
+def _save_even_if_refused(save: Callable[..., Any], scratch: Path, push_to_hub: bool) -> Exception | None:
+    """Call `save(push_to_hub=...)`; where the Hub refuses before anything is written, save without it.
+
+    Returns:
+        The Hub's refusal, to be raised when the save is complete; or None.
+    """
+    try:
+        save(push_to_hub=push_to_hub)
+    except (OSError, HfHubHTTPError) as error:
+        if not push_to_hub or any(scratch.iterdir()):
+            raise
+        save(push_to_hub=False)
+        return error
+    return None
 
 
 def _title(folder: Path) -> str:
     return folder.resolve().name
-
-
-def _flush(file: Path) -> None:
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def _stale_weights(folder: Path, new: set[str]) -> list[Path]:
-    """Weight files in `folder` of the same name stems as the new ones, sharded or not, and their indices."""
-    stems = {stem(name) for name in new} - {None}
-    return [file for file in folder.iterdir() if file.is_file() and file.name not in new and stem(file.name) in stems]
 
 
 def _holds_quantized_model(pipeline: Any) -> bool:
@@ -279,12 +317,15 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             title = kwargs.setdefault("repo_id", title)
         token = _inside_pipeline.set(True)
         try:
-            with replacing(Path(save_directory)) as scratch:
-                original(self, str(scratch), *args, **kwargs)
+            with _replacing_then_uploading(Path(save_directory)) as scratch:
+                save = functools.partial(original, self, str(scratch), *args, **kwargs)
+                refusal = _save_even_if_refused(save, scratch, bool(kwargs.get("push_to_hub", False)))
                 if not is_users_own(Path(save_directory)):
                     write_card(scratch, self, title=title)
         finally:
             _inside_pipeline.reset(token)
+        if refusal is not None:
+            raise refusal
 
     return save_pretrained
 
@@ -298,8 +339,12 @@ def uploading_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, working_dir, repo_id, *args, **kwargs)
         if not is_users_own(Path(working_dir)):
             write_card(Path(working_dir), self, title=repo_id, token=kwargs.get("token"))
-        with explaining_refusals(repo_id):
-            return original(self, working_dir, repo_id, *args, **kwargs)
+
+        def send(folder: str) -> Any:
+            with explaining_refusals(repo_id):
+                return original(self, folder, repo_id, *args, **kwargs)
+
+        return _upload(send, working_dir)
 
     return upload_folder
 

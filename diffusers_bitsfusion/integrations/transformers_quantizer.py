@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
+from ..codec.checksums import checksums_metadata, verify_files
 from ..codec.state_dict import decode_state_dict, encode_state_dict
+from ..codec.values import check_file_values
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import float_twin, replace_module
 from ..nn.packed import PackedWeight
@@ -66,6 +69,10 @@ class BitsFusionTextQuantizer(HfQuantizer):
         install_packed_layers(
             model, self.quantization_config.schema, lambda name: _weight_dtype(model, name, self._dtype)
         )
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
+        if files:
+            check_file_values(files, self.quantization_config.schema)
+            verify_files(files, self.quantization_config.schema)
         # transformers initialises what a file lacks, and for that reads weights, before the codes have been decoded.
         for module in model.modules():
             if any(isinstance(part, PackedWeight) for part in module.modules()):
@@ -137,7 +144,9 @@ class BitsFusionTextQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         refuse_offloaded_to_disk(model)
         prepare_saving(model)
-        return encode_state_dict(model.state_dict(), self.quantization_config.schema), {}
+        schema = self.quantization_config.schema
+        encoded = encode_state_dict(model.state_dict(), schema)
+        return encoded, checksums_metadata(encoded, schema)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_dispatched(model, "dequantize")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,17 @@ import torch
 from torch import nn
 
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from ..codec.checksums import METADATA_KEY
 from ..codec.grid import levels
 from ..codec.schema import CheckpointSchema
-from ..codec.weight_files import stem, weight_files
+from ..codec.weight_files import index_files, read_headers
+from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import attention_ways
 from ..nn.compute import packed_layers
 from ..ops.dispatch import KernelSelection
 from ..utils.adapters import split_adapters
+from ..utils.errors import DamagedFileError, UnfinishedSaveError
+from ..utils.json_files import read_json
 
 MB = 1e6
 
@@ -61,6 +64,7 @@ class SizeReport:
         histogram: bits to (layers, weights).
         ways: how each packed layer of a model in memory computes, and why; empty for files.
         attention_ways: the same of its attention, where `set_compute` chose it.
+        checksums: whether a file has a checksum of every tensor; None of what is no file.
     """
 
     where: str
@@ -71,6 +75,7 @@ class SizeReport:
     histogram: dict[int, tuple[int, int]]
     ways: dict[str, KernelSelection] = field(default_factory=dict)
     attention_ways: dict[str, str] = field(default_factory=dict)
+    checksums: bool | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -107,6 +112,7 @@ class SizeReport:
             "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
             "ways": {name: asdict(way) for name, way in self.ways.items()},
             "attention_ways": self.attention_ways,
+            "checksums": self.checksums,
         }
 
     def __str__(self) -> str:
@@ -133,6 +139,8 @@ class SizeReport:
             lines.append(f"{count:>6}  {way.arithmetic}, weights {way.weights}: {way.reason}")
         for how, count in Counter(self.attention_ways.values()).most_common():
             lines.append(f"{count:>6}  attention {how}")
+        if self.checksums is not None:
+            lines += ["", f"checksums: {'of every tensor' if self.checksums else 'none, save again to add them'}"]
         return "\n".join(lines)
 
 
@@ -177,10 +185,9 @@ def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport
 
 def _pipeline_report(path: Path) -> PipelineSizeReport:
     quantized, others = {}, {}
-    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(path / "model_index.json", non_finite=True)
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name in index):
-        config = folder / "config.json"
-        if config.is_file() and _is_ours(json.loads(config.read_text(encoding="utf-8"))):
+        if is_packed_model(folder):
             quantized[folder.name] = _file_report(folder)
         else:
             others[folder.name] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -189,35 +196,52 @@ def _pipeline_report(path: Path) -> PipelineSizeReport:
     return PipelineSizeReport(quantized, others)
 
 
+def is_packed_model(folder: Path) -> bool:
+    """Whether the config.json in a folder, where there is one, says that this package packed the model.
+
+    Raises:
+        DamagedFileError: the config.json cannot be read.
+    """
+    config = folder / "config.json"
+    return config.is_file() and _is_ours(read_json(config, non_finite=True))
+
+
 def _is_ours(config: Mapping[str, Any]) -> bool:
-    return (config.get("quantization_config") or {}).get("quant_method") == "bitsfusion"
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitsfusion"
 
 
 def _file_report(path: Path) -> SizeReport:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not _is_ours(config):
-        raise ValueError(f"The model in {path} is not quantized by diffusers_bitsfusion.")
-    try:
-        schema = CheckpointSchema.from_json(config["quantization_config"])
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from error
-    files = weight_files(path)
-    tensors = [tensor for file in files for tensor in _read_header(file)]
-    overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)
-    indices = [file for file in path.glob("*.index.json") if stem(file.name) == stem(files[0].name)]
-    overhead += sum(file.stat().st_size for file in [path / "config.json", *indices])
-    return report_of_tensors("file", tensors, schema, overhead)
-
-
-def _read_header(file: Path) -> list[TensorSize]:
-    """Every tensor of a safetensors file, from its header alone."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    return [
-        (name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
+    schema = read_schema(path)
+    headers = read_headers(path)
+    tensors = [
+        (name, entry.shape, entry.num_bytes) for header in headers.values() for name, entry in header.tensors.items()
     ]
+    overhead = sum(file.stat().st_size for file in headers) - sum(size for _, _, size in tensors)
+    overhead += sum(file.stat().st_size for file in [path / "config.json", *index_files(path)])
+    report = report_of_tensors("file", tensors, schema, overhead)
+    return replace(report, checksums=all(METADATA_KEY in header.metadata for header in headers.values()))
+
+
+def read_schema(folder: Path) -> CheckpointSchema:
+    """What the config.json of a packed model's folder says of its file, after every check.
+
+    Raises:
+        DamagedFileError: it is damaged.
+        UnfinishedSaveError: the save into the folder was killed before its end.
+        ValueError: the model is not quantized by this package.
+        FileNotFoundError: there is no config.json.
+    """
+    file = folder / "config.json"
+    config = read_json(file, non_finite=True)
+    if not _is_ours(config):
+        raise ValueError(f"The model in {folder} is not quantized by diffusers_bitsfusion.")
+    try:
+        return BitsFusionConfig.from_dict(config["quantization_config"]).schema
+    except UnfinishedSaveError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{file}:", str(error)) from error
 
 
 def _memory_report(model: nn.Module) -> SizeReport:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +11,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from ..utils.errors import DamagedFileError
+from ..utils.json_files import is_list_of, read_json
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 _CAPTION_COLUMNS = ("text", "caption", "txt", "prompt")
@@ -39,13 +41,20 @@ class ArrayImages:
 
     def __init__(self, folder: Path):
         self.images = np.load(folder / "images.npy", mmap_mode="r")
-        self.captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))["captions"]
+        self.captions = _captions(folder / "captions.json")
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def read(self, index: int) -> tuple[Image.Image, str]:
         return Image.fromarray(self.images[index]), self.captions[index]
+
+
+def _captions(file: Path) -> list[str]:
+    captions = read_json(file).get("captions")
+    if not is_list_of(captions, str):
+        raise DamagedFileError(file, 'holds no captions: it must be {"captions": [...]} with a text for each image')
+    return captions
 
 
 class DatasetImages:

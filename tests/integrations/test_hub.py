@@ -223,9 +223,12 @@ def test_a_refused_push_says_what_to_do_and_commits_nothing(hub, work, pushed, s
     assert hub.repositories[f"me/push-{status}"].files == {}
 
 
-def test_a_refused_push_while_saving_leaves_no_half_of_a_folder(work, pushed):
+def test_a_refused_push_while_saving_keeps_the_finished_save(work, pushed):
     assert "Nothing was committed" in results(work, "pushed")["while saving"][0]
-    assert not [file for file in (work / "saved").rglob("*") if file.is_file()]
+    saved = work / "saved"
+    assert {"model_index.json", "README.md", "unet/config.json", f"unet/{WEIGHTS}"} <= content(saved).keys()
+    assert not list(saved.glob(".saving-*"))
+    assert size_report(saved).quantized.keys() == {"unet"}
 
 
 @pytest.mark.parametrize("status", STATUSES)
