@@ -1,0 +1,1 @@
+"""The published evaluations, each in a module of its own behind one interface."""
