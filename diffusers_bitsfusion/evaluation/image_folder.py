@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,19 @@ class ImageFolder:
         else:
             note.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
+    def missing(self, count: int) -> list[int]:
+        """Return which of the first `count` pictures are not drawn yet."""
+        drawn = {file.name for file in self.folder.iterdir()}
+        return [index for index in range(count) if self._path(index).name not in drawn]
+
     def load(self, index: int) -> np.ndarray | None:
         """(height, width, 3) uint8, or None where it is not drawn yet."""
         path = self._path(index)
         return np.asarray(Image.open(path).convert("RGB")) if path.is_file() else None
+
+    def block(self, indices: Sequence[int]) -> np.ndarray:
+        """Return drawn pictures of one size, as (n, height, width, 3) uint8."""
+        return np.stack([np.asarray(Image.open(self._path(index)).convert("RGB")) for index in indices])
 
     def save(self, index: int, image: np.ndarray) -> None:
         """Write (height, width, 3) uint8; a file that is there is complete."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -47,6 +48,16 @@ def load_pipeline(
     return pipeline.to(device)
 
 
+def scheduler_name(path: str | os.PathLike[str], scheduler: str | None = None) -> str:
+    """Return the class name of the scheduler that `load_pipeline` with these arguments would take.
+
+    Raises:
+        OSError, ValueError: as of `load_pipeline`.
+    """
+    index = _check_folder(os.fspath(path))
+    return index["scheduler"][1] if scheduler is None else _scheduler_class(scheduler).__name__
+
+
 def fingerprint(path: str | os.PathLike[str]) -> str:
     """Changes when a file of the local pipeline does; the id itself for one on the Hub."""
     folder = Path(path)
@@ -57,8 +68,8 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return hashlib.sha256(repr(state).encode()).hexdigest()
 
 
-def _check_folder(path: str) -> None:
-    """Name what is wrong before diffusers lists every part that it did not get."""
+def _check_folder(path: str) -> dict[str, Any]:
+    """Return the pipeline's index; name what is wrong before diffusers lists every part that it did not get."""
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise ValueError(f"{path} holds no pipeline (no model_index.json).")
     index = DiffusionPipeline.load_config(path)
@@ -68,6 +79,7 @@ def _check_folder(path: str) -> None:
     missing = [name for name in names if Path(path).is_dir() and not (Path(path) / name).is_dir()]
     if missing:
         raise ValueError(f"The pipeline {path} names a {missing[0]}, but its folder {missing[0]}/ is missing.")
+    return index
 
 
 def _scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:

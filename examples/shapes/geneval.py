@@ -41,7 +41,7 @@ def geneval_line(prompt: Prompt) -> dict[str, Any]:
 
 
 def detect(images: Sequence[Image.Image]) -> list[list[tuple]]:
-    """Return what the scorer finds in each picture, as (class name, score, box, mask), sizes as classes of their own."""
+    """Return what the scorer finds in each picture: (class name, score, box, mask), sizes as classes of their own."""
     return [_detections(np.asarray(image.convert("RGB"))) for image in images]
 
 

@@ -79,12 +79,14 @@ CASES = {
     # At most 16 of a class.
     "seventeen are sixteen": (line("counting", [clause("cat", 16)], [clause("cat", 17)]), [cat()] * 17, (), True),
     "seventeen are never found": (line("counting", [clause("cat", 17)]), [cat()] * 20, (), False),
-    "the limit is each class's own": (line("x", [clause("cat", 16), clause("dog", 16)]), [cat(), dog()] * 16, (), True),
+    "the limit is each class's own": (
+        line("x", [clause("cat", 16), clause("dog", 16)]), [cat(), dog()] * 16, (), True),
     # Exclusion.
     "excluded and there": (line("x", [clause("cat")], [clause("dog")]), [cat(), dog()], (), False),
     "excluded and below the threshold": (line("x", [clause("cat")], [clause("dog")]), [cat(), dog(0.3)], (), True),
     "excluded from two on, one there": (line("x", [clause("cat")], [clause("dog", 2)]), [cat(), dog()], (), True),
-    "excluded from two on, two there": (line("x", [clause("cat")], [clause("dog", 2)]), [cat(), dog(), dog()], (), False),
+    "excluded from two on, two there": (
+        line("x", [clause("cat")], [clause("dog", 2)]), [cat(), dog(), dog()], (), False),
     "any exclusion fails": (line("x", [], [clause("cat", 9), clause("dog")]), [dog()], (), False),
     # Colours, of the best `count` alone.
     "the colour": (RED, [cat()], ["red"], True),
@@ -110,7 +112,8 @@ CASES = {
     "at an angle it is above": (placed("above"), [dog(box=box_at(100, 100)), cat(box=box_at(0, 0))], (), True),
     "at an angle it is left too": (placed("left of"), [dog(box=box_at(100, 100)), cat(box=box_at(0, 0))], (), True),
     "the same place": (placed("left of"), [dog(), cat()], (), False),
-    "nearer than a tenth of both sizes": (placed("left of"), [dog(box=box_at(2, 0)), cat(box=box_at(0, 0))], (), False),
+    "nearer than a tenth of both sizes": (
+        placed("left of"), [dog(box=box_at(2, 0)), cat(box=box_at(0, 0))], (), False),
     "a little farther, and half of it is left": (
         placed("left of"), [dog(box=box_at(4.1, 0)), cat(box=box_at(0, 0))], (), True),
     "exactly half is left": (placed("left of"), [dog(box=box_at(4, 0)), cat(box=box_at(0, 0))], (), False),

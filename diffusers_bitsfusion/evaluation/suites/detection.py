@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 
 import numpy as np
@@ -14,6 +14,7 @@ from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImagePr
 
 from ..clip import Clip
 from ..pipeline import default_device
+from ..plugins import is_function, load_function
 from .geneval import COLORS, Detection
 from .models import load_model
 
@@ -28,6 +29,50 @@ _MOST = 100  # detections of a picture, as mmdet keeps
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 # The benchmark's names of COCO's classes where they are not COCO's own.
 _NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+
+
+def load_detector(name: str, classes: Collection[str]) -> Detector:
+    """Return what finds the objects in pictures.
+
+    Args:
+        name: folder or Hub id of a Mask2Former, or MODULE:FUNCTION, see `GenEval`.
+        classes: those that the prompts name; a model must know them.
+
+    Raises:
+        OSError, ValueError: there is no such model or function, or it lacks classes.
+    """
+    if is_function(name):
+        return _checked(load_function(name, "detector"), name)
+    detector = Mask2FormerDetector(name)
+    missing = sorted(set(classes) - set(detector.classes))
+    if missing:
+        raise ValueError(
+            f"The detector {name} does not know {len(missing)} of the classes that the prompts name, first "
+            f"{missing[0]!r}; GenEval needs COCO's 80, as {DETECTOR} has them."
+        )
+    return detector
+
+
+def load_color_classifier(name: str) -> ColorClassifier:
+    """Return what names the colours of crops, given the names of their classes too.
+
+    Args:
+        name: folder or Hub id of a CLIP, or MODULE:FUNCTION, see `GenEval`.
+
+    Raises:
+        OSError, ValueError: there is no such model or function.
+    """
+    if not is_function(name):
+        return ClipColors(name)
+    function = load_function(name, "colour classifier")
+
+    def classify(crops: list[Image.Image], class_names: list[str]) -> list[str]:
+        colors = list(function(crops)) if crops else []
+        if len(colors) != len(crops) or not all(isinstance(color, str) for color in colors):
+            raise ValueError(f"The colour classifier {name!r} must return {len(crops)} names, one a crop.")
+        return colors
+
+    return classify
 
 
 class Mask2FormerDetector:
@@ -85,6 +130,8 @@ class ClipColors:
         self._names = cache(self._sentences)
 
     def __call__(self, crops: list[Image.Image], class_names: list[str]) -> list[str]:
+        if not crops:
+            return []
         features = F.normalize(torch.from_numpy(self.clip.image_features([np.asarray(crop) for crop in crops])))
         return [COLORS[int((self._names(name) @ x).argmax())] for name, x in zip(class_names, features, strict=True)]
 
@@ -102,6 +149,32 @@ def crop(image: Image.Image, detection: Sequence) -> Image.Image:
         image = Image.composite(image, Image.new("RGB", image.size, _GREY), Image.fromarray(np.asarray(mask, bool)))
     left, top, right, bottom = map(round, box)
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+
+
+def _checked(function: Detector, name: str) -> Detector:
+    """Wrap a detector of a user, whose detections are checked."""
+
+    def detect(images: list[Image.Image]) -> list[list[Detection]]:
+        found = list(function(images))
+        if len(found) != len(images):
+            raise ValueError(f"The detector {name!r} must return {len(images)} lists, one a picture.")
+        return [
+            [_valid(detection, image, name) for detection in part] for part, image in zip(found, images, strict=True)
+        ]
+
+    return detect
+
+
+def _valid(detection: Sequence, image: Image.Image, name: str) -> Detection:
+    wrong = f"The detector {name!r} found {detection!r}, but"
+    if len(detection) != 4 or len(detection[2]) != 4:
+        raise ValueError(f"{wrong} a detection is (class name, score, (x0, y0, x1, y1), mask or None).")
+    left, top, right, bottom = detection[2]
+    if not (left < right and top < bottom):
+        raise ValueError(f"{wrong} a box is x0, y0, x1, y1 with x0 < x1 and y0 < y1.")
+    if detection[3] is not None and np.shape(detection[3]) != image.size[::-1]:
+        raise ValueError(f"{wrong} a mask has the picture's (height, width), {image.size[::-1]}.")
+    return Detection(*detection)
 
 
 def _certainty(logits: Tensor, mask: Tensor) -> float:

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from ..compositional import bootstrap_scores
+from .base import PictureScorer, Record, Scores, Suite
 from .json_files import read_json_lines, require_fields, wrong_file
 
 FILE = "evaluation_metadata.jsonl"
@@ -112,6 +115,60 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     right, down = shrunk / np.linalg.norm(offset)
     holds = (right < -_RELATED, right > _RELATED, down < -_RELATED, down > _RELATED)
     return {relation for relation, true in zip(RELATIONS, holds, strict=True) if true}
+
+
+class GenEval(Suite):
+    """The mean over the tasks of the share of right pictures, and each task's.
+
+    Args:
+        lines: of `read_lines`.
+        detector: folder or Hub id of a Mask2Former, or MODULE:FUNCTION, which takes a list of PIL images and returns
+            for each a list of (class name, score, box x0 y0 x1 y1, mask or None).
+        color_classifier: folder or Hub id of a CLIP, or MODULE:FUNCTION, which takes a list of crops as PIL images and
+            returns the name of each one's colour.
+    """
+
+    name = "geneval"
+
+    def __init__(self, lines: Sequence[Line], detector: str, color_classifier: str) -> None:
+        self.captions = [line["prompt"] for line in lines]
+        self.settings = {"detector": detector, "color_classifier": color_classifier}
+        self.note = (
+            f"Objects were found by {detector}, not by the benchmark's own detector (mmdet): the values differ from "
+            "published ones, and are to be compared with a reference's, drawn and judged alike."
+        )
+        self._lines = list(lines)
+
+    def load(self) -> PictureScorer:
+        """See `Suite.load`."""
+        from .detection import crop, load_color_classifier, load_detector
+
+        clauses = [clause for line in self._lines for clause in (*line["include"], *line.get("exclude", ()))]
+        detector = load_detector(self.settings["detector"], {clause["class"] for clause in clauses})
+        classify = load_color_classifier(self.settings["color_classifier"])
+
+        def score(indices: Sequence[int], images: np.ndarray) -> tuple[list[Record], None]:
+            pictures = [Image.fromarray(image) for image in images]
+            records: list[Record] = []
+            for index, picture, found in zip(indices, pictures, detector(pictures), strict=True):
+                places = colored(self._lines[index], found)
+                names = classify([crop(picture, found[place]) for place in places], [found[p][0] for p in places])
+                colors: list[str | None] = [None] * len(found)
+                for place, name in zip(places, names, strict=True):
+                    colors[place] = name
+                right, reason = judge(self._lines[index], found, colors)
+                records.append({"right": right, "reason": reason})
+            return records, None
+
+        return PictureScorer(score)
+
+    def values(self, scores: Scores) -> np.ndarray:
+        """See `Suite.values`."""
+        return np.array([record["right"] for record in scores.records], np.float64)
+
+    def summary(self, values: np.ndarray) -> dict[str, Any]:
+        """See `Suite.summary`."""
+        return {self.name: bootstrap_scores(values, [line["tag"] for line in self._lines])}
 
 
 def _kept(line: Line, detections: Sequence[Sequence[Any]]) -> dict[str, list[int]]:

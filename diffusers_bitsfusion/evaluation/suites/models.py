@@ -25,6 +25,6 @@ def load_model(kind: Any, path: str | os.PathLike[str], what: str, option: str) 
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise OSError(
-            f"{what[0].upper()}{what[1:]}, {path}, cannot be loaded ({first}). Download it by `hf download {path}` from "
-            f"https://huggingface.co/{path} where there is a network, or give the folder of a model with {option}."
+            f"{what[0].upper()}{what[1:]}, {path}, cannot be loaded ({first}). Where there is a network, download it "
+            f"from https://huggingface.co/{path} by `hf download {path}`, or give the folder of a model with {option}."
         ) from error
