@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from ...utils.processes import process_state
@@ -93,9 +94,8 @@ def _scored(suite: Suite, folders: Sequence[ImageFolder], root: Path, progress: 
             file = ScoreFile(root / f"{suite.name}-{short_hash(settings)}", settings, state.process_index)
         done = file.done()
         missing = [block for block in own_blocks(count) if not done.issuperset(block)]
-        if missing and scorer is None:
-            scorer = suite.load()
-        if scorer is not None:
+        if any(gather_object([bool(missing)])):  # of any process: all of them wait for the file of features
+            scorer = scorer or suite.load()
             with state.main_process_first():
                 file.prepare(count, scorer.width)
             for block in tqdm(missing, desc=f"{suite.name}, blocks", disable=not (progress and state.is_main_process)):
