@@ -12,7 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from diffusers_bitsfusion.cli import app
 from diffusers_bitsfusion.evaluation import (
     Prompt,
     Sampling,
@@ -288,6 +290,32 @@ def test_several_processes_without_a_folder_are_refused(monkeypatch):
         pictures.picture_root(None),
     ):
         pass
+
+
+def test_the_command_prints_and_writes_what_the_suites_found(files, source_folder, tmp_path, one_thread):
+    out = tmp_path / "report.json"
+    more = ["--suite", "clip", "--suite", "geneval", "--num-images", "2", "--dtype", "bfloat16", "--json", out]
+    result = CliRunner().invoke(app, command(files, source_folder, *more))
+    assert result.exit_code == 0, result.output
+    report = json.loads(out.read_text())
+    assert list(report["suites"]) == ["clip", "geneval"] and report["suites"]["clip"]["settings"]["images"] == 2
+    assert "clip_score" in result.output and "95 % interval" in result.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--suite", "coco"], "There is no suite 'coco'; choose of geneval"),
+        (["--suite", "clip", "--lpips"], "--scorer and --lpips are not for suites"),
+        (["--suite", "tifa"], "tifa_v1.0_text_inputs.json is needed"),
+        (["--suite", "pickscore"], "The suite pickscore compares with a reference"),
+        (["--suite", "geneval", "--detector", "nowhere:f"], "The detector 'nowhere:f' cannot be imported"),
+        (["--suite", "geneval", "--geneval-prompts", "prompts.tsv"], "prompts.tsv is not GenEval's"),
+    ],
+)
+def test_the_command_says_what_is_wrong(files, source_folder, more, message):
+    result = CliRunner().invoke(app, command(files, source_folder, *more))
+    assert result.exit_code == 1 and message in result.stderr
 
 
 MEMORY = """
