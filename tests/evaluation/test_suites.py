@@ -229,6 +229,10 @@ def test_several_guidance_scales_and_some_of_the_prompts(files, run, source_fold
     assert "guidance scale 3.0" in format_report(report)
     (some,) = load_suites(["geneval"], replace(files, num_images=2))
     assert len(some.captions) == 2
+    both = load_suites(["geneval", "clip"], replace(files, num_images=5))
+    assert [len(suite.captions) for suite in both] == [4, 5]
+    with pytest.raises(ValueError, match="Cannot take 0 of 4 prompts"):
+        load_suites(["geneval"], replace(files, num_images=0))
 
 
 def test_what_is_missing_is_said_before_drawing(run, files, tmp_path):

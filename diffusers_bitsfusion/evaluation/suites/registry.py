@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError
@@ -16,6 +17,8 @@ from .base import Suite
 from .captions import PARTI_PROMPTS, read_caption_file
 from .clip_score import CLIP, ClipScore
 from .preference import preference_suite
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class SuiteFiles:
         detector, color_classifier: of `geneval`, see `GenEval`.
         vqa, sentence_encoder: of `tifa`, see `Tifa`.
         clip, pickscore, hpsv2: the models of the suites so called.
-        num_images: draw so many of each suite's prompts, None for all.
+        num_images: draw so many of each suite's prompts, of a shorter file and for None all.
     """
 
     prompts: str | None = None
@@ -66,7 +69,7 @@ def _geneval(files: SuiteFiles) -> Suite:
     from .detection import COLOR_CLIP, DETECTOR
 
     path = _file(files.geneval_prompts, "--geneval-prompts", geneval.FILE, geneval.SOURCE)
-    lines = sample_prompts(geneval.read_lines(path), files.num_images)
+    lines = _some(geneval.read_lines(path), files.num_images)
     return geneval.GenEval(lines, files.detector or DETECTOR, files.color_classifier or COLOR_CLIP)
 
 
@@ -77,7 +80,7 @@ def _tifa(files: SuiteFiles) -> Suite:
         _file(files.tifa_prompts, "--tifa-prompts", tifa.TEXTS, tifa.SOURCE),
         _file(files.tifa_questions, "--tifa-questions", tifa.QUESTIONS, tifa.SOURCE),
     )
-    chosen = sample_prompts(texts, files.num_images)
+    chosen = _some(texts, files.num_images)
     return tifa.Tifa(chosen, files.vqa or VQA, files.sentence_encoder or SENTENCE_ENCODER)
 
 
@@ -104,7 +107,12 @@ SUITES: dict[str, Callable[[SuiteFiles], Suite]] = {
 
 def _prompts(files: SuiteFiles) -> list[Prompt]:
     path = _file(files.prompts, "--prompts", "PartiPrompts.tsv", PARTI_PROMPTS)
-    return sample_prompts(read_caption_file(path), files.num_images)
+    return _some(read_caption_file(path), files.num_images)
+
+
+def _some(items: list[T], count: int | None) -> list[T]:
+    """Return `count` of them: the suites' files differ in length, so that a shorter one gives all it has."""
+    return sample_prompts(items, None if count is None else min(count, len(items)))
 
 
 def _file(name: str | None, option: str, published: str, source: str) -> str:
