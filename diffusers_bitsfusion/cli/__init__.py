@@ -10,6 +10,7 @@ from .compare import compare
 from .evaluate import evaluate
 from .inspect import inspect
 from .quantize import quantize
+from .vote import vote
 
 app = typer.Typer(
     name="bitsfusion",
@@ -19,5 +20,5 @@ app = typer.Typer(
     add_completion=False,
 )
 
-for _command in (quantize, inspect, evaluate, compare, analyze, allocate):
+for _command in (quantize, inspect, evaluate, compare, analyze, allocate, vote):
     app.command()(_command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,11 @@ class ImageFolder:
         self.folder = Path(folder)
         claim_folder(self.folder, settings, kind=SETTINGS_FILE, clash=_CLASH, other="choose another folder")
 
+    def missing(self, count: int) -> list[int]:
+        """Return which of the first `count` pictures are not drawn yet."""
+        drawn = {file.name for file in self.folder.iterdir()}
+        return [index for index in range(count) if self._path(index).name not in drawn]
+
     def load(self, index: int) -> np.ndarray | None:
         """Return the picture, (height, width, 3) uint8, or None where it is not drawn yet.
 
@@ -44,6 +49,10 @@ class ImageFolder:
             return np.asarray(Image.open(path).convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
             raise DamagedFileError(path, f"is no picture ({error})", "Delete it, and it is drawn again.") from error
+
+    def block(self, indices: Sequence[int]) -> np.ndarray:
+        """Return drawn pictures of one size, as (n, height, width, 3) uint8."""
+        return np.stack([np.asarray(Image.open(self._path(index)).convert("RGB")) for index in indices])
 
     def save(self, index: int, image: np.ndarray) -> None:
         """Write (height, width, 3) uint8; a file that is there is complete."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-
-from ..utils.fingerprints import hash_of_folder
-
-fingerprint = hash_of_folder
 
 DENOISERS = ("unet", "transformer")  # a pipeline's component that predicts the noise has one of these names
 
@@ -50,8 +47,18 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def _check_folder(path: str) -> None:
-    """Name what is wrong before diffusers lists every part that it did not get."""
+def scheduler_name(path: str | os.PathLike[str], scheduler: str | None = None) -> str:
+    """Return the class name of the scheduler that `load_pipeline` with these arguments would take.
+
+    Raises:
+        OSError, ValueError: as of `load_pipeline`.
+    """
+    index = _check_folder(os.fspath(path))
+    return index["scheduler"][1] if scheduler is None else _scheduler_class(scheduler).__name__
+
+
+def _check_folder(path: str) -> dict[str, Any]:
+    """Return the pipeline's index; name what is wrong before diffusers lists every part that it did not get."""
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise ValueError(f"{path} holds no pipeline (no model_index.json).")
     index = DiffusionPipeline.load_config(path)
@@ -61,6 +68,7 @@ def _check_folder(path: str) -> None:
     missing = [name for name in names if Path(path).is_dir() and not (Path(path) / name).is_dir()]
     if missing:
         raise ValueError(f"The pipeline {path} names a {missing[0]}, but its folder {missing[0]}/ is missing.")
+    return index
 
 
 def _scheduler_class(name: str) -> type[diffusers.SchedulerMixin]:

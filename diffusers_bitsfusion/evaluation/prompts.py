@@ -7,9 +7,11 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
@@ -62,7 +64,7 @@ def read_captions(path: str | os.PathLike[str]) -> list[str]:
     return captions
 
 
-def sample_prompts(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+def sample_prompts(prompts: Sequence[T], count: int | None) -> list[T]:
     """`count` of the prompts in their order, always the same ones; all of them where `count` is None.
 
     Drawn at random, because files are often sorted by category.

@@ -7,20 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from .compositional import OVERALL, Estimate
+from .compositional import OVERALL, ConfidenceInterval
 
 
-def as_figures(estimates: Mapping[str, Any]) -> dict[str, Any]:
+def as_figures(intervals: Mapping[str, Any]) -> dict[str, Any]:
     """Values by name, and under "intervals" the bounds of those that have them; None stands for infinity.
 
     Args:
-        estimates: `Estimate`s and plain numbers by name, or mappings of such.
+        intervals: `ConfidenceInterval`s and plain numbers by name, or mappings of such.
     """
-    return _values(estimates) | {"intervals": _intervals(estimates)}
+    return _values(intervals) | {"intervals": _intervals(intervals)}
 
 
 def format_report(report: Mapping[str, Any]) -> str:
-    """The figures of `evaluate` as a table: value, 95 % interval, the reference's value, the difference."""
+    """The figures of `evaluate` or of a suite as a table: value, 95 % interval, the reference's value, the difference.
+
+    Of `evaluate_suites`, one table a suite.
+    """
+    if "suites" in report:
+        return "\n\n".join(f"{name}\n{format_report(part)}" for name, part in report["suites"].items())
     if "by_guidance_scale" in report:
         parts = report["by_guidance_scale"].items()
         return "\n\n".join(f"guidance scale {scale}\n{format_report(part)}" for scale, part in parts)
@@ -36,21 +41,21 @@ def format_report(report: Mapping[str, Any]) -> str:
     used = columns if reference else columns[:2]
     lines = [f"{titles[0]:<18}" + "".join(f"{title:>20}" for title in titles[1 : len(used) + 1])]
     lines += [f"{name:<18}" + "".join(f"{column.get(name, ''):>20}" for column in used) for name in columns[0]]
-    return "\n".join(lines)
+    return "\n".join(lines + ([report["note"]] if "note" in report else []))
 
 
-def _values(estimates: Mapping[str, Any]) -> dict[str, Any]:
+def _values(intervals: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _values(item) if isinstance(item, Mapping) else _finite(getattr(item, "value", item))
-        for name, item in estimates.items()
+        for name, item in intervals.items()
     }
 
 
-def _intervals(estimates: Mapping[str, Any]) -> dict[str, Any]:
+def _intervals(intervals: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _intervals(item) if isinstance(item, Mapping) else [_finite(item.low), _finite(item.high)]
-        for name, item in estimates.items()
-        if isinstance(item, (Mapping, Estimate))
+        for name, item in intervals.items()
+        if isinstance(item, (Mapping, ConfidenceInterval))
     }
 
 
@@ -59,13 +64,13 @@ def _finite(value: float) -> float | None:
 
 
 def _rows(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Printable figures by name, those of categories indented under the compositional score."""
+    """Printable figures by name, those of categories indented under their overall score."""
     rows: dict[str, str] = {}
     for name, figure in figures.items():
-        if name == "compositional":
+        if isinstance(figure, Mapping) and OVERALL in figure:
             rows |= {name: _text(figure[OVERALL])}
             rows |= {f"  {category}": _text(value) for category, value in figure.items() if category != OVERALL}
-        elif not isinstance(figure, Mapping):
+        elif not isinstance(figure, (Mapping, str)):
             rows[name] = _text(figure)
     return rows
 
