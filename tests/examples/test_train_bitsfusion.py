@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import train_bitsfusion
-import train_models
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
@@ -25,6 +24,8 @@ from safetensors.torch import load_file
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
+from diffusers_bitsfusion.training.run import models as train_models
+from diffusers_bitsfusion.training.run import stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
@@ -276,7 +277,7 @@ def test_a_hub_that_refuses_says_so_before_training(command, data, tmp_path, mon
     def refuse(**_):
         raise OSError("401")
 
-    monkeypatch.setattr(train_bitsfusion, "create_repo", refuse)
+    monkeypatch.setattr(stages, "create_repo", refuse)
     with pytest.raises(OSError, match="401"):
         train_bitsfusion.main(command("--train_data_dir", data, "--push_to_hub"))
     assert not (tmp_path / "out" / "stage1").exists()
