@@ -17,17 +17,15 @@ from accelerate import PartialState
 from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.images import require_image_metrics
-from ..packing.plan import fixed_bits, make_plan
 from ..utils.processes import process_state
 from . import estimates, single_layer
 from .journal import Journal, finish, open_journal, read_manifest, read_records
 from .layer_cost import layer_cost
 from .recording import Reference, record
 from .results import Analysis, Header, Item
-from .study import Record, Settings, Study, analysed_layers, denoiser
+from .study import Record, Settings, Study, analysed_layers, denoiser, undecided_bits
 
 # Numbers of bits that every layer is measured at; the paper's.
 BITS = (1, 2, 3)
@@ -176,10 +174,8 @@ def _measure_share(
 def _header(study: Study, method: str, progress: bool) -> Header:
     model = study.model
     way = METHODS[method]
-    plan = make_plan(model, BitsFusionConfig(recipe=1), model._keep_in_fp32_modules or [])
     layers = analysed_layers(model)
-    special = {name: bits for name, bits in plan.bits.items() if name not in layers}
-    fixed, weights = fixed_bits(model, plan, special, model._keep_in_fp32_modules or [])
+    fixed, weights = undecided_bits(model)
     bar = tqdm(layers.items(), desc="packing layers", disable=not progress)
     described = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
     settings = _settings(study, method)
