@@ -187,6 +187,7 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     quantizer = BitsFusionQuantizer(config, pre_quantized=True)
     quantizer.update_torch_dtype(dtype)
     quantizer.finish(model)
+    quantizer.trained = True
     model.hf_quantizer = quantizer
     model.register_to_config(_pre_quantization_dtype=dtype)
     return model.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.utils import logging
 from torch import Tensor, nn
 
+from ..allocation.average_bits import average_bits
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import set_attention
@@ -22,6 +24,7 @@ from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures
 from ..nn.time_path import TimePath, install, lookup_from_config, restore, why_not_cacheable
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
+from ..reporting.model_card import NOISY_BITS, predicts_noise
 from ..utils.hooks import refuse_dispatched
 from .saving import as_plain_model, as_quantized_model
 
@@ -41,6 +44,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32
         self._packer: ModelPacker | None = None
         self._leave_alone = False
+        self.trained = False  # set by `qat.convert`: the card says so, and a checkpoint's config cannot
 
     # Before loading.
 
@@ -185,7 +189,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         if self._packer is not None:
             self.quantization_config = self._packer.finish()
             self._packer = None
-            _warn_untrained()
+            _warn_untrained(model, self.quantization_config)
         _own_memory(model, decoded=self.quantization_config.compression is not None)
         set_compute(model, self.quantization_config.compute, self.quantization_config.resident)
         self.pre_quantized = True
@@ -247,9 +251,18 @@ def _own_memory(model: ModelMixin, decoded: bool) -> None:
             parameter.data = parameter.data.clone()
 
 
+def _warn_untrained(model: ModelMixin, config: BitsFusionConfig) -> None:
+    """Say once that pictures will be noise, where they will be, and diffusers' verbosity lets warnings through."""
+    layers = {name: (layer["bits"], math.prod(layer["shape"])) for name, layer in (config.layers or {}).items()}
+    is_coarse = average_bits(layers, balance=config.balance).layers < NOISY_BITS
+    if is_coarse and predicts_noise(model) and not config.calibration and logging.get_verbosity() <= logging.WARNING:
+        _warn_once()
+
+
 @functools.cache
-def _warn_untrained() -> None:
+def _warn_once() -> None:
     logger.warning(
         "Layers were rounded after training. At about 2 bits a Stable Diffusion model then draws noise until it is "
-        "trained in this precision (quantization-aware training); see the README of diffusers_bitsfusion."
+        "calibrated (`quantize_model(pipeline, config, calibration=True)`) or trained in this precision "
+        "(quantization-aware training); see the README of diffusers_bitsfusion."
     )
