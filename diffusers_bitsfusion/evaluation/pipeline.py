@@ -73,7 +73,7 @@ def replace_denoiser(pipeline: DiffusionPipeline, source: str | os.PathLike[str]
     model = AutoModel.from_pretrained(source, dtype=dtype)
     own = type(getattr(pipeline, name)).__name__
     if type(model).__name__ != own:
-        raise ValueError(f"{source} holds a {type(model).__name__}, where the pipeline has a {own}.")
+        raise ValueError(f"{source} is of {type(model).__name__}, the pipeline's own {name} of {own}.")
     pipeline.register_modules(**{name: model})
 
 

@@ -28,8 +28,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """Read a tab-separated UTF-8 file whose header has `Prompt` and optionally `Category` and `Spec` (JSON).
 
     Column names are compared without case, other columns are ignored. Fields need no quotes; a field that is quoted
-    as in CSV, inner quotes doubled, is unquoted. A file that neither has such a header nor is named *.tsv is read as
-    a prompt a line, empty lines left out.
+    as in CSV, inner quotes doubled, is unquoted. A file of one column without such a header, and not
+    named *.tsv, is read as a prompt a line, empty lines left out.
 
     Raises:
         OSError: the file cannot be read.
@@ -37,7 +37,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """
     lines = _lines(path)
     header = _header(lines)
-    if "prompt" not in header and Path(path).suffix != ".tsv":
+    if "prompt" not in header and len(header) < 2 and Path(path).suffix != ".tsv":
         return [Prompt(caption) for caption in _plain_lines(path, lines)]
     if header and "prompt" not in header:
         raise ValueError(f"{path} has no column 'Prompt'; its first line names {', '.join(map(repr, header))}.")
