@@ -19,6 +19,7 @@ from .config.calibration import Calibration
 from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .packing.packer import ModelPacker
+from .packing.plan import check_excluded
 from .utils.hooks import refuse_dispatched
 
 
@@ -61,6 +62,7 @@ def quantize_model(
         raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
     for name, component in components.items():
         _check_kind(component, name)
+    check_excluded(list(components.values()), config)
     for name, component in components.items():
         _quantize(component, config, progress, model, _for_component(asked, name))
     return model
