@@ -10,6 +10,31 @@ from collections.abc import Sequence
 TIMESTEP_SAMPLING = ("beta", "uniform", "error")
 
 
+# The least value of each number that is counted or measured with.
+_LEAST = {
+    "max_train_steps": 1,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 1,
+    "drawing_steps": 1,
+    "redraw_every": 1,
+    "resolution": 1,
+    "max_train_samples": 1,
+    "timestep_error_samples": 1,
+    "num_inference_steps": 1,
+    "validation_grid": 1,
+    "validation_steps": 0,
+    "dataloader_num_workers": 0,
+    "lr_warmup_steps": 0,
+    "learning_rate": 0,
+    "feature_weight": 0,
+    "guidance_scale": 0,
+    "validation_guidance_scale": 0,
+    "seed": 0,
+}
+
+
 class _Help(argparse.HelpFormatter):
     """Ends the help of every option with its default."""
 
@@ -83,8 +108,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset_config_name", help="Configuration of the dataset.")
     group.add_argument(
         "--train_data_dir",
-        help="Instead, a folder: images with metadata.jsonl, WebDataset shards (*.tar), or images.npy with "
-        "captions.json.",
+        help="Instead, a folder: images with metadata.jsonl or a .txt beside each, WebDataset shards (*.tar), or "
+        "images.npy with captions.json.",
     )
     group.add_argument("--prompts", help="Text file of prompts, one a line: Stage I then needs no images.")
     group.add_argument("--image_column", help="Column of the images; usual names are found.")
@@ -211,10 +236,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("In full precision there is no error of quantization to measure along the timesteps.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
-    counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
-    of_stage_two = [f"stage2_{name}" for name in counts if getattr(args, f"stage2_{name}", None) is not None]
-    for name in (*counts, *of_stage_two, "drawing_steps", "redraw_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1.")
+    for name, least in _LEAST.items():
+        for argument in (name, f"stage2_{name}"):
+            value = getattr(args, argument, None)
+            if value is not None and value < least:
+                parser.error(f"--{argument} must be at least {least}.")
     if not 0 <= args.proportion_empty_prompts <= 1:
         parser.error("--proportion_empty_prompts must be in the range [0, 1].")

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from .sharding import gathered, load_whole
 
 _RUN_FILE = "run.json"
 _STATE_FILE = "run.pt"
+_CONTINUE_ELSEWHERE = "delete it and continue from an earlier checkpoint."
+_STAGE = re.compile(r"stage\d")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -143,25 +146,46 @@ def _flush(folder: Path) -> None:
 
 
 def find_checkpoint(folder: Path, which: str | None) -> Path | None:
-    """The checkpoint to continue from: the newest in `folder` for "latest" (None where there is none), or a path.
+    """The checkpoint to continue from.
+
+    Args:
+        folder: of a run, or of one of its stages.
+        which: "latest", the newest in `folder`; a path; or the name of a checkpoint in `folder` or in a stage's folder
+            of the same run, the last stage first.
+
+    Returns:
+        Its folder; None where `which` is None, or "latest" and there is none.
 
     Raises:
-        FileNotFoundError: the path is no checkpoint.
+        FileNotFoundError: there is no such checkpoint.
     """
     if which is None:
         return None
     if which == "latest":
         return next(reversed(checkpoints(folder)), None)
-    path = Path(which)
-    if not (path / _RUN_FILE).is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint of this training (it has no {_RUN_FILE}).")
-    return path
+    run = folder.parent if _STAGE.fullmatch(folder.name) else folder
+    stages = sorted((path for path in run.glob("stage*") if _STAGE.fullmatch(path.name)), reverse=True)
+    candidates = [Path(which), *(place / which for place in (folder, *stages))]
+    found = next((path for path in candidates if (path / _RUN_FILE).is_file()), None)
+    if found is None:
+        have = ", ".join(f"{place.name}/{path.name}" for place in stages for path in checkpoints(place))
+        raise FileNotFoundError(
+            f"{which} is not a checkpoint of this training (it has no {_RUN_FILE}). {run} has {have or 'none'}."
+        )
+    return found
 
 
 def read_settings(path: Path) -> tuple[int, dict[str, Any]]:
-    """(steps taken, settings) of a checkpoint."""
-    run = json.loads((path / _RUN_FILE).read_text())
-    return run["step"], run["settings"]
+    """(steps taken, settings) of a checkpoint.
+
+    Raises:
+        ValueError: the file that says so is damaged.
+    """
+    try:
+        run = json.loads((path / _RUN_FILE).read_text())
+        return run["step"], run["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path / _RUN_FILE} is damaged ({error}): {_CONTINUE_ELSEWHERE}") from error
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -171,7 +195,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
         (steps taken, `state` as given to `save_checkpoint`, on the CPU).
 
     Raises:
-        ValueError: it is of another model, stage, batch or seed; the message says which.
+        ValueError: it is of another model, stage, batch or seed, the message says which; or a file of it is damaged.
     """
     step, saved = read_settings(path)
     for key, value in settings.items():
@@ -180,9 +204,25 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
                 f"{path} cannot be continued: its {key} is {saved.get(key)!r}, this run's is {value!r}. "
                 "Use the same settings, or another --output_dir."
             )
-    with _unwrapped_weights(accelerator):
-        accelerator.load_state(str(path))
-    return step, torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
+    with _naming_damage(path):
+        with _unwrapped_weights(accelerator):
+            accelerator.load_state(str(path))
+        return step, torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    """Name the checkpoint where one of its files cannot be read; what the libraries raise names none.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"A file of {path} is damaged ({error}): {_CONTINUE_ELSEWHERE}") from error
 
 
 def load_weights(student: nn.Module, path: Path, model: str) -> None:
@@ -199,8 +239,9 @@ def load_weights(student: nn.Module, path: Path, model: str) -> None:
     _, settings = read_settings(path)
     if settings["model"] != model:
         raise ValueError(f"{path} is of another model: its fingerprint is {settings['model']!r}, not {model!r}.")
-    student.load_state_dict(load_file(path / SAFE_WEIGHTS_NAME))
-    ema = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)["ema"]
+    with _naming_damage(path):
+        student.load_state_dict(load_file(path / SAFE_WEIGHTS_NAME))
+        ema = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)["ema"]
     if ema is not None:
         average = EMAModel([])
         average.load_state_dict(ema)

@@ -242,7 +242,11 @@ class _LossLog:
     def __init__(self, path: Path, step: int):
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        try:
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it, or the lines that are no JSON.") from error
+        path.write_text("".join(kept))
         self.path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:

@@ -237,7 +237,7 @@ def test_continuing_in_stage_two_leaves_stage_one_alone(command, data, tmp_path)
         train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage1" / "checkpoint-1"))
     shutil.rmtree(out / "stage2" / "checkpoint-2")
     before = {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")}
-    train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage2" / "checkpoint-1"))
+    train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", "checkpoint-1"))  # the last stage's
     assert {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")} == before
     assert losses(out / "stage2") == losses(tmp_path / "whole" / "stage2")
 
@@ -427,6 +427,10 @@ def test_only_an_estimate(command, data, tmp_path, capsys):
         (("--train_data_dir", "d", "--stage", 2, "--init", "calibrated"), "--init says how Stage I starts"),
         (("--train_data_dir", "d", "--shard", "--use_8bit_adam"), "--shard and --use_8bit_adam do not go together"),
         (("--prompts", "p.txt", "--stage", 1, "--redraw_every", 0), "--redraw_every must be at least 1"),
+        (("--train_data_dir", "d", "--resolution", -8), "--resolution must be at least 1"),
+        (("--train_data_dir", "d", "--max_train_samples", -1), "--max_train_samples must be at least 1"),
+        (("--train_data_dir", "d", "--checkpoints_total_limit", -1), "--checkpoints_total_limit must be at least 1"),
+        (("--train_data_dir", "d", "--learning_rate", -1), "--learning_rate must be at least 0"),
         (
             ("--train_data_dir", "d", "--stage2_gradient_accumulation_steps", 0),
             "--stage2_gradient_accumulation_steps must be at least 1",
