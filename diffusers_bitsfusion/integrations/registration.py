@@ -10,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from ..config.bitsfusion import BitsFusionConfig, BitsFusionMethod
 from .diffusers_quantizer import BitsFusionQuantizer
 from .peft_lora import creating_lora_layer
-from .saving import saving_pipeline, switching_pipeline, uploading_pipeline
+from .saving import pushing_pipeline, saving_pipeline, switching_pipeline, uploading_pipeline
 from .transformers_quantizer import BitsFusionTextQuantizer
 
 _METHOD = BitsFusionMethod.BITSFUSION.value
@@ -26,6 +26,7 @@ def register() -> None:
     register_quantizer(_METHOD)(BitsFusionTextQuantizer)
     register_quantization_config(_METHOD)(BitsFusionConfig)
     DiffusionPipeline.save_pretrained = saving_pipeline(DiffusionPipeline.save_pretrained)
+    DiffusionPipeline.push_to_hub = pushing_pipeline(DiffusionPipeline.push_to_hub)
     DiffusionPipeline._upload_folder = uploading_pipeline(DiffusionPipeline._upload_folder)
     DiffusionPipeline.from_pipe = classmethod(switching_pipeline(DiffusionPipeline.from_pipe.__func__))
     LoraModel._create_new_module = staticmethod(creating_lora_layer(LoraModel._create_new_module))

@@ -64,7 +64,7 @@ class QuantizedModelMixin(_Base):
         prepare_saving(self)
         # An earlier save left a plain dict there.
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
-        with replacing(directory) as scratch:
+        with explaining_refusals(title), replacing(directory) as scratch:
             super().save_pretrained(
                 str(scratch),
                 is_main_process=is_main_process,
@@ -77,6 +77,11 @@ class QuantizedModelMixin(_Base):
             # The others write no config, whose figures a card shows.
             if is_main_process and not _inside_pipeline.get() and not is_users_own(directory):
                 write_card(scratch, self, title=title)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' `push_to_hub`; a refusal, by the repository's creation too, says what to do."""
+        with explaining_refusals(repo_id):
+            return super().push_to_hub(repo_id, *args, **kwargs)
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """diffusers puts its own card into what it uploads; ours has the figures."""
@@ -217,7 +222,7 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             title = kwargs.setdefault("repo_id", title)
         token = _inside_pipeline.set(True)
         try:
-            with replacing(Path(save_directory)) as scratch:
+            with explaining_refusals(title), replacing(Path(save_directory)) as scratch:
                 original(self, str(scratch), *args, **kwargs)
                 if not is_users_own(Path(save_directory)):
                     write_card(scratch, self, title=title)
@@ -225,6 +230,19 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             _inside_pipeline.reset(token)
 
     return save_pretrained
+
+
+def pushing_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`DiffusionPipeline.push_to_hub` whose refusals say what to do, for pipelines that hold a quantized model."""
+
+    @functools.wraps(original)
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if not _holds_quantized_model(self):
+            return original(self, repo_id, *args, **kwargs)
+        with explaining_refusals(repo_id):
+            return original(self, repo_id, *args, **kwargs)
+
+    return push_to_hub
 
 
 def uploading_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,9 +15,12 @@ _WAYS_OUT = {
 _SERVER_TROUBLE = "The Hub has trouble: push again later. Files that arrived are not sent twice."
 
 
+_MARK = "Nothing was committed to"
+
+
 @contextmanager
 def explaining_refusals(repo_id: str) -> Iterator[None]:
-    """Add to the client's error what state the repository is in and what to do.
+    """Add to the client's error what state the repository is in and what to do; once, where such blocks are nested.
 
     Raises:
         HfHubHTTPError: the client's own, its message extended.
@@ -25,7 +28,8 @@ def explaining_refusals(repo_id: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        way_out = _WAYS_OUT.get(status, _SERVER_TROUBLE if status >= 500 else "")
-        error.append_to_message(f"\nNothing was committed to {repo_id}. {way_out}".rstrip())
+        if _MARK not in str(error):
+            status = error.response.status_code
+            way_out = _WAYS_OUT.get(status, _SERVER_TROUBLE if status >= 500 else "")
+            error.append_to_message(f"\n{_MARK} {repo_id}. {way_out}".rstrip())
         raise

@@ -280,7 +280,7 @@ class Training:
 
     def _push(self, pipeline: DiffusionPipeline) -> None:
         """From a folder of its own: OUTPUT_DIR holds checkpoints and logs as well."""
-        with tempfile.TemporaryDirectory() as folder:
+        with explaining_refusals(self.hub["repo_id"]), tempfile.TemporaryDirectory() as folder:
             pipeline.save_pretrained(folder, push_to_hub=True, **self.hub)
             if not self.args.full_precision:
                 add_section(Path(folder), "Training", self._description())
