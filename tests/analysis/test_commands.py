@@ -100,3 +100,26 @@ def test_analyze_says_what_is_missing(small_folder, source_folder, tmp_path):
 def test_a_packed_pipeline_is_refused(packed_folders, tmp_path):
     message = fails("analyze", packed_folders["keep"], "--out", tmp_path, "--method", "weight")
     assert "is quantized already" in message
+
+
+@pytest.mark.parametrize("kind", ["table", "keep"])
+def test_allocate_counts_the_time_embedding_as_quantize_does(saved, small_folder, target_of, kind):
+    out = saved / "recipe.json"
+    asked = ("--model", small_folder, "--time-embedding", kind, "--json")
+    result = run("allocate", saved, "--target-bits", target_of(2.6), "--out", out, *asked)
+    assert result.exit_code == 0, result.output
+    quantized = run(
+        "quantize",
+        small_folder,
+        saved / kind,
+        "--recipe",
+        out,
+        "--time-embedding",
+        kind,
+        "--dtype",
+        "float32",
+        "--json",
+    )
+    figures = json.loads(quantized.stdout)["quantized"]["unet"]["bits_per_weight"]
+    assert json.loads(result.stdout)["paper_bits"] == pytest.approx(figures["paper"], abs=1e-6)
+    assert run("allocate", saved, "--out", saved / "no.json", "--time-embedding", kind).exit_code == 2
