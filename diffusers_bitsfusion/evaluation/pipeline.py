@@ -70,7 +70,7 @@ def replace_denoiser(pipeline: DiffusionPipeline, source: str | os.PathLike[str]
         ValueError: it is of another class than the pipeline's.
     """
     name = next(name for name in DENOISERS if getattr(pipeline, name, None) is not None)
-    model = AutoModel.from_pretrained(source, dtype=dtype)
+    model = AutoModel.from_pretrained(os.fspath(source), dtype=dtype)
     own = type(getattr(pipeline, name)).__name__
     if type(model).__name__ != own:
         raise ValueError(f"{source} is of {type(model).__name__}, the pipeline's own {name} of {own}.")
