@@ -20,6 +20,7 @@ from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .packing.packer import ModelPacker
+from .packing.plan import check_excluded
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
 
@@ -63,6 +64,7 @@ def quantize_model(
         raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
     for name, component in components.items():
         _check_kind(component, name)
+    check_excluded(list(components.values()), config)
     for name, component in components.items():
         _quantize(component, config, progress, model, _for_component(asked, name))
     return model
@@ -104,7 +106,7 @@ def _quantize(
             packer.take(name, parameter, parameter.device)
     packed = packer.finish(None if calibration is None else calibration.summary())
     finish(model, BitsFusionQuantizer(packed, pre_quantized=True), packed, dtype)
-    warn_untrained()
+    warn_untrained(model, packed)
     if calibration is not None and calls:
         tune_packed(model, calls, calibration, timesteps, progress)
     return model

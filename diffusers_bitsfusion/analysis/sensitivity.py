@@ -14,19 +14,16 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.images import require_image_metrics
-from ..packing.plan import fixed_bits, make_plan
 from ..utils.fingerprints import hash_of_settings, hash_of_weights
-from ..utils.private_names import DIFFUSERS_FP32
 from ..utils.processes import process_state
 from . import estimates, single_layer
 from .journal import Journal, finish, open_journal, read_manifest, read_records
 from .layer_cost import layer_cost
 from .recording import Reference, record
 from .results import Analysis, Header, Item
-from .study import Record, Settings, Study, analysed_layers, denoiser
+from .study import Record, Settings, Study, analysed_layers, denoiser, undecided_bits
 
 # Numbers of bits that every layer is measured at; the paper's.
 BITS = (1, 2, 3)
@@ -175,10 +172,8 @@ def _measure_share(
 def _header(study: Study, method: str, progress: bool) -> Header:
     model = study.model
     way = METHODS[method]
-    plan = make_plan(model, BitsFusionConfig(recipe=1), DIFFUSERS_FP32.read(model) or [])
     layers = analysed_layers(model)
-    special = {name: bits for name, bits in plan.bits.items() if name not in layers}
-    fixed, weights = fixed_bits(model, plan, special, DIFFUSERS_FP32.read(model) or [])
+    fixed, weights = undecided_bits(model)
     bar = tqdm(layers.items(), desc="packing layers", disable=not progress)
     described = {"class": type(model).__name__, "fingerprint": hash_of_weights(model)}
     settings = _settings(study, method)

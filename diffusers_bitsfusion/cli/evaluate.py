@@ -2,54 +2,51 @@
 
 from __future__ import annotations
 
-import json
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..utils.files import write_atomically
-from .common import default_prompts, user_errors
+from .common import default_prompts, show
+from .options import Dtype, Json
+from .sources import config_folder
 
 _SUITES = "Suites"
 _MODELS = "Models of the suites: folders or Hub ids"
 
 
-class Dtype(str, Enum):
-    """Floating-point types of pipelines."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
 def evaluate(
     path: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline, packed or in full precision.")],
-    reference: Annotated[str | None, typer.Option(help="Full-precision pipeline to compare with.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Full-precision pipeline to compare with; default: none.")
+    ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
-            help="Tab-separated file with a Prompt, optionally a Category and a Spec column; for suites also COCO's "
-            "annotations (.json) or a caption a line (.txt); default: prompts.tsv in the folder of PATH or of the "
+            help="Text file with a prompt a line, or *.tsv with a Prompt, optionally a Category and a Spec column; "
+            "for suites also COCO's annotations (.json); default: prompts.tsv in the folder of PATH or of the "
             "reference."
         ),
     ] = None,
-    scorer: Annotated[str | None, typer.Option(help="MODULE:FUNCTION that judges images by their Spec.")] = None,
+    scorer: Annotated[
+        str | None, typer.Option(help="MODULE:FUNCTION that judges images by their Spec; default: none.")
+    ] = None,
     clip: Annotated[
         str | None,
         typer.Option(help="Folder or Hub id of a CLIP; default: clip/ in the folder of PATH or of the reference."),
     ] = None,
     num_images: Annotated[int | None, typer.Option(help="Draw so many of the prompts; default: all.")] = None,
     steps: Annotated[int, typer.Option(help="Inference steps.")] = 50,
-    guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be repeated.  [default: 7.5]")] = None,
+    guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be repeated; default: 7.5.")] = None,
     seed: Annotated[int, typer.Option(help="Base of the seeds of all images.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: float16 on CUDA, float32 on a CPU.")] = None,
+    dtype: Dtype = "auto",
     scheduler: Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipeline's own.")] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; needs the package lpips.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Keep the images here, and continue from them.")] = None,
+    json_file: Json = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Keep the images here, and continue from them; default: nowhere.")
+    ] = None,
     card: Annotated[bool, typer.Option("--card", help="Write the scores into the card in PATH.")] = False,
     suite: Annotated[
         list[str] | None,
@@ -86,59 +83,57 @@ def evaluate(
 
     With --suite, published evaluations instead. Under `accelerate launch` the processes share the work.
     """
-    with user_errors():
-        import torch
+    import torch
 
-        from .. import evaluation
-        from ..reporting.model_card import add_section, check_card
-        from ..utils.processes import process_state
+    from diffusers_bitsfusion import evaluation
+    from diffusers_bitsfusion.reporting.model_card import add_section, check_card
+    from diffusers_bitsfusion.utils.processes import process_state
 
-        if json_file is not None:
-            json_file.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of drawing
-        if card:
-            check_card(Path(path))
-        shared: dict[str, Any] = {
-            "reference": reference,
-            "sampling": evaluation.Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
-            "guidance_scales": guidance_scale or (),
-            "images": images,
-            "dtype": None if dtype is None else getattr(torch, dtype.value),
-        }
-        if suite:
-            if scorer is not None or lpips:
-                raise ValueError("--scorer and --lpips are not for suites; run them without --suite.")
-            files = evaluation.SuiteFiles(
-                prompts=prompts or _prompts_beside(path, reference),
-                geneval_prompts=geneval_prompts,
-                tifa_prompts=tifa_prompts,
-                tifa_questions=tifa_questions,
-                detector=detector,
-                color_classifier=color_classifier,
-                vqa=vqa,
-                sentence_encoder=sentence_encoder,
-                clip=clip or evaluation.clip_beside(path, reference),
-                pickscore=pickscore,
-                hpsv2=hpsv2,
-                num_images=num_images,
-            )
-            report = evaluation.evaluate_suites(path, evaluation.load_suites(suite, files), **shared)
-        else:
-            read = evaluation.read_prompts(prompts or default_prompts(path, reference))
-            report = evaluation.evaluate(
-                path,
-                evaluation.sample_prompts(read, num_images),
-                scorer=None if scorer is None else evaluation.load_scorer(scorer),
-                clip=clip,
-                lpips=lpips,
-                **shared,
-            )
-        if not process_state().is_main_process:
-            return
-        typer.echo(evaluation.format_report(report))
-        if card:
-            add_section(Path(path), "Scores", f"```text\n{evaluation.format_report(report)}\n```")
-        if json_file is not None:
-            write_atomically(json_file, json.dumps(report, indent=2, allow_nan=False) + "\n")
+    config_folder(path)  # which names a folder or model that is not there
+    if json_file is not None and str(json_file) != "-":
+        json_file.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of sampling
+    if card:
+        check_card(Path(path))
+    shared: dict[str, Any] = {
+        "reference": reference,
+        "sampling": evaluation.Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
+        "guidance_scales": guidance_scale or (),
+        "images": images,
+        "dtype": None if dtype == "auto" else getattr(torch, dtype),
+    }
+    if suite:
+        if scorer is not None or lpips:
+            raise ValueError("--scorer and --lpips are not for suites; run them without --suite.")
+        files = evaluation.SuiteFiles(
+            prompts=prompts or _prompts_beside(path, reference),
+            geneval_prompts=geneval_prompts,
+            tifa_prompts=tifa_prompts,
+            tifa_questions=tifa_questions,
+            detector=detector,
+            color_classifier=color_classifier,
+            vqa=vqa,
+            sentence_encoder=sentence_encoder,
+            clip=clip or evaluation.clip_beside(path, reference),
+            pickscore=pickscore,
+            hpsv2=hpsv2,
+            num_images=num_images,
+        )
+        report = evaluation.evaluate_suites(path, evaluation.load_suites(suite, files), **shared)
+    else:
+        read = evaluation.read_prompts(prompts or default_prompts(path, reference))
+        report = evaluation.evaluate(
+            path,
+            evaluation.sample_prompts(read, num_images),
+            scorer=None if scorer is None else evaluation.load_scorer(scorer),
+            clip=clip,
+            lpips=lpips,
+            **shared,
+        )
+    if not process_state().is_main_process:
+        return
+    show(evaluation.format_report(report), report, json_file)
+    if card:
+        add_section(Path(path), "Scores", f"```text\n{evaluation.format_report(report)}\n```")
 
 
 def _prompts_beside(path: str, reference: str | None) -> str | None:

@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .common import default_prompts, user_errors
-from .evaluate import Dtype
+from .common import default_prompts
+from .options import Dtype
 
 
 def vote(
@@ -32,7 +32,7 @@ def vote(
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Base of the seeds of all images.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
-    dtype: Annotated[Dtype | None, typer.Option(help="Default: float16 on CUDA, float32 on a CPU.")] = None,
+    dtype: Dtype = "auto",
     scheduler: Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipelines' own.")] = None,
 ) -> None:
     """Ask people which of two pipelines' images they prefer, on a page in the browser, or sum up what they said.
@@ -40,47 +40,47 @@ def vote(
     The page shows two images of equal seed in random, hidden order. Every vote is on the disk at once; raters go on by
     their name.
     """
-    with user_errors():
-        if report:
-            _report(out)
-            return
-        if source is None or destination is None:
-            raise ValueError("Two pipelines are needed: bitsfusion vote SRC DST (or --report).")
-        import torch
+    if report:
+        _report(out)
+        return
+    if source is None or destination is None:
+        raise ValueError("Two pipelines are needed: bitsfusion vote SRC DST (or --report).")
+    import torch
 
-        from .. import evaluation
-        from ..evaluation.pictures import draw_pictures
-        from ..evaluation.suites.captions import read_caption_file
-        from ..evaluation.votes import VoteStore
-        from ..evaluation.votes.page import build_page
-        from ..utils.processes import process_state
+    from diffusers_bitsfusion import evaluation
+    from diffusers_bitsfusion.evaluation.pictures import draw_pictures
+    from diffusers_bitsfusion.evaluation.suites.captions import read_caption_file
+    from diffusers_bitsfusion.evaluation.votes import VoteStore
+    from diffusers_bitsfusion.evaluation.votes.page import build_page
+    from diffusers_bitsfusion.utils.processes import process_state
 
-        found = read_caption_file(prompts or default_prompts(source, destination))
-        chosen = evaluation.sample_prompts(found, num_images)
-        captions = [prompt.caption for prompt in chosen]
-        sampling = evaluation.Sampling(steps, guidance_scale, seed, batch_size, scheduler)
-        kind = None if dtype is None else getattr(torch, dtype.value)
-        folders = {
-            side: draw_pictures(path, [captions], [sampling], images or out / "images", kind).folders[0][0]
-            for side, path in (("source", source), ("destination", destination))
-        }
-        if not process_state().is_main_process:
-            return
-        names = {side: folder.folder.name for side, folder in folders.items()}
-        store = VoteStore.create(out, chosen, {"source": source, "destination": destination, "images": names})
-        build_page(store, folders).launch(show_error=True)
+    found = read_caption_file(prompts or default_prompts(source, destination))
+    chosen = evaluation.sample_prompts(found, num_images)
+    captions = [prompt.caption for prompt in chosen]
+    sampling = evaluation.Sampling(steps, guidance_scale, seed, batch_size, scheduler)
+    kind = None if dtype == "auto" else getattr(torch, dtype)
+    folders = {
+        side: draw_pictures(path, [captions], [sampling], images or out / "images", kind).folders[0][0]
+        for side, path in (("source", source), ("destination", destination))
+    }
+    if not process_state().is_main_process:
+        return
+    names = {side: folder.folder.name for side, folder in folders.items()}
+    store = VoteStore.create(out, chosen, {"source": source, "destination": destination, "images": names})
+    build_page(store, folders).launch(show_error=True)
 
 
 def _report(out: Path) -> None:
-    from ..evaluation.grid import distinct_labels
-    from ..evaluation.votes import VoteStore, preference_report
-    from ..evaluation.votes.bars import save_bars
+    from diffusers_bitsfusion.evaluation.grid import distinct_labels
+    from diffusers_bitsfusion.evaluation.votes import VoteStore, preference_report
+    from diffusers_bitsfusion.evaluation.votes.bars import save_bars
+    from diffusers_bitsfusion.utils.files import write_atomically
 
     store = VoteStore(out)
     report = preference_report(store.votes, store.prompts)
     typer.echo(f"{store.settings['destination']} against {store.settings['source']}: {report}")
     content = json.dumps({"settings": store.settings} | report.as_dict(), indent=2)
-    (out / "report.json").write_text(content + "\n", encoding="utf-8")
+    write_atomically(out / "report.json", content + "\n")
     labels = distinct_labels([store.settings["destination"], store.settings["source"]])
     save_bars(report, out / "report.png", *labels)
     typer.echo(f"Written: {out / 'report.json'}, {out / 'report.png'}")

@@ -42,6 +42,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         self._packer: ModelPacker | None = None
         self._leave_alone = False
         self._files: list[Path] = []
+        self.trained = False  # set by `qat.convert`: the card says so, and a checkpoint's config cannot
 
     # Before loading.
 
@@ -182,7 +183,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         if self._packer is not None:
             config = self._packer.finish()
             self._packer = None
-            warn_untrained()
+            warn_untrained(model, config)
         finish(model, self, config)
         return model
 

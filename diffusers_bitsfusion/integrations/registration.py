@@ -19,7 +19,7 @@ from ..utils.private_names import DIFFUSERS_UPLOAD, PEFT_MERGE, PEFT_NEW_MODULE,
 from .diffusers_quantizer import BitsFusionQuantizer
 from .peft_checks import fusing_pipeline, injecting_adapter, merging
 from .peft_lora import creating_lora_layer
-from .saving import saving_pipeline, switching_pipeline, uploading_pipeline
+from .saving import pushing_pipeline, saving_pipeline, switching_pipeline, uploading_pipeline
 from .transformers_quantizer import BitsFusionTextQuantizer
 
 logger = logging.get_logger(__name__)
@@ -40,6 +40,7 @@ def register() -> None:
     register_quantizer(_METHOD)(BitsFusionTextQuantizer)
     register_quantization_config(_METHOD)(BitsFusionConfig)
     DiffusionPipeline.save_pretrained = saving_pipeline(DiffusionPipeline.save_pretrained)
+    DiffusionPipeline.push_to_hub = pushing_pipeline(DiffusionPipeline.push_to_hub)
     DiffusionPipeline.from_pipe = classmethod(switching_pipeline(DiffusionPipeline.from_pipe.__func__))
     LoraBaseMixin.fuse_lora = fusing_pipeline(LoraBaseMixin.fuse_lora)
     BaseTuner.inject_adapter = injecting_adapter(BaseTuner.inject_adapter)

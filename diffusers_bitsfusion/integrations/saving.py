@@ -91,7 +91,8 @@ class QuantizedModelMixin(_Base):
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
         inside = _inside_pipeline.get()
         # What a pipeline saves into is itself not in its place yet.
-        with nullcontext(directory) if inside else _replacing_then_uploading(directory) as scratch:
+        place = nullcontext(directory) if inside else _replacing_then_uploading(directory)
+        with explaining_refusals(title), place as scratch:
             save = functools.partial(
                 super().save_pretrained,
                 str(scratch),
@@ -107,6 +108,11 @@ class QuantizedModelMixin(_Base):
                 write_card(scratch, self, title=title)
         if refusal is not None:
             raise refusal
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """As diffusers' `push_to_hub`; a refusal, by the repository's creation too, says what to do."""
+        with explaining_refusals(repo_id):
+            return super().push_to_hub(repo_id, *args, **kwargs)
 
     def _upload_folder(self, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """diffusers puts its own card into what it uploads; ours has the figures."""
@@ -317,7 +323,7 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             title = kwargs.setdefault("repo_id", title)
         token = _inside_pipeline.set(True)
         try:
-            with _replacing_then_uploading(Path(save_directory)) as scratch:
+            with explaining_refusals(title), _replacing_then_uploading(Path(save_directory)) as scratch:
                 save = functools.partial(original, self, str(scratch), *args, **kwargs)
                 refusal = _save_even_if_refused(save, scratch, bool(kwargs.get("push_to_hub", False)))
                 if not is_users_own(Path(save_directory)):
@@ -328,6 +334,19 @@ def saving_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
             raise refusal
 
     return save_pretrained
+
+
+def pushing_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`DiffusionPipeline.push_to_hub` whose refusals say what to do, for pipelines that hold a quantized model."""
+
+    @functools.wraps(original)
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if not _holds_quantized_model(self):
+            return original(self, repo_id, *args, **kwargs)
+        with explaining_refusals(repo_id):
+            return original(self, repo_id, *args, **kwargs)
+
+    return push_to_hub
 
 
 def uploading_pipeline(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from math import ceil, floor
 from typing import Any
 
@@ -128,8 +129,9 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         exclude: further module names to leave alone (those kept in fp32).
 
     Raises:
-        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize; the
-            recipe does not match it, or the target cannot be reached.
+        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize;
+            `modules_to_not_convert` names what it lacks, the recipe does not match it, or the target cannot be
+            reached.
     """
     if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
@@ -140,10 +142,8 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
             f"This {type(model).__name__} has adapters. Call `unload_lora_weights()` before, after `fuse_lora()` if "
             "they are to stay in the weights; or load them afterwards."
         )
-    names = [name for name, _ in model.named_modules()]
-    for pattern in config.modules_to_not_convert:
-        if not any(matches(name, [pattern]) for name in names):
-            logger.warning("modules_to_not_convert: %s has no %s.", type(model).__name__, pattern)
+    if len(config.components_to_quantize or []) < 2:  # else another component may have what this one lacks
+        check_excluded([model], config)
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     path = TimePath.find(model)
@@ -163,6 +163,22 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     plan.bits |= _ordinary_bits(model, config, plan, ordinary, shapes, exclude)
     plan.bits = {name: plan.bits[name] for name in layers}
     return plan
+
+
+def check_excluded(models: Sequence[nn.Module], config: BitsFusionConfig) -> None:
+    """Refuse `modules_to_not_convert` that none of the models to quantize has, which would silently do nothing.
+
+    Raises:
+        ValueError: a name is neither a module's nor a part of one's.
+    """
+    names = [name for model in models for name, _ in model.named_modules()]
+    unknown = [pattern for pattern in config.modules_to_not_convert if not matches_any(names, [pattern])]
+    if unknown:
+        parts = {part for name in names for part in (name, *name.split("."))}
+        close = get_close_matches(unknown[0], sorted(parts), 3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        owners = " and ".join(type(model).__name__ for model in models)
+        raise ValueError(f"modules_to_not_convert: {owners} has no {', '.join(unknown)}.{hint}")
 
 
 def _time_names(path: TimePath | None, layers: Iterable[str]) -> set[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
@@ -146,28 +147,38 @@ class SizeReport:
 
 @dataclass(frozen=True)
 class PipelineSizeReport:
-    """Bytes of a saved pipeline: a `SizeReport` for each quantized component, plain bytes for the others."""
+    """Bytes of a pipeline: a `SizeReport` for each quantized component, plain bytes for the others."""
 
     quantized: dict[str, SizeReport]
     others: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def total_bytes(self) -> int:
+        return sum(report.total_bytes for report in self.quantized.values()) + sum(self.others.values())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe content."""
-        return {"quantized": {k: v.to_dict() for k, v in self.quantized.items()}, "others": self.others}
+        parts = {name: report.to_dict() for name, report in self.quantized.items()}
+        return {"quantized": parts, "others": self.others, "total_bytes": self.total_bytes}
 
     def __str__(self) -> str:
         blocks = [f"== {name} ==\n{report}" for name, report in self.quantized.items()]
-        total = sum(report.total_bytes for report in self.quantized.values()) + sum(self.others.values())
-        rows = [f"{name:<32}{size / MB:>10.3f}" for name, size in self.others.items()]
-        blocks.append("\n".join(["== other components, MB ==", *rows, f"{'whole pipeline':<32}{total / MB:>10.3f}"]))
+        sizes = {name: report.total_bytes for name, report in self.quantized.items()} | self.others
+        rows = [
+            f"{name:<32}{size / MB:>10.3f}" for name, size in (*sizes.items(), ("whole pipeline", self.total_bytes))
+        ]
+        blocks.append("\n".join(["== components, MB ==", *rows]))
         return "\n\n".join(blocks)
 
 
-def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport | PipelineSizeReport:
+def size_report(
+    model_or_path: nn.Module | DiffusionPipeline | str | os.PathLike[str],
+) -> SizeReport | PipelineSizeReport:
     """Bytes by part, bits a weight by each convention, ratio to fp16 and histogram of bits.
 
     Args:
-        model_or_path: a quantized model in memory, or a folder written by `save_pretrained`, of a model or a pipeline.
+        model_or_path: a quantized model in memory, a pipeline that has one, or a folder written by `save_pretrained`,
+            of either.
 
     Raises:
         FileNotFoundError: the folder does not exist or holds no model.
@@ -175,12 +186,32 @@ def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport
     """
     if isinstance(model_or_path, nn.Module):
         return _memory_report(model_or_path)
+    if isinstance(model_or_path, DiffusionPipeline):
+        return _pipeline_memory_report(model_or_path)
     path = Path(model_or_path)
     if (path / "config.json").is_file():
         return _file_report(path)
     if (path / "model_index.json").is_file():
         return _pipeline_report(path)
     raise FileNotFoundError(f"{path} holds neither a model (config.json) nor a pipeline (model_index.json).")
+
+
+def _pipeline_memory_report(pipeline: DiffusionPipeline) -> PipelineSizeReport:
+    quantized, others = {}, {}
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module) and _quantization_config(part) is not None:
+            quantized[name] = _memory_report(part)
+        elif isinstance(part, nn.Module):
+            others[name] = sum(tensor.nbytes for tensor in part.state_dict().values())
+    if not quantized:
+        raise ValueError(f"No component of this {type(pipeline).__name__} is quantized by diffusers_bitsfusion.")
+    return PipelineSizeReport(quantized, others)
+
+
+def _quantization_config(model: nn.Module) -> Any:
+    """The config that quantizing by this package has left on a model in memory, else None."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config if getattr(config, "is_resolved", False) else None
 
 
 def _pipeline_report(path: Path) -> PipelineSizeReport:
@@ -245,8 +276,8 @@ def read_schema(folder: Path) -> CheckpointSchema:
 
 
 def _memory_report(model: nn.Module) -> SizeReport:
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if config is None or not getattr(config, "is_resolved", False):
+    config = _quantization_config(model)
+    if config is None:
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
     plain, adapters = split_adapters(model.state_dict())
     tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]

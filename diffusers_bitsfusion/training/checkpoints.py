@@ -31,6 +31,7 @@ from .sharding import gathered, load_whole
 _RUN_FILE = "run.json"
 _STATE_FILE = "run.pt"
 _REMEDY = "Continue from an earlier checkpoint."
+_STAGE = re.compile(r"stage\d")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -141,19 +142,33 @@ def _unwrapped_weights(accelerator: Accelerator) -> Iterator[None]:
 
 
 def find_checkpoint(folder: Path, which: str | None) -> Path | None:
-    """The checkpoint to continue from: the newest in `folder` for "latest" (None where there is none), or a path.
+    """The checkpoint to continue from.
+
+    Args:
+        folder: of a run, or of one of its stages.
+        which: "latest", the newest in `folder`; a path; or the name of a checkpoint in `folder` or in a stage's folder
+            of the same run, the last stage first.
+
+    Returns:
+        Its folder; None where `which` is None, or "latest" and there is none.
 
     Raises:
-        FileNotFoundError: the path is no checkpoint.
+        FileNotFoundError: there is no such checkpoint.
     """
     if which is None:
         return None
     if which == "latest":
         return next(reversed(checkpoints(folder)), None)
-    path = Path(which)
-    if not (path / _RUN_FILE).is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint of this training (it has no {_RUN_FILE}).")
-    return path
+    run = folder.parent if _STAGE.fullmatch(folder.name) else folder
+    stages = sorted((path for path in run.glob("stage*") if _STAGE.fullmatch(path.name)), reverse=True)
+    candidates = [Path(which), *(place / which for place in (folder, *stages))]
+    found = next((path for path in candidates if (path / _RUN_FILE).is_file()), None)
+    if found is None:
+        have = ", ".join(f"{place.name}/{path.name}" for place in stages for path in checkpoints(place))
+        raise FileNotFoundError(
+            f"{which} is not a checkpoint of this training (it has no {_RUN_FILE}). {run} has {have or 'none'}."
+        )
+    return found
 
 
 def read_settings(path: Path) -> tuple[int, dict[str, Any]]:
@@ -175,7 +190,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
         (steps taken, `state` as given to `save_checkpoint`, on the CPU).
 
     Raises:
-        ValueError: it is of another model, stage, batch or seed; the message says which.
+        ValueError: it is of another model, stage, batch or seed, the message says which; or a file of it is damaged.
     """
     step, saved = read_settings(path)
     for key, value in settings.items():

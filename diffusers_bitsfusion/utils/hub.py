@@ -34,9 +34,12 @@ def local_folder(path: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
         raise FileNotFoundError(f"{path} is neither a folder nor a Hub id.") from error
 
 
+_MARK = "Nothing was committed to"
+
+
 @contextmanager
 def explaining_refusals(repo_id: str) -> Iterator[None]:
-    """Add to the client's error what state the repository is in and what to do.
+    """Add to the client's error what state the repository is in and what to do; once, where such blocks are nested.
 
     Raises:
         HfHubHTTPError: the client's own, its message extended.
@@ -44,7 +47,8 @@ def explaining_refusals(repo_id: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        way_out = _WAYS_OUT.get(status, _SERVER_TROUBLE if status >= 500 else "")
-        error.append_to_message(f"\nNothing was committed to {repo_id}. {way_out}".rstrip())
+        if _MARK not in str(error):
+            status = error.response.status_code
+            way_out = _WAYS_OUT.get(status, _SERVER_TROUBLE if status >= 500 else "")
+            error.append_to_message(f"\n{_MARK} {repo_id}. {way_out}".rstrip())
         raise

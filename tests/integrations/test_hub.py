@@ -65,6 +65,11 @@ for status in (401, 403, 429, 500):
     attempt(str(status), lambda: pipe.unet.push_to_hub(f"me/push-{status}", token=token))
 arguments = {"push_to_hub": True, "repo_id": "me/push-500", "token": token}
 attempt("while saving", lambda: pipe.save_pretrained(folder / "saved", **arguments))
+refused = {"repo_id": "me/unwelcome", "token": "hf_nobodys"}
+attempt("pipeline, create", lambda: pipe.push_to_hub(**refused))
+attempt("model, create", lambda: pipe.unet.push_to_hub(**refused))
+attempt("pipeline, save", lambda: pipe.save_pretrained(folder / "refused", push_to_hub=True, **refused))
+attempt("model, save", lambda: pipe.unet.save_pretrained(folder / "refused", push_to_hub=True, **refused))
 (folder / "pushed.json").write_text(json.dumps(results))
 """
 
@@ -221,6 +226,15 @@ def test_a_refused_push_says_what_to_do_and_commits_nothing(hub, work, pushed, s
     way_out = {401: "hf auth login", 403: "write access", 429: "wait a few minutes", 500: "push again later"}[status]
     assert str(status) in error and way_out in error and f"Nothing was committed to me/push-{status}" in error
     assert hub.repositories[f"me/push-{status}"].files == {}
+
+
+@pytest.mark.parametrize("door", ["create", "save"])
+@pytest.mark.parametrize("what", ["pipeline", "model"])
+def test_a_refused_repository_says_what_to_do_at_every_door(hub, work, pushed, what, door):
+    (error, *_) = results(work, "pushed")[f"{what}, {door}"]
+    assert "401" in error and "hf auth login" in error
+    assert error.count("Nothing was committed to me/unwelcome") == 1
+    assert "me/unwelcome" not in hub.repositories
 
 
 def test_a_refused_push_while_saving_keeps_the_finished_save(work, pushed):
