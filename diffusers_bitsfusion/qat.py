@@ -169,7 +169,6 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     schema = plan.schema(model, config)
     for name, layer in trainable_layers(model).items():
         packed = packed_twin(layer, layer.bits, dtype)
-        del packed.balance  # a setting of the trainable layer, copied with stride and padding
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)
