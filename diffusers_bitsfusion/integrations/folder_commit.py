@@ -55,8 +55,8 @@ def replacing(directory: Path) -> Iterator[Path]:
         except Exception as error:
             if is_write_error(error) and not isinstance(error, OSError):
                 raise OSError(
-                    f"Could not save {directory}: {error}. What was there before is kept; do the same again when there "
-                    "is room."
+                    f"Could not save {directory}: {error}. What was there before is kept; do the same again when "
+                    "there is room."
                 ) from error
             raise
         try:
