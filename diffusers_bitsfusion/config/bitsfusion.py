@@ -18,7 +18,7 @@ from ..codec.grid import check_bits
 from ..codec.rounding import Rounding
 from ..codec.schema import TIME_FEATURES, CheckpointSchema, check_compression, check_time_features
 from ..ops.dispatch import check_settings
-from ..utils.errors import UnfinishedSaveError, shown
+from ..utils.errors import UnfinishedSaveError, printable, shown
 from ..utils.json_files import is_number
 from .calibration import Calibration
 from .recipe import Recipe
@@ -209,7 +209,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             )
         known = {key: value for key, value in config_dict.items() if key != "quant_method"}
         arguments = inspect.signature(cls).parameters
-        unknown = sorted(set(known) - set(arguments))
+        unknown = sorted(printable(name) for name in set(known) - set(arguments))
         if unknown and known.get("format_version") is None:
             raise ValueError(
                 f"Unknown keys in the BitsFusion quantization config: {', '.join(unknown)}. Known are: "

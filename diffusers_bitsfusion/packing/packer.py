@@ -19,6 +19,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import pack_weight, packed_twin, replace_module
 from ..nn.time_features import TimeFeatureCache
 from ..nn.time_path import empty_lookup, install
+from ..utils.errors import printable
 from .plan import Plan, make_plan
 
 
@@ -158,10 +159,12 @@ def install_packed_layers(
     for name, layer in schema.layers.items():
         module = modules.get(name)
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
-            raise ValueError(f"The checkpoint's config packs {name}, which {type(model).__name__} does not have.")
+            raise ValueError(
+                f"The checkpoint's config packs {printable(name)}, which {type(model).__name__} does not have."
+            )
         if tuple(module.weight.shape) != layer.shape:
             raise ValueError(
-                f"The checkpoint's config gives {name} the shape {list(layer.shape)}; "
+                f"The checkpoint's config gives {printable(name)} the shape {list(layer.shape)}; "
                 f"{type(model).__name__} has {list(module.weight.shape)}."
             )
         packed = packed_twin(module, layer.bits, weight_dtype(name), layer.branch_rank)
