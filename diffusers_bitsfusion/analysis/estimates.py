@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..calibration.calls import Call, square_errors
 from ..calibration.layers import quantize_layer
 from ..calibration.moments import InputMoments, sample_inputs
-from ..calibration.passes import MOST_COLUMNS
+from ..calibration.passes import MAX_COLUMNS
 from ..ops.decode import decode_weight
 from .layer_cost import holding, round_weight
 from .results import Item
@@ -145,7 +145,7 @@ def measure_calibrated(study: Study, items: Iterable[Item]) -> Iterator[Record]:
 
 
 def _input_moments(study: Study, layer: nn.Linear | nn.Conv2d, calls: Sequence[Call]) -> InputMoments:
-    moments = InputMoments(layer, MOST_COLUMNS)
+    moments = InputMoments(layer, MAX_COLUMNS)
     generator = torch.Generator().manual_seed(study.settings.sampling.seed)
     hook = layer.register_forward_pre_hook(
         lambda layer, args: moments.add(sample_inputs(layer, args[0], _POSITIONS, generator))
