@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, prepare_qat
 from diffusers_bitsfusion.calibration.run import calibrate
 from diffusers_bitsfusion.packing.plan import matches
-from diffusers_bitsfusion.qat import start_calibrated, trainable_layers
+from diffusers_bitsfusion.qat import qat_layers, start_calibrated
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -84,7 +84,7 @@ def calibrate_student(
     args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline, prompts: Sequence[str]
 ) -> None:
     """Let a prepared student start from weights rounded for the inputs that layers see while the teacher draws."""
-    bits = {name: layer.bits for name, layer in trainable_layers(student).items()}
+    bits = {name: layer.bits for name, layer in qat_layers(student).items()}
     calibration = Calibration(prompts, seed=args.seed)
     options = {"scale_init": args.scale_init, "balance": not args.no_balance}
     start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, **options))

@@ -48,7 +48,7 @@ def check_pipeline(pipeline: Any, tunes: bool = False) -> None:
         raise ValueError(f"Calibration runs on prompts, and {type(pipeline).__name__} takes none.")
     if image_arguments := sorted(_IMAGE_ARGUMENTS & inspect.signature(pipeline.__call__).parameters.keys()):
         raise ValueError(
-            f"Calibration runs on prompts alone, and {type(pipeline).__name__} starts from images (it accepts "
+            f"Calibration runs on prompts alone, and {type(pipeline).__name__} starts from images (it takes "
             f"{', '.join(image_arguments)}). Calibrate the text-to-image pipeline of this model: "
             "AutoPipelineForText2Image.from_pipe(pipeline)."
         )

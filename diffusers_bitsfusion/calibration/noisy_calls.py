@@ -95,7 +95,7 @@ def _at(call: Call, model: nn.Module, sample: Tensor, timesteps: Tensor, rows: T
     given, timestep = bound.pop(name), bound.pop("timestep")
     if given.shape[1:] != sample.shape[1:]:
         raise ValueError(
-            f"Tuning adds noise to an image's latents {list(sample.shape[1:])}, but {type(model).__name__} accepts "
+            f"Tuning adds noise to an image's latents {list(sample.shape[1:])}, but {type(model).__name__} takes "
             f"{list(given.shape[1:])}. Leave tuning_steps 0."
         )
     new = {name: sample.to(given.dtype), "timestep": timesteps if timestep.is_floating_point() else timesteps.long()}

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..qat import trainable_layers
+from ..qat import qat_layers
 from .sharding import gathered, load_whole
 
 _RUN_FILE = "run.json"
@@ -36,7 +36,7 @@ def fingerprint(student: ModelMixin) -> str:
     last bits by each machine its own way: of them counts how.
     """
     digest = hashlib.sha256()
-    layers = trainable_layers(student)
+    layers = qat_layers(student)
     digest.update(json.dumps({name: (layer.bits, layer.balance) for name, layer in layers.items()}).encode())
     if layers:
         config = student.qat_state.config

@@ -130,7 +130,7 @@ def test_a_cache_of_another_pipeline_is_refused(make_pipeline, config, make_cali
 
 def test_a_pipeline_that_starts_from_images(make_pipeline, config, make_calibration):
     pipeline = StableDiffusionImg2ImgPipeline.from_pipe(make_pipeline())
-    with pytest.raises(ValueError, match=r"starts from images \(it accepts strength\).*AutoPipelineForText2Image"):
+    with pytest.raises(ValueError, match=r"starts from images \(it takes strength\).*AutoPipelineForText2Image"):
         quantize_model(pipeline, config, calibration=make_calibration())
 
 

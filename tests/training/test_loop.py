@@ -14,7 +14,7 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from diffusers_bitsfusion import prepare_qat
-from diffusers_bitsfusion.qat import trainable_layers
+from diffusers_bitsfusion.qat import qat_layers
 from diffusers_bitsfusion.training.batches import Sharing
 from diffusers_bitsfusion.training.checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights
 from diffusers_bitsfusion.training.generated_latents import DrawnBatches
@@ -223,7 +223,7 @@ def test_fingerprints_tell_models_apart(parts, make_config):
 def test_a_machine_whose_scales_differ_in_their_last_bits_may_continue(parts, make_config):
     here, there = (prepare_qat(copy.deepcopy(parts.unet), make_config()) for _ in range(2))
     with torch.no_grad():
-        for layer in trainable_layers(there).values():
+        for layer in qat_layers(there).values():
             layer.scale *= 1 + 2**-23
     assert fingerprint(here) == fingerprint(there)
 
