@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers_bitsfusion import Calibration
 from diffusers_bitsfusion.evaluation import read_captions
 from diffusers_bitsfusion.training.batches import Batches, ImageBatches, Sharing
-from diffusers_bitsfusion.training.generated_latents import DrawnBatches
+from diffusers_bitsfusion.training.generated_latents import GeneratedBatches
 from diffusers_bitsfusion.training.images import TrainingImages, open_images
 from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
 from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
@@ -62,7 +62,7 @@ def make_batches(
     }
     if stage == 1 and args.prompts is not None:
         side = _resolution(args, teacher) // teacher.vae_scale_factor
-        return DrawnBatches(
+        return GeneratedBatches(
             read_captions(args.prompts),
             teacher.unet,
             text,

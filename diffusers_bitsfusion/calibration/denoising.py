@@ -151,11 +151,11 @@ class Denoising:
 
 
 def _check_finite(called: Mapping[str, InputMoments]) -> None:
-    """After each call: before NaN reaches the next call's input, and with it every layer."""
+    """Refuse inputs that are not finite after each call, before the next call passes them on to every layer."""
     for name, moments in called.items():
         if not moments.is_finite:
             raise ValueError(
-                f"The input of {name} holds NaN or infinite values while the pipeline draws. Calibrate in a dtype "
+                f"The input of {name} holds NaN or infinite values while the pipeline samples. Calibrate in a dtype "
                 "that the model can run in; torch.float32 is the safest."
             )
 

@@ -71,7 +71,7 @@ class Channels:
         shape = [1] * y.dim()
         shape[self._axis] = -1
         shift = torch.zeros_like(self.gain) if self.offset is None else self.offset * self.spread
-        scaled: Tensor = _Scaled.apply(y, self.gain.view(shape), shift.view(shape))
+        scaled: Tensor = _Scaled.apply(y, self.gain.view(shape), shift.view(shape))  # type: ignore[no-untyped-call]
         return scaled
 
     @torch.no_grad()
