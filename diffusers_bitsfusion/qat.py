@@ -173,7 +173,9 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     _cast_floats(model, dtype)
     del model.qat_state
     resolved = config.resolved(schema, config.calibration)
-    finish(model, BitsFusionQuantizer(resolved, pre_quantized=True), resolved, dtype)
+    quantizer = BitsFusionQuantizer(resolved, pre_quantized=True)
+    quantizer.trained = True
+    finish(model, quantizer, resolved, dtype)
     return model.requires_grad_(False)
 
 

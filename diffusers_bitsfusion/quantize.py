@@ -20,6 +20,7 @@ from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .packing.packer import ModelPacker
+from .packing.plan import check_excluded
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
 
@@ -62,6 +63,7 @@ def quantize_model(
         raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
     for name, component in components.items():
         _check_kind(component, name)
+    check_excluded(list(components.values()), config)
     for name, component in components.items():
         _quantize(component, config, progress, model, _for_component(settings, name))
     return model
@@ -88,7 +90,7 @@ def _quantize(
         calibrated = calibrate(pipeline, model, packer.plan.bits, calibration, config.rounding, progress)
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
         layer = name.removesuffix(".weight")
         if layer in calibrated:
             packer.take_calibrated(layer, calibrated[layer], parameter.device)
@@ -96,7 +98,7 @@ def _quantize(
             packer.take(name, parameter, parameter.device)
     packed = packer.finish(None if calibration is None else calibration.summary())
     finish(model, BitsFusionQuantizer(packed, pre_quantized=True), packed, dtype)
-    warn_untrained()
+    warn_untrained(model, packed)
     if calibration is not None and calls:
         tune_packed(model, calls, calibration, timesteps, progress)
     return model

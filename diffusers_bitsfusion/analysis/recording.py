@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,9 @@ from torch import nn
 
 from ..calibration.calls import Call
 from ..evaluation import Sampling, generate_images
+from ..utils.errors import DamagedFileError
+from ..utils.files import replacing_file
+from ..utils.torch_files import is_finite_tensor, read_torch
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,41 @@ class Reference:
 
     def save(self, path: Path) -> None:
         """Write the reference to a file, which is complete or does not exist at any time."""
-        scratch = path.with_name(f".{path.name}")
         calls = [(call.args, call.kwargs, call.output) for call in self.calls]
-        torch.save({"images": torch.from_numpy(self.images), "calls": calls}, scratch)
-        os.replace(scratch, path)
+        with replacing_file(path) as partial:
+            torch.save({"images": torch.from_numpy(self.images), "calls": calls}, partial)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Reference:
-        """Read a reference that `save` has written, with the calls on `device`."""
-        content = torch.load(path, weights_only=True)
+        """Read a reference that `save` has written, with the calls on `device`.
+
+        Raises:
+            DamagedFileError: the file is damaged, or holds values that are not finite.
+        """
+        remedy = "Delete it: the images are then generated again."
+        content = read_torch(path, remedy)
+        if not (
+            isinstance(content, dict)
+            and content.keys() == {"images", "calls"}
+            and is_finite_tensor(content["images"], torch.uint8)
+            and content["images"].dim() == 4
+            and isinstance(content["calls"], list)
+            and all(_is_call(call) for call in content["calls"])
+        ):
+            raise DamagedFileError(path, "is damaged: it does not hold images and finite calls", remedy)
         return cls(content["images"].numpy(), [Call(*call).to(device) for call in content["calls"]])
+
+
+def _is_call(call: Any) -> bool:
+    """Return whether `call` has the arguments and the finite output of a saved call."""
+    return (
+        isinstance(call, tuple)
+        and len(call) == 3
+        and isinstance(call[0], tuple)
+        and isinstance(call[1], dict)
+        and all(isinstance(name, str) for name in call[1])
+        and is_finite_tensor(call[2])
+    )
 
 
 class _Recorder:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,21 +12,18 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.images import require_image_metrics
-from ..packing.plan import fixed_bits, make_plan
-from ..utils.private_names import DIFFUSERS_FP32
+from ..utils.fingerprints import hash_of_settings, hash_of_weights
 from ..utils.processes import process_state
 from . import estimates, single_layer
 from .journal import Journal, finish, open_journal, read_manifest, read_records
 from .layer_cost import layer_cost
 from .recording import Reference, record
 from .results import Analysis, Header, Item
-from .study import Record, Settings, Study, analysed_layers, denoiser
+from .study import Record, Settings, Study, analysed_layers, denoiser, undecided_bits
 
 # Numbers of bits that every layer is measured at (paper, section 4).
 BITS = (1, 2, 3)
@@ -179,18 +174,16 @@ def _measure_share(
 def _header(study: Study, method: str, progress: bool) -> Header:
     """Return the header of an analysis, with the cost of every layer."""
     model = study.model
-    plan = make_plan(model, BitsFusionConfig(recipe=1), DIFFUSERS_FP32.read(model) or [])
     layers = analysed_layers(model)
-    special = {name: bits for name, bits in plan.bits.items() if name not in layers}
-    fixed, weights = fixed_bits(model, plan, special, DIFFUSERS_FP32.read(model) or [])
+    fixed, weights = undecided_bits(model)
     bar = tqdm(layers.items(), desc="packing layers", disable=not progress)
-    described = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+    described = {"class": type(model).__name__, "fingerprint": hash_of_weights(model)}
     settings = _settings(study, method)
     metrics = METHODS[method].metrics
     if method == "full":
         metrics += ("lpips",) if study.settings.lpips else ()
         metrics += ("clip_drop",) if study.clip is not None else ()
-    identity = json.dumps([method, described, settings, metrics], sort_keys=True)
+    identity = [method, described, settings, metrics]
     return Header(
         method=method,
         metrics=metrics,
@@ -201,7 +194,7 @@ def _header(study: Study, method: str, progress: bool) -> Header:
         weights=weights,
         settings=settings,
         versions={name: version(name) for name in _PACKAGES},
-        run=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        run=hash_of_settings(identity)[:12],
     )
 
 
@@ -213,12 +206,3 @@ def _settings(study: Study, method: str) -> dict[str, Any]:
         sampling = settings.pop("sampling") | {"scheduler": type(study.pipeline.scheduler).__name__}
         settings |= sampling | {"prompts": list(study.captions)}
     return settings
-
-
-def fingerprint(model: ModelMixin) -> str:
-    """Return the SHA-256 of all weights and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()

@@ -9,8 +9,9 @@ from functools import cached_property
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
+from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import DENOISERS, Clip, Sampling
-from ..packing.plan import recipe_layers
+from ..packing.plan import fixed_bits, make_plan, recipe_layers
 from ..utils.private_names import DIFFUSERS_FP32
 from .recording import Reference
 from .results import Item
@@ -82,3 +83,20 @@ def denoiser(pipeline: DiffusionPipeline) -> ModelMixin:
 def analysed_layers(model: ModelMixin) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers whose bits a recipe decides, by name."""
     return recipe_layers(model, DIFFUSERS_FP32.read(model) or [])
+
+
+def undecided_bits(model: ModelMixin, time_embedding: str = "auto") -> tuple[float, int]:
+    """Return the part of the paper's average bits that no recipe decides: first and last layer, time embedding.
+
+    Args:
+        model: model in full precision, whose parameters may be on the meta device.
+        time_embedding: `time_embedding` of the config to quantize by, see `BitsFusionConfig`.
+
+    Returns:
+        (bits, number of weights that the average is over).
+    """
+    exclude = DIFFUSERS_FP32.read(model) or []
+    plan = make_plan(model, BitsFusionConfig(recipe=1, time_embedding=time_embedding), exclude)
+    decided = analysed_layers(model)
+    special = {name: bits for name, bits in plan.bits.items() if name not in decided}
+    return fixed_bits(model, plan, special, exclude)

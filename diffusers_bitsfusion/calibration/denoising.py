@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..config.calibration import Calibration, default_prompts
+from ..utils.seeds import cpu_generator, derived_seed
 from .calls import Call, recording
 from .moments import InputMoments, sample_inputs
 from .noisy_calls import NoisyCalls, check_scheduler
@@ -87,7 +88,7 @@ class Denoising:
         Raises:
             ValueError: a layer's input holds NaN or infinite values; the message names the first such layer.
         """
-        generator = torch.Generator().manual_seed(_seed(self.calibration.seed, batch, _POSITION_STREAM))
+        generator = cpu_generator(derived_seed(self.calibration.seed, batch, _POSITION_STREAM))
         called: dict[str, InputMoments] = {}  # in the order of execution
 
         def input_hook(name: str) -> Callable[..., None]:
@@ -125,7 +126,8 @@ class Denoising:
         Raises:
             ValueError: the model does not accept the latents alone.
         """
-        noisy = NoisyCalls(self.pipeline.scheduler, _seed(self.calibration.seed, batch, _TUNING_STREAM), timesteps)
+        seed = derived_seed(self.calibration.seed, batch, _TUNING_STREAM)
+        noisy = NoisyCalls(self.pipeline.scheduler, seed, timesteps)
         with _quiet(self.pipeline), _without_half(self.pipeline):
             with recording(self.model) as calls:
                 latents = self._sample(batch)
@@ -136,13 +138,12 @@ class Denoising:
         calibration = self.calibration
         first = batch * calibration.batch_size
         prompts = self._prompts[first : first + calibration.batch_size]
-        seeds = [_seed(calibration.seed, first + i, _NOISE_STREAM) for i in range(len(prompts))]
+        seeds = [derived_seed(calibration.seed, first + i, _NOISE_STREAM) for i in range(len(prompts))]
         guidance = {} if calibration.guidance_scale is None else {"guidance_scale": calibration.guidance_scale}
         latents: Tensor = self.pipeline(
             prompt=prompts,
             num_inference_steps=calibration.num_inference_steps,
-            # On the CPU, so that the noise is the same on every device.
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[cpu_generator(seed) for seed in seeds],
             output_type="latent",
             return_dict=False,
             **guidance,
@@ -163,13 +164,8 @@ def _check_finite(called: Mapping[str, InputMoments]) -> None:
 def _choose_prompts(calibration: Calibration) -> list[str]:
     """Choose a prompt for each sample in random order, since lists are often sorted; repeat only when all are used."""
     prompts = default_prompts() if calibration.prompts is None else calibration.prompts
-    order = np.random.default_rng(_seed(calibration.seed, 0, _PROMPT_STREAM)).permutation(len(prompts))
+    order = np.random.default_rng(derived_seed(calibration.seed, 0, _PROMPT_STREAM)).permutation(len(prompts))
     return [prompts[order[i % len(prompts)]] for i in range(calibration.num_samples)]
-
-
-def _seed(seed: int, index: int, stream: int) -> int:
-    # A hash, not a sum: with `seed + index`, neighbouring seeds would share most of their noise.
-    return int(np.random.SeedSequence((seed, index, stream)).generate_state(1, np.uint32)[0])
 
 
 @contextmanager

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from accelerate.utils import reduce
 from torch import Tensor, nn
 
+from ..utils.json_files import is_count
 from ..utils.private_names import TORCH_PADDING
+from ..utils.torch_files import is_finite_tensor
 from .gram import Gram, gram_numel
 
 
@@ -139,6 +141,21 @@ class InputMoments:
     def state_dict(self) -> dict[str, Any]:
         """Return the sums by name, which `load_state_dict` accepts."""
         return {"count": self.count, "total": self.total, "products": [product.values for product in self.products]}
+
+    def is_state(self, state: Any) -> bool:
+        """Whether `load_state_dict` can take it: of the same layer, and finite."""
+        return (
+            isinstance(state, dict)
+            and state.keys() == {"count", "total", "products"}
+            and is_count(state["count"])
+            and is_finite_tensor(state["total"], torch.float32, self.total.shape)
+            and isinstance(state["products"], list)
+            and len(state["products"]) == len(self.products)
+            and all(
+                is_finite_tensor(saved, product.values.dtype, product.values.shape)
+                for saved, product in zip(state["products"], self.products, strict=True)
+            )
+        )
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the sums by those of `state_dict`."""

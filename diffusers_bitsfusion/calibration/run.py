@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -18,10 +16,11 @@ from tqdm.auto import tqdm
 
 from ..codec.rounding import Rounding
 from ..config.calibration import Calibration
+from ..utils.fingerprints import hash_of_sums
 from ..utils.processes import process_state
 from .calls import Call
 from .denoising import Denoising
-from .folder import CalibrationFolder, TuningFolder
+from .folder import CalibrationFolder, TuningFolder, using_alone
 from .layers import CalibratedLayer, quantize_layer
 from .moments import InputMoments
 from .passes import plan_passes
@@ -31,9 +30,6 @@ from .tuning import CALLS, tune
 _SAVE_EVERY = 120.0
 # Share of the time that writing moments may take where the disk is slow.
 _SAVE_SHARE = 0.1
-
-# Integer dtype by the bytes of an element.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def calibrate(
@@ -63,7 +59,20 @@ def calibrate(
     Raises:
         ValueError: an input or a weight holds NaN or infinite values, the memory does not suffice, or the cache folder
             belongs to another calibration.
+        FolderInUseError: another calibration is using the cache folder.
     """
+    with using_alone(calibration.cache_dir, process_state().process_index):
+        return _calibrate(pipeline, model, bits, calibration, rounding, progress)
+
+
+def _calibrate(
+    pipeline: DiffusionPipeline,
+    model: ModelMixin,
+    bits: Mapping[str, int],
+    calibration: Calibration,
+    rounding: Rounding,
+    progress: bool,
+) -> dict[str, CalibratedLayer]:
     layers = {name: model.get_submodule(name) for name in bits}
     passes = plan_passes(layers, calibration.memory_gb * 1e9)
     state = process_state()
@@ -76,7 +85,8 @@ def calibrate(
     for index, names in enumerate(passes.groups):
         own = names[state.process_index :: state.num_processes]
         if folder is not None:
-            done |= {name: layer for name in own if (layer := folder.load_layer(name)) is not None}
+            found = {name: folder.load_layer(name, layers[name], bits[name]) for name in own}
+            done |= {name: layer for name, layer in found.items() if layer is not None}
         missing = [name for name in own if name not in done]
         if not _any(bool(missing)):
             continue
@@ -119,7 +129,17 @@ def record_calls(
         ValueError: the model does not accept the latents alone.
     """
     denoising, state = Denoising(pipeline, model, calibration), process_state()
-    folder = _tuning_folder(calibration, timesteps)
+    with using_alone(calibration.cache_dir, state.process_index):
+        own = _record_batches(denoising, _tuning_folder(calibration, timesteps), timesteps, progress)
+    everyones = {batch: calls for part in gather_object([own]) for batch, calls in part.items()}
+    return [call for batch in sorted(everyones) for call in everyones[batch]]
+
+
+def _record_batches(
+    denoising: Denoising, folder: TuningFolder | None, timesteps: Sequence[float] | None, progress: bool
+) -> dict[int, list[Call]]:
+    """Record this process's share of the batches, without those that the folder has already."""
+    calibration, state = denoising.calibration, process_state()
     count = -(-calibration.tuning_steps * CALLS // denoising.num_batches)
     own: dict[int, list[Call]] = {}
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
@@ -130,8 +150,7 @@ def record_calls(
             if folder is not None:
                 folder.save_calls(batch, calls)
         own[batch] = calls
-    everyones = {batch: calls for part in gather_object([own]) for batch, calls in part.items()}
-    return [call for batch in sorted(everyones) for call in everyones[batch]]
+    return own
 
 
 def tune_packed(
@@ -165,16 +184,17 @@ def tune_packed(
             folder.save_state(reached)
             saved = time.monotonic()
 
-    tune(
-        model,
-        calls,
-        calibration.tuning_steps,
-        seed=calibration.seed,
-        memory=calibration.memory_gb * 1e9,
-        state=None if folder is None else folder.load_state(),
-        save=save,
-        progress=_shows(progress),
-    )
+    with using_alone(calibration.cache_dir, state.process_index):
+        tune(
+            model,
+            calls,
+            calibration.tuning_steps,
+            seed=calibration.seed,
+            memory=calibration.memory_gb * 1e9,
+            state=None if folder is None else folder.load_state(),
+            save=save,
+            progress=_shows(progress),
+        )
 
 
 def _tuning_folder(calibration: Calibration, timesteps: Sequence[float] | None) -> TuningFolder | None:
@@ -194,7 +214,7 @@ def _gather(
     """Gather moments over this process's share of the batches, without those that the folder has already."""
     state = process_state()
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
-    start = 0 if folder is None else folder.load_moments(index, moments)
+    start = 0 if folder is None else folder.load_moments(index, moments, len(batches))
     steps = denoising.calibration.num_inference_steps
     pause, saved = _SAVE_EVERY, time.monotonic()
     with tqdm(
@@ -255,18 +275,6 @@ def _settings(pipeline: DiffusionPipeline, bits: Mapping[str, int], calibration:
         "scheduler": json.loads(pipeline.scheduler.to_json_string()),
         "dtype": str(pipeline.dtype),
         "processes": process_state().num_processes,
-        "weights": {name: _checksum(part) for name, part in modules.items()},
+        "weights": {name: hash_of_sums(part) for name, part in modules.items()},
         "bits": dict(bits),
     }
-
-
-def _checksum(model: nn.Module) -> str:
-    """Return a hash of a model's parameters: of names, shapes, and sums of the bits as integers."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        total = None  # Sum of an offloaded parameter.
-        if not parameter.is_meta:
-            bits = parameter.detach().contiguous().flatten().view(_INTEGERS[parameter.element_size()])
-            total = int(bits.sum(dtype=torch.int64))
-        digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
-    return digest.hexdigest()

@@ -79,7 +79,7 @@ class Channels:
         """Fold gain and offset into the module's own scale or weight and its bias."""
         module: Any = self.module
         if isinstance(module, PackedWeight):
-            module.scale = float_bits(module.scale.view(torch.float32) * self.gain)
+            module.scale = float_bits(module.scale_bits.view(torch.float32) * self.gain)
         else:
             module.weight.mul_(self.gain)
         if self.offset is not None:
@@ -224,7 +224,7 @@ def _channels(model: nn.Module) -> list[Channels]:
     channels = []
     for module in model.modules():
         is_norm = isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1
-        if is_norm or (isinstance(module, PackedWeight) and module.is_packed):
+        if is_norm or isinstance(module, PackedWeight):
             channels.append(Channels(module))
     return channels
 
@@ -321,9 +321,13 @@ def _load(
     """Continue from `state`, and return the number of steps done."""
     if state is None:
         return 0
+    parameters = optimizer.param_groups[0]["params"]
+    shapes = [tuple(value.shape) for value in state["values"]]
+    if len(state["spreads"]) != len(channels) or shapes != [tuple(parameter.shape) for parameter in parameters]:
+        raise ValueError("The kept state of tuning is of another model. Delete the calibration's folder.")
     for channel, spread in zip(channels, state["spreads"], strict=True):
         channel.spread = spread
-    for parameter, value in zip(optimizer.param_groups[0]["params"], state["values"], strict=True):
+    for parameter, value in zip(parameters, state["values"], strict=True):
         parameter.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
     guidance.surplus = state["surplus"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -19,6 +18,8 @@ from ..codec.grid import check_bits
 from ..codec.rounding import Rounding
 from ..codec.schema import TIME_FEATURES, CheckpointSchema, check_compression, check_time_features
 from ..ops.dispatch import check_settings
+from ..utils.errors import UnfinishedSaveError, shown
+from ..utils.json_files import is_number
 from .calibration import Calibration
 from .recipe import Recipe
 
@@ -28,6 +29,10 @@ logger = logging.get_logger(__name__)
 TIME_EMBEDDINGS = ("auto", *TIME_FEATURES)
 # Names of a pipeline's components that are quantized by default; a pipeline has one of them.
 DEFAULT_COMPONENTS = ("unet", "transformer")
+
+
+# Key of the folder that is being saved into, in the config of an unfinished save.
+_UNFINISHED = "unfinished_save"
 
 
 class BitsFusionMethod(str, Enum):
@@ -127,8 +132,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
     def _check(self) -> None:
         if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
             raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
-        if not (math.isfinite(self.target_bits) and self.target_bits > 0):
-            raise ValueError(f"target_bits must be positive, got {self.target_bits}")
+        if not (is_number(self.target_bits) and self.target_bits > 0):
+            raise ValueError(f"target_bits must be positive, got {shown(self.target_bits)}")
         Rounding(self.scale_init, self.scale_iterations, self.balance)  # The constructor checks its arguments.
         check_settings(self.compute, self.resident)
         if isinstance(self.time_embedding, dict):
@@ -199,7 +204,13 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
 
         Raises:
             ValueError: an unknown key, or a checkpoint of a newer format version.
+            UnfinishedSaveError: the save of the checkpoint was killed before its end.
         """
+        if (folder := config_dict.get(_UNFINISHED)) is not None:
+            raise UnfinishedSaveError(
+                f"A save into {shown(folder)[1:-1]} was cut off. Finish it by `bitsfusion inspect {shown(folder)} "
+                "--repair`, or save again."
+            )
         known = {key: value for key, value in config_dict.items() if key != "quant_method"}
         arguments = inspect.signature(cls).parameters
         unknown = sorted(set(known) - set(arguments))
@@ -234,6 +245,12 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
     def __repr__(self) -> str:
         text: str = QuantizationConfigMixin.__repr__(self)
         return text
+
+
+def unfinished_config(config: Mapping[str, Any]) -> str | None:
+    """Return the folder of an unfinished save by a model's config, or None where the save has ended."""
+    quantization = config.get("quantization_config")
+    return quantization.get(_UNFINISHED) if isinstance(quantization, dict) else None
 
 
 def _as_recipe(recipe: Any) -> Recipe | str | int:

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import shown
+from ..utils.json_files import is_list_of, is_number
+
 _DEFAULT_PROMPTS = Path(__file__).with_name("prompts.txt")
 
 
@@ -51,8 +54,8 @@ class Calibration:
     def __post_init__(self) -> None:
         if self.prompts is not None:
             prompts = self.prompts
-            if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-                raise ValueError(f"calibration prompts must be a list of texts, got {prompts!r}")
+            if isinstance(prompts, str) or not isinstance(prompts, Sequence) or not is_list_of(list(prompts), str):
+                raise ValueError(f"calibration prompts must be a list of texts, got {shown(prompts)}")
             if not prompts:
                 raise ValueError("calibration prompts are an empty list; leave them out for the shipped ones.")
         for name, minimum in (
@@ -64,9 +67,13 @@ class Calibration:
         ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-                raise ValueError(f"{name} of the calibration must be an integer from {minimum}, got {value!r}")
-        if not self.memory_gb > 0:
-            raise ValueError(f"memory_gb of the calibration must be positive, got {self.memory_gb!r}")
+                raise ValueError(f"{name} of the calibration must be an integer from {minimum}, got {shown(value)}")
+        if not (is_number(self.memory_gb) and self.memory_gb > 0):
+            raise ValueError(f"memory_gb of the calibration must be positive, got {shown(self.memory_gb)}")
+        if not (self.guidance_scale is None or is_number(self.guidance_scale)):
+            raise ValueError(f"guidance_scale of the calibration must be a number, got {shown(self.guidance_scale)}")
+        if not (self.cache_dir is None or isinstance(self.cache_dir, (str, os.PathLike))):
+            raise ValueError(f"cache_dir of the calibration must be a path, got {shown(self.cache_dir)}")
 
     @classmethod
     def of(cls, value: Any) -> Calibration | None:

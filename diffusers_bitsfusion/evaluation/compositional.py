@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .plugins import load_function
+
 Scorer = Callable[[Sequence[np.ndarray], Sequence[Any]], Sequence[float]]
 
 OVERALL = "overall"
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
-_BLOCK = 2**22  # random draws held at once
+_BLOCK = 2**18  # random draws held at once
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ConfidenceInterval:
     """A mean and the bounds of its 95 % interval."""
 
     value: float
@@ -37,19 +36,7 @@ def load_scorer(name: str) -> Scorer:
     Raises:
         ValueError: no such module or function, or `name` is not written so.
     """
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"The scorer {name!r} is not written MODULE:FUNCTION.")
-    # An installed command, or a script in another folder, lacks the working directory, where a scorer usually lies.
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ValueError(f"The scorer {name!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"The module {module} has no function {function!r}.")
-    return found
+    return load_function(name, "scorer")
 
 
 def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarray:
@@ -64,12 +51,14 @@ def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarra
     return scores
 
 
-def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Estimate:
+def bootstrap_mean(values: np.ndarray, seed: int = 0) -> ConfidenceInterval:
     """The mean of (n,) values with a percentile bootstrap interval; infinite where a value is."""
-    return _estimate(values, _resampled_means(values, np.random.default_rng(seed)))
+    return _interval(values, _resampled_means(values, np.random.default_rng(seed)))
 
 
-def bootstrap_scores(scores: np.ndarray, categories: Sequence[str | None], seed: int = 0) -> dict[str, Estimate]:
+def bootstrap_scores(
+    scores: np.ndarray, categories: Sequence[str | None], seed: int = 0
+) -> dict[str, ConfidenceInterval]:
     """Mean scores by category and overall, with percentile bootstrap intervals.
 
     Overall is the mean over the categories, each counting the same, as in GenEval. Prompts are drawn again within
@@ -97,9 +86,9 @@ def bootstrap_scores(scores: np.ndarray, categories: Sequence[str | None], seed:
     groups = [scores[labels == index] for index in range(len(names))]
     resampled = [_resampled_means(group, rng) for group in groups]
     means = np.array([group.mean() for group in groups])
-    overall = {OVERALL: _estimate(means, np.mean(resampled, axis=0))}
+    overall = {OVERALL: _interval(means, np.mean(resampled, axis=0))}
     return overall | {
-        name: _estimate(group, drawn)
+        name: _interval(group, drawn)
         for name, group, drawn in zip(names, groups, resampled, strict=True)
         if name is not None
     }
@@ -112,8 +101,8 @@ def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray
     return np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in blocks])
 
 
-def _estimate(values: np.ndarray, resampled: np.ndarray) -> Estimate:
+def _interval(values: np.ndarray, resampled: np.ndarray) -> ConfidenceInterval:
     # "lower" and "higher" take means that occurred, so that infinite ones are not interpolated to NaN.
     low = np.quantile(resampled, (1 - _CONFIDENCE) / 2, method="lower")
     high = np.quantile(resampled, (1 + _CONFIDENCE) / 2, method="higher")
-    return Estimate(float(values.mean()), float(low), float(high))
+    return ConfidenceInterval(float(values.mean()), float(low), float(high))

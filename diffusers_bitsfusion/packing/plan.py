@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from math import ceil, floor
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..codec.grid import cost_in_bits
 from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
+from ..nn.conversion import why_not_packable
 from ..nn.fake_quantized import TrainableWeight
 from ..nn.packed import PackedWeight
 from ..nn.time_path import TimePath, why_not_cacheable
@@ -43,6 +45,7 @@ class Plan:
         timesteps: timesteps to cache, for "cache".
         time_path: path from the timestep to the features of each ResBlock; None where they depend on more than it.
         num_timesteps: number of training timesteps, for "table".
+        left_alone: reason of each layer that stays in floating point since it cannot be replaced, by name.
     """
 
     bits: dict[str, int]
@@ -50,6 +53,7 @@ class Plan:
     timesteps: list[float]
     time_path: TimePath | None
     num_timesteps: int = _NUM_TIMESTEPS
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     @property
     def replaced_path(self) -> TimePath | None:
@@ -96,13 +100,19 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Linear and Conv2d layers by name, those matching `exclude` left out."""
+    """Linear and Conv2d layers by name; those matching `exclude` and those that compute otherwise are left out."""
     patterns = list(exclude)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns) and not why_not_packable(module)
     }
+
+
+def unpackable_layers(model: nn.Module) -> dict[str, str]:
+    """Return the reason of each subclass of Linear or Conv2d that stays in floating point, by name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {name: reason for name, layer in layers.items() if (reason := why_not_packable(layer)) is not None}
 
 
 def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -121,10 +131,11 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         exclude: further names of modules that are not quantized, such as those that stay in fp32.
 
     Raises:
-        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize; the
-            recipe does not match it, or the target cannot be reached.
+        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize;
+            `modules_to_not_convert` names what it lacks, the recipe does not match it, or the target cannot be
+            reached.
     """
-    if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
     if any(isinstance(module, TrainableWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")
@@ -133,14 +144,14 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
             f"This {type(model).__name__} has adapters. Call `unload_lora_weights()` before, after `fuse_lora()` if "
             "they are to stay in the weights; or load them afterwards."
         )
-    names = [name for name, _ in model.named_modules()]
-    for pattern in config.modules_to_not_convert:
-        if not any(matches(name, [pattern]) for name in names):
-            logger.warning("modules_to_not_convert: %s has no %s.", type(model).__name__, pattern)
+    if len(config.components_to_quantize or []) < 2:  # else another component may have what this one lacks
+        check_excluded([model], config)
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     path = TimePath.find(model)
-    plan = Plan({}, *_plan_time(model, path, config), path)
+    plan = Plan({}, *_plan_time(model, path, config), path, left_alone=unpackable_layers(model))
+    for name, reason in plan.left_alone.items():
+        logger.warning("%s stays in floating point: %s.", name, reason)
     time_layers = _time_names(path, layers)
     if plan.replaced_path is not None:
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}
@@ -154,6 +165,22 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     plan.bits |= _ordinary_bits(model, config, plan, ordinary, shapes, exclude)
     plan.bits = {name: plan.bits[name] for name in layers}
     return plan
+
+
+def check_excluded(models: Sequence[nn.Module], config: BitsFusionConfig) -> None:
+    """Refuse `modules_to_not_convert` that none of the models to quantize has, which would silently do nothing.
+
+    Raises:
+        ValueError: a name is neither the name of a module nor a part of one.
+    """
+    names = [name for model in models for name, _ in model.named_modules()]
+    unknown = [pattern for pattern in config.modules_to_not_convert if not matches_any(names, [pattern])]
+    if unknown:
+        parts = {part for name in names for part in (name, *name.split("."))}
+        close = get_close_matches(unknown[0], sorted(parts), 3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        owners = " and ".join(type(model).__name__ for model in models)
+        raise ValueError(f"modules_to_not_convert: {owners} has no {', '.join(unknown)}.{hint}")
 
 
 def _time_names(path: TimePath | None, layers: Iterable[str]) -> set[str]:

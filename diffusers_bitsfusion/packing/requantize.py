@@ -42,7 +42,7 @@ def requantize_branches(model: Any) -> dict[str, float]:
     packed = packed_layers(model)
     if not packed:
         raise ValueError(f"This {type(model).__name__} has no layers quantized by diffusers_bitsfusion.")
-    layers = {name: layer for name, layer in packed.items() if layer.branch_rank and (layer.bits or 0) >= MIN_BITS}
+    layers = {name: layer for name, layer in packed.items() if layer.branch_rank and layer.bits >= MIN_BITS}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(
@@ -56,7 +56,6 @@ def requantize_branches(model: Any) -> dict[str, float]:
 
 
 def _requantize(layer: PackedWeight, balance: bool) -> float:
-    assert layer.bits is not None
     rows, columns = layer.weight_shape[0], layer.columns
     before = layer.decode(torch.float32).view(rows, columns)
     target = layer.dense_weight(torch.float32).view(rows, columns)

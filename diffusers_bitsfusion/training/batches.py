@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..utils.seeds import cpu_generator, derived_seed
 from ..utils.timesteps import TimestepDistribution
 from .images import TrainingImages
 from .prompt_embeddings import TextEncoder
@@ -80,8 +81,7 @@ class Sharing:
 
 def generator_of(seed: int, stream: int, position: int) -> torch.Generator:
     """Return the generator of one position, on the CPU so that its numbers are the same on every device."""
-    state = np.random.SeedSequence((seed, stream, position)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+    return cpu_generator(derived_seed(seed, stream, position, bits=63))
 
 
 @lru_cache(maxsize=2)

@@ -16,6 +16,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..utils.errors import DamagedFileError
+from ..utils.files import write_atomically
+from ..utils.json_files import is_count, parse_json
 from .batches import Batch, Batches
 from .checkpoints import checkpoints, load_checkpoint, read_settings, save_checkpoint
 from .losses import Loss
@@ -245,11 +248,21 @@ class _LossLog:
     """Log of one JSON object a step; on continuing, it drops later steps of the interrupted run."""
 
     def __init__(self, path: Path, step: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # A kill may have cut the last line.
+        kept = [line for number, line in enumerate(whole, start=1) if _step(line, f"{path}, line {number}") <= step]
+        write_atomically(path, b"".join(kept))
         self.path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a") as stream:
             stream.write(json.dumps({"step": step} | values) + "\n")
+
+
+def _step(line: bytes, where: str) -> int:
+    """Return the step of a line of the log."""
+    remedy = "Delete the line, or the file."
+    content = parse_json(line, where, non_finite=True, remedy=remedy)
+    if not is_count(content.get("step")):
+        raise DamagedFileError(where, "is damaged: it has no step", remedy)
+    return content["step"]

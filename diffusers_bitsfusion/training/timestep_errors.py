@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.errors import DamagedFileError
+from ..utils.files import write_atomically
+from ..utils.json_files import is_number, read_json
 from ..utils.timesteps import TimestepDistribution
 
 # Number of bins that all timesteps are divided into.
@@ -31,8 +34,22 @@ class TimestepErrors:
 
     @classmethod
     def load(cls, path: Path) -> TimestepErrors:
-        """Read a curve that `save` has written."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read a curve that `save` has written.
+
+        Raises:
+            DamagedFileError: the file does not hold as many errors as increasing timesteps.
+        """
+        content = read_json(path)
+        curves = [content.get(key) for key in ("timesteps", "errors")]
+        if not (
+            content.keys() == {"timesteps", "errors"}
+            and all(isinstance(curve, list) and all(is_number(value) for value in curve) for curve in curves)
+            and len(curves[0]) == len(curves[1]) > 0
+            and curves[0] == sorted(set(curves[0]))
+            and min(curves[1]) >= 0
+        ):
+            raise DamagedFileError(path, "is no curve of errors: it must have timesteps and errors, lists as long")
+        return cls(**content)
 
     def distribution(self, num_timesteps: int) -> TimestepDistribution:
         """Return the distribution of timesteps in proportion to the errors, interpolated between the bins."""
@@ -41,7 +58,7 @@ class TimestepErrors:
     def save(self, path: Path) -> None:
         """Write the curve to a JSON file."""
         content = {"timesteps": self.timesteps, "errors": self.errors}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
 
     def plot(self, path: Path) -> None:
         """Plot the curve to an image file.

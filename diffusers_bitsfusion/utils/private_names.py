@@ -75,6 +75,12 @@ TRANSFORMERS_INITIALIZED = PrivateName(
 )
 TRANSFORMERS_INIT = PrivateName("transformers.modeling_utils", "_init_weights", "buffers of a packed text encoder")
 PEFT_NEW_MODULE = PrivateName("peft.tuners.lora.model", "_create_new_module", "fusing LoRAs into packed layers")
+PEFT_MERGE = PrivateName(
+    "peft.tuners.tuners_utils", "_unload_and_optionally_merge", "refusing to merge what packed layers cannot take"
+)
+PEFT_TARGETS = PrivateName(
+    "peft.tuners.tuners_utils", "_check_target_module_exists", "putting adapters in whole or not at all"
+)
 PEFT_ADAPTERS = PrivateName(
     "peft.tuners.tuners_utils", "_all_available_adapter_names", "saying which adapters are not saved"
 )
@@ -84,4 +90,7 @@ TORCH_BUFFERS = PrivateName(
 TORCH_PADDING = PrivateName(
     "torch.nn.modules.conv", "_reversed_padding_repeated_twice", "convolutions with padding of another kind than zeros"
 )
+TORCH_VNNI = PrivateName("torch.cpu", "_is_vnni_supported", 'compute="int8" on a CPU')
+TORCH_AMX = PrivateName("torch.cpu", "_is_amx_tile_supported", "attention by bf16 dot products")
+TORCH_EXTENSION = PrivateName("torch", "_C", "compiled loops on several threads")
 TORCH_FORWARD_LEVEL = PrivateName("torch.autograd.forward_ad", "_current_level", "forward-mode differentiation")

@@ -58,7 +58,7 @@ def encode(model: nn.Module) -> Tensor:
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed}
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight)}
 
 
 def linears(model: nn.Module) -> list[str]:

@@ -286,3 +286,16 @@ def test_a_dequantized_model_is_not_counted_as_ours(packed_folders):
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
     with pytest.raises(ValueError, match="is not quantized"):
         size_report(pipe.unet.dequantize())
+
+
+def test_a_pipeline_in_memory(packed_folders, source_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
+    report = size_report(pipe)
+    assert report.quantized["unet"] == size_report(pipe.unet)
+    vae = sum(tensor.nbytes for tensor in pipe.vae.state_dict().values())
+    assert report.others["vae"] == vae and set(report.others) == {"vae", "text_encoder"}
+    total = report.quantized["unet"].total_bytes + sum(report.others.values())
+    assert report.total_bytes == report.to_dict()["total_bytes"] == total
+    assert f"{'whole pipeline':<32}{total / 1e6:>10.3f}" in str(report)
+    with pytest.raises(ValueError, match="No component of this StableDiffusionPipeline is quantized"):
+        size_report(StableDiffusionPipeline.from_pretrained(source_folder))

@@ -1,4 +1,4 @@
-"""What train_bitsfusion.py trains on."""
+"""What a run trains on."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from diffusers_bitsfusion import Calibration
-from diffusers_bitsfusion.evaluation import read_captions
-from diffusers_bitsfusion.training.batches import Batches, ImageBatches, Sharing
-from diffusers_bitsfusion.training.generated_latents import GeneratedBatches
-from diffusers_bitsfusion.training.images import TrainingImages, open_images
-from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
-from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
+from ...config.calibration import Calibration
+from ...evaluation import read_captions
+from ...utils.timesteps import TimestepDistribution
+from ..batches import Batches, ImageBatches, Sharing
+from ..generated_latents import GeneratedBatches
+from ..images import TrainingImages, open_images
+from ..prompt_embeddings import TextEncoder
 
 
 def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -> TrainingImages | None:

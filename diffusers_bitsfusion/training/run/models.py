@@ -1,4 +1,4 @@
-"""Teacher and student of train_bitsfusion.py."""
+"""Teacher and student of a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from diffusers_bitsfusion import BitsFusionConfig, Calibration, prepare_qat
-from diffusers_bitsfusion.calibration.run import calibrate
-from diffusers_bitsfusion.packing.plan import matches
-from diffusers_bitsfusion.qat import qat_layers, start_calibrated
+from ...calibration.run import calibrate
+from ...config.bitsfusion import BitsFusionConfig
+from ...config.calibration import Calibration
+from ...packing.plan import matches
+from ...qat import prepare_qat, qat_layers, start_calibrated
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -39,7 +40,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
     if channels != latents:
         raise ValueError(
             f"The UNet of {args.pretrained_model_name_or_path} takes {channels} channels where the VAE has {latents}: "
-            "inpainting and the like cannot be trained by this script."
+            "inpainting and the like cannot be trained by this command."
         )
     if args.prediction_type is not None:
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
-from diffusers_bitsfusion import evaluation
-from diffusers_bitsfusion.evaluation.compositional import judge
+from ... import evaluation
+from ...evaluation.compositional import judge
 
 
 class Validation:
@@ -86,11 +86,11 @@ class Validation:
             elif tracker.name == "wandb":
                 tracker.log_images({f"{name}/validation": [grid]}, tracked_step)
         if self.scorer is not None:
-            self._score(name, step, tracked_step, drawn)
+            self._score(self.scorer, name, step, tracked_step, drawn)
 
-    def _score(self, name: str, step: int, tracked_step: int, drawn: np.ndarray) -> None:
+    def _score(self, scorer: Callable, name: str, step: int, tracked_step: int, drawn: np.ndarray) -> None:
         categories = [prompt.category for prompt in self.prompts]
-        scores = judge(self.scorer, drawn, [prompt.spec for prompt in self.prompts])
+        scores = judge(scorer, drawn, [prompt.spec for prompt in self.prompts])
         overall = evaluation.bootstrap_scores(scores, categories)["overall"]
         print(
             f"{name}, step {step}: compositional score {overall.value:.3f} ({overall.low:.3f} to {overall.high:.3f})"

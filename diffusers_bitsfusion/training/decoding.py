@@ -1,0 +1,72 @@
+"""From an image file as it comes to RGB of eight bits: orientation, transparency, deep greys."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+class UnreadableImage(Exception):
+    """An image that does not decode."""
+
+
+# What Pillow raises for damaged or hostile files.
+_DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def decode(file: bytes | str | Path) -> Image.Image:
+    """The image in a file, or in the bytes of one.
+
+    Raises:
+        UnreadableImage: it does not decode.
+    """
+    try:
+        image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
+        image.load()
+    except _DAMAGE as error:
+        raise UnreadableImage(str(error)) from error
+    return image
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image upright, in RGB, transparent parts on white.
+
+    Greys of 16 bits and of floats from 0 to 1 (or to 255) are scaled, where Pillow's own conversion would cut them
+    off. Damaged EXIF is taken as none.
+
+    Raises:
+        UnreadableImage: it cannot be converted, or is of numbers whose range is not known.
+    """
+    try:
+        image = ImageOps.exif_transpose(image)
+    except Exception:  # Pillow raises whatever parsing arbitrary bytes comes to
+        pass
+    try:
+        if image.mode.startswith("I") or image.mode == "F":
+            return _scaled(image).convert("RGB")
+        if image.has_transparency_data:
+            opaque = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(opaque, image.convert("RGBA")).convert("RGB")
+        return image.convert("RGB")
+    except _DAMAGE as error:
+        raise UnreadableImage(str(error)) from error
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """An image of one channel of 16 or 32 bits in eight bits."""
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
+        raise UnreadableImage(f"its values of mode {image.mode} are not in a known range")
+    return Image.fromarray((values * (255 / _range(image.mode, values))).round().astype(np.uint8))
+
+
+def _range(mode: str, values: Any) -> int:
+    """The value that stands for white: that of the mode, or the least usual one that holds all values."""
+    if mode.startswith("I;16"):
+        return 65535
+    usual = (1, 255, 65535) if mode == "F" else (255, 65535)
+    return next(white for white in usual if values.max() <= white)
