@@ -87,6 +87,6 @@ def calibrate_student(
     """Let a prepared student start from weights rounded for the inputs that layers see while the teacher draws."""
     bits = {name: layer.bits for name, layer in qat_layers(student).items()}
     calibration = Calibration(prompts, seed=args.seed)
-    options = {"scale_init": args.scale_init, "balance": not args.no_balance}
-    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, **options))
-    student.qat_state.config.calibration = calibration.summary()  # as `prepare_qat` records it
+    config = student.qat_state.config
+    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, config.rounding))
+    config.calibration = calibration.summary()  # As `prepare_qat` records it.
