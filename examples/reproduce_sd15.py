@@ -75,7 +75,7 @@ BUDGETS = {
     "paper": Budget("full", 100, 100, "paper", "rounding", (20_000, 50_000), (256, 1024)),
     "one-gpu": Budget("prediction", 16, 0, "knapsack", "calibrated", (2_000, 2_000), (64, 64), 500),
 }
-TINY = Budget("weight", 2, 0, "knapsack", "rounding", (2, 2), (4, 4), 6, (2.5, 7.5, 9.5), 4, 3.0)
+TINY = Budget("weight", 2, 0, "knapsack", "rounding", (2, 2), (4, 4), 3, (2.5, 7.5, 9.5), 2, 3.0)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
