@@ -49,8 +49,8 @@ def make_loop(parts, make_config, tmp_path):
         text = TextEncoder(parts.tokenizer, parts.text_encoder)
         beta = TimestepDistribution.beta(1000)
         sharing = Sharing(2 // accumulation, accumulation)
-        options = {"num_inference_steps": 2, "renewed_every": 3, "seed": 2}
-        batches = GeneratedBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **options)
+        teacher = {"num_inference_steps": 2, "renewed_every": 3, "seed": 2}
+        batches = GeneratedBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **teacher)
         optimizer = make_optimizer(student, learning_rate=rate, use_8bit_adam=use_8bit_adam)
         return TrainingLoop(
             accelerator or Accelerator(cpu=True),
