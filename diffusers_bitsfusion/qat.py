@@ -165,7 +165,6 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     schema = plan.schema(model, config)
     for name, layer in qat_layers(model).items():
         packed = packed_twin(layer, layer.bits, dtype)
-        del packed.balance  # A setting of the fake-quantized layer, which was copied with stride and padding.
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)
