@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..qat import trainable_layers
+from ..qat import qat_layers
 from ..utils.errors import DamagedFileError, shown
 from ..utils.files import file_checksum, flush_folder, flush_tree
 from ..utils.fingerprints import hash_of_first_values
@@ -41,7 +41,7 @@ def fingerprint(student: ModelMixin) -> str:
     To be taken before training, when the values are still those of the original model. Scales are computed, in their
     last bits by each machine its own way: of them counts how.
     """
-    layers = trainable_layers(student)
+    layers = qat_layers(student)
     beginning = json.dumps({name: (layer.bits, layer.balance) for name, layer in layers.items()})
     if layers:
         config = student.qat_state.config

@@ -43,35 +43,39 @@ ERRORS_FILE = "timestep_error.json"
 
 
 def stages(args: argparse.Namespace) -> tuple[int, ...]:
-    """The stages to run, in order."""
+    """Return the stages to run, in order."""
     return (1, 2) if args.stage == "both" else (int(args.stage),)
 
 
 def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
-    """An argument that Stage II may have its own value of."""
+    """Return the value of an argument that Stage II may have its own value of."""
     own = getattr(args, f"stage2_{name}") if stage == 2 else None
     return getattr(args, name) if own is None else own
 
 
 class Training:
-    """A run: the teacher's pipeline, the student, and the stages that it goes through."""
+    """A run: the teacher's pipeline, the student, and the stages of its training.
 
-    def __init__(self, args: argparse.Namespace):
+    Args:
+        args: arguments of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not find each other
+            cpu=not torch.accelerator.is_available(),  # Several processes without a GPU would not connect otherwise.
             log_with=args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(self.folder / args.logging_dir)),
         )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 "Launch the training without accelerate's FSDP and DeepSpeed (`accelerate launch --multi_gpu`). With "
-                "--shard the processes share the model out."
+                "--shard the processes shard the model."
             )
         self.hub = {"repo_id": args.hub_model_id or self.folder.name, "token": args.hub_token}
         if args.push_to_hub and self.accelerator.is_main_process:
-            # Now, not after days: a token that does not serve says so.
+            # The repository is created now, so that a token without rights fails before days of training.
             with explaining_refusals(self.hub["repo_id"]):
                 self.hub["repo_id"] = create_repo(**self.hub, exist_ok=True).repo_id
         set_seed(args.seed)
@@ -81,18 +85,18 @@ class Training:
         self.text = TextEncoder(self.teacher.tokenizer, self.teacher.text_encoder)
         self.student = prepare_student(args)
         self.fingerprint = fingerprint(self.student)
-        with self.accelerator.main_process_first():  # downloads and converts once
+        with self.accelerator.main_process_first():  # One process downloads and converts for all.
             self.images = open_training_images(args, self.teacher)
         self.validation = Validation.from_args(args, self.teacher, self.accelerator)
 
     def run(self) -> None:
-        """All stages, then the packed pipeline."""
+        """Run all stages, then save the packed pipeline."""
         args = self.args
         if args.measure_timestep_error:
             self._measure_timestep_errors().plot(self.folder / "timestep_error.png")
             return
-        told = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-        self.accelerator.init_trackers(args.tracker_project_name, told)
+        settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+        self.accelerator.init_trackers(args.tracker_project_name, settings)
         for stage in self._stages():
             self._run_stage(stage)
         if not args.estimate_only:
@@ -100,7 +104,7 @@ class Training:
         self.accelerator.end_training()
 
     def _stages(self) -> tuple[int, ...]:
-        """Those to run: not the first where `--resume_from_checkpoint` names a checkpoint of the second."""
+        """Return the stages to run: only the second where `--resume_from_checkpoint` names a checkpoint of it."""
         which = self.args.resume_from_checkpoint
         if which in (None, "latest") or self.args.stage != "both":
             return stages(self.args)
@@ -110,11 +114,11 @@ class Training:
         return (2,) if named == 2 else (1, 2)
 
     def _checkpoint(self, stage: int) -> Path | None:
-        """What `--resume_from_checkpoint` names of this stage.
+        """Return the checkpoint of this stage that `--resume_from_checkpoint` names, if any.
 
         Raises:
-            FileExistsError: nothing is to be continued, but an earlier run's checkpoints are in the way; or Stage I
-                goes on to another end than the Stage II there has come from.
+            FileExistsError: no run is to be continued, but the folder has an earlier run's checkpoints; or Stage I
+                would continue to another end than the one that the existing Stage II started from.
         """
         folder, which = self.folder / f"stage{stage}", self.args.resume_from_checkpoint
         if which is None and checkpoints(folder):
@@ -123,7 +127,7 @@ class Training:
                 "choose another --output_dir."
             )
         path = find_checkpoint(folder, which)
-        # A path names one stage's; of two stages, the other has none.
+        # A path is a checkpoint of one stage, so that the other of two stages has none.
         if path is None or self.args.stage != "both":
             return path
         step, settings = read_settings(path)
@@ -137,15 +141,15 @@ class Training:
 
     @property
     def _calibration(self) -> dict[str, Any] | None:
-        """What the student's start was calibrated with; the packed pipeline says so."""
+        """Summary of the calibration that the student started from, for the packed pipeline's config."""
         return None if self.args.full_precision else self.student.qat_state.config.calibration
 
-    def _take_calibration(self, checkpoint: Path) -> None:
+    def _restore_calibration(self, checkpoint: Path) -> None:
         if not self.args.full_precision:
             self.student.qat_state.config.calibration = read_settings(checkpoint)[1].get("calibration")
 
-    def _take_stage_1(self) -> None:
-        """Take the weights that Stage I left."""
+    def _load_stage_1(self) -> None:
+        """Load the weights that Stage I ended with."""
         start = self.args.init_from
         if start == "rounding":
             return
@@ -156,7 +160,7 @@ class Training:
                 "--init_from, or start from rounded weights with --init_from rounding."
             )
         load_weights(self.student, path, self.fingerprint)
-        self._take_calibration(path)
+        self._restore_calibration(path)
 
     def _sharing(self, stage: int) -> Sharing:
         return Sharing(
@@ -181,7 +185,7 @@ class Training:
         return errors.distribution(count)
 
     def _measure_timestep_errors(self) -> TimestepErrors:
-        """The curve of the rounded model, kept in OUTPUT_DIR."""
+        """Measure the errors of the rounded model along the timesteps, and save them in OUTPUT_DIR."""
         uniform = TimestepDistribution.uniform(self.scheduler.config.num_train_timesteps)
         student = self.student.to(self.accelerator.device)
         errors = measure_timestep_errors(
@@ -201,9 +205,9 @@ class Training:
         args, name = self.args, f"stage{stage}"
         checkpoint = self._checkpoint(stage)
         if checkpoint is not None:
-            self._take_calibration(checkpoint)
+            self._restore_calibration(checkpoint)
         elif args.stage == "2":
-            self._take_stage_1()
+            self._load_stage_1()
         elif stage == 1 and args.init == "calibrated" and not args.estimate_only:
             calibrate_student(args, self.student, self.teacher, calibration_prompts(args, self.images))
         batches = self._batches(stage, self._distribution())
@@ -279,7 +283,7 @@ class Training:
             self._push(pipeline)
 
     def _push(self, pipeline: DiffusionPipeline) -> None:
-        """From a folder of its own: OUTPUT_DIR holds checkpoints and logs as well."""
+        """Push the pipeline from a temporary folder, since OUTPUT_DIR holds checkpoints and logs as well."""
         with explaining_refusals(self.hub["repo_id"]), tempfile.TemporaryDirectory() as folder:
             pipeline.save_pretrained(folder, push_to_hub=True, **self.hub)
             if not self.args.full_precision:
@@ -287,7 +291,7 @@ class Training:
                 ModelCard.load(Path(folder) / "README.md").push_to_hub(**self.hub)
 
     def _description(self) -> str:
-        """What the card says of the training."""
+        """Return the model card's description of the training."""
         done = []
         for stage in stages(self.args):
             steps, samples = of_stage(self.args, "max_train_steps", stage), self._sharing(stage).total
