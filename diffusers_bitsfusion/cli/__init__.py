@@ -46,7 +46,7 @@ def main(
         typer.Option("--version", callback=_print_version, is_eager=True, help="Print the versions and end."),
     ] = False,
 ) -> None:
-    """Extremely low-bit diffusion models for diffusers."""
+    """Quantize diffusion models to extremely few bits, and measure, compare and train them."""
 
 
 for _function in (quantize, inspect, draw, compare, evaluate, vote, analyze, allocate):

@@ -63,7 +63,7 @@ def allocate(
 
 
 def _checked(analysis: Any, source: str, time_embedding: str | None) -> Any:
-    """Return the analysis of the model in `source`, counting its time embedding as asked for; loads no weights.
+    """Return the analysis of the model in `source`, with the time embedding as requested; no weights are loaded.
 
     Raises:
         ValueError: the analysis is of another model.

@@ -30,6 +30,7 @@ class JsonCommand(TyperCommand):
     """A command whose `--json` needs no value: `--json` alone means the standard output, written "-"."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write a `--json` without a value as `--json=-`, and parse as typer does."""
         pairs = zip(args, [*args[1:], ""], strict=False)
         written = ["--json=-" if arg == "--json" and not after.endswith(".json") else arg for arg, after in pairs]
         return super().parse_args(ctx, written)
@@ -58,7 +59,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _loudness(quiet: bool, verbose: bool) -> Iterator[None]:
-    """Within it, libraries log and show bars as asked; afterwards, as before."""
+    """Let libraries log and show progress bars as requested, and as before afterwards."""
     if not (quiet or verbose):
         yield
         return
@@ -126,7 +127,7 @@ def show_progress() -> bool:
 
 
 def show(text: str, content: Any, target: Path | None) -> None:
-    """Print a result as text, or, where `--json` asks for it, as JSON; or write JSON to the file that it names.
+    """Print a result as text or, with `--json`, as JSON; or write the JSON to the file that `--json` names.
 
     Args:
         text: the result to be read.
@@ -145,7 +146,7 @@ def show(text: str, content: Any, target: Path | None) -> None:
 
 
 def check_output(file: Path, overwrite: bool) -> None:
-    """Refuse to replace a file, or files in a folder, that nobody asked to replace; before any work is done.
+    """Refuse to replace a file, or the files of a folder, without `--overwrite`, before any work is done.
 
     Raises:
         ValueError: it is there, and `overwrite` is not.
@@ -158,7 +159,7 @@ def check_output(file: Path, overwrite: bool) -> None:
 
 
 def default_prompts(*folders: str | None) -> Path:
-    """`prompts.tsv` of the first folder that has one.
+    """Return `prompts.tsv` of the first folder that has one.
 
     Raises:
         ValueError: none has.

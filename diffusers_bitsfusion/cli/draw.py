@@ -1,4 +1,4 @@
-"""The command `bitsfusion draw`."""
+"""The command `bitsfusion draw`, which generates one image."""
 
 from __future__ import annotations
 

@@ -51,33 +51,56 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="geneval, tifa, clip, pickscore or hpsv2, instead of what is measured without; can be repeated.",
+            help="geneval, tifa, clip, pickscore or hpsv2, in place of the scores without; can be repeated; "
+            "default: none.",
             rich_help_panel=_SUITES,
         ),
     ] = None,
     geneval_prompts: Annotated[
-        str | None, typer.Option(help="GenEval's evaluation_metadata.jsonl.", rich_help_panel=_SUITES)
+        str | None, typer.Option(help="GenEval's evaluation_metadata.jsonl; default: none.", rich_help_panel=_SUITES)
     ] = None,
     tifa_prompts: Annotated[
-        str | None, typer.Option(help="TIFA's tifa_v1.0_text_inputs.json.", rich_help_panel=_SUITES)
+        str | None, typer.Option(help="TIFA's tifa_v1.0_text_inputs.json; default: none.", rich_help_panel=_SUITES)
     ] = None,
     tifa_questions: Annotated[
-        str | None, typer.Option(help="TIFA's tifa_v1.0_question_answers.json.", rich_help_panel=_SUITES)
+        str | None,
+        typer.Option(help="TIFA's tifa_v1.0_question_answers.json; default: none.", rich_help_panel=_SUITES),
     ] = None,
     detector: Annotated[
-        str | None, typer.Option(help="GenEval's Mask2Former, or MODULE:FUNCTION.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="GenEval's Mask2Former, or MODULE:FUNCTION; default: facebook/mask2former-swin-small-coco-instance.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
     color_classifier: Annotated[
-        str | None, typer.Option(help="GenEval's CLIP for colours, or MODULE:FUNCTION.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="GenEval's CLIP for colours, or MODULE:FUNCTION; default: openai/clip-vit-large-patch14.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
     vqa: Annotated[
-        str | None, typer.Option(help="Answers TIFA's questions; or MODULE:FUNCTION.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="Answers TIFA's questions; or MODULE:FUNCTION; default: Salesforce/blip-vqa-capfilt-large.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
     sentence_encoder: Annotated[
-        str | None, typer.Option(help="Takes TIFA's answers to the nearest choice.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="Finds the choice nearest to an answer; default: sentence-transformers/all-mpnet-base-v2.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
-    pickscore: Annotated[str | None, typer.Option(help="Of the suite pickscore.", rich_help_panel=_MODELS)] = None,
-    hpsv2: Annotated[str | None, typer.Option(help="Of the suite hpsv2.", rich_help_panel=_MODELS)] = None,
+    pickscore: Annotated[
+        str | None,
+        typer.Option(help="Of the suite pickscore; default: yuvalkirstain/PickScore_v1.", rich_help_panel=_MODELS),
+    ] = None,
+    hpsv2: Annotated[
+        str | None, typer.Option(help="Of the suite hpsv2; default: adams-story/HPSv2-hf.", rich_help_panel=_MODELS)
+    ] = None,
 ) -> None:
     """Draw a prompt set and score the images: compositional score, CLIP score, distances to a reference.
 

@@ -88,15 +88,12 @@ def quantize(
         raise typer.BadParameter(
             "--prompts, --samples, --steps, --tuning-steps, --seed and --memory-gb are for --calibrate"
         )
-    if not overwrite:
-        check_output(destination, overwrite)
 
     import torch
 
     from diffusers_bitsfusion import BitsFusionConfig, size_report
     from diffusers_bitsfusion.utils.hub import explaining_refusals
 
-    found = Source.find(source, revision=revision, variant=variant, config=config)
     wanted: dict[str, Any] = {
         "recipe": int(recipe) if recipe.isdecimal() else recipe,
         "target_bits": target_bits,
@@ -107,9 +104,11 @@ def quantize(
     if components:
         wanted["components"] = components
     configs = [BitsFusionConfig(**wanted)]
+    refuse_destination(source, destination, configs[0].components)
+    check_output(destination, overwrite)
+    found = Source.find(source, revision=revision, variant=variant, config=config)
     configs += _text_encoder_configs(found, configs[0].components, text_encoder_bits)
     quantized = [name for part in configs for name in part.components]
-    refuse_destination(source, destination, quantized)
     refuse_quantized(found.folder, quantized)
     calibration = _calibration(destination, prompts, given) if calibrate else None
     if push_to_hub is not None:
@@ -177,7 +176,7 @@ def _quantize_while_loading(source: Source, configs: list[Any], dtype: Any, devi
 
 
 def _quantize_calibrated(source: Source, configs: list[Any], dtype: Any, device: str | None, calibration: Any) -> Any:
-    """Under `accelerate launch`, every process does its share, and the first one goes on to save."""
+    """Quantize by calibration, which all processes share; only the first one returns."""
     import torch
 
     from diffusers_bitsfusion import quantize_model
@@ -199,7 +198,7 @@ def _quantize_calibrated(source: Source, configs: list[Any], dtype: Any, device:
 
 
 def _next_lines(source: Source, loaded: Any, destination: Path, repo_id: str | None) -> str:
-    """Return where what was saved is, how large, and how to load and draw it."""
+    """Return where the result is saved, its size, and how to load it and generate images with it."""
     size = sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())
     name = type(loaded).__name__
     lines = [f"\nSaved {name} in {destination} ({size / 1e6:.1f} MB in all)."]

@@ -89,7 +89,7 @@ class Source:
 
 
 def config_folder(source: str, revision: str | None = None, *, weights: bool = False) -> Path:
-    """The folder of a pipeline or model; of a Hub id a folder with its configs, which are downloaded.
+    """Return the folder of a pipeline or model; of a Hub id, the folder that its configs are downloaded to.
 
     Args:
         source: folder or Hub id.
@@ -145,7 +145,7 @@ def is_model(folder: Path) -> bool:
 
 
 def model_config(source: str, revision: str | None = None) -> Path:
-    """The config.json of a model or of a pipeline's denoiser, by folder, Hub id or the file itself.
+    """Return the config.json of a model or of a pipeline's denoiser, by folder, Hub id or the file itself.
 
     Raises:
         ValueError: the pipeline has no denoiser, or see `config_folder`.
@@ -198,7 +198,7 @@ def _only_variant(folder: Path) -> str | None:
 
 
 def refuse_quantized(folder: Path, components: Iterable[str]) -> None:
-    """Refuse to quantize what is quantized, which loads as it is whatever is asked for.
+    """Refuse to quantize a quantized model, which loads as it is whatever the config says.
 
     Args:
         folder: a `config_folder`.
@@ -231,8 +231,9 @@ def refuse_destination(source: str, destination: Path, components: Iterable[str]
             raise ValueError(f"SRC and DST are one folder, {read}: choose another DST, or the original would be lost.")
         if read in written.parents or written in read.parents:
             raise ValueError(f"One of SRC {read} and DST {written} is within the other: choose another DST.")
+    is_earlier_result = any("quantization_config" in read_config(file) for file in destination.glob("*/config.json"))
     for file in (destination / part / "config.json" for part in ("", *components)):
-        if file.is_file() and "quantization_config" not in read_config(file):
+        if file.is_file() and not is_earlier_result and "quantization_config" not in read_config(file):
             raise ValueError(
                 f"DST {destination} holds a model that is not quantized ({file}), which would be lost: choose another "
                 "DST, or delete it first."

@@ -46,7 +46,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def parse_args(arguments: Sequence[str], program: str, launched_as: str) -> argparse.Namespace:
-    """The arguments of a run; a wrong combination ends the program with a message.
+    """Return the arguments of a run; a wrong combination ends the program with a message.
 
     Args:
         arguments: of the command line.
@@ -73,7 +73,7 @@ def parse_args(arguments: Sequence[str], program: str, launched_as: str) -> argp
 
 
 def _command(arguments: Sequence[str], launched_as: str) -> str:
-    """The command line as the model card shows it, without the token."""
+    """Return the command line as the model card shows it, without the token."""
     shown = re.sub(r"--hub_token[ =]\S+ ?", "", shlex.join(arguments)).replace(" --", " \\\n    --")
     return f"{launched_as} \\\n    {shown}"
 

@@ -1,4 +1,4 @@
-"""How good are the pictures? Scores of prompts, distances to a reference model's pictures, one report of both.
+"""Image quality: scores of prompts, distances to a reference model's images, and one report of both.
 
 Imported on demand: `import diffusers_bitsfusion` alone loads nothing of it.
 """

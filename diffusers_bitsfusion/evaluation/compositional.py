@@ -28,7 +28,9 @@ class ConfidenceInterval:
 
 
 def load_scorer(name: str) -> Scorer:
-    """The function that `name`, written MODULE:FUNCTION, stands for; modules in the working directory are found.
+    """Return the function that `name`, written MODULE:FUNCTION, stands for.
+
+    Modules in the working directory are found.
 
     It takes n images (height, width, 3) uint8 and the n specifications from the prompts file, and returns n numbers,
     0 or False for an image that misses its prompt, 1 or True for one that fits.
@@ -40,7 +42,7 @@ def load_scorer(name: str) -> Scorer:
 
 
 def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarray:
-    """The scorer's verdicts on (n, height, width, 3) uint8 images, as (n,) float64.
+    """Return the scorer's verdicts on (n, height, width, 3) uint8 images, as (n,) float64.
 
     Raises:
         ValueError: it did not return n finite numbers.
@@ -52,14 +54,14 @@ def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarra
 
 
 def bootstrap_mean(values: np.ndarray, seed: int = 0) -> ConfidenceInterval:
-    """The mean of (n,) values with a percentile bootstrap interval; infinite where a value is."""
+    """Return the mean of (n,) values with a percentile bootstrap interval; infinite where a value is."""
     return _interval(values, _resampled_means(values, np.random.default_rng(seed)))
 
 
 def bootstrap_scores(
     scores: np.ndarray, categories: Sequence[str | None], seed: int = 0
 ) -> dict[str, ConfidenceInterval]:
-    """Mean scores by category and overall, with percentile bootstrap intervals.
+    """Return mean scores by category and overall, with percentile bootstrap intervals.
 
     Overall is the mean over the categories, each counting the same, as in GenEval. Prompts are drawn again within
     their category. Where all scores of a category are equal, its interval has no width.
@@ -95,7 +97,7 @@ def bootstrap_scores(
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(`_RESAMPLES`,) means of as many values, drawn with replacement."""
+    """Return (`_RESAMPLES`,) means of as many values, sampled with replacement."""
     rows = max(1, _BLOCK // len(values))
     blocks = [min(rows, _RESAMPLES - start) for start in range(0, _RESAMPLES, rows)]
     return np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in blocks])

@@ -1,4 +1,4 @@
-"""Pictures for prompts, each from a seed of its own."""
+"""Images for prompts, each from a seed of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .image_folder import ImageFolder
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn.
+    """The settings by which images are sampled.
 
     Attributes:
         steps: inference steps.
@@ -52,7 +52,7 @@ def generate_images(
     folder: ImageFolder | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """Draw one picture a caption, and hold all of them in memory; `draw_images` holds a batch.
+    """Generate one image a caption, and hold all of them in memory; `draw_images` holds a batch.
 
     Args:
         pipeline: any text-to-image pipeline; its scheduler is used as it is.
@@ -86,7 +86,7 @@ def draw_images(
     folder: ImageFolder,
     progress: bool = True,
 ) -> None:
-    """Draw one picture a caption into a folder, a batch in memory at a time, but for those that it holds already.
+    """Generate one image a caption into a folder, a batch in memory at a time, except those that it holds.
 
     Under `accelerate launch` the processes share the batches out, on a folder that all of them see; all of them come
     back when all pictures are there.
@@ -123,7 +123,7 @@ def _batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
 
 
 def _draw(pipeline, captions, indices, sampling):
-    """(len(indices), height, width, 3) uint8."""
+    """Return the images of some captions, (len(indices), height, width, 3) uint8."""
     images = pipeline(
         prompt=[captions[index] for index in indices],
         num_inference_steps=sampling.steps,
