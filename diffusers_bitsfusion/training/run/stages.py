@@ -49,8 +49,9 @@ def stages(args: argparse.Namespace) -> tuple[int, ...]:
 
 def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
     """Return the value of an argument that Stage II may have its own value of."""
-    own = getattr(args, f"stage2_{name}") if stage == 2 else None
-    return getattr(args, name) if own is None else own
+    own: int | None = getattr(args, f"stage2_{name}") if stage == 2 else None
+    value: int = getattr(args, name) if own is None else own
+    return value
 
 
 class Training:
