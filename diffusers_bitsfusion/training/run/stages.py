@@ -55,11 +55,7 @@ def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
 
 
 class Training:
-    """A run: the teacher's pipeline, the student, and the stages of its training.
-
-    Args:
-        args: arguments of the command line.
-    """
+    """A run by the arguments of the command line: the teacher's pipeline, the student, and the stages of training."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output_dir)
