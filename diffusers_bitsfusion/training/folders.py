@@ -48,7 +48,7 @@ class ArrayImages:
 
 def _load_array(file: Path) -> np.ndarray:
     try:
-        images = np.load(file, mmap_mode="r")
+        images: np.ndarray = np.load(file, mmap_mode="r")
     except ValueError as error:
         raise ValueError(f"{file} is not an array: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:

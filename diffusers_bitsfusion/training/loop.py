@@ -265,4 +265,5 @@ def _step(line: bytes, where: str) -> int:
     content = parse_json(line, where, non_finite=True, remedy=remedy)
     if not is_count(content.get("step")):
         raise DamagedFileError(where, "is damaged: it has no step", remedy)
-    return content["step"]
+    step: int = content["step"]
+    return step

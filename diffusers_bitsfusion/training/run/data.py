@@ -81,4 +81,5 @@ def make_batches(
 
 
 def _resolution(args: argparse.Namespace, teacher: DiffusionPipeline) -> int:
-    return args.resolution or teacher.unet.config.sample_size * teacher.vae_scale_factor
+    resolution: int = args.resolution or teacher.unet.config.sample_size * teacher.vae_scale_factor
+    return resolution

@@ -49,16 +49,13 @@ def stages(args: argparse.Namespace) -> tuple[int, ...]:
 
 def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
     """Return the value of an argument that Stage II may have its own value of."""
-    own = getattr(args, f"stage2_{name}") if stage == 2 else None
-    return getattr(args, name) if own is None else own
+    own: int | None = getattr(args, f"stage2_{name}") if stage == 2 else None
+    value: int = getattr(args, name) if own is None else own
+    return value
 
 
 class Training:
-    """A run: the teacher's pipeline, the student, and the stages of its training.
-
-    Args:
-        args: arguments of the command line.
-    """
+    """A run by the arguments of the command line: the teacher's pipeline, the student, and the stages of training."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output_dir)
