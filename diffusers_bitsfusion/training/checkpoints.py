@@ -167,7 +167,8 @@ def read_settings(path: Path) -> tuple[int, dict[str, Any]]:
     if not is_count(run.get("step")) or not isinstance(run.get("settings"), dict):
         raise DamagedFileError(path / _RUN_FILE, "is damaged: it must have step, a count, and settings", _REMEDY)
     checksum = run.pop("checksum", None)
-    if run.keys() != {"step", "settings"} and checksum != hash_of_settings(run):  # older ones have these alone
+    is_older = checksum is None and run.keys() == {"step", "settings"}
+    if not is_older and checksum != hash_of_settings(run):
         raise DamagedFileError(path / _RUN_FILE, "is damaged: its checksum does not fit", _REMEDY)
     return run["step"], run["settings"]
 
