@@ -1,10 +1,11 @@
-"""A model in a few words, for the labels of pictures and pages."""
+"""A model in a few words, for the labels of images and pages."""
 
 from __future__ import annotations
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from .size_report import MB, SizeReport, size_report
+from .report_types import MB, SizeReport
+from .size_report import size_report
 
 
 def describe_denoiser(pipeline: DiffusionPipeline) -> str:
