@@ -1,14 +1,15 @@
-"""Pictures on disk measured a block at a time, so that memory does not grow with their number."""
+"""Images on disk measured a block at a time, so that memory does not grow with their number."""
 
 from __future__ import annotations
 
 from ..utils.processes import process_state
 
-BLOCK = 32  # pictures in memory
+# Images in memory at once.
+BLOCK = 32
 
 
 def own_blocks(count: int) -> list[range]:
-    """Return this process's blocks of `count` pictures.
+    """Return this process's blocks of `count` images.
 
     The blocks are the same whatever the number of processes: models give the same figures only on the same batches.
     """

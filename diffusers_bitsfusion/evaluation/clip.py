@@ -1,4 +1,4 @@
-"""CLIP: how well a picture fits its prompt, and features of pictures."""
+"""CLIP: how well an image fits its prompt, and features of images."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from .pipeline import default_device
 
+# Images or captions in one call of the model.
 _BATCH = 32
 
 
@@ -50,7 +51,7 @@ class Clip:
 
     @torch.no_grad()
     def image_features(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
-        """Projected embeddings, not normalized: n of (height, width, 3) uint8 to (n, d) float32."""
+        """Return projected embeddings, not normalized: n of (height, width, 3) uint8 to (n, d) float32."""
         features = []
         for start in range(0, len(images), _BATCH):
             pixels = self.image_processor(list(images[start : start + _BATCH]), return_tensors="pt").pixel_values
@@ -60,7 +61,7 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> np.ndarray:
-        """Projected embeddings, not normalized: n captions to (n, d) float32. Longer captions are cut."""
+        """Return projected embeddings, not normalized: n captions, truncated where too long, to (n, d) float32."""
         length = self.model.config.text_config.max_position_embeddings
         features = []
         for start in range(0, len(captions), _BATCH):
@@ -77,12 +78,12 @@ class Clip:
 
 
 def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
-    """100 × cosine similarity of each picture with its caption, at least 0: two times (n, d) to (n,) float64."""
+    """Return 100 × cosine similarity of image and caption, at least 0: two times (n, d) to (n,) float64."""
     return (100 * cosine(image_features, text_features)).clip(min=0)
 
 
 def cosine(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
-    """Return the cosine of each picture and its caption: two times (n, d) to (n,) float64."""
+    """Return the cosine similarity of each image and its caption: two times (n, d) to (n,) float64."""
     images, texts = (F.normalize(torch.from_numpy(x).double(), dim=-1) for x in (image_features, text_features))
     return (images * texts).sum(-1).numpy()
 

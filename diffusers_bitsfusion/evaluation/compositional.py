@@ -13,9 +13,12 @@ from .plugins import load_function
 Scorer = Callable[[Sequence[np.ndarray], Sequence[Any]], Sequence[float]]
 
 OVERALL = "overall"
+# Probability that an interval contains the mean.
 _CONFIDENCE = 0.95
+# Resamples of a bootstrap.
 _RESAMPLES = 2000
-_BLOCK = 2**18  # random draws held at once
+# Random numbers held at once.
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,9 @@ class ConfidenceInterval:
 
 
 def load_scorer(name: str) -> Scorer:
-    """The function that `name`, written MODULE:FUNCTION, stands for; modules in the working directory are found.
+    """Return the function that `name`, written MODULE:FUNCTION, stands for.
+
+    Modules in the working directory are found.
 
     It takes n images (height, width, 3) uint8 and the n specifications from the prompts file, and returns n numbers,
     0 or False for an image that misses its prompt, 1 or True for one that fits.
@@ -40,7 +45,7 @@ def load_scorer(name: str) -> Scorer:
 
 
 def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarray:
-    """The scorer's verdicts on (n, height, width, 3) uint8 images, as (n,) float64.
+    """Return the scorer's verdicts on (n, height, width, 3) uint8 images, as (n,) float64.
 
     Raises:
         ValueError: it did not return n finite numbers.
@@ -52,19 +57,19 @@ def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarra
 
 
 def bootstrap_mean(values: np.ndarray, seed: int = 0) -> ConfidenceInterval:
-    """The mean of (n,) values with a percentile bootstrap interval; infinite where a value is."""
+    """Return the mean of (n,) values with a percentile bootstrap interval; infinite where a value is."""
     return _interval(values, _resampled_means(values, np.random.default_rng(seed)))
 
 
 def bootstrap_scores(
     scores: np.ndarray, categories: Sequence[str | None], seed: int = 0
 ) -> dict[str, ConfidenceInterval]:
-    """Mean scores by category and overall, with percentile bootstrap intervals.
+    """Return mean scores by category and overall, with percentile bootstrap intervals.
 
-    Overall is the mean over the categories, each counting the same, as in GenEval. Prompts are drawn again within
+    Overall is the mean over the categories, each counting the same, as in GenEval. Prompts are resampled within
     their category. Where all scores of a category are equal, its interval has no width.
 
-    For two models on the same prompts and seeds, give the difference of their scores: drawing whole prompts again
+    For two models on the same prompts and seeds, give the difference of their scores: resampling whole prompts
     pairs them, which is much sharper than two separate intervals, and exactly 0 for equal models.
 
     Args:
@@ -88,21 +93,21 @@ def bootstrap_scores(
     means = np.array([group.mean() for group in groups])
     overall = {OVERALL: _interval(means, np.mean(resampled, axis=0))}
     return overall | {
-        name: _interval(group, drawn)
-        for name, group, drawn in zip(names, groups, resampled, strict=True)
+        name: _interval(group, means_of_group)
+        for name, group, means_of_group in zip(names, groups, resampled, strict=True)
         if name is not None
     }
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(`_RESAMPLES`,) means of as many values, drawn with replacement."""
+    """Return (`_RESAMPLES`,) means of as many values, sampled with replacement."""
     rows = max(1, _BLOCK // len(values))
     blocks = [min(rows, _RESAMPLES - start) for start in range(0, _RESAMPLES, rows)]
     return np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in blocks])
 
 
 def _interval(values: np.ndarray, resampled: np.ndarray) -> ConfidenceInterval:
-    # "lower" and "higher" take means that occurred, so that infinite ones are not interpolated to NaN.
+    # "lower" and "higher" return means that occurred, so that infinite ones are not interpolated to NaN.
     low = np.quantile(resampled, (1 - _CONFIDENCE) / 2, method="lower")
     high = np.quantile(resampled, (1 + _CONFIDENCE) / 2, method="higher")
     return ConfidenceInterval(float(values.mean()), float(low), float(high))

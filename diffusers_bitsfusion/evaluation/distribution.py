@@ -1,4 +1,4 @@
-"""Distances between two sets of feature vectors. Which picture belongs to which prompt does not enter.
+"""Distances between two sets of feature vectors, whatever image belongs to which prompt.
 
 The features may be arrays mapped from files: a block of rows is in memory at a time.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
+# Vectors in memory at once.
 _ROWS = 1024
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets; on image features, the FID.
+    """Return the Fréchet distance of the Gaussians fitted to two sets; on image features, the FID.
 
     |μa − μb|² + tr(Ca + Cb − 2 (Ca Cb)^½), covariances with n − 1. Sets of few vectors make it too large: compare
     only figures of equal n.
@@ -35,19 +36,20 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> float:
-    """CMMD (arXiv 2401.09603): 1000 × the squared maximum mean discrepancy of normalized CLIP features.
+    """Return the CMMD: 1000 × the squared maximum mean discrepancy of normalized CLIP features (arXiv 2401.09603).
 
-    Gaussian kernel of bandwidth `sigma`; the mean over all pairs, a vector with itself included, as published.
+    The mean is over all pairs, a vector with itself included, as published.
 
     Args:
         a: (n, d) features.
         b: (m, d) features.
+        sigma: bandwidth of the Gaussian kernel.
     """
     return 1000 * (_mean_kernel(a, a, sigma) + _mean_kernel(b, b, sigma) - 2 * _mean_kernel(a, b, sigma))
 
 
 def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (d,), and R (min(n, d), d) such that R'R is the covariance.
+    """Return the mean (d,), and R (min(n, d), d) such that R'R is the covariance.
 
     A block of rows at a time, since features may lie on disk: the triangle of all rows so far is the triangle of the
     last one with the next rows below it.
@@ -61,7 +63,7 @@ def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _mean_kernel(a: np.ndarray, b: np.ndarray, sigma: float) -> float:
-    """The mean of the kernel over all pairs of normalized vectors, two blocks of rows at a time."""
+    """Return the mean of the kernel over all pairs of normalized vectors, two blocks of rows at a time."""
     total = 0.0
     for i in range(0, len(a), _ROWS):
         rows = _normalized(a[i : i + _ROWS])
@@ -72,4 +74,5 @@ def _mean_kernel(a: np.ndarray, b: np.ndarray, sigma: float) -> float:
 
 def _normalized(rows: np.ndarray) -> np.ndarray:
     rows = rows.astype(np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit

@@ -1,4 +1,4 @@
-"""A labelled grid of pictures: rows are prompts, columns are models."""
+"""A labelled grid of images: rows are prompts, columns are models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_LEAST_CELL = 192  # pixels; smaller pictures are enlarged by a whole factor
+# Pixels of a cell's width, up to which smaller images are enlarged by a whole factor.
+_MIN_CELL = 192
+# Pixels of the column of prompts, of margins, of letters and of a line of text.
 _LABEL_WIDTH = 220
 _MARGIN = 8
 _FONT_SIZE = 16
@@ -18,7 +20,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def image_grid(columns: Sequence[np.ndarray], column_labels: Sequence[str], row_labels: Sequence[str]) -> Image.Image:
-    """Put pictures side by side under the names of their models and beside their prompts.
+    """Put images side by side under the names of their models and beside their prompts.
 
     Args:
         columns: for each model (rows, height, width, 3) uint8; sizes may differ between models.
@@ -50,7 +52,7 @@ def image_grid(columns: Sequence[np.ndarray], column_labels: Sequence[str], row_
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """Return the last parts of the paths, as many as tell them apart."""
     parts = [Path(path).parts or (path,) for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-count:]) for part in parts]
@@ -61,12 +63,12 @@ def distinct_labels(paths: Sequence[str]) -> list[str]:
 
 def _enlarged(image: np.ndarray) -> Image.Image:
     height, width = image.shape[:2]
-    factor = max(1, -(-_LEAST_CELL // width))
+    factor = max(1, -(-_MIN_CELL // width))
     return Image.fromarray(image).resize((factor * width, factor * height), Image.Resampling.NEAREST)
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """Lines no wider than `width`, broken at spaces, and within a word that is wider than a line."""
+    """Return lines no wider than `width`, broken at spaces, and within a word that is wider than a line."""
     lines = []
     while text:
         end = 1
