@@ -25,7 +25,7 @@ def allocate(
     eta: Annotated[float, typer.Option(help="Exponent of the size in the paper's rule.")] = 0.3,
     metric: Annotated[
         str | None,
-        typer.Option(help='Stands for damage; "psnr": the geometric mean of the MSE. Default: mse.'),
+        typer.Option(help='Sensitivity to allocate by; "psnr": the geometric mean of the MSE. Default: mse.'),
     ] = None,
     model: Annotated[
         str | None,
@@ -63,7 +63,7 @@ def allocate(
 
 
 def _checked(analysis: Any, source: str, time_embedding: str | None) -> Any:
-    """Return the analysis of the model in `source`, counting its time embedding as asked for; loads no weights.
+    """Return the analysis of the model in `source`, with the time embedding as requested; no weights are loaded.
 
     Raises:
         ValueError: the analysis is of another model.

@@ -1,4 +1,4 @@
-"""What the commands share: how loud they are, how errors end them, and how results are written."""
+"""Shared parts of the commands: verbosity, errors that end a command, and the output of results."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ class JsonCommand(TyperCommand):
     """A command whose `--json` needs no value: `--json` alone means the standard output, written "-"."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write a `--json` without a value as `--json=-`, and parse as typer does."""
         pairs = zip(args, [*args[1:], ""], strict=False)
         written = ["--json=-" if arg == "--json" and not after.endswith(".json") else arg for arg, after in pairs]
         return super().parse_args(ctx, written)
@@ -58,14 +59,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _loudness(quiet: bool, verbose: bool) -> Iterator[None]:
-    """Within it, libraries log and show bars as asked; afterwards, as before."""
+    """Let libraries log and show progress bars as requested, and as before afterwards."""
     if not (quiet or verbose):
         yield
         return
     tokens = [(_quiet, _quiet.set(quiet)), (_verbose, _verbose.set(verbose))]
     before = os.environ.get("TQDM_DISABLE")
     if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm, which reads it then
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which happens later
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -103,7 +104,7 @@ def user_errors() -> Iterator[None]:
 
 
 def _is_of_file(error: Exception) -> bool:
-    from safetensors import SafetensorError  # a full disk, a damaged file
+    from safetensors import SafetensorError  # raised for full disks and damaged files
 
     return isinstance(error, SafetensorError)
 
@@ -115,18 +116,18 @@ def _one_line(error: Exception) -> str:
 
 
 def say(text: str) -> None:
-    """Print what is no result, unless `--quiet` was given."""
+    """Print a message that is no result, unless `--quiet` was given."""
     if not _quiet.get():
         typer.echo(text)
 
 
 def show_progress() -> bool:
-    """Return whether progress bars are wanted."""
+    """Return whether to show progress bars."""
     return not _quiet.get()
 
 
 def show(text: str, content: Any, target: Path | None) -> None:
-    """Print a result as text, or, where `--json` asks for it, as JSON; or write JSON to the file that it names.
+    """Print a result as text or, with `--json`, as JSON; or write the JSON to the file that `--json` names.
 
     Args:
         text: the result to be read.
@@ -145,7 +146,7 @@ def show(text: str, content: Any, target: Path | None) -> None:
 
 
 def check_output(file: Path, overwrite: bool) -> None:
-    """Refuse to replace a file, or files in a folder, that nobody asked to replace; before any work is done.
+    """Refuse to replace a file, or the files of a folder, without `--overwrite`, before any work is done.
 
     Raises:
         ValueError: it is there, and `overwrite` is not.
@@ -158,7 +159,7 @@ def check_output(file: Path, overwrite: bool) -> None:
 
 
 def default_prompts(*folders: str | None) -> Path:
-    """`prompts.tsv` of the first folder that has one.
+    """Return `prompts.tsv` of the first folder that has one.
 
     Raises:
         ValueError: none has.

@@ -35,11 +35,11 @@ def evaluate(
         str | None,
         typer.Option(help="Folder or Hub id of a CLIP; default: clip/ in the folder of PATH or of the reference."),
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Draw so many of the prompts; default: all.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Use so many of the prompts; default: all.")] = None,
     steps: Annotated[int, typer.Option(help="Inference steps.")] = 50,
     guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be repeated; default: 7.5.")] = None,
     seed: Annotated[int, typer.Option(help="Base of the seeds of all images.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Images sampled at once; does not change them.")] = 8,
     dtype: Dtype = "auto",
     scheduler: Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipeline's own.")] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; needs the package lpips.")] = False,
@@ -79,24 +79,19 @@ def evaluate(
     pickscore: Annotated[str | None, typer.Option(help="Of the suite pickscore.", rich_help_panel=_MODELS)] = None,
     hpsv2: Annotated[str | None, typer.Option(help="Of the suite hpsv2.", rich_help_panel=_MODELS)] = None,
 ) -> None:
-    """Draw a prompt set and score the images: compositional score, CLIP score, distances to a reference.
+    """Generate images of a prompt set and score them: compositional and CLIP score, distances to a reference.
 
     With --suite, published evaluations instead. Under `accelerate launch` the processes share the work.
     """
     import torch
 
-    from diffusers_bitsfusion import evaluation
-    from diffusers_bitsfusion.reporting.model_card import add_section, check_card
+    from diffusers_bitsfusion.evaluation import Sampling
     from diffusers_bitsfusion.utils.processes import process_state
 
-    config_folder(path)  # which names a folder or model that is not there
-    if json_file is not None and str(json_file) != "-":
-        json_file.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of sampling
-    if card:
-        check_card(Path(path))
+    _check_paths(path, json_file, card)
     shared: dict[str, Any] = {
         "reference": reference,
-        "sampling": evaluation.Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
+        "sampling": Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
         "guidance_scales": guidance_scale or (),
         "images": images,
         "dtype": None if dtype == "auto" else getattr(torch, dtype),
@@ -104,36 +99,78 @@ def evaluate(
     if suite:
         if scorer is not None or lpips:
             raise ValueError("--scorer and --lpips are not for suites; run them without --suite.")
-        files = evaluation.SuiteFiles(
-            prompts=prompts or _prompts_beside(path, reference),
-            geneval_prompts=geneval_prompts,
-            tifa_prompts=tifa_prompts,
-            tifa_questions=tifa_questions,
-            detector=detector,
-            color_classifier=color_classifier,
-            vqa=vqa,
-            sentence_encoder=sentence_encoder,
-            clip=clip or evaluation.clip_beside(path, reference),
-            pickscore=pickscore,
-            hpsv2=hpsv2,
-            num_images=num_images,
-        )
-        report = evaluation.evaluate_suites(path, evaluation.load_suites(suite, files), **shared)
+        files = {
+            "prompts": prompts or _prompts_beside(path, reference),
+            "geneval_prompts": geneval_prompts,
+            "tifa_prompts": tifa_prompts,
+            "tifa_questions": tifa_questions,
+            "detector": detector,
+            "color_classifier": color_classifier,
+            "vqa": vqa,
+            "sentence_encoder": sentence_encoder,
+            "clip": clip,
+            "pickscore": pickscore,
+            "hpsv2": hpsv2,
+        }
+        report = _evaluate_suites(path, suite, files, num_images, shared)
     else:
-        read = evaluation.read_prompts(prompts or default_prompts(path, reference))
-        report = evaluation.evaluate(
-            path,
-            evaluation.sample_prompts(read, num_images),
-            scorer=None if scorer is None else evaluation.load_scorer(scorer),
-            clip=clip,
-            lpips=lpips,
-            **shared,
-        )
-    if not process_state().is_main_process:
-        return
-    show(evaluation.format_report(report), report, json_file)
+        report = _evaluate_prompts(path, prompts, num_images, scorer, clip, lpips, shared)
+    if process_state().is_main_process:
+        _write_report(report, path, json_file, card)
+
+
+def _check_paths(path: str, json_file: Path | None, card: bool) -> None:
+    """Refuse what cannot be read or written, before hours of sampling."""
+    from diffusers_bitsfusion.reporting.model_card import check_card
+
+    config_folder(path)  # raises an error that names a missing folder or model
+    if json_file is not None and str(json_file) != "-":
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     if card:
-        add_section(Path(path), "Scores", f"```text\n{evaluation.format_report(report)}\n```")
+        check_card(Path(path))
+
+
+def _evaluate_suites(
+    path: str, names: list[str], files: dict[str, str | None], num_images: int | None, shared: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the report of published evaluations; `files` are those of `SuiteFiles`."""
+    from diffusers_bitsfusion import evaluation
+
+    clip = files.pop("clip") or evaluation.clip_beside(path, shared["reference"])
+    suites = evaluation.load_suites(names, evaluation.SuiteFiles(**files, clip=clip, num_images=num_images))
+    return evaluation.evaluate_suites(path, suites, **shared)
+
+
+def _evaluate_prompts(
+    path: str,
+    prompts: str | None,
+    num_images: int | None,
+    scorer: str | None,
+    clip: str | None,
+    lpips: bool,
+    shared: dict[str, Any],
+) -> dict[str, Any]:
+    """Return the report of a prompt set."""
+    from diffusers_bitsfusion import evaluation
+
+    known = evaluation.read_prompts(prompts or default_prompts(path, shared["reference"]))
+    return evaluation.evaluate(
+        path,
+        evaluation.sample_prompts(known, num_images),
+        scorer=None if scorer is None else evaluation.load_scorer(scorer),
+        clip=clip,
+        lpips=lpips,
+        **shared,
+    )
+
+
+def _write_report(report: dict[str, Any], path: str, json_file: Path | None, card: bool) -> None:
+    from diffusers_bitsfusion.evaluation import format_report
+    from diffusers_bitsfusion.reporting.model_card import add_section
+
+    show(format_report(report), report, json_file)
+    if card:
+        add_section(Path(path), "Scores", f"```text\n{format_report(report)}\n```")
 
 
 def _prompts_beside(path: str, reference: str | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Where pipelines and models come from: folders, the Hub, single files."""
+"""Sources of pipelines and models: folders, the Hub, single files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Source:
     def find(
         cls, name: str, *, revision: str | None = None, variant: str | None = None, config: str | None = None
     ) -> Source:
-        """Find out what `name` is.
+        """Return the source that `name` stands for.
 
         Args:
             name: folder or Hub id of a pipeline or model, or a file of an original Stable Diffusion checkpoint.
@@ -41,7 +41,7 @@ class Source:
 
         Raises:
             ValueError: it is nothing of this, or a folder that holds neither pipeline nor model.
-            OSError: the Hub has no such repository, or cannot be asked.
+            OSError: the Hub has no such repository, or cannot be reached.
         """
         if Path(name).is_file() and Path(name).suffix in _SINGLE_FILES:
             return cls(name, config_folder(config or _usual_config(name), revision), {})
@@ -89,7 +89,7 @@ class Source:
 
 
 def config_folder(source: str, revision: str | None = None, *, weights: bool = False) -> Path:
-    """The folder of a pipeline or model; of a Hub id a folder with its configs, which are downloaded.
+    """Return the folder of a pipeline or model; of a Hub id, the folder that its configs are downloaded to.
 
     Args:
         source: folder or Hub id.
@@ -98,7 +98,7 @@ def config_folder(source: str, revision: str | None = None, *, weights: bool = F
 
     Raises:
         ValueError: it is neither a folder nor a Hub id.
-        OSError: the Hub has no such repository, or cannot be asked.
+        OSError: the Hub has no such repository, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -118,8 +118,8 @@ def config_folder(source: str, revision: str | None = None, *, weights: bool = F
         raise ValueError(f"{source} is neither a folder nor a Hub id.") from error
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"There is no folder {source}, and whether the Hub has a model of this name cannot be asked (there is no "
-            "connection, or HF_HUB_OFFLINE is set)."
+            f"There is no folder {source}, and the Hub cannot be reached to look for a model of this name (there is "
+            "no connection, or HF_HUB_OFFLINE is set)."
         ) from error
     except RevisionNotFoundError as error:
         raise OSError(f"{source} has no revision {revision!r} on the Hub.") from error
@@ -136,16 +136,17 @@ def _usual_config(file: str) -> str:
     """Return the Hub id of the pipeline whose configs diffusers takes for a single file."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
-    return fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+    name: str = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+    return name
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a `config_folder` is that of a model rather than of a pipeline."""
+    """Return whether a `config_folder` holds a model rather than a pipeline."""
     return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
 
 
 def model_config(source: str, revision: str | None = None) -> Path:
-    """The config.json of a model or of a pipeline's denoiser, by folder, Hub id or the file itself.
+    """Return the config.json of a model or of a pipeline's denoiser, by folder, Hub id or the file itself.
 
     Raises:
         ValueError: the pipeline has no denoiser, or see `config_folder`.
@@ -185,7 +186,8 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     from diffusers_bitsfusion.utils.json_files import read_json
 
-    return read_json(file, non_finite=True)
+    config: dict[str, Any] = read_json(file, non_finite=True)
+    return config
 
 
 def _only_variant(folder: Path) -> str | None:
@@ -198,7 +200,7 @@ def _only_variant(folder: Path) -> str | None:
 
 
 def refuse_quantized(folder: Path, components: Iterable[str]) -> None:
-    """Refuse to quantize what is quantized, which loads as it is whatever is asked for.
+    """Refuse to quantize a quantized model, which loads as it is whatever the config says.
 
     Args:
         folder: a `config_folder`.
@@ -227,7 +229,7 @@ def refuse_destination(source: str, destination: Path, components: Iterable[str]
     """
     if Path(source).is_dir():
         read, written = Path(source).resolve(), destination.resolve()
-        if read == written or destination.exists() and os.path.samefile(source, destination):
+        if read == written or (destination.exists() and os.path.samefile(source, destination)):
             raise ValueError(f"SRC and DST are one folder, {read}: choose another DST, or the original would be lost.")
         if read in written.parents or written in read.parents:
             raise ValueError(f"One of SRC {read} and DST {written} is within the other: choose another DST.")
