@@ -1,6 +1,6 @@
-"""The paper's table for your own model: analysis, allocation, both stages, and the evaluation of each, in one go.
+r"""The paper's table for your own model: analysis, allocation, both stages, and the evaluation of each, in one go.
 
-    python examples/reproduce_sd15.py --out sd15 --train_data_dir IMAGES --prompts PartiPrompts.tsv \\
+    python examples/reproduce_sd15.py --out sd15 --train_data_dir IMAGES --prompts PartiPrompts.tsv \
         --geneval_prompts evaluation_metadata.jsonl
 
 Every step is a command of its own, printed before it runs. Run again, the script goes on where it was interrupted.
@@ -36,9 +36,9 @@ PAPER = {
 }
 PAPER_MEAN = (3.5, 5.5, 7.5, 9.5)
 
-# Of Stable Diffusion 1.5 at 512×512: one forward pass of the UNet for one picture, and what a checkpoint keeps.
+# Of Stable Diffusion 1.5 at 512×512: one forward pass of the UNet for one image, and what a checkpoint keeps.
 FORWARD_TFLOP = 0.68
-TRAINING_GB, CHECKPOINT_GB, PIPELINE_GB, PICTURE_GB = 19.3, 13.8, 1.3, 0.45e-3
+TRAINING_GB, CHECKPOINT_GB, PIPELINE_GB, IMAGE_GB = 19.3, 13.8, 1.3, 0.45e-3
 LAYERS, BITS = 256, 3
 
 
@@ -47,14 +47,14 @@ class Budget:
     """How much of each step.
 
     Attributes:
-        method: of `bitsfusion analyze`; "full" trains each layer and draws with it.
+        method: of `bitsfusion analyze`; "full" trains each layer and samples with it.
         analysis_images, qat_steps: of the analysis.
         rule: of `bitsfusion allocate`.
         init: what Stage I starts from.
         steps, batch: of Stage I and of Stage II.
         images: prompts of each suite, None for all (1,632 of PartiPrompts, 553 of GenEval).
         guidance_scales: at which the CLIP score is measured.
-        inference_steps: of every picture.
+        inference_steps: of every image.
         target_bits: average bits a weight.
     """
 
@@ -122,7 +122,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def make_tiny(args: argparse.Namespace) -> None:
-    """Take the shapes pipeline, with prompts and a few images made for it, instead of what is asked for."""
+    """Take the shapes pipeline, with prompts and a few images made for it, instead of the requested pipeline."""
     sys.path.insert(0, str(EXAMPLES.parent))
     from examples.shapes.dataset import build_dataset
     from examples.shapes.geneval import write_lines
@@ -210,7 +210,7 @@ def run_step(name: str, command: list[str], args: argparse.Namespace) -> None:
 
 
 def evaluate_models(args: argparse.Namespace, budget: Budget) -> None:
-    """Draw and score every model that is there; write results.json and table.md."""
+    """Generate and score images of every model that is there; write results.json and table.md."""
     from diffusers_bitsfusion.evaluation import Sampling, SuiteFiles, evaluate_suites, load_suites
     from diffusers_bitsfusion.utils.processes import process_state
 
@@ -295,8 +295,8 @@ def estimate(tflops: float) -> str:
     lines = [f"Stable Diffusion 1.5 at 512x512, {tflops:g} TFLOP/s sustained by all GPUs together:"]
     for name, budget in BUDGETS.items():
         hours = {step: tflop / tflops / 3600 for step, tflop in _work(budget).items()}
-        pictures = _pictures(budget) * len(MODELS)
-        disk = pictures * PICTURE_GB + 4 * CHECKPOINT_GB + 5 * PIPELINE_GB
+        images = _num_images(budget) * len(MODELS)
+        disk = images * IMAGE_GB + 4 * CHECKPOINT_GB + 5 * PIPELINE_GB
         lines += ["", f"--budget {name}", *(f"  {step:<12}{value:>10.1f} h" for step, value in hours.items())]
         lines += [f"  {'sum':<12}{sum(hours.values()):>10.1f} h", f"  {'disk':<12}{disk:>10.1f} GB"]
         lines += [f"  {'GPU memory':<12}{TRAINING_GB:>10.1f} GB and activations (docs/TRAINING.md)"]
@@ -305,23 +305,23 @@ def estimate(tflops: float) -> str:
 
 def _work(budget: Budget) -> dict[str, float]:
     """Return the TFLOP of each step; a sample takes four forward passes to train on, three without a teacher."""
-    picture = 2 * (budget.inference_steps + 1) * FORWARD_TFLOP  # with guidance; PNDM repeats a step
+    image = 2 * (budget.inference_steps + 1) * FORWARD_TFLOP  # with guidance; PNDM repeats a step
     models = LAYERS * BITS
     analysis = models * 4 * FORWARD_TFLOP * 8
     if budget.method == "full":
-        analysis = models * (budget.analysis_images * picture + budget.qat_steps * 4 * 4 * FORWARD_TFLOP)
+        analysis = models * (budget.analysis_images * image + budget.qat_steps * 4 * 4 * FORWARD_TFLOP)
     stages = [steps * batch for steps, batch in zip(budget.steps, budget.batch, strict=True)]
     return {
         "analysis": analysis,
         "calibrated": 16 * 2 * 20 * FORWARD_TFLOP * 3,
         "stage1": stages[0] * 4 * FORWARD_TFLOP,
         "stage2": stages[1] * 3 * FORWARD_TFLOP,
-        "evaluation": _pictures(budget) * len(MODELS) * picture,
+        "evaluation": _num_images(budget) * len(MODELS) * image,
     }
 
 
-def _pictures(budget: Budget) -> int:
-    """Return the pictures of one model: PartiPrompts at each guidance scale, GenEval and TIFA at one."""
+def _num_images(budget: Budget) -> int:
+    """Return the images of one model: PartiPrompts at each guidance scale, GenEval and TIFA at one."""
     parti, geneval, tifa = (min(count, budget.images or count) for count in (1632, 553, 4081))
     return parti * len(budget.guidance_scales) + geneval + tifa
 

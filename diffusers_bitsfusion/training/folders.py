@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from ..utils.json_files import read_json
-from .decoding import decode
+from .image_files import decode
 
-_SHARED_FIELDS = 5  # `datasets` wants the fields of so many samples at the start of a WebDataset to be the same
+# Samples at the start of a WebDataset whose fields `datasets` requires to be the same.
+_SHARED_FIELDS = 5
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -25,7 +26,7 @@ class ArrayImages:
         ValueError: a file is damaged, the images are of another dtype or shape, or captions of another number.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.images = _load_array(folder / "images.npy")
         self.captions = _load_captions(folder / "captions.json")
         if len(self.images) != len(self.captions):
@@ -37,13 +38,13 @@ class ArrayImages:
         return len(self.captions)
 
     def read(self, index: int) -> tuple[Image.Image, str | Sequence[str]]:
-        """The image and its caption or captions."""
+        """Return the image and its caption or captions."""
         return Image.fromarray(self.images[index]), self.captions[index]
 
 
 def _load_array(file: Path) -> np.ndarray:
     try:
-        images = np.load(file, mmap_mode="r")
+        images: np.ndarray = np.load(file, mmap_mode="r")
     except ValueError as error:
         raise ValueError(f"{file} is not an array: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -76,7 +77,7 @@ class CaptionFileImages:
         ValueError: an image has no such file, or one that is not UTF-8.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Path]):
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.files = list(files)
         missing = [file for file in self.files if not file.with_suffix(".txt").is_file()]
         if missing:
@@ -90,7 +91,7 @@ class CaptionFileImages:
         return len(self.files)
 
     def read(self, index: int) -> tuple[Image.Image, str]:
-        """The image and its caption.
+        """Return the image and its caption.
 
         Raises:
             UnreadableImage: it does not decode.
@@ -106,18 +107,18 @@ def _read_caption(file: Path) -> str:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and its subfolders, sorted."""
+    """Return the image files in a folder and its subfolders, sorted."""
     endings = Image.registered_extensions()
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in endings)
 
 
 def has_metadata(folder: Path) -> bool:
-    """Whether captions are where `datasets`' imagefolder reads them."""
+    """Return whether captions are where `datasets`' imagefolder reads them."""
     return any(next(folder.rglob(name), None) is not None for name in _METADATA)
 
 
 def explain_missing_captions(folder: Path) -> str:
-    """What to do about a folder of images without captions that can be read."""
+    """Return what to do about a folder of images without captions that can be read."""
     if not image_files(folder):
         return f"{folder} holds no images."
     found = "Its subfolders name classes, which are no captions. " if _has_classes(folder) else ""
@@ -165,7 +166,7 @@ def check_shards(shards: Sequence[str], image_fields: Sequence[str], caption_fie
 
 
 def _samples(shard: str) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """(key, extensions) of each sample of a shard: consecutive files whose names agree up to the first dot."""
+    """Yield (key, extensions) of each sample of a shard: consecutive files whose names agree up to the first dot."""
     current: tuple[str, list[str]] | None = None
     try:
         with tarfile.open(shard) as tar:

@@ -1,4 +1,4 @@
-"""What a run trains on."""
+"""The training samples of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..prompt_embeddings import TextEncoder
 
 
 def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -> TrainingImages | None:
-    """The captioned images that the command line names, if any, cut to the pipeline's resolution."""
+    """Open the captioned images that the command line names, if any, cut to the pipeline's resolution."""
     if args.dataset_name is None and args.train_data_dir is None:
         return None
     source = open_images(
@@ -35,7 +35,7 @@ def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -
 
 
 def calibration_prompts(args: argparse.Namespace, images: TrainingImages | None) -> list[str]:
-    """What the teacher draws to calibrate a start: the prompts of the command line, else captions of the images."""
+    """Return the prompts that calibrate a start: those of the command line, else captions of the images."""
     if args.prompts is not None:
         return read_captions(args.prompts)
     assert images is not None
@@ -54,7 +54,7 @@ def make_batches(
     distribution: TimestepDistribution,
     sharing: Sharing,
 ) -> Batches:
-    """The samples of a stage: the teacher's drawings in Stage I where there are prompts, else images."""
+    """Return the samples of a stage: the teacher's latents in Stage I where there are prompts, else images."""
     common: dict[str, Any] = {
         "text_dropout": args.proportion_empty_prompts,
         "seed": 2 * args.seed + stage - 1,  # no two stages of any seeds share their noise
@@ -81,4 +81,5 @@ def make_batches(
 
 
 def _resolution(args: argparse.Namespace, teacher: DiffusionPipeline) -> int:
-    return args.resolution or teacher.unet.config.sample_size * teacher.vae_scale_factor
+    resolution: int = args.resolution or teacher.unet.config.sample_size * teacher.vae_scale_factor
+    return resolution

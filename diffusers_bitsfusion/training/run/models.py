@@ -19,7 +19,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> DiffusionPipeline:
-    """The full-precision pipeline, frozen, in the dtype of mixed precision, on the device.
+    """Load the full-precision pipeline, frozen, in the dtype of mixed precision, onto the device.
 
     Raises:
         ValueError: it is not Stable Diffusion with one text encoder, or its UNet takes more than latents.
@@ -45,7 +45,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
     if args.prediction_type is not None:
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # it would black out validation images of a student that draws noise yet
+        pipeline.safety_checker = None  # it would black out a student's validation images, which are noise at first
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         model.requires_grad_(False).eval()
@@ -53,7 +53,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
 
 
 def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
-    """The pipeline's UNet in fp32, with trainable layers unless full precision is asked for."""
+    """Load the pipeline's UNet in fp32, with fake-quantized layers unless `--full_precision` is given."""
     student = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder="unet",
@@ -84,7 +84,7 @@ def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
 def calibrate_student(
     args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline, prompts: Sequence[str]
 ) -> None:
-    """Let a prepared student start from weights rounded for the inputs that layers see while the teacher draws."""
+    """Let a prepared student start from weights rounded for the layers' inputs during the teacher's sampling."""
     bits = {name: layer.bits for name, layer in trainable_layers(student).items()}
     calibration = Calibration(prompts, seed=args.seed)
     options = {"scale_init": args.scale_init, "balance": not args.no_balance}

@@ -43,24 +43,25 @@ ERRORS_FILE = "timestep_error.json"
 
 
 def stages(args: argparse.Namespace) -> tuple[int, ...]:
-    """The stages to run, in order."""
+    """Return the stages to run, in order."""
     return (1, 2) if args.stage == "both" else (int(args.stage),)
 
 
 def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
-    """An argument that Stage II may have its own value of."""
+    """Return an argument that Stage II may have its own value of."""
     own = getattr(args, f"stage2_{name}") if stage == 2 else None
-    return getattr(args, name) if own is None else own
+    value: int = getattr(args, name) if own is None else own
+    return value
 
 
 class Training:
     """A run: the teacher's pipeline, the student, and the stages that it goes through."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # else several processes without a GPU do not find each other
+            cpu=not torch.accelerator.is_available(),  # several processes without a GPU connect only so
             log_with=args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(self.folder / args.logging_dir)),
         )
@@ -71,7 +72,7 @@ class Training:
             )
         self.hub = {"repo_id": args.hub_model_id or self.folder.name, "token": args.hub_token}
         if args.push_to_hub and self.accelerator.is_main_process:
-            # Now, not after days: a token that does not serve says so.
+            # The repository is created before days of training, so that a token without write access is reported.
             with explaining_refusals(self.hub["repo_id"]):
                 self.hub["repo_id"] = create_repo(**self.hub, exist_ok=True).repo_id
         set_seed(args.seed)
@@ -81,12 +82,12 @@ class Training:
         self.text = TextEncoder(self.teacher.tokenizer, self.teacher.text_encoder)
         self.student = prepare_student(args)
         self.fingerprint = fingerprint(self.student)
-        with self.accelerator.main_process_first():  # downloads and converts once
+        with self.accelerator.main_process_first():  # one process downloads and converts
             self.images = open_training_images(args, self.teacher)
         self.validation = Validation.from_args(args, self.teacher, self.accelerator)
 
     def run(self) -> None:
-        """All stages, then the packed pipeline."""
+        """Run all stages, then save the packed pipeline."""
         args = self.args
         if args.measure_timestep_error:
             self._measure_timestep_errors().plot(self.folder / "timestep_error.png")
@@ -100,7 +101,7 @@ class Training:
         self.accelerator.end_training()
 
     def _stages(self) -> tuple[int, ...]:
-        """Those to run: not the first where `--resume_from_checkpoint` names a checkpoint of the second."""
+        """Return the stages to run, without Stage I where a run resumes from a checkpoint of Stage II."""
         which = self.args.resume_from_checkpoint
         if which in (None, "latest") or self.args.stage != "both":
             return stages(self.args)
@@ -110,7 +111,7 @@ class Training:
         return (2,) if named == 2 else (1, 2)
 
     def _checkpoint(self, stage: int) -> Path | None:
-        """What `--resume_from_checkpoint` names of this stage.
+        """Return the checkpoint of this stage that `--resume_from_checkpoint` names.
 
         Raises:
             FileExistsError: nothing is to be continued, but an earlier run's checkpoints are in the way; or Stage I
@@ -123,7 +124,7 @@ class Training:
                 "choose another --output_dir."
             )
         path = find_checkpoint(folder, which)
-        # A path names one stage's; of two stages, the other has none.
+        # A path names a checkpoint of one stage; of two stages, the other has none.
         if path is None or self.args.stage != "both":
             return path
         step, settings = read_settings(path)
@@ -137,7 +138,7 @@ class Training:
 
     @property
     def _calibration(self) -> dict[str, Any] | None:
-        """What the student's start was calibrated with; the packed pipeline says so."""
+        """The summary of the calibration that the student started from, for the packed pipeline's config."""
         return None if self.args.full_precision else self.student.qat_state.config.calibration
 
     def _take_calibration(self, checkpoint: Path) -> None:
@@ -145,7 +146,7 @@ class Training:
             self.student.qat_state.config.calibration = read_settings(checkpoint)[1].get("calibration")
 
     def _take_stage_1(self) -> None:
-        """Take the weights that Stage I left."""
+        """Load the weights that Stage I left."""
         start = self.args.init_from
         if start == "rounding":
             return
@@ -181,7 +182,7 @@ class Training:
         return errors.distribution(count)
 
     def _measure_timestep_errors(self) -> TimestepErrors:
-        """The curve of the rounded model, kept in OUTPUT_DIR."""
+        """Return the rounded model's error along the timesteps, kept in OUTPUT_DIR."""
         uniform = TimestepDistribution.uniform(self.scheduler.config.num_train_timesteps)
         student = self.student.to(self.accelerator.device)
         errors = measure_timestep_errors(
@@ -279,7 +280,7 @@ class Training:
             self._push(pipeline)
 
     def _push(self, pipeline: DiffusionPipeline) -> None:
-        """From a folder of its own: OUTPUT_DIR holds checkpoints and logs as well."""
+        """Push from a folder of its own: OUTPUT_DIR holds checkpoints and logs as well."""
         with explaining_refusals(self.hub["repo_id"]), tempfile.TemporaryDirectory() as folder:
             pipeline.save_pretrained(folder, push_to_hub=True, **self.hub)
             if not self.args.full_precision:
@@ -287,7 +288,7 @@ class Training:
                 ModelCard.load(Path(folder) / "README.md").push_to_hub(**self.hub)
 
     def _description(self) -> str:
-        """What the card says of the training."""
+        """Return the card's section on the training."""
         done = []
         for stage in stages(self.args):
             steps, samples = of_stage(self.args, "max_train_steps", stage), self._sharing(stage).total

@@ -1,4 +1,4 @@
-"""Pictures and scores while training: teacher beside student, from the same seeds."""
+"""Images and scores while training: teacher beside student, from the same seeds."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
 from ... import evaluation
-from ...evaluation.compositional import judge
+from ...evaluation.compositional import Scorer, judge
 
 
 class Validation:
-    """Draws the prompts with teacher and student; scores them where there is a scorer.
+    """Images of the prompts by teacher and student, scored where there is a scorer.
 
     Args:
-        prompts: what to draw.
+        prompts: of the images.
         teacher: the full-precision pipeline.
-        accelerator: its trackers get the picture and the score.
-        sampling: how pictures are drawn.
+        accelerator: its trackers get the image and the score.
+        sampling: steps, guidance, seed and batch size.
         folder: takes `STAGE-STEP.png`.
         scorer: judges images by their prompt's spec.
-        rows: prompts in the picture.
+        rows: prompts in the image.
     """
 
     def __init__(
@@ -35,18 +35,18 @@ class Validation:
         accelerator: Accelerator,
         sampling: evaluation.Sampling,
         folder: Path,
-        scorer: Callable | None = None,
+        scorer: Scorer | None = None,
         rows: int = 8,
-    ):
+    ) -> None:
         self.prompts, self.teacher, self.accelerator = prompts, teacher, accelerator
         self.sampling, self.folder, self.scorer, self.rows = sampling, folder, scorer, rows
-        self._drawn_by_teacher: np.ndarray | None = None
+        self._teacher_images: np.ndarray | None = None
 
     @classmethod
     def from_args(
         cls, args: argparse.Namespace, teacher: DiffusionPipeline, accelerator: Accelerator
     ) -> Validation | None:
-        """The validation that the command line asks for, if any."""
+        """Return the validation that the command line requests, if any."""
         if args.validation_file is not None:
             prompts = evaluation.read_prompts(args.validation_file)
         elif args.validation_prompts:
@@ -59,7 +59,7 @@ class Validation:
         return cls(prompts, teacher, accelerator, sampling, folder, scorer, args.validation_grid)
 
     def of_stage(self, name: str, student: ModelMixin, tracker_offset: int) -> Callable[[int], None]:
-        """What the training loop calls with the step; to which trackers are told that the offset is added."""
+        """Return a function for the training loop to call with the step; trackers get the step plus the offset."""
 
         def validate(step: int) -> None:
             # The processes that share a model compute with it together.
@@ -70,13 +70,13 @@ class Validation:
         return validate
 
     def _validate(self, name: str, student: ModelMixin, step: int, tracked_step: int) -> None:
-        if self._drawn_by_teacher is None:
-            self._drawn_by_teacher = self._draw(self.teacher.unet)
-        drawn = self._draw(student)
+        if self._teacher_images is None:
+            self._teacher_images = self._generate(self.teacher.unet)
+        images = self._generate(student)
         if not self.accelerator.is_main_process:
             return
         captions = [prompt.caption for prompt in self.prompts]
-        columns = [self._drawn_by_teacher[: self.rows], drawn[: self.rows]]
+        columns = [self._teacher_images[: self.rows], images[: self.rows]]
         grid = evaluation.image_grid(columns, ["teacher", f"student, step {step}"], captions[: self.rows])
         self.folder.mkdir(parents=True, exist_ok=True)
         grid.save(self.folder / f"{name}-{step}.png")
@@ -86,19 +86,19 @@ class Validation:
             elif tracker.name == "wandb":
                 tracker.log_images({f"{name}/validation": [grid]}, tracked_step)
         if self.scorer is not None:
-            self._score(self.scorer, name, step, tracked_step, drawn)
+            self._score(self.scorer, name, step, tracked_step, images)
 
-    def _score(self, scorer: Callable, name: str, step: int, tracked_step: int, drawn: np.ndarray) -> None:
+    def _score(self, scorer: Scorer, name: str, step: int, tracked_step: int, images: np.ndarray) -> None:
         categories = [prompt.category for prompt in self.prompts]
-        scores = judge(scorer, drawn, [prompt.spec for prompt in self.prompts])
+        scores = judge(scorer, images, [prompt.spec for prompt in self.prompts])
         overall = evaluation.bootstrap_scores(scores, categories)["overall"]
         print(
             f"{name}, step {step}: compositional score {overall.value:.3f} ({overall.low:.3f} to {overall.high:.3f})"
         )
         self.accelerator.log({f"{name}/compositional": overall.value}, tracked_step)
 
-    def _draw(self, unet: ModelMixin) -> np.ndarray:
-        """(prompts, height, width, 3) uint8, by the teacher's pipeline with `unet` in it."""
+    def _generate(self, unet: ModelMixin) -> np.ndarray:
+        """Return (prompts, height, width, 3) uint8, by the teacher's pipeline with `unet` in it."""
         teacher, self.teacher.unet = self.teacher.unet, unet
         captions = [prompt.caption for prompt in self.prompts]
         try:

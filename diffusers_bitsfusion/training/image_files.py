@@ -1,7 +1,8 @@
-"""From an image file as it comes to RGB of eight bits: orientation, transparency, deep greys."""
+"""Image files to RGB of eight bits: orientation, transparency, deep greys."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,12 @@ class UnreadableImage(Exception):
     """An image that does not decode."""
 
 
-# What Pillow raises for damaged or hostile files.
+# Errors that Pillow raises for damaged or hostile files.
 _DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def decode(file: bytes | str | Path) -> Image.Image:
-    """The image in a file, or in the bytes of one.
+    """Decode the image in a file, or in the bytes of one.
 
     Raises:
         UnreadableImage: it does not decode.
@@ -33,7 +34,7 @@ def decode(file: bytes | str | Path) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """An image upright, in RGB, transparent parts on white.
+    """Return an image upright, in RGB, transparent parts on white.
 
     Greys of 16 bits and of floats from 0 to 1 (or to 255) are scaled, where Pillow's own conversion would cut them
     off. Damaged EXIF is taken as none.
@@ -41,10 +42,8 @@ def as_rgb(image: Image.Image) -> Image.Image:
     Raises:
         UnreadableImage: it cannot be converted, or is of numbers whose range is not known.
     """
-    try:
+    with contextlib.suppress(Exception):  # Pillow raises any error for EXIF of arbitrary bytes
         image = ImageOps.exif_transpose(image)
-    except Exception:  # Pillow raises whatever parsing arbitrary bytes comes to
-        pass
     try:
         if image.mode.startswith("I") or image.mode == "F":
             return _scaled(image).convert("RGB")
@@ -57,7 +56,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """An image of one channel of 16 or 32 bits in eight bits."""
+    """Return an image of one channel of 16 or 32 bits in eight bits."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
         raise UnreadableImage(f"its values of mode {image.mode} are not in a known range")
@@ -65,7 +64,7 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _range(mode: str, values: Any) -> int:
-    """The value that stands for white: that of the mode, or the least usual one that holds all values."""
+    """Return the value of white: that of the mode, or the smallest usual one that no value exceeds."""
     if mode.startswith("I;16"):
         return 65535
     usual = (1, 255, 65535) if mode == "F" else (255, 65535)
