@@ -1,4 +1,4 @@
-"""`quantize_model`: the same as quantizing while loading, on a model already in memory."""
+"""`quantize_model`: quantization of a model in memory, with the result of quantizing while loading."""
 
 from __future__ import annotations
 
@@ -32,30 +32,29 @@ def quantize_model(
     progress: bool = True,
     calibration: Calibration | bool | dict[str, Any] | None = None,
 ) -> ModelMixin | PreTrainedModel | DiffusionPipeline:
-    """Quantize a model of diffusers, a text encoder, or the components of a pipeline that `config.components` names.
-
-    In place.
+    """Quantize a diffusers model, a text encoder or components of a pipeline, in place.
 
     Args:
-        model: the model or pipeline; its weights may have any floating dtype and device.
-        config: what to do; `BitsFusionConfig()` when left out.
+        model: model, or pipeline of which the components that `config.components` names are quantized; weights may
+            have any floating dtype and device.
+        config: config of the quantization; `BitsFusionConfig()` when left out.
         progress: whether to show progress bars.
-        calibration: run the pipeline on prompts first, and round for the inputs that its layers see: `True`, or a
-            `Calibration` that says what to run. `config.calibration` when left out. Text encoders are
-            rounded without it.
+        calibration: `True`, or the settings of a calibration: the pipeline first runs on prompts, and weights are
+            rounded for the inputs of its layers. `config.calibration` when left out. Text encoders are rounded
+            without it.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: it is quantized already or offloaded, holds NaN or infinite weights, or the config does not suit
-            it; calibration is asked for and it is not a pipeline that draws prompts. A model that failed half way is
-            not usable; one whose calibration failed or was interrupted is as before.
+        ValueError: the model is quantized already or offloaded, holds NaN or infinite weights, or does not suit the
+            config; calibration is requested, and the object is not a pipeline that accepts prompts. A model that
+            failed half way is not usable; one whose calibration failed or was interrupted is unchanged.
     """
     config = config or BitsFusionConfig()
-    asked = Calibration.of(config.calibration if calibration is None else calibration)
-    if asked is not None:
-        check_pipeline(model, tunes=asked.tuning_steps > 0)
+    settings = Calibration.of(config.calibration if calibration is None else calibration)
+    if settings is not None:
+        check_pipeline(model, tunes=settings.tuning_steps > 0)
     if not isinstance(model, DiffusionPipeline):
         _check_kind(model, "this")
         return _quantize(model, config, progress)
@@ -66,7 +65,7 @@ def quantize_model(
         _check_kind(component, name)
     check_excluded(list(components.values()), config)
     for name, component in components.items():
-        _quantize(component, config, progress, model, _for_component(asked, name))
+        _quantize(component, config, progress, model, _for_component(settings, name))
     return model
 
 
@@ -88,14 +87,7 @@ def _quantize(
     calls: list[Call] = []
     timesteps = packer.plan.timesteps if packer.plan.time_embedding == "cache" else None
     if calibration is not None:
-        calibrated = calibrate(
-            pipeline,
-            model,
-            packer.plan.bits,
-            calibration,
-            config.rounding,
-            progress,
-        )
+        calibrated = calibrate(pipeline, model, packer.plan.bits, calibration, config.rounding, progress)
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
@@ -113,7 +105,7 @@ def _quantize(
 
 
 def _check_kind(model: Any, name: str) -> None:
-    # Several ControlNets in one have no config that could say that they are packed.
+    """Refuse an object that is no model with a config, such as several ControlNets in one."""
     if not isinstance(model, (ConfigMixin, PreTrainedModel)):
         raise ValueError(
             f"Cannot quantize {name}: {type(model).__name__} is no single model of diffusers or transformers. "
@@ -122,7 +114,7 @@ def _check_kind(model: Any, name: str) -> None:
 
 
 def _for_component(calibration: Calibration | None, name: str) -> Calibration | None:
-    """With a cache folder of its own for each component of a pipeline."""
+    """Return the calibration with a cache folder of its own for the component `name` of a pipeline."""
     if calibration is None or calibration.cache_dir is None:
         return calibration
     return replace(calibration, cache_dir=Path(calibration.cache_dir) / name)

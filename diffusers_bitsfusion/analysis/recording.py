@@ -1,4 +1,4 @@
-"""What the full-precision model does while it draws: calls to learn from and pictures to compare with."""
+"""Recording of the full-precision model while it samples: calls to learn from, and images to compare with."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..utils.torch_files import is_finite_tensor, read_torch
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full-precision model did.
+    """Images and calls of the full-precision model.
 
     Attributes:
-        images: its pictures, (n, height, width, 3) uint8.
-        calls: some of its denoiser's calls.
+        images: generated images, uint8 [images, height, width, 3].
+        calls: some of the denoiser's calls.
     """
 
     images: np.ndarray
@@ -33,23 +33,23 @@ class Reference:
 
     @classmethod
     def empty(cls) -> Reference:
-        """Of a model that has drawn nothing."""
+        """Return a reference without images and calls."""
         return cls(np.empty((0, 0, 0, 3), np.uint8), [])
 
     def save(self, path: Path) -> None:
-        """Write to a file that is either there and complete, or not there."""
+        """Write the reference to a file, which is complete or does not exist at any time."""
         calls = [(call.args, call.kwargs, call.output) for call in self.calls]
         with replacing_file(path) as partial:
             torch.save({"images": torch.from_numpy(self.images), "calls": calls}, partial)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Reference:
-        """Inverse of `save`, with the calls on `device`.
+        """Read a reference that `save` has written, with the calls on `device`.
 
         Raises:
             DamagedFileError: the file is damaged, or holds values that are not finite.
         """
-        remedy = "Delete it: the pictures are then drawn again."
+        remedy = "Delete it: the images are then generated again."
         content = read_torch(path, remedy)
         if not (
             isinstance(content, dict)
@@ -59,11 +59,12 @@ class Reference:
             and isinstance(content["calls"], list)
             and all(_is_call(call) for call in content["calls"])
         ):
-            raise DamagedFileError(path, "is damaged: it does not hold pictures and finite calls", remedy)
+            raise DamagedFileError(path, "is damaged: it does not hold images and finite calls", remedy)
         return cls(content["images"].numpy(), [Call(*call).to(device) for call in content["calls"]])
 
 
 def _is_call(call: Any) -> bool:
+    """Return whether `call` has the arguments and the finite output of a saved call."""
     return (
         isinstance(call, tuple)
         and len(call) == 3
@@ -75,7 +76,15 @@ def _is_call(call: Any) -> bool:
 
 
 class _Recorder:
-    """Keeps `count` of the calls it sees, each as likely as any other, without holding them all at once."""
+    """Forward hook that keeps `count` calls, each with the same probability, without holding all (reservoir sampling).
+
+    Args:
+        count: number of calls to keep.
+        seed: seed of the choice.
+
+    Attributes:
+        calls: kept calls, on the CPU.
+    """
 
     def __init__(self, count: int, seed: int) -> None:
         self.calls: list[Call] = []
@@ -98,14 +107,14 @@ def record(
     calls: int,
     progress: bool = True,
 ) -> Reference:
-    """Draw a picture a caption and keep some of the denoiser's calls.
+    """Generate an image for each caption, and keep some of the denoiser's calls.
 
     Args:
-        pipeline: in full precision.
-        model: its denoiser.
-        captions: what to draw.
-        sampling: how; its seed also chooses the calls.
-        calls: how many to keep, at random over all pictures and steps; fewer where sampling makes fewer.
+        pipeline: pipeline in full precision.
+        model: denoiser of the pipeline.
+        captions: prompts.
+        sampling: settings of sampling; its seed also chooses the calls.
+        calls: number of calls to keep, at random over all images and steps; fewer where sampling makes fewer.
         progress: whether to show a progress bar.
     """
     recorder = _Recorder(calls, sampling.seed)

@@ -127,7 +127,7 @@ def _most_sensitive(analysis: Analysis) -> str:
 
 def _totals(totals: Mapping[str, Totals]) -> str:
     rows = [
-        [rule, f"{t.layer_bits:.3f}", f"{t.paper_bits:.3f}", f"{t.bytes / 1e6:.3f}", f"{t.damage:.4g}"]
+        [rule, f"{t.layer_bits:.3f}", f"{t.paper_bits:.3f}", f"{t.bytes / 1e6:.3f}", f"{t.sensitivity:.4g}"]
         for rule, t in totals.items()
     ]
     return _table(["rule", "bits over layers", "bits, paper's formula", "MB, entropy coded", "predicted damage"], rows)
@@ -154,7 +154,7 @@ def _curves(analysis: Analysis) -> dict[str, figures.Curve]:
             except ValueError:  # the paper's rule reaches from 1 bit to 4
                 continue
             totals = Totals.of(recipe, analysis)
-            points.append((totals.bytes, totals.damage))
+            points.append((totals.bytes, totals.sensitivity))
         curves[rule] = points
     return curves
 
@@ -163,7 +163,7 @@ def _uniform(analysis: Analysis) -> dict[str, tuple[float, float]]:
     points: dict[str, tuple[float, float]] = {}
     for bits in WIDTHS[:3]:
         totals = Totals.of(dict.fromkeys(analysis.header.layers, bits), analysis)
-        points[f"n = {bits}"] = totals.bytes, totals.damage
+        points[f"n = {bits}"] = totals.bytes, totals.sensitivity
     return points
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,72 +52,81 @@ def evaluate(
     suite: Annotated[
         list[str] | None,
         typer.Option(
-            help="geneval, tifa, clip, pickscore or hpsv2, instead of what is measured without; can be repeated.",
+            help="geneval, tifa, clip, pickscore or hpsv2, in place of the scores without; can be repeated; "
+            "default: none.",
             rich_help_panel=_SUITES,
         ),
     ] = None,
     geneval_prompts: Annotated[
-        str | None, typer.Option(help="GenEval's evaluation_metadata.jsonl.", rich_help_panel=_SUITES)
+        str | None, typer.Option(help="GenEval's evaluation_metadata.jsonl; default: none.", rich_help_panel=_SUITES)
     ] = None,
     tifa_prompts: Annotated[
-        str | None, typer.Option(help="TIFA's tifa_v1.0_text_inputs.json.", rich_help_panel=_SUITES)
+        str | None, typer.Option(help="TIFA's tifa_v1.0_text_inputs.json; default: none.", rich_help_panel=_SUITES)
     ] = None,
     tifa_questions: Annotated[
-        str | None, typer.Option(help="TIFA's tifa_v1.0_question_answers.json.", rich_help_panel=_SUITES)
+        str | None,
+        typer.Option(help="TIFA's tifa_v1.0_question_answers.json; default: none.", rich_help_panel=_SUITES),
     ] = None,
     detector: Annotated[
-        str | None, typer.Option(help="GenEval's Mask2Former, or MODULE:FUNCTION.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="GenEval's Mask2Former, or MODULE:FUNCTION; default: facebook/mask2former-swin-small-coco-instance.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
     color_classifier: Annotated[
-        str | None, typer.Option(help="GenEval's CLIP for colours, or MODULE:FUNCTION.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="GenEval's CLIP for colours, or MODULE:FUNCTION; default: openai/clip-vit-large-patch14.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
     vqa: Annotated[
-        str | None, typer.Option(help="Answers TIFA's questions; or MODULE:FUNCTION.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="Answers TIFA's questions; or MODULE:FUNCTION; default: Salesforce/blip-vqa-capfilt-large.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
     sentence_encoder: Annotated[
-        str | None, typer.Option(help="Takes TIFA's answers to the nearest choice.", rich_help_panel=_MODELS)
+        str | None,
+        typer.Option(
+            help="Finds the choice nearest to an answer; default: sentence-transformers/all-mpnet-base-v2.",
+            rich_help_panel=_MODELS,
+        ),
     ] = None,
-    pickscore: Annotated[str | None, typer.Option(help="Of the suite pickscore.", rich_help_panel=_MODELS)] = None,
-    hpsv2: Annotated[str | None, typer.Option(help="Of the suite hpsv2.", rich_help_panel=_MODELS)] = None,
+    pickscore: Annotated[
+        str | None,
+        typer.Option(help="Of the suite pickscore; default: yuvalkirstain/PickScore_v1.", rich_help_panel=_MODELS),
+    ] = None,
+    hpsv2: Annotated[
+        str | None, typer.Option(help="Of the suite hpsv2; default: adams-story/HPSv2-hf.", rich_help_panel=_MODELS)
+    ] = None,
 ) -> None:
     """Generate images of a prompt set and score them: compositional and CLIP score, distances to a reference.
 
     With --suite, published evaluations instead. Under `accelerate launch` the processes share the work.
     """
+    _evaluate(Namespace(**locals()))  # the options by name, as argparse passes them
+
+
+def _evaluate(args: Namespace) -> None:
     import torch
 
     from diffusers_bitsfusion.evaluation import Sampling
     from diffusers_bitsfusion.utils.processes import process_state
 
-    _check_paths(path, json_file, card)
-    shared: dict[str, Any] = {
-        "reference": reference,
-        "sampling": Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
-        "guidance_scales": guidance_scale or (),
-        "images": images,
-        "dtype": None if dtype == "auto" else getattr(torch, dtype),
+    _check_paths(args.path, args.json_file, args.card)
+    shared = {
+        "reference": args.reference,
+        "sampling": Sampling(steps=args.steps, seed=args.seed, batch_size=args.batch_size, scheduler=args.scheduler),
+        "guidance_scales": args.guidance_scale or (),
+        "images": args.images,
+        "dtype": None if args.dtype == "auto" else getattr(torch, args.dtype),
     }
-    if suite:
-        if scorer is not None or lpips:
-            raise ValueError("--scorer and --lpips are not for suites; run them without --suite.")
-        files = {
-            "prompts": prompts or _prompts_beside(path, reference),
-            "geneval_prompts": geneval_prompts,
-            "tifa_prompts": tifa_prompts,
-            "tifa_questions": tifa_questions,
-            "detector": detector,
-            "color_classifier": color_classifier,
-            "vqa": vqa,
-            "sentence_encoder": sentence_encoder,
-            "clip": clip,
-            "pickscore": pickscore,
-            "hpsv2": hpsv2,
-        }
-        report = _evaluate_suites(path, suite, files, num_images, shared)
-    else:
-        report = _evaluate_prompts(path, prompts, num_images, scorer, clip, lpips, shared)
+    report = _evaluate_suites(args, shared) if args.suite else _evaluate_prompts(args, shared)
     if process_state().is_main_process:
-        _write_report(report, path, json_file, card)
+        _write_report(report, args.path, args.json_file, args.card)
 
 
 def _check_paths(path: str, json_file: Path | None, card: bool) -> None:
@@ -130,36 +140,40 @@ def _check_paths(path: str, json_file: Path | None, card: bool) -> None:
         check_card(Path(path))
 
 
-def _evaluate_suites(
-    path: str, names: list[str], files: dict[str, str | None], num_images: int | None, shared: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the report of published evaluations; `files` are those of `SuiteFiles`."""
+def _evaluate_suites(args: Namespace, shared: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of published evaluations."""
     from diffusers_bitsfusion import evaluation
 
-    clip = files.pop("clip") or evaluation.clip_beside(path, shared["reference"])
-    suites = evaluation.load_suites(names, evaluation.SuiteFiles(**files, clip=clip, num_images=num_images))
-    return evaluation.evaluate_suites(path, suites, **shared)
+    if args.scorer is not None or args.lpips:
+        raise ValueError("--scorer and --lpips are not for suites; run them without --suite.")
+    files = evaluation.SuiteFiles(
+        prompts=args.prompts or _prompts_beside(args.path, args.reference),
+        geneval_prompts=args.geneval_prompts,
+        tifa_prompts=args.tifa_prompts,
+        tifa_questions=args.tifa_questions,
+        detector=args.detector,
+        color_classifier=args.color_classifier,
+        vqa=args.vqa,
+        sentence_encoder=args.sentence_encoder,
+        clip=args.clip or evaluation.clip_beside(args.path, args.reference),
+        pickscore=args.pickscore,
+        hpsv2=args.hpsv2,
+        num_images=args.num_images,
+    )
+    return evaluation.evaluate_suites(args.path, evaluation.load_suites(args.suite, files), **shared)
 
 
-def _evaluate_prompts(
-    path: str,
-    prompts: str | None,
-    num_images: int | None,
-    scorer: str | None,
-    clip: str | None,
-    lpips: bool,
-    shared: dict[str, Any],
-) -> dict[str, Any]:
+def _evaluate_prompts(args: Namespace, shared: dict[str, Any]) -> dict[str, Any]:
     """Return the report of a prompt set."""
     from diffusers_bitsfusion import evaluation
 
-    known = evaluation.read_prompts(prompts or default_prompts(path, shared["reference"]))
+    known = evaluation.read_prompts(args.prompts or default_prompts(args.path, args.reference))
     return evaluation.evaluate(
-        path,
-        evaluation.sample_prompts(known, num_images),
-        scorer=None if scorer is None else evaluation.load_scorer(scorer),
-        clip=clip,
-        lpips=lpips,
+        args.path,
+        evaluation.sample_prompts(known, args.num_images),
+        scorer=None if args.scorer is None else evaluation.load_scorer(args.scorer),
+        clip=args.clip,
+        lpips=args.lpips,
         **shared,
     )
 

@@ -88,14 +88,11 @@ def quantize(
         raise typer.BadParameter(
             "--prompts, --samples, --steps, --tuning-steps, --seed and --memory-gb are for --calibrate"
         )
-    if not overwrite:
-        check_output(destination, overwrite)
 
     import torch
 
-    from diffusers_bitsfusion import size_report
+    from diffusers_bitsfusion import BitsFusionConfig, size_report
 
-    found = Source.find(source, revision=revision, variant=variant, config=config)
     options: dict[str, Any] = {
         "recipe": int(recipe) if recipe.isdecimal() else recipe,
         "target_bits": target_bits,
@@ -103,9 +100,12 @@ def quantize(
         "in_out_bits": in_out_bits,
         "modules_to_not_convert": not_convert,
     }
-    configs = _configs(found, options | ({"components": components} if components else {}), text_encoder_bits)
+    denoiser = BitsFusionConfig(**options | ({"components": components} if components else {}))
+    refuse_destination(source, destination, denoiser.components)
+    check_output(destination, overwrite)
+    found = Source.find(source, revision=revision, variant=variant, config=config)
+    configs = [denoiser, *_text_encoder_configs(found, denoiser.components, text_encoder_bits)]
     quantized = [name for part in configs for name in part.components]
-    refuse_destination(source, destination, quantized)
     refuse_quantized(found.folder, quantized)
     calibration = _calibration(destination, prompts, given) if calibrate else None
     if push_to_hub is not None:
@@ -120,14 +120,6 @@ def quantize(
     show(str(report), report.to_dict(), json_file)
     if str(json_file) != "-":
         say(_next_lines(found, loaded, destination, push_to_hub))
-
-
-def _configs(source: Source, options: dict[str, Any], text_encoder_bits: int | None) -> list[Any]:
-    """Return the config of the components to quantize and, where bits for them are given, that of text encoders."""
-    from diffusers_bitsfusion import BitsFusionConfig
-
-    config = BitsFusionConfig(**options)
-    return [config, *_text_encoder_configs(source, config.components, text_encoder_bits)]
 
 
 def _text_encoder_configs(source: Source, components: list[str], bits: int | None) -> list[Any]:

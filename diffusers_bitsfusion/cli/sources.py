@@ -233,8 +233,9 @@ def refuse_destination(source: str, destination: Path, components: Iterable[str]
             raise ValueError(f"SRC and DST are one folder, {read}: choose another DST, or the original would be lost.")
         if read in written.parents or written in read.parents:
             raise ValueError(f"One of SRC {read} and DST {written} is within the other: choose another DST.")
+    is_earlier_result = any("quantization_config" in read_config(file) for file in destination.glob("*/config.json"))
     for file in (destination / part / "config.json" for part in ("", *components)):
-        if file.is_file() and "quantization_config" not in read_config(file):
+        if file.is_file() and not is_earlier_result and "quantization_config" not in read_config(file):
             raise ValueError(
                 f"DST {destination} holds a model that is not quantized ({file}), which would be lost: choose another "
                 "DST, or delete it first."

@@ -96,20 +96,21 @@ def verify_files(files: Sequence[Path], schema: CheckpointSchema) -> bool:
     expected = _common_table(headers)
     if expected is None:
         return False
-    places = [
-        (file, name, entry) for file, header in headers.items() for name, entry in sorted(header.tensors.items())
-    ]
+    found: dict[str, str] = {}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        found = list(pool.map(lambda place: _of_entry(place[0], place[1], place[2], schema), places))
-    for (file, name, _), checksum in zip(places, found, strict=True):
-        if expected.get(name) != checksum:
-            raise DamagedFileError(
-                f"{shown(name)[1:-1]} in {file}",
-                "is damaged: its checksum fits neither its data nor what config.json says of it",
-            )
-    present = {name for _, name, _ in places}
-    for name in expected.keys() - present:
-        if expected[name] not in found:  # only one of tied tensors is in the file
+        parts = [(file, part) for file, header in headers.items() for part in _parts(header)]
+        for checksums in pool.map(lambda part: _of_entries(part[0], part[1], schema), parts):
+            found |= checksums
+    for file, header in headers.items():
+        for name in sorted(header.tensors):
+            if expected.get(name) != found[name]:
+                raise DamagedFileError(
+                    f"{shown(name)[1:-1]} in {file}",
+                    "is damaged: its checksum fits neither its data nor what config.json says of it",
+                )
+    values = set(found.values())
+    for name in expected.keys() - found.keys():
+        if expected[name] not in values:  # only one of tied tensors is in the file
             raise DamagedFileError(files[0], f"lacks {shown(name)[1:-1]}, which was saved with the others")
     return True
 
@@ -140,11 +141,23 @@ def _of_tensor(name: str, tensor: Tensor, schema: CheckpointSchema) -> str:
     return f"{zlib.crc32(data, seed):08x}"
 
 
-def _of_entry(file: Path, name: str, entry: TensorEntry, schema: CheckpointSchema) -> str:
-    checksum = _seed(name, entry.dtype, entry.shape, schema)
-    for piece in read_tensor_bytes(file, entry):
-        checksum = zlib.crc32(piece, checksum)
-    return f"{checksum:08x}"
+def _parts(header: SafetensorsHeader) -> Iterator[dict[str, TensorEntry]]:
+    """Return the tensors of a file in as many parts as there are threads, each of neighbours."""
+    names = list(header.tensors)
+    size = -(-len(names) // torch.get_num_threads()) or 1
+    for start in range(0, len(names), size):
+        yield {name: header.tensors[name] for name in names[start : start + size]}
+
+
+def _of_entries(file: Path, entries: Mapping[str, TensorEntry], schema: CheckpointSchema) -> dict[str, str]:
+    checksums = {}
+    with file.open("rb") as stream:
+        for name, entry in entries.items():
+            checksum = _seed(name, entry.dtype, entry.shape, schema)
+            for piece in read_tensor_bytes(stream, entry):
+                checksum = zlib.crc32(piece, checksum)
+            checksums[name] = f"{checksum:08x}"
+    return checksums
 
 
 def _seed(name: str, dtype: str, shape: tuple[int, ...], schema: CheckpointSchema) -> int:

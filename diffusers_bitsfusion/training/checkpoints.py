@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..qat import trainable_layers
+from ..qat import qat_layers
 from ..utils.errors import DamagedFileError, shown
 from ..utils.files import file_checksum, flush_folder, flush_tree
-from ..utils.fingerprints import hash_of_first_values
+from ..utils.fingerprints import hash_of_first_values, hash_of_settings
 from ..utils.json_files import is_count, read_json
 from ..utils.safetensors_files import read_header
 from ..utils.torch_files import check_archive, read_torch
@@ -41,7 +41,7 @@ def fingerprint(student: ModelMixin) -> str:
     The hash is to be computed before training, when the values are still those of the original model. Scales are
     computed, with last bits that depend on the machine, so the hash covers how they are computed, not their values.
     """
-    layers = trainable_layers(student)
+    layers = qat_layers(student)
     beginning = json.dumps({name: (layer.bits, layer.balance) for name, layer in layers.items()})
     if layers:
         config = student.qat_state.config
@@ -92,6 +92,7 @@ def save_checkpoint(
             torch.save(state, partial / _STATE_FILE)
             checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir()) if file.is_file()}
             run = {"step": step, "settings": settings, "files": checksums}
+            run["checksum"] = hash_of_settings(run)
             (partial / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
             flush_tree(partial)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -180,6 +181,10 @@ def read_settings(path: Path) -> tuple[int, dict[str, Any]]:
     run = read_json(path / _RUN_FILE, remedy=_REMEDY)
     if not is_count(run.get("step")) or not isinstance(run.get("settings"), dict):
         raise DamagedFileError(path / _RUN_FILE, "is damaged: it must have step, a count, and settings", _REMEDY)
+    checksum = run.pop("checksum", None)
+    is_older = checksum is None and run.keys() == {"step", "settings"}
+    if not is_older and checksum != hash_of_settings(run):
+        raise DamagedFileError(path / _RUN_FILE, "is damaged: its checksum does not fit", _REMEDY)
     return run["step"], run["settings"]
 
 

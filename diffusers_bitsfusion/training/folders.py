@@ -1,4 +1,4 @@
-"""Folders of captioned images, checked when they are opened: what does not fit is named before a run begins."""
+"""Folders of captioned images, checked when they are opened, so that errors are reported before a run begins."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from PIL import Image
 from ..utils.json_files import read_json
 from .image_files import decode
 
-# Samples at the start of a WebDataset whose fields `datasets` requires to be the same.
+# Number of samples at the start of a WebDataset whose fields `datasets` requires to be the same.
 _SHARED_FIELDS = 5
+# Names of the files that the imagefolder of `datasets` reads captions from.
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
 class ArrayImages:
-    """A folder with `images.npy`, uint8 [n, height, width, 3], and `captions.json`, {"captions": [n texts]}.
+    """Folder with `images.npy`, uint8 [n, height, width, 3], and `captions.json`, {"captions": [n texts]}.
+
+    Args:
+        folder: the folder.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, the images are of another dtype or shape, or captions of another number.
+        ValueError: a file is damaged, the images have another dtype or shape, or the captions another number.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,14 +71,14 @@ def _load_captions(file: Path) -> list[Any]:
 
 
 class CaptionFileImages:
-    """A folder of images, each with its caption in a .txt file of the same name beside it.
+    """Folder of images, each with its caption in a .txt file of the same name beside it.
 
     Args:
-        folder: looked through with its subfolders.
-        files: the images.
+        folder: folder that holds the images, itself or in subfolders.
+        files: paths of the images.
 
     Raises:
-        ValueError: an image has no such file, or one that is not UTF-8.
+        ValueError: an image has no such file, or its file is not UTF-8.
     """
 
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
@@ -94,7 +98,7 @@ class CaptionFileImages:
         """Return the image and its caption.
 
         Raises:
-            UnreadableImage: it does not decode.
+            UnreadableImage: the image cannot be decoded.
         """
         return decode(self.files[index]), self.captions[index]
 
@@ -113,21 +117,21 @@ def image_files(folder: Path) -> list[Path]:
 
 
 def has_metadata(folder: Path) -> bool:
-    """Return whether captions are where `datasets`' imagefolder reads them."""
+    """Return whether a folder has captions where the imagefolder of `datasets` reads them."""
     return any(next(folder.rglob(name), None) is not None for name in _METADATA)
 
 
 def explain_missing_captions(folder: Path) -> str:
-    """Return what to do about a folder of images without captions that can be read."""
+    """Return an error message that says how to add captions to a folder of images without readable ones."""
     if not image_files(folder):
         return f"{folder} holds no images."
-    found = "Its subfolders name classes, which are no captions. " if _has_classes(folder) else ""
+    obstacle = "Its subfolders name classes, which are no captions. " if _has_classes(folder) else ""
     if tables := sorted(file.name for file in folder.glob("*.csv")):
-        found = f"{tables[0]} is not read. "
+        obstacle = f"{tables[0]} is not read. "
     return (
         f"{folder} has images, but no captions: write metadata.jsonl into it, with a line "
         '{"file_name": "0.png", "text": "a red circle"} for each image, or a .txt file beside each. '
-        f"{found}"
+        f"{obstacle}"
     ).rstrip()
 
 
@@ -136,12 +140,12 @@ def _has_classes(folder: Path) -> bool:
 
 
 def check_shards(shards: Sequence[str], image_fields: Sequence[str], caption_fields: Sequence[str]) -> None:
-    """Refuse WebDataset shards in which a sample lacks its image or caption; reads file names only.
+    """Refuse WebDataset shards in which a sample lacks its image or caption, by the names of their files alone.
 
     Args:
-        shards: files, in their order.
-        image_fields: extensions that may be the image's, of which the first sample decides.
-        caption_fields: those that may be the caption's.
+        shards: paths of the shards, in their order.
+        image_fields: possible extensions of the image, of which the first sample decides on one.
+        caption_fields: possible extensions of the caption, of which the first sample decides on one.
 
     Raises:
         ValueError: a shard is damaged or empty, or a sample has other fields than the first; the message names both.

@@ -1,9 +1,9 @@
-"""Image files to RGB of eight bits: orientation, transparency, deep greys."""
+"""Decoding of image files to RGB of eight bits: orientation, transparency, greys of 16 bits and floats."""
 
 from __future__ import annotations
 
-import contextlib
 import io
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,18 @@ from PIL import Image, ImageOps
 
 
 class UnreadableImage(Exception):
-    """An image that does not decode."""
+    """An image cannot be decoded."""
 
 
-# Errors that Pillow raises for damaged or hostile files.
+# Exceptions that Pillow raises for damaged or hostile files.
 _DAMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def decode(file: bytes | str | Path) -> Image.Image:
-    """Decode the image in a file, or in the bytes of one.
+    """Decode an image file, or the bytes of one.
 
     Raises:
-        UnreadableImage: it does not decode.
+        UnreadableImage: the image cannot be decoded.
     """
     try:
         image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
@@ -34,15 +34,15 @@ def decode(file: bytes | str | Path) -> Image.Image:
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """Return an image upright, in RGB, transparent parts on white.
+    """Convert an image to RGB, upright, with transparent parts on white.
 
-    Greys of 16 bits and of floats from 0 to 1 (or to 255) are scaled, where Pillow's own conversion would cut them
-    off. Damaged EXIF is taken as none.
+    Greys of 16 bits and of floats from 0 to 1 (or to 255) are scaled, where Pillow's own conversion would clip them.
+    Damaged EXIF data are ignored.
 
     Raises:
-        UnreadableImage: it cannot be converted, or is of numbers whose range is not known.
+        UnreadableImage: the image cannot be converted, or the range of its values is not known.
     """
-    with contextlib.suppress(Exception):  # Pillow raises any error for EXIF of arbitrary bytes
+    with suppress(Exception):  # Pillow raises exceptions of many kinds for damaged EXIF data.
         image = ImageOps.exif_transpose(image)
     try:
         if image.mode.startswith("I") or image.mode == "F":
@@ -56,7 +56,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image) -> Image.Image:
-    """Return an image of one channel of 16 or 32 bits in eight bits."""
+    """Convert an image of one channel of 16 or 32 bits to eight bits."""
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
         raise UnreadableImage(f"its values of mode {image.mode} are not in a known range")

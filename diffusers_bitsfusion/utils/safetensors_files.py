@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from .errors import DamagedFileError, shown
 from .json_files import is_count, is_list_of, parse_json
@@ -117,21 +117,20 @@ def sort_metadata(file: Path) -> None:
                 stream.write(text.ljust(length))
 
 
-def read_tensor_bytes(file: Path, entry: TensorEntry, chunk: int = 1 << 22) -> Iterator[bytes]:
-    """The data of one tensor, in pieces of at most `chunk` bytes.
+def read_tensor_bytes(stream: BinaryIO, entry: TensorEntry, chunk: int = 1 << 22) -> Iterator[bytes]:
+    """The data of one tensor of an open file, in pieces of at most `chunk` bytes.
 
     Raises:
         DamagedFileError: the file has become shorter.
     """
-    with file.open("rb") as stream:
-        stream.seek(entry.start)
-        left = entry.num_bytes
-        while left:
-            piece = stream.read(min(chunk, left))
-            if not piece:
-                _refuse(file, "is cut short")
-            left -= len(piece)
-            yield piece
+    stream.seek(entry.start)
+    left = entry.num_bytes
+    while left:
+        piece = stream.read(min(chunk, left))
+        if not piece:
+            _refuse(stream.name, "is cut short")
+        left -= len(piece)
+        yield piece
 
 
 def _entry(path: Path, name: str, content: Any, data_start: int) -> TensorEntry:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from diffusers_bitsfusion import BitsFusionConfig, size_report
 from diffusers_bitsfusion.cli import app
-from diffusers_bitsfusion.integrations import diffusers_quantizer
+from diffusers_bitsfusion.integrations import finish
 from diffusers_bitsfusion.nn import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,7 +43,7 @@ def fails(*arguments: object) -> str:
 
 
 def packed_names(model: torch.nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, PackedWeight) and module.is_packed}
+    return {name for name, module in model.named_modules() if isinstance(module, PackedWeight)}
 
 
 def test_the_end_says_what_was_saved_how_large_and_how_to_draw(source_folder, tmp_path):
@@ -149,7 +149,7 @@ def test_what_is_there_is_replaced_only_when_asked(source_folder, tmp_path):
 def test_a_file_in_place_of_the_folder_is_found_before_calibrating(source_folder, tmp_path):
     (tmp_path / "file").write_text("mine")
     line = fails("quantize", source_folder, tmp_path / "file", "--calibrate", "--samples", 1, "--steps", 1)
-    assert "is a file, and DST a folder" in line and (tmp_path / "file").read_text() == "mine"
+    assert "is a file: choose another DST" in line and (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "file.calibration").exists()
 
 
@@ -180,7 +180,7 @@ def test_no_warning_that_a_cpu_cannot_compute_in_float16(source_folder, tmp_path
 
 def test_the_warning_of_noise_comes_only_where_it_is_true(source_folder, tmp_path, monkeypatch):
     warned = []
-    monkeypatch.setattr(diffusers_quantizer, "_warn_once", lambda: warned.append(True))
+    monkeypatch.setattr(finish, "_warn_once", lambda: warned.append(True))
 
     def warns(*arguments: object) -> bool:
         warned.clear()

@@ -139,7 +139,7 @@ def mutate_safetensors(content: bytes, random: random.Random) -> bytes:
         if stop > start:
             _change_value(data, start, stop, random)
     elif kind == 4:  # two tensors take each other's place
-        one, other = random.sample(names, 2)
+        one, other = random.choices(names, k=2)
         header[one], header[other] = header[other], header[one]
     elif kind == 5:
         header[random.choice(names)]["dtype"] = random.choice(
@@ -154,7 +154,7 @@ def mutate_safetensors(content: bytes, random: random.Random) -> bytes:
 def _mutate_frame(header: dict[str, Any], names: list[str], data: bytearray, random: random.Random) -> bytes:
     """Return the file with one tensor replaced by another zstd frame: with or without checksum or size, or longer."""
     tensors = {name: bytes(data[slice(*header[name]["data_offsets"])]) for name in names}
-    chosen = random.choice([name for name in names if name.endswith(".codes")])
+    chosen = random.choice([name for name in names if name.endswith(".codes")] or names)
     try:
         raw = bytearray(zstandard.ZstdDecompressor().decompress(tensors[chosen]))
     except zstandard.ZstdError:  # plain bytes

@@ -38,13 +38,22 @@ def outcome(target: Target, seed: int, work: Path) -> tuple[str, str]:
     except UnicodeError as error:
         return "raw", f"{type(error).__name__}: {error}"
     except (ValueError, OSError) as error:
-        str(error).encode()
+        if not _is_printable(str(error)):
+            return "raw", f"not printable: {error!r}"
         return _unless_slow("refused", started), str(error)
     except BaseException as error:
         return "raw", f"{type(error).__name__}: {error}"
     if target.same is not None and not target.same(found):
         return "different", ""
     return _unless_slow("accepted", started), ""
+
+
+def _is_printable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unless_slow(result: str, started: float) -> str:
@@ -62,6 +71,8 @@ def fuzz(inputs: int, first_seed: int = 0, only: str = "") -> dict[str, Counter[
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         found = [target for target in targets(work) if only in target.name]
+        for target in found:
+            assert target.same is None or target.same(target.read(target.folder)), target.name
         for seed in range(first_seed, first_seed + inputs):
             target = found[seed % len(found)]
             result, message = outcome(target, seed, work)

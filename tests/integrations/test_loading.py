@@ -15,21 +15,17 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
+from helpers import all_packed_layers, packed_layers
 from safetensors.torch import load_file
 from single_file import write_single_file
 from tiny import tiny_controlnet
 from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
-from diffusers_bitsfusion.nn import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight)}
 
 
 def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
@@ -75,7 +71,7 @@ def test_other_components_of_the_pipeline_are_untouched(loaded_pipe, source_pipe
 
 
 def test_decoded_weights_are_near_the_source(loaded_pipe, source_pipe):
-    for name, layer in packed_layers(loaded_pipe.unet).items():
+    for name, layer in all_packed_layers(loaded_pipe.unet).items():
         source = source_pipe.unet.get_submodule(name).weight.detach()
         step = layer.scale.view(torch.float32).view(-1, *[1] * (source.dim() - 1))
         # Within half a step inside the grid; beyond its end a weight is clipped.
@@ -101,7 +97,7 @@ def test_pipeline_quantization_config_gives_each_component_its_own(source_folder
     config = PipelineQuantizationConfig(quant_mapping=mapping)
     pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=config)
     assert_same_tensors(pipe.unet, loaded_pipe.unet)
-    assert {layer.bits for layer in packed_layers(pipe.vae).values()} == {4}
+    assert {layer.bits for layer in all_packed_layers(pipe.vae).values()} == {4}
 
 
 def test_a_component_mapped_by_name_is_quantized_whatever_components_says(source_folder):

@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from helpers import all_packed_layers
 from peft import LoraConfig
 from tiny import tiny_unet
 from torch import nn
@@ -19,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.nn import attention as nn_attention
 from diffusers_bitsfusion.nn.attention import BFloat16AttnProcessor, set_attention
-from diffusers_bitsfusion.nn.compute import packed_layers
 from diffusers_bitsfusion.nn.feed_forward import IntegerGEGLU
 from diffusers_bitsfusion.ops import linear as linear_module
 
@@ -35,7 +35,7 @@ def stays_exact(name, layer):
 
 def in_integers(model):
     """The layers that should compute in integers."""
-    return {name: layer for name, layer in packed_layers(model).items() if not stays_exact(name, layer)}
+    return {name: layer for name, layer in all_packed_layers(model).items() if not stays_exact(name, layer)}
 
 
 def relative_error(output, expected):
@@ -54,7 +54,7 @@ def test_integers_are_near_the_exact_model_and_exact_comes_back(packed_unet, cal
     assert 0 < relative_error(rounded.float(), exact.float()) < 0.06
     set_compute(unet, "exact")
     assert torch.equal(call_unet(unet), exact)
-    assert all(layer.int8_weight is None for layer in packed_layers(unet).values())
+    assert all(layer.int8_weight is None for layer in all_packed_layers(unet).values())
 
 
 def test_both_residents_give_the_same_bits(packed_unet, call_unet):
@@ -68,7 +68,7 @@ def test_kept_codes_are_never_decoded_while_drawing(packed_unet, call_unet, deco
     set_compute(packed_unet, "int8", "int8")
     decodes.update(read=0, call=0)
     call_unet(packed_unet)
-    exact = len(packed_layers(packed_unet)) - len(in_integers(packed_unet))
+    exact = len(all_packed_layers(packed_unet)) - len(in_integers(packed_unet))
     assert exact > 1 and decodes == {"read": 0, "call": exact}
 
 
@@ -76,7 +76,7 @@ def test_kept_codes_are_never_decoded_while_drawing(packed_unet, call_unet, deco
 def test_the_config_chooses_while_quantizing_and_while_loading(make_config, source_folder, call_unet, resident):
     config = make_config(compute="int8", resident=resident)
     quantized = quantize_model(tiny_unet(), config, progress=False)
-    assert {name for name, layer in packed_layers(quantized).items() if layer.computes_int8} == {
+    assert {name for name, layer in all_packed_layers(quantized).items() if layer.computes_int8} == {
         *in_integers(quantized)
     }
     loaded = UNet2DConditionModel.from_pretrained(source_folder / "unet", quantization_config=config)
@@ -112,7 +112,7 @@ def test_layers_under_an_adapter_keep_their_way(packed_unet):
     expected = in_integers(packed_unet).keys()
     packed_unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in", "conv_shortcut", "to_q"]))
     set_compute(packed_unet, "int8")
-    found = {name for name, layer in packed_layers(packed_unet).items() if layer.computes_int8}
+    found = {name for name, layer in all_packed_layers(packed_unet).items() if layer.computes_int8}
     assert {name.removesuffix(".base_layer") for name in found} == expected
 
 
@@ -320,7 +320,7 @@ def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
 
 
 def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
-    layers = packed_layers(packed_unet)
+    layers = all_packed_layers(packed_unet)
     report = size_report(packed_unet)
     assert report.kernels.keys() == layers.keys()
     assert {kernel.arithmetic for kernel in report.kernels.values()} == {"exact"}

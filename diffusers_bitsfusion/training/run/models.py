@@ -13,16 +13,16 @@ from ...calibration.run import calibrate
 from ...config.bitsfusion import BitsFusionConfig
 from ...config.calibration import Calibration
 from ...packing.plan import matches
-from ...qat import prepare_qat, start_calibrated, trainable_layers
+from ...qat import prepare_qat, qat_layers, start_calibrated
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> DiffusionPipeline:
-    """Load the full-precision pipeline, frozen, in the dtype of mixed precision, onto the device.
+    """Return the full-precision pipeline, frozen, in the dtype of mixed precision, on the device.
 
     Raises:
-        ValueError: it is not Stable Diffusion with one text encoder, or its UNet takes more than latents.
+        ValueError: it is not Stable Diffusion with one text encoder, or its UNet requires more than latents.
     """
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -45,7 +45,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
     if args.prediction_type is not None:
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # it would black out a student's validation images, which are noise at first
+        pipeline.safety_checker = None  # It would black out the noise that an untrained student generates.
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         model.requires_grad_(False).eval()
@@ -53,7 +53,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
 
 
 def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
-    """Load the pipeline's UNet in fp32, with fake-quantized layers unless `--full_precision` is given."""
+    """Return the pipeline's UNet in fp32, with fake-quantized layers unless full precision is requested."""
     student = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder="unet",
@@ -84,9 +84,9 @@ def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
 def calibrate_student(
     args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline, prompts: Sequence[str]
 ) -> None:
-    """Let a prepared student start from weights rounded for the layers' inputs during the teacher's sampling."""
-    bits = {name: layer.bits for name, layer in trainable_layers(student).items()}
+    """Set the start of a prepared student to weights rounded for the layers' inputs while the teacher samples."""
+    bits = {name: layer.bits for name, layer in qat_layers(student).items()}
     calibration = Calibration(prompts, seed=args.seed)
-    options = {"scale_init": args.scale_init, "balance": not args.no_balance}
-    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, **options))
-    student.qat_state.config.calibration = calibration.summary()  # as `prepare_qat` records it
+    config = student.qat_state.config
+    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, config.rounding))
+    config.calibration = calibration.summary()  # As `prepare_qat` records it.

@@ -48,31 +48,31 @@ def stages(args: argparse.Namespace) -> tuple[int, ...]:
 
 
 def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
-    """Return an argument that Stage II may have its own value of."""
-    own = getattr(args, f"stage2_{name}") if stage == 2 else None
+    """Return the value of an argument that Stage II may have its own value of."""
+    own: int | None = getattr(args, f"stage2_{name}") if stage == 2 else None
     value: int = getattr(args, name) if own is None else own
     return value
 
 
 class Training:
-    """A run: the teacher's pipeline, the student, and the stages that it goes through."""
+    """A run by the arguments of the command line: the teacher's pipeline, the student, and the stages of training."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output_dir)
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # several processes without a GPU connect only so
+            cpu=not torch.accelerator.is_available(),  # Several processes without a GPU would not connect otherwise.
             log_with=args.report_to,
             project_config=ProjectConfiguration(args.output_dir, str(self.folder / args.logging_dir)),
         )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 "Launch the training without accelerate's FSDP and DeepSpeed (`accelerate launch --multi_gpu`). With "
-                "--shard the processes share the model out."
+                "--shard the processes shard the model."
             )
         self.hub = {"repo_id": args.hub_model_id or self.folder.name, "token": args.hub_token}
         if args.push_to_hub and self.accelerator.is_main_process:
-            # The repository is created before days of training, so that a token without write access is reported.
+            # The repository is created now, so that a token without rights fails before days of training.
             with explaining_refusals(self.hub["repo_id"]):
                 self.hub["repo_id"] = create_repo(**self.hub, exist_ok=True).repo_id
         set_seed(args.seed)
@@ -82,7 +82,7 @@ class Training:
         self.text = TextEncoder(self.teacher.tokenizer, self.teacher.text_encoder)
         self.student = prepare_student(args)
         self.fingerprint = fingerprint(self.student)
-        with self.accelerator.main_process_first():  # one process downloads and converts
+        with self.accelerator.main_process_first():  # One process downloads and converts for all.
             self.images = open_training_images(args, self.teacher)
         self.validation = Validation.from_args(args, self.teacher, self.accelerator)
 
@@ -92,8 +92,8 @@ class Training:
         if args.measure_timestep_error:
             self._measure_timestep_errors().plot(self.folder / "timestep_error.png")
             return
-        told = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
-        self.accelerator.init_trackers(args.tracker_project_name, told)
+        settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+        self.accelerator.init_trackers(args.tracker_project_name, settings)
         for stage in self._stages():
             self._run_stage(stage)
         if not args.estimate_only:
@@ -101,7 +101,7 @@ class Training:
         self.accelerator.end_training()
 
     def _stages(self) -> tuple[int, ...]:
-        """Return the stages to run, without Stage I where a run resumes from a checkpoint of Stage II."""
+        """Return the stages to run: only the second where `--resume_from_checkpoint` names a checkpoint of it."""
         which = self.args.resume_from_checkpoint
         if which in (None, "latest") or self.args.stage != "both":
             return stages(self.args)
@@ -111,11 +111,11 @@ class Training:
         return (2,) if named == 2 else (1, 2)
 
     def _checkpoint(self, stage: int) -> Path | None:
-        """Return the checkpoint of this stage that `--resume_from_checkpoint` names.
+        """Return the checkpoint of this stage that `--resume_from_checkpoint` names, if any.
 
         Raises:
-            FileExistsError: nothing is to be continued, but an earlier run's checkpoints are in the way; or Stage I
-                goes on to another end than the Stage II there has come from.
+            FileExistsError: no run is to be continued, but the folder has an earlier run's checkpoints; or Stage I
+                would continue to another end than the one that the existing Stage II started from.
         """
         folder, which = self.folder / f"stage{stage}", self.args.resume_from_checkpoint
         if which is None and checkpoints(folder):
@@ -124,7 +124,7 @@ class Training:
                 "choose another --output_dir."
             )
         path = find_checkpoint(folder, which)
-        # A path names a checkpoint of one stage; of two stages, the other has none.
+        # A path is a checkpoint of one stage, so that the other of two stages has none.
         if path is None or self.args.stage != "both":
             return path
         step, settings = read_settings(path)
@@ -138,15 +138,15 @@ class Training:
 
     @property
     def _calibration(self) -> dict[str, Any] | None:
-        """The summary of the calibration that the student started from, for the packed pipeline's config."""
+        """Summary of the calibration that the student started from, for the packed pipeline's config."""
         return None if self.args.full_precision else self.student.qat_state.config.calibration
 
-    def _take_calibration(self, checkpoint: Path) -> None:
+    def _restore_calibration(self, checkpoint: Path) -> None:
         if not self.args.full_precision:
             self.student.qat_state.config.calibration = read_settings(checkpoint)[1].get("calibration")
 
-    def _take_stage_1(self) -> None:
-        """Load the weights that Stage I left."""
+    def _load_stage_1(self) -> None:
+        """Load the weights that Stage I ended with."""
         start = self.args.init_from
         if start == "rounding":
             return
@@ -157,7 +157,7 @@ class Training:
                 "--init_from, or start from rounded weights with --init_from rounding."
             )
         load_weights(self.student, path, self.fingerprint)
-        self._take_calibration(path)
+        self._restore_calibration(path)
 
     def _sharing(self, stage: int) -> Sharing:
         return Sharing(
@@ -182,7 +182,7 @@ class Training:
         return errors.distribution(count)
 
     def _measure_timestep_errors(self) -> TimestepErrors:
-        """Return the rounded model's error along the timesteps, kept in OUTPUT_DIR."""
+        """Measure the errors of the rounded model along the timesteps, and save them in OUTPUT_DIR."""
         uniform = TimestepDistribution.uniform(self.scheduler.config.num_train_timesteps)
         student = self.student.to(self.accelerator.device)
         errors = measure_timestep_errors(
@@ -202,9 +202,9 @@ class Training:
         args, name = self.args, f"stage{stage}"
         checkpoint = self._checkpoint(stage)
         if checkpoint is not None:
-            self._take_calibration(checkpoint)
+            self._restore_calibration(checkpoint)
         elif args.stage == "2":
-            self._take_stage_1()
+            self._load_stage_1()
         elif stage == 1 and args.init == "calibrated" and not args.estimate_only:
             calibrate_student(args, self.student, self.teacher, calibration_prompts(args, self.images))
         batches = self._batches(stage, self._distribution())
@@ -280,7 +280,7 @@ class Training:
             self._push(pipeline)
 
     def _push(self, pipeline: DiffusionPipeline) -> None:
-        """Push from a folder of its own: OUTPUT_DIR holds checkpoints and logs as well."""
+        """Push the pipeline from a temporary folder, since OUTPUT_DIR holds checkpoints and logs as well."""
         with explaining_refusals(self.hub["repo_id"]), tempfile.TemporaryDirectory() as folder:
             pipeline.save_pretrained(folder, push_to_hub=True, **self.hub)
             if not self.args.full_precision:
@@ -288,7 +288,7 @@ class Training:
                 ModelCard.load(Path(folder) / "README.md").push_to_hub(**self.hub)
 
     def _description(self) -> str:
-        """Return the card's section on the training."""
+        """Return the model card's description of the training."""
         done = []
         for stage in stages(self.args):
             steps, samples = of_stage(self.args, "max_train_steps", stage), self._sharing(stage).total

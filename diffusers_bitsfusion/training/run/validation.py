@@ -1,10 +1,11 @@
-"""Images and scores while training: teacher beside student, from the same seeds."""
+"""Validation images and scores while training: teacher beside student, from the same seeds."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -12,20 +13,20 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
 from ... import evaluation
-from ...evaluation.compositional import Scorer, judge
+from ...evaluation.compositional import judge
 
 
 class Validation:
-    """Images of the prompts by teacher and student, scored where there is a scorer.
+    """Images of prompts by teacher and student, and their scores where there is a scorer.
 
     Args:
-        prompts: of the images.
-        teacher: the full-precision pipeline.
-        accelerator: its trackers get the image and the score.
-        sampling: steps, guidance, seed and batch size.
-        folder: takes `STAGE-STEP.png`.
-        scorer: judges images by their prompt's spec.
-        rows: prompts in the image.
+        prompts: prompts of the images.
+        teacher: full-precision pipeline.
+        accelerator: accelerator whose trackers receive the grid of images and the score.
+        sampling: settings of sampling.
+        folder: folder of the grids, `STAGE-STEP.png`.
+        scorer: function that scores images by the specs of their prompts.
+        rows: number of prompts in the grid.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class Validation:
         accelerator: Accelerator,
         sampling: evaluation.Sampling,
         folder: Path,
-        scorer: Scorer | None = None,
+        scorer: Callable[..., Any] | None = None,
         rows: int = 8,
     ) -> None:
         self.prompts, self.teacher, self.accelerator = prompts, teacher, accelerator
@@ -59,10 +60,16 @@ class Validation:
         return cls(prompts, teacher, accelerator, sampling, folder, scorer, args.validation_grid)
 
     def of_stage(self, name: str, student: ModelMixin, tracker_offset: int) -> Callable[[int], None]:
-        """Return a function for the training loop to call with the step; trackers get the step plus the offset."""
+        """Return the function that the training loop calls with its step.
+
+        Args:
+            name: name of the stage.
+            student: model in training.
+            tracker_offset: number that is added to the step in trackers.
+        """
 
         def validate(step: int) -> None:
-            # The processes that share a model compute with it together.
+            # All processes of a sharded model must compute together.
             if self.accelerator.is_main_process or isinstance(student, FSDPModule):
                 self._validate(name, student, step, step + tracker_offset)
             self.accelerator.wait_for_everyone()
@@ -88,7 +95,7 @@ class Validation:
         if self.scorer is not None:
             self._score(self.scorer, name, step, tracked_step, images)
 
-    def _score(self, scorer: Scorer, name: str, step: int, tracked_step: int, images: np.ndarray) -> None:
+    def _score(self, scorer: Callable[..., Any], name: str, step: int, tracked_step: int, images: np.ndarray) -> None:
         categories = [prompt.category for prompt in self.prompts]
         scores = judge(scorer, images, [prompt.spec for prompt in self.prompts])
         overall = evaluation.bootstrap_scores(scores, categories)["overall"]
@@ -98,7 +105,7 @@ class Validation:
         self.accelerator.log({f"{name}/compositional": overall.value}, tracked_step)
 
     def _generate(self, unet: ModelMixin) -> np.ndarray:
-        """Return (prompts, height, width, 3) uint8, by the teacher's pipeline with `unet` in it."""
+        """Generate all prompts' images by the pipeline with `unet` in it, uint8 [prompts, height, width, 3]."""
         teacher, self.teacher.unet = self.teacher.unet, unet
         captions = [prompt.caption for prompt in self.prompts]
         try:
