@@ -34,7 +34,7 @@ def allocate(
     time_embedding: Annotated[
         TimeEmbedding | None,
         typer.Option(
-            help='With --model: what `quantize` will be told, "table" for example, since it counts among the bits; '
+            help='With --model: the value given to `quantize`, "table" for example, since it counts among the bits; '
             "default: as the analysis found it."
         ),
     ] = None,

@@ -14,7 +14,7 @@ from .sources import check_holds_something, config_folder
 
 def analyze(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline in full precision.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted analysis goes on from it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted analysis continues from it.")],
     method: Annotated[
         str,
         typer.Option(help='"full", "calibrated", or an estimate: "prediction", "gradient", "output" or "weight".'),

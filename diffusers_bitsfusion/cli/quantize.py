@@ -48,7 +48,7 @@ def quantize(
         typer.Option(
             "--calibrate",
             help="Round for the inputs that layers see in sampling. What is done is kept in "
-            "DST.calibration; after an interruption the same command goes on from there.",
+            "DST.calibration; after an interruption the same command continues from there.",
         ),
     ] = False,
     prompts: Annotated[

@@ -20,7 +20,7 @@ class Source:
     Attributes:
         name: folder, Hub id or single file, as the user wrote it.
         folder: with its configs.
-        options: which of its files to load, as `from_pretrained` takes them.
+        options: which of its files to load, as arguments of `from_pretrained`.
     """
 
     name: str
@@ -133,7 +133,7 @@ def config_folder(source: str, revision: str | None = None, *, weights: bool = F
 
 
 def _usual_config(file: str) -> str:
-    """Return the Hub id of the pipeline whose configs diffusers takes for a single file."""
+    """Return the Hub id of the pipeline whose configs diffusers uses for a single file."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
     name: str = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]

@@ -198,7 +198,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--resume_from_checkpoint",
         help='"latest", or the path of a checkpoint or its name in OUTPUT_DIR/stage1 or stage2.',
     )
-    group.add_argument("--estimate_only", action="store_true", help="Print what the run takes; end.")
+    group.add_argument("--estimate_only", action="store_true", help="Print the time and memory of the run; end.")
     group.add_argument("--report_to", help='"tensorboard", "wandb", ... or "all". Default: none.')
     group.add_argument("--logging_dir", default="logs", help="Within OUTPUT_DIR.")
     group.add_argument("--tracker_project_name", default="train_bitsfusion", help="Of the trackers.")

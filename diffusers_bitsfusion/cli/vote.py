@@ -37,8 +37,8 @@ def vote(
 ) -> None:
     """Ask people which of two pipelines' images they prefer, on a page in the browser, or sum up what they said.
 
-    The page shows two images of equal seed in random, hidden order. Every vote is on the disk at once; raters go on by
-    their name.
+    The page shows two images of equal seed in random, hidden order. Every vote is on the disk at once; raters continue
+    by their name.
     """
     if report:
         _report(out)

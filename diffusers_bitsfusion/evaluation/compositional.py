@@ -35,8 +35,8 @@ def load_scorer(name: str) -> Scorer:
 
     Modules in the working directory are found.
 
-    It takes n images (height, width, 3) uint8 and the n specifications from the prompts file, and returns n numbers,
-    0 or False for an image that misses its prompt, 1 or True for one that fits.
+    The function accepts n images (height, width, 3) uint8 and the n specifications from the prompts file. It returns n
+    numbers, 0 or False for an image that misses its prompt, 1 or True for one that fits.
 
     Raises:
         ValueError: no such module or function, or `name` is not written so.

@@ -158,7 +158,7 @@ def _compare_sizes(library: ctypes.CDLL) -> None:
         size = library[f"bitsfusion_{name}_size"]
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(ARGUMENTS[name]):
-            raise OSError(f"the loop {name} takes {size()} bytes, not {ctypes.sizeof(ARGUMENTS[name])}")
+            raise OSError(f"the loop {name} expects {size()} bytes, not {ctypes.sizeof(ARGUMENTS[name])}")
     row_bytes = library.bitsfusion_row_bytes
     row_bytes.argtypes, row_bytes.restype = (ctypes.c_int64, ctypes.c_int), ctypes.c_int64
     for bits, form in DENSE_FORMS.items():

@@ -1,4 +1,4 @@
-"""The instruction sets that a wheel's libraries are compiled for, and the one that this processor takes.
+"""The instruction sets that a wheel's libraries are compiled for, and the one that this processor supports.
 
 A wheel may bring libraries in `prebuilt/`, which `build.py` writes: one for each target of its platform. The first
 target of a platform is its baseline, whose library says which one the processor supports, since no name of

@@ -172,7 +172,7 @@ def select_for_layer(
         ValueError: the device has no integer arithmetic, or codes that are offloaded should stay resident.
     """
     if compute != "int8":
-        reason = 'compute="auto" takes exact' if compute == "auto" else 'compute="exact"'
+        reason = 'compute="auto" uses exact' if compute == "auto" else 'compute="exact"'
         return KernelSelection("exact", _decoding(device, linear), reason)
     obstacle = why_no_int8(device)
     if obstacle is not None:

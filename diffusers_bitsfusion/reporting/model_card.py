@@ -1,4 +1,4 @@
-"""The model card written beside a packed model or pipeline."""
+"""The model card that is written beside a packed model or pipeline."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def describe_denoiser(pipeline: DiffusionPipeline) -> str:
 
 
 def describe(model: ModelMixin) -> str:
-    """Return bits a weight and MB of a model: "2.03 bits, 1.3 MB", of one in full precision as fp16 takes them."""
+    """Return bits a weight and MB of a model: "2.03 bits, 1.3 MB", where a model in full precision counts as fp16."""
     if getattr(model, "is_quantized", False):
         report = size_report(model)
         assert isinstance(report, SizeReport)

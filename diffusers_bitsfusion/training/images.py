@@ -80,7 +80,7 @@ def _column(argument: str, name: str | None, usual: Sequence[str], columns: Sequ
 
 
 def _check_captions(source: DatasetImages) -> DatasetImages:
-    """Refuse a caption column that holds no texts, by its declared type, before a run meets the first of them.
+    """Refuse a caption column that holds no texts, by its declared type, before a run reads the first of them.
 
     Raises:
         ValueError: it holds class numbers, numbers or objects.

@@ -324,7 +324,7 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     report = size_report(packed_unet)
     assert report.kernels.keys() == layers.keys()
     assert {kernel.arithmetic for kernel in report.kernels.values()} == {"exact"}
-    assert 'compute="auto" takes exact' in str(report)
+    assert 'compute="auto" uses exact' in str(report)
     set_compute(packed_unet, "int8", "int8")
     kept, rounded = size_report(packed_unet), in_integers(packed_unet)
     weights = sum(torch.Size(layer.weight_shape).numel() for layer in rounded.values())

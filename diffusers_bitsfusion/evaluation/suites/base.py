@@ -17,7 +17,7 @@ class ImageScorer:
     """A function that scores images, with the models that it needs loaded.
 
     Attributes:
-        score: takes the places of n captions and their images, (n, height, width, 3) uint8, and returns a JSON-safe
+        score: accepts the places of n captions and their images, (n, height, width, 3) uint8, and returns a JSON-safe
             record each, and (n, `width`) float32 features where there is a width.
         width: of the features.
     """
@@ -38,7 +38,7 @@ class Suite(ABC):
     """A published evaluation.
 
     Attributes:
-        name: as `--suite` takes it.
+        name: the value of `--suite`.
         captions: of the images, an image each.
         settings: JSON-safe; all that the scores depend on beside the images.
         needs_reference: whether it only compares.

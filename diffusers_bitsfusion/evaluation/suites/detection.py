@@ -126,7 +126,7 @@ class ClipColors:
     """Colours classified by CLIP without training: the name nearest to an object's crop, in three sentences each.
 
     Args:
-        path: folder or Hub id of a CLIP; the benchmark takes ViT-L/14.
+        path: folder or Hub id of a CLIP; the benchmark uses ViT-L/14.
 
     Raises:
         OSError, ValueError: there is no such model.

@@ -70,7 +70,7 @@ def judge(line: Line, detections: Sequence[Sequence[Any]], colors: Sequence[str 
 
     Detections that do not score above 0.3 (in counting tasks above 0.9) are dropped, and of a class at most 16 are
     kept, the best first. Of equal scores the later one counts as the better, as in the benchmark. Every clause of
-    `include` takes the first `count` detections of its class, of which as many must have the colour, and each lie in
+    `include` uses the first `count` detections of its class, of which as many must have the colour, and each lie in
     the relation to each detection of the clause that it names. A clause of `exclude` fails where `count` are found.
 
     Args:
@@ -127,10 +127,10 @@ class GenEval(Suite):
 
     Args:
         lines: of `read_lines`.
-        detector: folder or Hub id of a Mask2Former, or MODULE:FUNCTION, which takes a list of PIL images and returns
+        detector: folder or Hub id of a Mask2Former, or MODULE:FUNCTION, which accepts a list of PIL images and returns
             for each a list of (class name, score, box x0 y0 x1 y1, mask or None).
-        color_classifier: folder or Hub id of a CLIP, or MODULE:FUNCTION, which takes a list of crops as PIL images and
-            returns the name of each one's colour.
+        color_classifier: folder or Hub id of a CLIP, or MODULE:FUNCTION, which accepts a list of crops as PIL images
+            and returns the name of each one's colour.
     """
 
     name = "geneval"

@@ -37,7 +37,7 @@ def evaluate_suites(
     """Generate the images that the suites need, score them, and compare them with a reference's of equal seeds.
 
     Suites with the same captions share their images. Images and scores go to the disk as they come, so that a run
-    that was interrupted at any moment goes on there, and memory does not grow with their number. Under `accelerate
+    that was interrupted at any moment continues there, and memory does not grow with their number. Under `accelerate
     launch` the processes share the work, and all of them get the report; its figures are those of one process.
 
     Args:

@@ -65,9 +65,9 @@ class Tifa(Suite):
 
     Args:
         texts: of `read_texts`.
-        vqa: folder or Hub id of a model of transformers for visual question answering, or MODULE:FUNCTION, which takes
-            a list of PIL images and one of as many questions and returns the answers.
-        sentence_encoder: folder or Hub id of the encoder that takes an answer outside the choices to the nearest of
+        vqa: folder or Hub id of a model of transformers for visual question answering, or MODULE:FUNCTION, which
+            accepts a list of PIL images and one of as many questions and returns the answers.
+        sentence_encoder: folder or Hub id of the encoder that maps an answer outside the choices to the nearest of
             them.
     """
 

@@ -52,7 +52,7 @@ def build_page(store: VoteStore, images: Mapping[str, ImageFolder]) -> gr.Blocks
 
     def begin(name: str) -> list[Any]:
         if not name.strip():
-            raise gr.Error("Your name is missing: votes are counted by it, and you go on by it later.")
+            raise gr.Error("Your name is missing: votes are counted by it, and you continue by it later.")
         return show(name.strip())
 
     def answer(place: int | None, shown: tuple[str, Any]) -> list[Any]:

@@ -99,8 +99,8 @@ def _decode(
             tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-# A thread stores several neighbours in one go where the compiler knows that all sizes are aligned. Where it knows it
-# of some, it gives a thread several as well, but stores them one by one: so it is told of all or of none.
+# Divisor of sizes that Triton's compiler treats as aligned. Where all sizes are, a thread stores several neighbours in
+# one go; where only some are, it gets several as well, but stores them one by one: so all are declared aligned or none.
 _ALIGNED = 16
 _decode_aligned = triton.jit(_decode)
 _decode_any = triton.jit(do_not_specialize=["columns", "width", "row_bytes"])(_decode)
