@@ -36,7 +36,7 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-class Contest:
+class Comparison:
     """The full-precision pipeline and the quantized ones that are compared with it.
 
     Args:
@@ -120,9 +120,9 @@ def build_app(full: Path, *quantized: Path, examples: Sequence[str] = ()) -> gr.
         ValueError: `full` is quantized, or one of `quantized` is not quantized by this package.
     """
     refuse_quantized(full)
-    contest = Contest(full, load(full), [load_quantized(folder, full) for folder in quantized])
-    labels = list(contest.quantized)
-    pipeline = contest.pipeline
+    comparison = Comparison(full, load(full), [load_quantized(folder, full) for folder in quantized])
+    labels = list(comparison.quantized)
+    pipeline = comparison.pipeline
     pixels = _denoiser(pipeline).config.sample_size * pipeline.vae_scale_factor
     app = gr.Blocks(title="Full precision beside quantized", analytics_enabled=False)
     with app:
@@ -152,8 +152,8 @@ def build_app(full: Path, *quantized: Path, examples: Sequence[str] = ()) -> gr.
                 gr.Image(label=label, interactive=False, **look)
                 for label in ("Full precision", "Quantized", "Difference")
             ]
-        figures = gr.Markdown(table(contest.sizes(labels[0])), elem_classes="figures")
-        model.change(lambda label: table(contest.sizes(label)), model, figures)
+        figures = gr.Markdown(table(comparison.sizes(labels[0])), elem_classes="figures")
+        model.change(lambda label: table(comparison.sizes(label)), model, figures)
         outputs = [*images, figures]
-        gr.on([button.click, prompt.submit], contest.generate, inputs, outputs, show_progress_on=images[-1])
+        gr.on([button.click, prompt.submit], comparison.generate, inputs, outputs, show_progress_on=images[-1])
     return app

@@ -107,12 +107,12 @@ def test_the_trained_unet_is_what_the_shapes_pipeline_is_shown_beside(monkeypatc
 
 def test_several_quantized_models_to_choose_from(source_folder, packed_folders):
     folders = (packed_folders["keep"], packed_folders["table"] / "unet")
-    contest = page_of_the_app.Contest(
+    comparison = page_of_the_app.Comparison(
         source_folder, models.load(source_folder), [models.load_quantized(folder, source_folder) for folder in folders]
     )
-    assert [label.split(",")[0] for label in contest.quantized] == ["rounded", "rounded"]
-    for label, folder in zip(contest.quantized, folders, strict=True):
-        *_, (first, second, apart, figures) = contest.generate(
+    assert [label.split(",")[0] for label in comparison.quantized] == ["rounded", "rounded"]
+    for label, folder in zip(comparison.quantized, folders, strict=True):
+        *_, (first, second, apart, figures) = comparison.generate(
             label, ARGUMENTS["prompt"], "", 5, 2, 7.5, lambda *a, **k: None
         )
         expected = StableDiffusionPipeline.from_pretrained(source_folder)

@@ -100,7 +100,7 @@ def _decode(
 
 
 # Divisor of sizes that Triton's compiler treats as aligned. Where all sizes are, a thread stores several neighbours in
-# one go; where only some are, it gets several as well, but stores them one by one: so all are declared aligned or none.
+# one go; where only some are, it stores several one by one: so all sizes are declared as aligned, or none.
 _ALIGNED = 16
 _decode_aligned = triton.jit(_decode)
 _decode_any = triton.jit(do_not_specialize=["columns", "width", "row_bytes"])(_decode)
