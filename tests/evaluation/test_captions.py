@@ -55,5 +55,5 @@ def test_other_json_is_refused_with_where_to_get_cocos(tmp_path, content, messag
 
 
 def test_no_file_says_where_to_get_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match="PartiPrompts is at https://github.com/google-research/parti"):
+    with pytest.raises(FileNotFoundError, match=r"PartiPrompts is at https://github.com/google-research/parti"):
         read_caption_file(tmp_path / "PartiPrompts.tsv")

@@ -246,7 +246,7 @@ def test_other_files_are_refused_with_where_to_get_the_right_one(tmp_path, conte
 
 def test_no_file_says_where_to_get_it(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="Download GenEval's evaluation_metadata.jsonl from https://github.com"
+        FileNotFoundError, match=r"Download GenEval's evaluation_metadata.jsonl from https://github.com"
     ):
         geneval.read_lines(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="it is empty"):

@@ -247,10 +247,10 @@ def test_what_is_missing_is_said_before_drawing(run, files, tmp_path):
         load_suites(["tifa"], nothing)
     with pytest.raises(ValueError, match=r"PartiPrompts.tsv is needed: .*--prompts"):
         load_suites(["clip"], nothing)
-    with pytest.raises(FileNotFoundError, match="no data set me/prompts with the file PartiPrompts.tsv can be read"):
+    with pytest.raises(FileNotFoundError, match=r"no data set me/prompts with the file PartiPrompts.tsv can be read"):
         load_suites(["clip"], SuiteFiles(prompts="me/prompts"))
     suites = load_suites(["clip"], SuiteFiles(prompts=files.prompts, clip="me/clip"))
-    with pytest.raises(OSError, match="The CLIP, me/clip, cannot be loaded .*https://huggingface.co/me/clip"):
+    with pytest.raises(OSError, match=r"The CLIP, me/clip, cannot be loaded .*https://huggingface.co/me/clip"):
         evaluate_suites("/nowhere", suites)
 
 

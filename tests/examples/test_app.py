@@ -60,7 +60,7 @@ def test_difference():
     picture, value = sampling.difference(Image.fromarray(a), Image.fromarray(b))
     assert np.array_equal(pixels(picture), abs(a.astype(int) - b))
     assert value == pytest.approx(psnr(a.astype(int), b.astype(int)))
-    with pytest.raises(ValueError, match="12, 8.*6, 8.*cannot be compared"):
+    with pytest.raises(ValueError, match=r"12, 8.*6, 8.*cannot be compared"):
         sampling.difference(Image.fromarray(a), Image.fromarray(b[:, :6]))
 
 

@@ -365,7 +365,7 @@ def test_a_file_has_no_way_to_compute(packed_folders):
 def test_a_machine_without_integers_refuses_and_nothing_changes(packed_unet, call_unet, monkeypatch):
     exact = call_unet(packed_unet)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(ValueError, match='compute="int8" is not possible here: .*aarch64'):
+    with pytest.raises(ValueError, match=r'compute="int8" is not possible here: .*aarch64'):
         set_compute(packed_unet, "int8")
     assert torch.equal(call_unet(packed_unet), exact)
     with pytest.raises(ValueError, match='compute="int8" is not possible here'):
@@ -379,7 +379,7 @@ def test_a_model_that_is_not_quantized_is_refused():
 
 @pytest.mark.parametrize("settings", [("int4", "packed"), ("int8", "gpu"), ("exact", "int8")])
 def test_impossible_settings_are_refused(packed_unet, settings):
-    with pytest.raises(ValueError, match="compute|resident"):
+    with pytest.raises(ValueError, match=r"compute|resident"):
         set_compute(packed_unet, *settings)
 
 

@@ -89,5 +89,5 @@ def test_what_is_no_image_is_unreadable(tmp_path):
     for content in (b"", b"no image", stored(RED)[:40]):
         with pytest.raises(UnreadableImage):
             decode(content)
-    with pytest.raises(UnreadableImage, match="none.png"):
+    with pytest.raises(UnreadableImage, match=r"none.png"):
         decode(tmp_path / "none.png")
