@@ -22,7 +22,6 @@ from ..nn.time_path import empty_lookup, install
 from ..utils.errors import printable
 from .plan import Plan, make_plan
 
-
 # Floating dtypes that layers of torch compute in; fp8, for example, only stores.
 _COMPUTING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

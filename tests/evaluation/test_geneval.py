@@ -224,8 +224,8 @@ def test_the_file_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("Prompt\tCategory", "line 1 is not JSON"),
-        ("[1, 2]", "line 1 is not a JSON object"),
+        ("Prompt\tCategory", "line 1 is damaged: it is not one JSON document"),
+        ("[1, 2]", r"line 1 holds \[1, 2\] where an object is expected"),
         ({"id": "coco_1", "caption": "a"}, "there is no 'tag'; there are 'id', 'caption'"),
         ({"tag": "x", "prompt": "p", "include": {}}, "'include' is {}, not of type list"),
         (line("x", [{"class": "cat"}]), "there is no 'count'"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_bitsfusion.training.decoding import UnreadableImage, as_rgb, decode
+from diffusers_bitsfusion.training.image_files import UnreadableImage, as_rgb, decode
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 RED = Image.new("RGB", (6, 4), "red")
