@@ -16,7 +16,7 @@ from diffusers_bitsfusion.cli import app
 REPOSITORY = Path(__file__).resolve().parents[1]
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 RUN = ("python", "bash")
-NEVER_RUN = ("text", "yaml")
+NEVER_RUN = ("text", "yaml", "json")
 NOT_RUN = re.compile(r"<!-- not run: (\S.*) -->")
 
 # Settings that cost minutes, made small, and hardware that a test may not have.
