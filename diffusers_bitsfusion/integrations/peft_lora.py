@@ -158,7 +158,8 @@ class PackedLoraLayer(SubstitutedBaseLayer):
         return {fields: variant for fields, variant in super().lora_variants.items() if "kasa_config" not in fields}
 
     def _scaled_up(self, name: str) -> Tensor:
-        return self.lora_B[name].weight.float() * self.scaling[name]
+        scaled: Tensor = self.lora_B[name].weight.float() * self.scaling[name]
+        return scaled
 
 
 class PackedLoraLinear(PackedLoraLayer, Linear):
@@ -217,7 +218,8 @@ def wrap_create_new_module(original: Callable[..., nn.Module]) -> Callable[..., 
         if kind is None or kwargs.get("parameter_name") is not None:
             return original(lora_config, adapter_name, target, **kwargs)
         kwargs.pop("parameter_name", None)
-        return kind(target, adapter_name, config=lora_config, **kwargs)
+        layer: nn.Module = kind(target, adapter_name, config=lora_config, **kwargs)
+        return layer
 
     return create_new_module
 

@@ -133,7 +133,7 @@ class QuantizedModelMixin(_Base):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters of the model in full precision, since a code is no parameter."""
-        stored = super().num_parameters(only_trainable, exclude_embeddings)
+        stored: int = super().num_parameters(only_trainable, exclude_embeddings)
         return stored if only_trainable else stored + _num_packed_parameters(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
