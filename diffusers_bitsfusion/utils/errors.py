@@ -6,9 +6,8 @@ from __future__ import annotations
 class DamagedFileError(ValueError):
     """Exception for a file that is cut short, changed, of another format, or holds impossible values.
 
-    Every reader of checkpoints, recipes, analyses, calibrations and training folders raises it, before it changes
-    anything. The message names the file, the place in it where that is known, the problem and the remedy. It is a
-    `ValueError`, as earlier versions raised.
+    Readers of checkpoints, recipes, analyses, calibrations and training folders raise it. The message names the file,
+    the place in it where that is known, the problem and the remedy. It is a `ValueError`.
 
     Args:
         where: file, and the place in it where that is known.
@@ -32,7 +31,7 @@ class UnfinishedSaveError(ValueError):
 class FolderInUseError(OSError):
     """Exception for a folder that another process is writing.
 
-    A second calibration into one folder raises it before it has written anything. The message names the folder and,
+    A second calibration into one folder raises it before it samples. The message names the folder and,
     where known, the process and its machine. It is an `OSError`.
     """
 
