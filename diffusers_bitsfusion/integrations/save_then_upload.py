@@ -18,7 +18,7 @@ from .folder_commit import private_folder, replacing
 # True while a pipeline is being saved: its one card replaces those of its models.
 inside_pipeline: ContextVar[bool] = ContextVar("inside_pipeline", default=False)
 
-# Uploads that wait until the save under way is complete; None outside a save.
+# Uploads that wait until the current save is complete; None outside a save.
 _uploads: ContextVar[list[Callable[[str], Any]] | None] = ContextVar("uploads", default=None)
 
 # Name of the folder, within a private one, of hard links to the saved files.

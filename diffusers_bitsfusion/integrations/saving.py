@@ -87,22 +87,23 @@ class QuantizedModelMixin(_Base):
         inside = inside_pipeline.get()
         # The folder that a pipeline saves its models into is replaced with all of the pipeline.
         place = nullcontext(directory) if inside else replacing_then_uploading(directory)
-        with explaining_refusals(title), place as scratch:
-            save = functools.partial(
-                super().save_pretrained,
-                str(scratch),
-                is_main_process=is_main_process,
-                save_function=save_function,
-                variant=variant,
-                max_shard_size=max_shard_size,
-                **kwargs,
-            )
-            refusal = save_even_if_refused(save, scratch, push_to_hub)
-            # Only the main process writes the config that the card's figures come from.
-            if is_main_process and not inside and not is_users_own(directory):
-                write_card(scratch, self, title=title)
-        if refusal is not None:
-            raise refusal
+        with explaining_refusals(title):
+            with place as scratch:
+                save = functools.partial(
+                    super().save_pretrained,
+                    str(scratch),
+                    is_main_process=is_main_process,
+                    save_function=save_function,
+                    variant=variant,
+                    max_shard_size=max_shard_size,
+                    **kwargs,
+                )
+                refusal = save_even_if_refused(save, scratch, push_to_hub)
+                # Only the main process writes the config that the card's figures come from.
+                if is_main_process and not inside and not is_users_own(directory):
+                    write_card(scratch, self, title=title)
+            if refusal is not None:
+                raise refusal
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         """Push as diffusers' `push_to_hub`; a refusal, of the repository's creation too, says what to do.

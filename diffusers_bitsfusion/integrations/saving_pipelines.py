@@ -37,15 +37,16 @@ def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             title = kwargs.setdefault("repo_id", title)
         token = inside_pipeline.set(True)
         try:
-            with explaining_refusals(title), replacing_then_uploading(Path(save_directory)) as scratch:
-                save = functools.partial(original, self, str(scratch), *args, **kwargs)
-                refusal = save_even_if_refused(save, scratch, bool(kwargs.get("push_to_hub", False)))
-                if not is_users_own(Path(save_directory)):
-                    write_card(scratch, self, title=title)
+            with explaining_refusals(title):
+                with replacing_then_uploading(Path(save_directory)) as scratch:
+                    save = functools.partial(original, self, str(scratch), *args, **kwargs)
+                    refusal = save_even_if_refused(save, scratch, bool(kwargs.get("push_to_hub", False)))
+                    if not is_users_own(Path(save_directory)):
+                        write_card(scratch, self, title=title)
+                if refusal is not None:
+                    raise refusal
         finally:
             inside_pipeline.reset(token)
-        if refusal is not None:
-            raise refusal
 
     return save_pretrained
 

@@ -240,7 +240,7 @@ def _analysis(work: Path) -> list[Target]:
         allocate(analysis, 2.5)
 
     return [
-        Target("analysis under way", folder, read_running, ("*.json", "*.jsonl")),
+        Target("running analysis", folder, read_running, ("*.json", "*.jsonl")),
         Target("analysis", work / "finished", read_finished, ("*.jsonl",)),
     ]
 
