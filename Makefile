@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --out demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations=20
 
 # The wheel as users install it, in an environment that sees the dependencies of $(VENV) but not the working tree.
 wheel: $(VENV)/installed

@@ -36,7 +36,7 @@ def quantize_model(
 
     Args:
         model: model, or pipeline of which the components that `config.components` names are quantized; weights may
-            have any floating dtype and device.
+            be fp64, fp32, fp16 or bf16, on any device.
         config: config of the quantization; `BitsFusionConfig()` when left out.
         progress: whether to show progress bars.
         calibration: `True`, or the settings of a calibration: the pipeline first runs on prompts, and weights are
@@ -58,15 +58,32 @@ def quantize_model(
     if not isinstance(model, DiffusionPipeline):
         _check_kind(model, "this")
         return _quantize(model, config, progress)
-    components = {name: part for name in config.components if (part := model.components.get(name)) is not None}
-    if not components:
-        raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
+    components = _requested_components(model, config)
     for name, component in components.items():
         _check_kind(component, name)
     check_excluded(list(components.values()), config)
     for name, component in components.items():
         _quantize(component, config, progress, model, _for_component(settings, name))
     return model
+
+
+def _requested_components(pipeline: DiffusionPipeline, config: BitsFusionConfig) -> dict[str, Any]:
+    """Return the components to quantize by name; the default names are alternatives, others must all be there.
+
+    Raises:
+        ValueError: the pipeline lacks a component that was asked for.
+    """
+    found = {name: part for name in config.components if (part := pipeline.components.get(name)) is not None}
+    missing = [name for name in config.components_to_quantize or [] if name not in found]
+    if not found:
+        raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
+    if missing:
+        modules = [name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
+        raise ValueError(
+            f"This {type(pipeline).__name__} has no component {', '.join(missing)} to quantize; "
+            f"it has {', '.join(modules)}."
+        )
+    return found
 
 
 def _quantize(

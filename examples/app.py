@@ -1,4 +1,4 @@
-"""Full precision beside quantized, in the browser: both pictures, sizes, times and the difference.
+"""Full precision beside quantized, in the browser: both images, sizes, times and the difference.
 
     python examples/app.py --pipeline PATH_OR_ID --quantized PATH_OR_ID
 
@@ -23,7 +23,7 @@ PROMPTS = ("three green hearts", "a red circle", "a blue square and a green tria
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line; where it is silent, the environment."""
+    """Return the arguments of the command line, of the environment where it is silent."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     quantized = os.environ.get("APP_QUANTIZED")
     parser.add_argument(

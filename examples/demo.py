@@ -1,4 +1,4 @@
-"""Quantize a pipeline, report its size, save it, reload it in a fresh process, and draw with it and with the original.
+"""Quantize a pipeline, report its size, save it, reload it in a fresh process, and generate images.
 
     python examples/demo.py --out demo
 
@@ -21,7 +21,7 @@ from PIL import Image
 import diffusers_bitsfusion
 from diffusers_bitsfusion import BitsFusionConfig, size_report
 from diffusers_bitsfusion.evaluation import image_grid
-from diffusers_bitsfusion.reporting.size_report import MB, SizeReport
+from diffusers_bitsfusion.reporting.report_types import MB, SizeReport
 
 PROMPTS = [
     "a red circle",
@@ -34,8 +34,8 @@ SHAPES = Path(__file__).parent / "shapes" / "pipeline"
 TRAINED = Path(__file__).parent / "shapes" / "unet-2bit"  # for SHAPES
 
 
-def draw(path: Path, target: Path, steps: int, unet: Path | None = None) -> None:
-    """Write the pipeline's pictures of all prompts side by side, drawn with the UNet in `unet` where one is given."""
+def generate(path: Path, target: Path, steps: int, unet: Path | None = None) -> None:
+    """Write the images of all prompts side by side, generated with the UNet in `unet` where one is given."""
     parts = {} if unet is None else {"unet": UNet2DConditionModel.from_pretrained(unet, dtype=torch.float32)}
     pipe = StableDiffusionPipeline.from_pretrained(path, dtype=torch.float32, **parts)
     pipe.set_progress_bar_config(disable=True)
@@ -48,27 +48,28 @@ def draw(path: Path, target: Path, steps: int, unet: Path | None = None) -> None
     strip.resize((SCALE * strip.width, SCALE * strip.height), Image.Resampling.NEAREST).save(target)
 
 
-def pictures(strip: Path) -> np.ndarray:
-    """(prompts, height, width, 3) uint8: what `draw` put side by side."""
+def read_images(strip: Path) -> np.ndarray:
+    """Return (prompts, height, width, 3) uint8 from the strip that `generate` wrote."""
     return np.stack(np.split(np.asarray(Image.open(strip)), len(PROMPTS), axis=1))
 
 
 def label(name: str, report: SizeReport) -> str:
-    """What stands above the pictures of a UNet in a file."""
+    """Return the label above the images of a UNet in a file."""
     return f"{name}: {report.average_bits.layers:.2f} bits, {report.total_bytes / MB:.2f} MB"
 
 
 def main() -> None:
+    """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the packed pipeline and the pictures")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the packed pipeline and the images")
     parser.add_argument("--pipeline", type=Path, default=SHAPES, help="in full precision; default: %(default)s")
     parser.add_argument("--target-bits", type=float, default=3.0, help="average bits a weight to aim at")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)  # the fresh process: draw with this pipeline
+    parser.add_argument("--draw", type=Path, help=argparse.SUPPRESS)  # for the fresh process
     arguments = parser.parse_args()
     out = arguments.out
     if arguments.draw is not None:
-        draw(arguments.draw, out / "packed.png", arguments.steps)
+        generate(arguments.draw, out / "packed.png", arguments.steps)
         return
 
     out.mkdir(parents=True, exist_ok=True)
@@ -79,19 +80,19 @@ def main() -> None:
     pipe.save_pretrained(out / "packed")
     print(size_report(out / "packed"))
 
-    draw(source, out / "full.png", arguments.steps)
+    generate(source, out / "full.png", arguments.steps)
     packed = size_report(out / "packed" / "unet")
     columns = {f"full precision: 16 bits, {packed.fp16_bytes / MB:.2f} MB": out / "full.png"}
     if source.resolve() == SHAPES.resolve():
-        draw(source, out / "trained.png", arguments.steps, TRAINED)
+        generate(source, out / "trained.png", arguments.steps, TRAINED)
         report = size_report(TRAINED)
         columns[label("trained", report)] = out / "trained.png"
         print(f"\nThe UNet in {TRAINED}, trained in this precision:\n{report}")
     command = [sys.executable, __file__, "--out", str(out), "--draw", str(out / "packed")]
     subprocess.run([*command, "--steps", str(arguments.steps)], check=True)
     columns[label("rounded only, packed and reloaded", packed)] = out / "packed.png"
-    drawn = [pictures(strip) for strip in columns.values()]
-    image_grid(drawn, list(columns), PROMPTS).save(out / "side_by_side.png")
+    images = [read_images(strip) for strip in columns.values()]
+    image_grid(images, list(columns), PROMPTS).save(out / "side_by_side.png")
     print(f"From the left: {'; '.join(columns)}: {out / 'side_by_side.png'}")
 
 

@@ -1,10 +1,11 @@
-"""The paper's table for your own model: analysis, allocation, both stages, and the evaluation of each, in one go.
+r"""The paper's table for your own model: analysis, allocation, both stages, and the evaluation of each, in one go.
 
-    python examples/reproduce_sd15.py --out sd15 --train_data_dir IMAGES --prompts PartiPrompts.tsv \\
+    python examples/reproduce_sd15.py --out sd15 --train_data_dir IMAGES --prompts PartiPrompts.tsv \
         --geneval_prompts evaluation_metadata.jsonl
 
-Every step is a command of its own, printed before it runs. Run again, the script goes on where it was interrupted.
-`--estimate` prints what it takes, `--tiny` runs all of it on the shapes pipeline in minutes (docs/evaluation.md).
+Every step is a command of its own, printed before it runs. A second run of the script continues where the first was
+interrupted. `--estimate` prints the time and disk that it needs, `--tiny` runs all of it on the shapes pipeline in
+minutes (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -17,65 +18,25 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from sd15_budgets import BUDGETS, MODELS, TINY, Budget, estimate
 
 EXAMPLES = Path(__file__).resolve().parent
 SHAPES = EXAMPLES / "shapes" / "pipeline"
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 STEPS = ("analysis", "allocation", "rounded", "calibrated", "stage1", "stage2", "evaluation")
-MODELS = ("full", "rounded", "calibrated", "stage1", "stage2")
-TABLE_SCALE = 7.5  # of GenEval and TIFA in the paper
+# Guidance scale of GenEval and TIFA in the paper.
+TABLE_SCALE = 7.5
 
-# The paper's own figures: CLIP score at 7.5 on PartiPrompts and its mean over 3.5, 5.5, 7.5 and 9.5; GenEval; TIFA.
+# Figures of the paper: CLIP score at 7.5 on PartiPrompts and its mean over 3.5, 5.5, 7.5 and 9.5; GenEval; TIFA.
 PAPER = {
     "full": (0.3175, 0.3156, 0.4262, 0.788),
     "stage1": (None, 0.3156, 0.4226, 0.789),
     "stage2": (0.3212, 0.3183, 0.4682, 0.821),
 }
 PAPER_MEAN = (3.5, 5.5, 7.5, 9.5)
-
-# Of Stable Diffusion 1.5 at 512×512: one forward pass of the UNet for one picture, and what a checkpoint keeps.
-FORWARD_TFLOP = 0.68
-TRAINING_GB, CHECKPOINT_GB, PIPELINE_GB, PICTURE_GB = 19.3, 13.8, 1.3, 0.45e-3
-LAYERS, BITS = 256, 3
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of each step.
-
-    Attributes:
-        method: of `bitsfusion analyze`; "full" trains each layer and draws with it.
-        analysis_images, qat_steps: of the analysis.
-        rule: of `bitsfusion allocate`.
-        init: what Stage I starts from.
-        steps, batch: of Stage I and of Stage II.
-        images: prompts of each suite, None for all (1,632 of PartiPrompts, 553 of GenEval).
-        guidance_scales: at which the CLIP score is measured.
-        inference_steps: of every picture.
-        target_bits: average bits a weight.
-    """
-
-    method: str
-    analysis_images: int
-    qat_steps: int
-    rule: str
-    init: str
-    steps: tuple[int, int]
-    batch: tuple[int, int]
-    images: int | None = None
-    guidance_scales: tuple[float, ...] = (2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5)
-    inference_steps: int = 50
-    target_bits: float = 1.99
-
-
-BUDGETS = {
-    "paper": Budget("full", 100, 100, "paper", "rounding", (20_000, 50_000), (256, 1024)),
-    "one-gpu": Budget("prediction", 16, 0, "knapsack", "calibrated", (2_000, 2_000), (64, 64), 500),
-}
-TINY = Budget("weight", 2, 0, "knapsack", "rounding", (2, 2), (4, 4), 3, (2.5, 7.5, 9.5), 2, 3.0)
 
 
 def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -100,7 +61,9 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--estimate", action="store_true", help="Print hours and GB of both budgets; end.")
     parser.add_argument("--tflops", type=float, default=100, help="What the GPUs sustain, for --estimate.")
     parser.add_argument("--tiny", action="store_true", help="Run everything on the shapes pipeline, in minutes.")
-    parser.add_argument("--evaluate_only", action="store_true", help=argparse.SUPPRESS)  # the last step's own process
+    parser.add_argument(
+        "--evaluate_only", action="store_true", help=argparse.SUPPRESS
+    )  # for the last step, in a process of its own
     args = parser.parse_args(arguments)
     if not args.estimate and args.out is None:
         parser.error("--out is needed.")
@@ -122,7 +85,7 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def make_tiny(args: argparse.Namespace) -> None:
-    """Take the shapes pipeline, with prompts and a few images made for it, instead of what is asked for."""
+    """Take the shapes pipeline, with prompts and a few images made for it, instead of the requested pipeline."""
     sys.path.insert(0, str(EXAMPLES.parent))
     from examples.shapes.dataset import build_dataset
     from examples.shapes.geneval import write_lines
@@ -190,7 +153,7 @@ def _own_arguments(args: argparse.Namespace) -> list[str]:
 
 
 def run_step(name: str, command: list[str], args: argparse.Namespace) -> None:
-    """Run a step, unless the same command has come to its end here before."""
+    """Run a step, unless the same command has finished here before."""
     note = args.out / "done" / f"{name}.txt"
     line = shlex.join([*shlex.split(args.launcher), *command])
     if note.is_file() and note.read_text(encoding="utf-8") == line:
@@ -204,13 +167,13 @@ def run_step(name: str, command: list[str], args: argparse.Namespace) -> None:
     paths = [str(EXAMPLES.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(launched, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)})
     if result.returncode:
-        raise SystemExit(f"The step {name} failed; the same command goes on from there.")
+        raise SystemExit(f"The step {name} failed; the same command continues from there.")
     note.parent.mkdir(exist_ok=True)
     note.write_text(line, encoding="utf-8")
 
 
 def evaluate_models(args: argparse.Namespace, budget: Budget) -> None:
-    """Draw and score every model that is there; write results.json and table.md."""
+    """Generate and score images of every model that is there; write results.json and table.md."""
     from diffusers_bitsfusion.evaluation import Sampling, SuiteFiles, evaluate_suites, load_suites
     from diffusers_bitsfusion.utils.processes import process_state
 
@@ -288,42 +251,6 @@ def table(results: dict[str, Any]) -> str:
     parts = [part for entry in results["models"].values() for part in entry["suites"].values()]
     notes = sorted({part["note"] for part in parts if "note" in part})
     return "\n\n".join([text, "Mean: over CFG 3.5, 5.5, 7.5 and 9.5, as in the paper's ablation.", *notes]) + "\n"
-
-
-def estimate(tflops: float) -> str:
-    """Return hours and GB of each step under both budgets, by arithmetic for Stable Diffusion 1.5."""
-    lines = [f"Stable Diffusion 1.5 at 512x512, {tflops:g} TFLOP/s sustained by all GPUs together:"]
-    for name, budget in BUDGETS.items():
-        hours = {step: tflop / tflops / 3600 for step, tflop in _work(budget).items()}
-        pictures = _pictures(budget) * len(MODELS)
-        disk = pictures * PICTURE_GB + 4 * CHECKPOINT_GB + 5 * PIPELINE_GB
-        lines += ["", f"--budget {name}", *(f"  {step:<12}{value:>10.1f} h" for step, value in hours.items())]
-        lines += [f"  {'sum':<12}{sum(hours.values()):>10.1f} h", f"  {'disk':<12}{disk:>10.1f} GB"]
-        lines += [f"  {'GPU memory':<12}{TRAINING_GB:>10.1f} GB and activations (docs/TRAINING.md)"]
-    return "\n".join([*lines, "", "train_bitsfusion.py --estimate_only measures a step on your own GPU."])
-
-
-def _work(budget: Budget) -> dict[str, float]:
-    """Return the TFLOP of each step; a sample takes four forward passes to train on, three without a teacher."""
-    picture = 2 * (budget.inference_steps + 1) * FORWARD_TFLOP  # with guidance; PNDM repeats a step
-    models = LAYERS * BITS
-    analysis = models * 4 * FORWARD_TFLOP * 8
-    if budget.method == "full":
-        analysis = models * (budget.analysis_images * picture + budget.qat_steps * 4 * 4 * FORWARD_TFLOP)
-    stages = [steps * batch for steps, batch in zip(budget.steps, budget.batch, strict=True)]
-    return {
-        "analysis": analysis,
-        "calibrated": 16 * 2 * 20 * FORWARD_TFLOP * 3,
-        "stage1": stages[0] * 4 * FORWARD_TFLOP,
-        "stage2": stages[1] * 3 * FORWARD_TFLOP,
-        "evaluation": _pictures(budget) * len(MODELS) * picture,
-    }
-
-
-def _pictures(budget: Budget) -> int:
-    """Return the pictures of one model: PartiPrompts at each guidance scale, GenEval and TIFA at one."""
-    parti, geneval, tifa = (min(count, budget.images or count) for count in (1632, 553, 4081))
-    return parti * len(budget.guidance_scales) + geneval + tifa
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

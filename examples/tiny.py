@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -36,12 +37,14 @@ SDXL = {
 }
 
 
-def tiny_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
+def tiny_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """Return a UNet of two levels, with `changes` to `UNET`."""
     torch.manual_seed(seed)
     return UNet2DConditionModel(**(UNET | changes)).eval()
 
 
 def tiny_controlnet(seed: int = 0) -> ControlNetModel:
+    """Return a ControlNet for `tiny_unet`."""
     torch.manual_seed(seed)
     kept = ("block_out_channels", "layers_per_block", "cross_attention_dim", "attention_head_dim", "norm_num_groups")
     config = {key: UNET[key] for key in kept} | {"down_block_types": UNET["down_block_types"]}
@@ -49,8 +52,10 @@ def tiny_controlnet(seed: int = 0) -> ControlNetModel:
 
 
 def tiny_lora(model: nn.Module, targets: tuple[str, ...], rank: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """A LoRA in diffusers' format, for layers whose name ends in one of `targets`; its contribution is of the size of
-    the layers' own output."""
+    """Return a LoRA in diffusers' format, for layers whose name ends in one of `targets`.
+
+    Its contribution is of the size of the layers' own output.
+    """
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, module in model.named_modules():
@@ -65,6 +70,7 @@ def tiny_lora(model: nn.Module, targets: tuple[str, ...], rank: int = 4, seed: i
 
 
 def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
+    """Return a tokenizer of single letters, whose files are written into `folder`."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     tokens = [*letters, *(letter + "</w>" for letter in letters), "ab", "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -73,6 +79,7 @@ def tiny_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def tiny_vae(seed: int = 0) -> AutoencoderKL:
+    """Return a VAE that halves the side of images."""
     torch.manual_seed(seed)
     return AutoencoderKL(
         block_out_channels=(16, 16),
@@ -85,8 +92,8 @@ def tiny_vae(seed: int = 0) -> AutoencoderKL:
     ).eval()
 
 
-def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes) -> StableDiffusionPipeline:
-    """A complete Stable Diffusion pipeline of random weights; `folder` takes the tokenizer's files."""
+def tiny_pipeline(folder: Path, seed: int = 0, **unet_changes: Any) -> StableDiffusionPipeline:
+    """Return a Stable Diffusion pipeline of random weights; the tokenizer's files are written into `folder`."""
     tokenizer = tiny_tokenizer(folder)
     vae = tiny_vae(seed)
     text_encoder = CLIPTextModel(

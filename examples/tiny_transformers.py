@@ -12,6 +12,7 @@ from diffusers import (
 
 
 def tiny_pixart() -> PixArtTransformer2DModel:
+    """Return a PixArt transformer of two blocks."""
     torch.manual_seed(0)
     return PixArtTransformer2DModel(
         num_attention_heads=4,
@@ -28,6 +29,7 @@ def tiny_pixart() -> PixArtTransformer2DModel:
 
 
 def tiny_sd3() -> SD3Transformer2DModel:
+    """Return a Stable Diffusion 3 transformer of two blocks."""
     torch.manual_seed(0)
     return SD3Transformer2DModel(
         sample_size=8,
@@ -45,6 +47,7 @@ def tiny_sd3() -> SD3Transformer2DModel:
 
 
 def tiny_flux() -> FluxTransformer2DModel:
+    """Return a Flux transformer of three blocks."""
     torch.manual_seed(0)
     return FluxTransformer2DModel(
         patch_size=1,
@@ -61,6 +64,7 @@ def tiny_flux() -> FluxTransformer2DModel:
 
 
 def tiny_sana() -> SanaTransformer2DModel:
+    """Return a Sana transformer of two blocks."""
     torch.manual_seed(0)
     return SanaTransformer2DModel(
         in_channels=4,

@@ -141,7 +141,7 @@ def test_a_target_that_no_assignment_reaches_is_named_with_what_can_be(target):
 def test_a_module_left_alone_that_is_not_there_is_refused_untouched(make_config, call_unet):
     unet = tiny_unet()
     before = call_unet(unet)
-    with pytest.raises(ValueError, match="UNet2DConditionModel has no conv_inn. Did you mean conv_in"):
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel has no conv_inn. Did you mean conv_in"):
         quantize_model(unet, make_config(modules_to_not_convert=["conv_inn", "attn2.to_k"]), progress=False)
     assert torch.equal(call_unet(unet), before)
 
@@ -159,7 +159,7 @@ def test_a_refused_recipe_or_target_leaves_the_model_untouched(recipe, call_unet
     unet = tiny_unet()
     expected = call_unet(unet)
     for config in (BitsFusionConfig(target_bits=0.5), BitsFusionConfig(recipe=recipe | {"nothing": 2})):
-        with pytest.raises(ValueError, match="cannot be reached|lacks"):
+        with pytest.raises(ValueError, match=r"cannot be reached|lacks"):
             quantize_model(unet, config, progress=False)
     assert torch.equal(call_unet(unet), expected)
     assert not getattr(unet, "is_quantized", False)

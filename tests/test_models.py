@@ -217,7 +217,7 @@ def test_kept_time_embeddings_have_the_bits_of_first_and_last_layers():
 def test_a_controlnet_too_narrow_to_restore_its_table_stays_whole(tmp_path):
     model = quantized(build("ControlNet"), time_embedding="table")
     expected = call(model)
-    with pytest.raises(ValueError, match='cannot be turned back .*time_embedding="keep"'):
+    with pytest.raises(ValueError, match=r'cannot be turned back .*time_embedding="keep"'):
         model.dequantize()
     assert isinstance(model.conv_in, PackedWeight) and model.is_quantized
     assert torch.equal(call(model), expected)

@@ -129,7 +129,7 @@ def _is_ordinary(name, module):
 
 
 def test_bad_input(make_config):
-    with pytest.raises(ValueError, match="not in training. Call `prepare_qat"):
+    with pytest.raises(ValueError, match=r"not in training. Call `prepare_qat"):
         convert(tiny_unet())
     with pytest.raises(ValueError, match="does not quantize: conv_nowhere"):
         prepare_qat(tiny_unet(), make_config(), layers=["conv_nowhere"])
@@ -141,8 +141,8 @@ def test_bad_input(make_config):
         prepare_qat(quantize_model(tiny_unet(), make_config(), progress=False), make_config())
     broken = tiny_unet()
     broken.conv_out.weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match="Cannot quantize conv_out.weight: output channel 0"):
+    with pytest.raises(ValueError, match=r"Cannot quantize conv_out.weight: output channel 0"):
         prepare_qat(broken, make_config())
     prepared.conv_norm_out.bias.data[0] = torch.nan
-    with pytest.raises(ValueError, match="Cannot convert: conv_norm_out.bias holds NaN"):
+    with pytest.raises(ValueError, match=r"Cannot convert: conv_norm_out.bias holds NaN"):
         convert(prepared)

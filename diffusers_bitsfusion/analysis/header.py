@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..utils.errors import DamagedFileError, shown
+from ..utils.installation import install_command
 from ..utils.json_files import is_count, is_list_of, is_number
 
 # Value of "format" in a header.
@@ -100,7 +101,7 @@ class Header:
         if isinstance(version, int) and version > VERSION:
             raise ValueError(
                 f"{where} has version {version}, newer than the {VERSION} that this diffusers_bitsfusion reads. "
-                "Upgrade with `pip install -U diffusers_bitsfusion`."
+                f"Upgrade with `{install_command(upgrade=True)}`."
             )
         values: dict[str, Any] = {key: value for key, value in content.items() if key not in ("format", "version")}
         problem = _problem_of_header(values) if version == VERSION else f"version is {shown(version)}"

@@ -7,13 +7,15 @@ from itertools import accumulate, groupby
 
 import numpy as np
 
+from ..utils.installation import install_command
+
 try:
     from matplotlib import colormaps
     from matplotlib.axes import Axes
     from matplotlib.colors import BoundaryNorm
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError("The report needs matplotlib: pip install diffusers_bitsfusion[plot]") from error
+    raise ImportError(f"The report needs matplotlib: {install_command('plot')}") from error
 
 from ..allocation.paper_rule import ETA
 from .results import Analysis

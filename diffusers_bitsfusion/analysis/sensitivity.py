@@ -15,7 +15,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from ..evaluation import Clip, load_pipeline
-from ..evaluation.images import require_image_metrics
+from ..evaluation.image_distances import require_image_metrics
 from ..utils.fingerprints import hash_of_settings, hash_of_weights
 from ..utils.processes import process_state
 from . import estimates, single_layer

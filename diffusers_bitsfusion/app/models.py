@@ -1,4 +1,4 @@
-"""The pipelines that the page draws with: found, named and loaded."""
+"""The pipelines of the page: found, named and loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from huggingface_hub import snapshot_download
 from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation.pipeline import DENOISERS, check_pipeline, default_device, default_dtype, load_pipeline
 from ..reporting.model_card import origin
-from ..reporting.size_report import SizeReport, size_report
+from ..reporting.report_types import SizeReport
+from ..reporting.size_report import size_report
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Quantized:
 
     Attributes:
         folder: where it is saved.
-        pipeline: ready to draw.
+        pipeline: loaded, ready to sample.
         report: of the denoiser's file.
     """
 
@@ -34,12 +35,12 @@ class Quantized:
 
     @property
     def label(self) -> str:
-        """What was done to it, and its bits a weight: "trained, 2.03 bits"."""
+        """The origin of the weights and their bits a weight: "trained, 2.03 bits"."""
         return f"{origin(self.folder)}, {self.report.average_bits.layers:.2f} bits ({self.folder.name})"
 
 
 def fetch(source: str | os.PathLike[str]) -> Path:
-    """The folder of a pipeline or model, downloaded where `source` is a Hub id.
+    """Return the folder of a pipeline or model, downloaded where `source` is a Hub id.
 
     Raises:
         OSError: there is neither.
@@ -48,7 +49,7 @@ def fetch(source: str | os.PathLike[str]) -> Path:
 
 
 def denoiser_folder(folder: Path) -> Path:
-    """The folder of the UNet or transformer in that of a pipeline; `folder` itself where it is one.
+    """Return the folder of the UNet or transformer in a pipeline's; `folder` itself where it holds a model.
 
     Raises:
         ValueError: a pipeline without UNet or transformer.
@@ -78,7 +79,7 @@ def quantize(source: Path, folder: Path, target_bits: float) -> Path:
 
 
 def load(folder: Path, **options: Any) -> DiffusionPipeline:
-    """A pipeline in fp16 on the GPU where there is one, else in fp32 on the CPU; with `unet`, that model in it."""
+    """Load a pipeline in fp16 on a GPU, where there is none in fp32 on the CPU; with `unet`, that model in it."""
     return load_pipeline(folder, dtype=default_dtype(default_device()), **options)
 
 

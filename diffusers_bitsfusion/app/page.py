@@ -1,4 +1,4 @@
-"""The page: a prompt, both pictures, sizes, times and the difference."""
+"""The page: a prompt, both images, sizes, times and the difference."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import gradio as gr
 from diffusers import DiffusionPipeline
 
 from ..codec.weight_files import weight_files
-from ..reporting.size_report import MB, size_report
-from . import drawing
+from ..reporting.report_types import MB
+from ..reporting.size_report import size_report
+from . import sampling
 from .models import Quantized, denoiser_folder, load, load_quantized, refuse_quantized
 
+# Style sheet of the page.
 CSS = """
 .picture { aspect-ratio: 1 }
 .picture .image-container, .image-frame img { width: 100%; height: 100%; object-fit: contain }
@@ -22,19 +24,20 @@ CSS = """
 .figures table { width: 100% }
 .figures td, .figures th { overflow-wrap: normal !important; word-break: normal !important }
 """
+# Arguments of `gr.Blocks.launch` for the page.
 LAUNCH: dict[str, Any] = {"show_error": True, "css": CSS}
 
 Row = tuple[str, str, str, str]
 
 
 def table(rows: Iterable[Row]) -> str:
-    """A Markdown table of figures, full precision beside quantized."""
+    """Return a Markdown table of figures, full precision beside quantized."""
     lines = [("", "full", "quantized", ""), ("---",) * 4, *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-class Contest:
-    """Draws with the full-precision pipeline and with quantized ones.
+class Comparison:
+    """The full-precision pipeline and the quantized ones that are compared with it.
 
     Args:
         folder: of the full-precision pipeline.
@@ -42,14 +45,14 @@ class Contest:
         quantized: what is compared with it.
     """
 
-    def __init__(self, folder: Path, pipeline: DiffusionPipeline, quantized: Sequence[Quantized]):
+    def __init__(self, folder: Path, pipeline: DiffusionPipeline, quantized: Sequence[Quantized]) -> None:
         self.pipeline = pipeline
         self.quantized = {each.label: each for each in quantized}
         self.file_bytes = sum(file.stat().st_size for file in weight_files(denoiser_folder(folder)))
         self._warm: set[str] = set()
 
     def sizes(self, label: str) -> list[Row]:
-        """The rows of the table that say how large both denoisers are."""
+        """Return the rows of the table that say how large both denoisers are."""
         chosen = self.quantized[label]
         packed, full = _denoiser(chosen.pipeline), _denoiser(self.pipeline)
         in_memory = size_report(packed)
@@ -68,9 +71,9 @@ class Contest:
         guidance_scale: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> Iterator[tuple[Any, ...]]:
-        """Yield both pictures, their difference and the table of figures, each as soon as it is there."""
+        """Yield both images, their difference and the table of figures, each as soon as it is there."""
         if seed is None:
-            raise gr.Error("The seed is missing: a whole number, for the noise that both pictures start from.")
+            raise gr.Error("The seed is missing: a whole number, for the noise that both images start from.")
         arguments = {"prompt": prompt, "negative_prompt": negative_prompt, "num_inference_steps": steps}
         arguments["guidance_scale"] = guidance_scale
         sizes = self.sizes(label)
@@ -79,17 +82,19 @@ class Contest:
         self._warm_up(label, quantized, arguments)
 
         yield None, None, None, table(sizes)
-        a, a_time = drawing.draw(self.pipeline, seed, lambda *step: progress(step, desc="Full precision"), **arguments)
+        a, a_time = sampling.sample(
+            self.pipeline, seed, lambda *step: progress(step, desc="Full precision"), **arguments
+        )
         yield a, None, None, table(sizes)
-        b, b_time = drawing.draw(quantized, seed, lambda *step: progress(step, desc="Quantized"), **arguments)
-        apart, psnr = drawing.difference(a, b)
+        b, b_time = sampling.sample(quantized, seed, lambda *step: progress(step, desc="Quantized"), **arguments)
+        apart, psnr = sampling.difference(a, b)
         times = ("Time", f"{a_time:.2f} s", f"{b_time:.2f} s", f"{b_time / a_time:.2f} of full")
         shown = "∞" if math.isinf(psnr) else f"{psnr:.2f} dB"
         yield a, b, apart, table([*sizes, times, ("PSNR", "", "", shown)])
 
     def _warm_up(self, name: str, pipeline: DiffusionPipeline, arguments: dict[str, Any]) -> None:
         if name not in self._warm:
-            drawing.warm_up(pipeline, **arguments)
+            sampling.warm_up(pipeline, **arguments)
             self._warm.add(name)
 
 
@@ -103,7 +108,7 @@ def _size_row(name: str, full: int, report: Any) -> Row:
 
 
 def build_app(full: Path, *quantized: Path, examples: Sequence[str] = ()) -> gr.Blocks:
-    """The page for a Stable Diffusion pipeline and quantized ones, all of which stay loaded.
+    """Return the page for a Stable Diffusion pipeline and quantized ones, all of which stay loaded.
 
     Args:
         full: folder of the pipeline in full precision.
@@ -115,13 +120,14 @@ def build_app(full: Path, *quantized: Path, examples: Sequence[str] = ()) -> gr.
         ValueError: `full` is quantized, or one of `quantized` is not quantized by this package.
     """
     refuse_quantized(full)
-    contest = Contest(full, load(full), [load_quantized(folder, full) for folder in quantized])
-    labels = list(contest.quantized)
-    pipeline = contest.pipeline
+    comparison = Comparison(full, load(full), [load_quantized(folder, full) for folder in quantized])
+    labels = list(comparison.quantized)
+    pipeline = comparison.pipeline
     pixels = _denoiser(pipeline).config.sample_size * pipeline.vae_scale_factor
-    with gr.Blocks(title="Full precision beside quantized", analytics_enabled=False) as app:
+    app = gr.Blocks(title="Full precision beside quantized", analytics_enabled=False)
+    with app:
         gr.Markdown(
-            f"# Full precision beside quantized\n**{full.name}** in full precision, and quantized. Both pictures "
+            f"# Full precision beside quantized\n**{full.name}** in full precision, and quantized. Both images "
             "start from the same noise."
         )
         model = gr.Radio(labels, value=labels[0], label="Quantized model", visible=True)
@@ -142,12 +148,12 @@ def build_app(full: Path, *quantized: Path, examples: Sequence[str] = ()) -> gr.
         with gr.Row():
             classes = ["picture", "small"] if pixels < 256 else ["picture"]
             look: dict[str, Any] = {"format": "png", "buttons": ["download", "fullscreen"], "elem_classes": classes}
-            pictures = [
+            images = [
                 gr.Image(label=label, interactive=False, **look)
                 for label in ("Full precision", "Quantized", "Difference")
             ]
-        figures = gr.Markdown(table(contest.sizes(labels[0])), elem_classes="figures")
-        model.change(lambda label: table(contest.sizes(label)), model, figures)
-        outputs = [*pictures, figures]
-        gr.on([button.click, prompt.submit], contest.generate, inputs, outputs, show_progress_on=pictures[-1])
+        figures = gr.Markdown(table(comparison.sizes(labels[0])), elem_classes="figures")
+        model.change(lambda label: table(comparison.sizes(label)), model, figures)
+        outputs = [*images, figures]
+        gr.on([button.click, prompt.submit], comparison.generate, inputs, outputs, show_progress_on=images[-1])
     return app

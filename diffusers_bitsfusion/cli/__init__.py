@@ -27,13 +27,13 @@ from .vote import vote
 app = typer.Typer(
     name="bitsfusion",
     no_args_is_help=True,
-    rich_markup_mode=None,  # which would take "[eval]" and "[default: 16]" for styles, and leave them out
+    rich_markup_mode=None,  # rich would take "[eval]" and "[default: 16]" for styles, and leave them out
     pretty_exceptions_enable=False,
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         others = ", ".join(f"{name} {version(name)}" for name in ("diffusers", "torch"))
         typer.echo(f"diffusers_bitsfusion {version('diffusers_bitsfusion')} ({others}, Python {python_version()})")
         raise typer.Exit()
@@ -52,5 +52,5 @@ def main(
 for _function in (quantize, inspect, draw, compare, evaluate, vote, analyze, allocate):
     app.command(cls=JsonCommand)(command(_function))
 app.command("app")(command(launch_app))
-# The options of training are those of a training script of diffusers, which argparse reads.
+# Options of training are those of diffusers' training scripts, so argparse parses them.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)(train)

@@ -25,7 +25,7 @@ def allocate(
     eta: Annotated[float, typer.Option(help="Exponent of the size in the paper's rule.")] = 0.3,
     metric: Annotated[
         str | None,
-        typer.Option(help='Stands for damage; "psnr": the geometric mean of the MSE. Default: mse.'),
+        typer.Option(help='Sensitivity to allocate by; "psnr": the geometric mean of the MSE. Default: mse.'),
     ] = None,
     model: Annotated[
         str | None,
@@ -34,7 +34,7 @@ def allocate(
     time_embedding: Annotated[
         TimeEmbedding | None,
         typer.Option(
-            help='With --model: what `quantize` will be told, "table" for example, since it counts among the bits; '
+            help='With --model: the value given to `quantize`, "table" for example, since it counts among the bits; '
             "default: as the analysis found it."
         ),
     ] = None,

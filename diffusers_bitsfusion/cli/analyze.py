@@ -14,7 +14,7 @@ from .sources import check_holds_something, config_folder
 
 def analyze(
     source: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline in full precision.")],
-    out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted analysis goes on from it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the result; an interrupted analysis continues from it.")],
     method: Annotated[
         str,
         typer.Option(help='"full", "calibrated", or an estimate: "prediction", "gradient", "output" or "weight".'),
@@ -28,7 +28,7 @@ def analyze(
     clip: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a CLIP; default: clip/ in the folder of SOURCE.")
     ] = None,
-    num_images: Annotated[int, typer.Option(help="Draw so many of the prompts, for every layer and n.")] = 16,
+    num_images: Annotated[int, typer.Option(help="Images of so many prompts, for every layer and n.")] = 16,
     steps: Steps = 20,
     guidance_scale: GuidanceScale = 7.5,
     seed: Seed = 1024,
@@ -43,7 +43,7 @@ def analyze(
     report: Annotated[bool, typer.Option("--report", help="Write report.html into OUT; needs [plot].")] = False,
     json_file: Json = None,
 ) -> None:
-    """Measure how much it hurts to round each layer alone to 1, 2 and 3 bits.
+    """Measure the sensitivity of each layer: the loss by rounding it alone to 1, 2 and 3 bits.
 
     Shared out over processes by `accelerate launch -m diffusers_bitsfusion analyze ...`, on CPUs by `torchrun`.
     """
@@ -53,9 +53,8 @@ def analyze(
     from diffusers_bitsfusion.utils.processes import process_state
 
     if report:
-        from diffusers_bitsfusion.analysis.report_page import (
-            write_report,  # a missing package shows now, not after hours
-        )
+        # Imported before the work, so that a missing package is reported at once.
+        from diffusers_bitsfusion.analysis.report_page import write_report
     captions = []
     if method != "weight":
         found = read_prompts(prompts or default_prompts(source))

@@ -1,4 +1,4 @@
-"""What the commands share: how loud they are, how errors end them, and how results are written."""
+"""Shared parts of the commands: verbosity, errors that end a command, and the output of results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _loudness(quiet: bool, verbose: bool) -> Iterator[None]:
     tokens = [(_quiet, _quiet.set(quiet)), (_verbose, _verbose.set(verbose))]
     before = os.environ.get("TQDM_DISABLE")
     if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # before anything imports tqdm, which reads it then
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which happens later
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -104,7 +104,7 @@ def user_errors() -> Iterator[None]:
 
 
 def _is_of_file(error: Exception) -> bool:
-    from safetensors import SafetensorError  # a full disk, a damaged file
+    from safetensors import SafetensorError  # raised for full disks and damaged files
 
     return isinstance(error, SafetensorError)
 
@@ -116,13 +116,13 @@ def _one_line(error: Exception) -> str:
 
 
 def say(text: str) -> None:
-    """Print what is no result, unless `--quiet` was given."""
+    """Print a message that is no result, unless `--quiet` was given."""
     if not _quiet.get():
         typer.echo(text)
 
 
 def show_progress() -> bool:
-    """Return whether progress bars are wanted."""
+    """Return whether to show progress bars."""
     return not _quiet.get()
 
 

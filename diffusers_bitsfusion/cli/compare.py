@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import check_output, show, show_progress
-from .draw import check_picture_name
+from .draw import check_image_name
 from .options import BatchSize, Device, Dtype, GuidanceScale, Json, Overwrite, PromptFile, Scheduler, Seed, Steps
 from .sources import config_folder, is_model
 
@@ -18,11 +18,11 @@ def compare(
         list[str],
         typer.Argument(
             metavar="A B...",
-            help="Folders or Hub ids of pipelines; from the second on also of a UNet or transformer alone, drawn "
+            help="Folders or Hub ids of pipelines; from the second on also of a UNet or transformer alone, used "
             "within the first pipeline.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Picture to write.")],
+    out: Annotated[Path, typer.Option(help="Image to write.")],
     prompts: PromptFile = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Instead of a file: a prompt; can be repeated; default: none.")
@@ -38,11 +38,11 @@ def compare(
     overwrite: Overwrite = False,
     json_file: Json = None,
 ) -> None:
-    """Draw the same prompts with several pipelines and put the images in one labelled grid."""
+    """Generate images of the same prompts with several pipelines, in one labelled grid."""
     if (prompts is None) == (not prompt):
         raise typer.BadParameter("give either a file of --prompts or a --prompt")
     check_output(out, overwrite)
-    check_picture_name(out)
+    check_image_name(out)
 
     import torch
 
@@ -55,7 +55,7 @@ def compare(
     found = read_prompts(prompts) if prompts is not None else [Prompt(text) for text in prompt or []]
     captions = [each.caption for each in sample_prompts(found, min(num_images, len(found)))]
     sampling = Sampling(steps, guidance_scale, seed, batch_size, scheduler)
-    # All of them are looked at before the first is drawn.
+    # All pipelines are checked before the first one samples.
     pipelines = [(paths[0], path) if is_model(config_folder(path)) else (path, None) for path in paths]
     for pipeline, _ in pipelines:
         check_pipeline(pipeline)

@@ -14,16 +14,16 @@ from .sources import Source, check_holds_something, config_folder
 
 def draw(
     path: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline, packed or in full precision.")],
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    out: Annotated[Path, typer.Option(help="Picture to write.")],
-    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw; default: nothing.")] = None,
+    prompt: Annotated[str, typer.Argument(help="What the image shows.")],
+    out: Annotated[Path, typer.Option(help="Image to write.")],
+    negative_prompt: Annotated[str | None, typer.Option(help="What it does not show; default: nothing.")] = None,
     unet: Annotated[
         str | None,
         typer.Option(help="Folder or Hub id of a UNet or transformer in place of the pipeline's; default: its own."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Inference steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 7.5,
-    seed: Annotated[int, typer.Option(help="Of the noise that the picture starts from.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise that the image starts from.")] = 0,
     height: Annotated[int | None, typer.Option(help="In pixels; default: the pipeline's own.")] = None,
     width: Annotated[int | None, typer.Option(help="In pixels; default: the pipeline's own.")] = None,
     dtype: Dtype = "auto",
@@ -33,9 +33,9 @@ def draw(
     overwrite: Overwrite = False,
     json_file: Json = None,
 ) -> None:
-    """Draw one picture of a prompt."""
+    """Generate one image of a prompt."""
     check_output(out, overwrite)
-    check_picture_name(out)
+    check_image_name(out)
     source = Source.find(path, revision=revision, variant=variant)
     if source.is_model:
         raise ValueError(f"{path} is a model alone. Name its pipeline, and give the model by --unet {path}.")
@@ -65,8 +65,8 @@ def draw(
     show(str(out), {"picture": str(out), "prompt": prompt, "seed": seed, "steps": steps}, json_file)
 
 
-def check_picture_name(file: Path) -> None:
-    """Refuse a name whose ending is no kind of picture, before anything is drawn.
+def check_image_name(file: Path) -> None:
+    """Refuse a name whose ending is no kind of image, before anything is sampled.
 
     Raises:
         ValueError: it is none.
@@ -74,4 +74,4 @@ def check_picture_name(file: Path) -> None:
     from PIL import Image
 
     if file.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"{file} does not end like a picture: .png, .jpg or .webp for example.")
+        raise ValueError(f"{file} does not end like an image: .png, .jpg or .webp for example.")

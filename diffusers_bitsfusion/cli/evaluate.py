@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +36,11 @@ def evaluate(
         str | None,
         typer.Option(help="Folder or Hub id of a CLIP; default: clip/ in the folder of PATH or of the reference."),
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Draw so many of the prompts; default: all.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Use so many of the prompts; default: all.")] = None,
     steps: Annotated[int, typer.Option(help="Inference steps.")] = 50,
     guidance_scale: Annotated[list[float] | None, typer.Option(help="Can be repeated; default: 7.5.")] = None,
     seed: Annotated[int, typer.Option(help="Base of the seeds of all images.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Images sampled at once; does not change them.")] = 8,
     dtype: Dtype = "auto",
     scheduler: Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipeline's own.")] = None,
     lpips: Annotated[bool, typer.Option("--lpips", help="Measure LPIPS too; needs the package lpips.")] = False,
@@ -102,61 +103,88 @@ def evaluate(
         str | None, typer.Option(help="Of the suite hpsv2; default: adams-story/HPSv2-hf.", rich_help_panel=_MODELS)
     ] = None,
 ) -> None:
-    """Draw a prompt set and score the images: compositional score, CLIP score, distances to a reference.
+    """Generate images of a prompt set and score them: compositional and CLIP score, distances to a reference.
 
     With --suite, published evaluations instead. Under `accelerate launch` the processes share the work.
     """
+    _evaluate(Namespace(**locals()))  # the options by name, as argparse passes them
+
+
+def _evaluate(args: Namespace) -> None:
     import torch
 
-    from diffusers_bitsfusion import evaluation
-    from diffusers_bitsfusion.reporting.model_card import add_section, check_card
+    from diffusers_bitsfusion.evaluation import Sampling
     from diffusers_bitsfusion.utils.processes import process_state
 
-    config_folder(path)  # which names a folder or model that is not there
+    _check_paths(args.path, args.json_file, args.card)
+    shared = {
+        "reference": args.reference,
+        "sampling": Sampling(steps=args.steps, seed=args.seed, batch_size=args.batch_size, scheduler=args.scheduler),
+        "guidance_scales": args.guidance_scale or (),
+        "images": args.images,
+        "dtype": None if args.dtype == "auto" else getattr(torch, args.dtype),
+    }
+    report = _evaluate_suites(args, shared) if args.suite else _evaluate_prompts(args, shared)
+    if process_state().is_main_process:
+        _write_report(report, args.path, args.json_file, args.card)
+
+
+def _check_paths(path: str, json_file: Path | None, card: bool) -> None:
+    """Refuse what cannot be read or written, before hours of sampling."""
+    from diffusers_bitsfusion.reporting.model_card import check_card
+
+    config_folder(path)  # raises an error that names a missing folder or model
     if json_file is not None and str(json_file) != "-":
-        json_file.parent.mkdir(parents=True, exist_ok=True)  # now, not after hours of sampling
+        json_file.parent.mkdir(parents=True, exist_ok=True)
     if card:
         check_card(Path(path))
-    shared: dict[str, Any] = {
-        "reference": reference,
-        "sampling": evaluation.Sampling(steps=steps, seed=seed, batch_size=batch_size, scheduler=scheduler),
-        "guidance_scales": guidance_scale or (),
-        "images": images,
-        "dtype": None if dtype == "auto" else getattr(torch, dtype),
-    }
-    if suite:
-        if scorer is not None or lpips:
-            raise ValueError("--scorer and --lpips are not for suites; run them without --suite.")
-        files = evaluation.SuiteFiles(
-            prompts=prompts or _prompts_beside(path, reference),
-            geneval_prompts=geneval_prompts,
-            tifa_prompts=tifa_prompts,
-            tifa_questions=tifa_questions,
-            detector=detector,
-            color_classifier=color_classifier,
-            vqa=vqa,
-            sentence_encoder=sentence_encoder,
-            clip=clip or evaluation.clip_beside(path, reference),
-            pickscore=pickscore,
-            hpsv2=hpsv2,
-            num_images=num_images,
-        )
-        report = evaluation.evaluate_suites(path, evaluation.load_suites(suite, files), **shared)
-    else:
-        read = evaluation.read_prompts(prompts or default_prompts(path, reference))
-        report = evaluation.evaluate(
-            path,
-            evaluation.sample_prompts(read, num_images),
-            scorer=None if scorer is None else evaluation.load_scorer(scorer),
-            clip=clip,
-            lpips=lpips,
-            **shared,
-        )
-    if not process_state().is_main_process:
-        return
-    show(evaluation.format_report(report), report, json_file)
+
+
+def _evaluate_suites(args: Namespace, shared: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of published evaluations."""
+    from diffusers_bitsfusion import evaluation
+
+    if args.scorer is not None or args.lpips:
+        raise ValueError("--scorer and --lpips are not for suites; run them without --suite.")
+    files = evaluation.SuiteFiles(
+        prompts=args.prompts or _prompts_beside(args.path, args.reference),
+        geneval_prompts=args.geneval_prompts,
+        tifa_prompts=args.tifa_prompts,
+        tifa_questions=args.tifa_questions,
+        detector=args.detector,
+        color_classifier=args.color_classifier,
+        vqa=args.vqa,
+        sentence_encoder=args.sentence_encoder,
+        clip=args.clip or evaluation.clip_beside(args.path, args.reference),
+        pickscore=args.pickscore,
+        hpsv2=args.hpsv2,
+        num_images=args.num_images,
+    )
+    return evaluation.evaluate_suites(args.path, evaluation.load_suites(args.suite, files), **shared)
+
+
+def _evaluate_prompts(args: Namespace, shared: dict[str, Any]) -> dict[str, Any]:
+    """Return the report of a prompt set."""
+    from diffusers_bitsfusion import evaluation
+
+    known = evaluation.read_prompts(args.prompts or default_prompts(args.path, args.reference))
+    return evaluation.evaluate(
+        args.path,
+        evaluation.sample_prompts(known, args.num_images),
+        scorer=None if args.scorer is None else evaluation.load_scorer(args.scorer),
+        clip=args.clip,
+        lpips=args.lpips,
+        **shared,
+    )
+
+
+def _write_report(report: dict[str, Any], path: str, json_file: Path | None, card: bool) -> None:
+    from diffusers_bitsfusion.evaluation import format_report
+    from diffusers_bitsfusion.reporting.model_card import add_section
+
+    show(format_report(report), report, json_file)
     if card:
-        add_section(Path(path), "Scores", f"```text\n{evaluation.format_report(report)}\n```")
+        add_section(Path(path), "Scores", f"```text\n{format_report(report)}\n```")
 
 
 def _prompts_beside(path: str, reference: str | None) -> str | None:

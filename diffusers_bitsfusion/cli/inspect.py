@@ -41,17 +41,17 @@ def inspect(
     revision: Revision = None,
     json_file: Json = None,
 ) -> None:
-    """Print where the bytes are, bits a weight by each convention, and the histogram of bits."""
-    asked: dict[str, Any] = {
+    """Print the bytes by part, bits a weight by each convention, and the histogram of bits."""
+    options: dict[str, Any] = {
         "recipe": int(recipe) if recipe is not None and recipe.isdecimal() else recipe,
         "target_bits": target_bits,
         "time_embedding": time_embedding,
         "in_out_bits": in_out_bits,
     }
-    given = {name: value for name, value in asked.items() if value is not None}
+    given = {name: value for name, value in options.items() if value is not None}
     if given and not plan:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise typer.BadParameter(f"{options}: only with --plan; what is quantized already is as it is")
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{names}: only with --plan; what is quantized already is as it is")
     if plan and (verify or repair):
         raise typer.BadParameter("--verify and --repair are for what is quantized, --plan for what is not")
 

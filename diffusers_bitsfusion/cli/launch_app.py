@@ -35,7 +35,9 @@ def launch_app(
     try:
         from diffusers_bitsfusion.app.page import LAUNCH, build_app
     except ModuleNotFoundError as error:
-        raise ImportError(f"{error}. Install the app's packages: pip install diffusers_bitsfusion[app]") from error
+        from diffusers_bitsfusion.utils.installation import install_command
+
+        raise ImportError(f"{error}. Install the app's packages: {install_command('app')}") from error
     from diffusers_bitsfusion.app.models import fetch, quantize, refuse_quantized
 
     full = fetch(pipeline)

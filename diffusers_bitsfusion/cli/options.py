@@ -30,7 +30,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Steps = Annotated[int, typer.Option(help="Inference steps of each image.")]
 GuidanceScale = Annotated[float, typer.Option(help="Of classifier-free guidance.")]
 Seed = Annotated[int, typer.Option(help="Base of the seeds of all images.")]
-BatchSize = Annotated[int, typer.Option(help="Images drawn at once; does not change them.")]
+BatchSize = Annotated[int, typer.Option(help="Images sampled at once; does not change them.")]
 Scheduler = Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipeline's own.")]
 PromptFile = Annotated[
     Path | None,

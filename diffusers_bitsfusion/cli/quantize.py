@@ -47,8 +47,8 @@ def quantize(
         bool,
         typer.Option(
             "--calibrate",
-            help="Round for the inputs that layers see while the pipeline draws. What is done is kept in "
-            "DST.calibration; after an interruption the same command goes on from there.",
+            help="Round for the inputs that layers see in sampling. What is done is kept in "
+            "DST.calibration; after an interruption the same command continues from there.",
         ),
     ] = False,
     prompts: Annotated[
@@ -57,9 +57,9 @@ def quantize(
             help="For --calibrate: text file, a prompt a line, or *.tsv with a Prompt column; default: shipped ones."
         ),
     ] = None,
-    samples: Annotated[int | None, typer.Option(help="For --calibrate: pictures drawn; default: 16.")] = None,
+    samples: Annotated[int | None, typer.Option(help="For --calibrate: images sampled; default: 16.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="For --calibrate: inference steps of each picture; default: 20.")
+        int | None, typer.Option(help="For --calibrate: inference steps of each image; default: 20.")
     ] = None,
     tuning_steps: Annotated[
         int | None,
@@ -92,32 +92,25 @@ def quantize(
     import torch
 
     from diffusers_bitsfusion import BitsFusionConfig, size_report
-    from diffusers_bitsfusion.utils.hub import explaining_refusals
 
-    wanted: dict[str, Any] = {
+    options: dict[str, Any] = {
         "recipe": int(recipe) if recipe.isdecimal() else recipe,
         "target_bits": target_bits,
         "time_embedding": time_embedding,
         "in_out_bits": in_out_bits,
         "modules_to_not_convert": not_convert,
     }
-    if components:
-        wanted["components"] = components
-    configs = [BitsFusionConfig(**wanted)]
-    refuse_destination(source, destination, configs[0].components)
+    denoiser = BitsFusionConfig(**options | ({"components": components} if components else {}))
+    refuse_destination(source, destination, denoiser.components)
     check_output(destination, overwrite)
     found = Source.find(source, revision=revision, variant=variant, config=config)
-    configs += _text_encoder_configs(found, configs[0].components, text_encoder_bits)
+    configs = [denoiser, *_text_encoder_configs(found, denoiser.components, text_encoder_bits)]
     quantized = [name for part in configs for name in part.components]
     refuse_quantized(found.folder, quantized)
     calibration = _calibration(destination, prompts, given) if calibrate else None
     if push_to_hub is not None:
-        with explaining_refusals(push_to_hub):
-            _create_repository(push_to_hub)  # now, not after the work: a token that does not serve says so
-    if calibration is None:
-        loaded = _quantize_while_loading(found, configs, getattr(torch, dtype), device)
-    else:
-        loaded = _quantize_calibrated(found, configs, getattr(torch, dtype), device, calibration)
+        _create_repository(push_to_hub)  # before the work, so that a token without write access is reported at once
+    loaded = _quantize(found, configs, getattr(torch, dtype), device, calibration)
     loaded.save_pretrained(destination)
     if calibration is not None:
         shutil.rmtree(calibration.cache_dir)
@@ -161,7 +154,16 @@ def _calibration(destination: Path, prompts: Path | None, settings: dict[str, An
 def _create_repository(repo_id: str) -> None:
     from huggingface_hub import create_repo
 
-    create_repo(repo_id, exist_ok=True)
+    from diffusers_bitsfusion.utils.hub import explaining_refusals
+
+    with explaining_refusals(repo_id):
+        create_repo(repo_id, exist_ok=True)
+
+
+def _quantize(source: Source, configs: list[Any], dtype: Any, device: str | None, calibration: Any) -> Any:
+    if calibration is None:
+        return _quantize_while_loading(source, configs, dtype, device)
+    return _quantize_calibrated(source, configs, dtype, device, calibration)
 
 
 def _quantize_while_loading(source: Source, configs: list[Any], dtype: Any, device: str | None) -> Any:
@@ -185,8 +187,8 @@ def _quantize_calibrated(source: Source, configs: list[Any], dtype: Any, device:
     state = process_state()
     pipeline = source.load(dtype=dtype)
     place = state.device if device is None else torch.device(device)
-    if not source.is_model:  # which calibration refuses, in its own words
-        # In float16 a CPU computes, too, which diffusers' warning denies.
+    if not source.is_model:  # a model alone is refused by calibration, with its own message
+        # A CPU computes in float16 as well, though diffusers warns that it does not.
         pipeline.to(place, silence_dtype_warnings=True)
     progress = {} if show_progress() else {"progress": False}
     for config, run in zip(configs, (calibration, None), strict=False):
@@ -209,8 +211,8 @@ def _next_lines(source: Source, loaded: Any, destination: Path, repo_id: str | N
         lines += ["Load it:", "", f"    import diffusers_bitsfusion; from diffusers import {name}"]
         lines += [f'    model = {name}.from_pretrained("{place}")']
     else:
-        lines += ["Draw with it by `bitsfusion draw`, or in Python:", ""]
+        lines += ["Generate images with it by `bitsfusion draw`, or in Python:", ""]
         lines += ["    import diffusers_bitsfusion, diffusers"]
         lines += [f'    pipe = diffusers.DiffusionPipeline.from_pretrained("{place}")']
-        lines += ['    pipe("a red circle").images[0].save("picture.png")']
+        lines += ['    pipe("a red circle").images[0].save("image.png")']
     return "\n".join(lines)

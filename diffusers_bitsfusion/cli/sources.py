@@ -1,4 +1,4 @@
-"""Where pipelines and models come from: folders, the Hub, single files."""
+"""Sources of pipelines and models: folders, the Hub, single files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Source:
     Attributes:
         name: folder, Hub id or single file, as the user wrote it.
         folder: with its configs.
-        options: which of its files to load, as `from_pretrained` takes them.
+        options: which of its files to load, as arguments of `from_pretrained`.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Source:
     def find(
         cls, name: str, *, revision: str | None = None, variant: str | None = None, config: str | None = None
     ) -> Source:
-        """Find out what `name` is.
+        """Return the source that `name` stands for.
 
         Args:
             name: folder or Hub id of a pipeline or model, or a file of an original Stable Diffusion checkpoint.
@@ -41,7 +41,7 @@ class Source:
 
         Raises:
             ValueError: it is nothing of this, or a folder that holds neither pipeline nor model.
-            OSError: the Hub has no such repository, or cannot be asked.
+            OSError: the Hub has no such repository, or cannot be reached.
         """
         if Path(name).is_file() and Path(name).suffix in _SINGLE_FILES:
             return cls(name, config_folder(config or _usual_config(name), revision), {})
@@ -98,7 +98,7 @@ def config_folder(source: str, revision: str | None = None, *, weights: bool = F
 
     Raises:
         ValueError: it is neither a folder nor a Hub id.
-        OSError: the Hub has no such repository, or cannot be asked.
+        OSError: the Hub has no such repository, or cannot be reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -118,8 +118,8 @@ def config_folder(source: str, revision: str | None = None, *, weights: bool = F
         raise ValueError(f"{source} is neither a folder nor a Hub id.") from error
     except LocalEntryNotFoundError as error:
         raise OSError(
-            f"There is no folder {source}, and whether the Hub has a model of this name cannot be asked (there is no "
-            "connection, or HF_HUB_OFFLINE is set)."
+            f"There is no folder {source}, and the Hub cannot be reached to look for a model of this name (there is "
+            "no connection, or HF_HUB_OFFLINE is set)."
         ) from error
     except RevisionNotFoundError as error:
         raise OSError(f"{source} has no revision {revision!r} on the Hub.") from error
@@ -133,14 +133,15 @@ def config_folder(source: str, revision: str | None = None, *, weights: bool = F
 
 
 def _usual_config(file: str) -> str:
-    """Return the Hub id of the pipeline whose configs diffusers takes for a single file."""
+    """Return the Hub id of the pipeline whose configs diffusers uses for a single file."""
     from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
 
-    return fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+    name: str = fetch_diffusers_config(load_single_file_checkpoint(file))["pretrained_model_name_or_path"]
+    return name
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a `config_folder` is that of a model rather than of a pipeline."""
+    """Return whether a `config_folder` holds a model rather than a pipeline."""
     return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
 
 
@@ -185,7 +186,8 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     from diffusers_bitsfusion.utils.json_files import read_json
 
-    return read_json(file, non_finite=True)
+    config: dict[str, Any] = read_json(file, non_finite=True)
+    return config
 
 
 def _only_variant(folder: Path) -> str | None:
@@ -227,7 +229,7 @@ def refuse_destination(source: str, destination: Path, components: Iterable[str]
     """
     if Path(source).is_dir():
         read, written = Path(source).resolve(), destination.resolve()
-        if read == written or destination.exists() and os.path.samefile(source, destination):
+        if read == written or (destination.exists() and os.path.samefile(source, destination)):
             raise ValueError(f"SRC and DST are one folder, {read}: choose another DST, or the original would be lost.")
         if read in written.parents or written in read.parents:
             raise ValueError(f"One of SRC {read} and DST {written} is within the other: choose another DST.")

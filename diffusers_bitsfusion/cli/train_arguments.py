@@ -10,8 +10,8 @@ from collections.abc import Sequence
 TIMESTEP_SAMPLING = ("beta", "uniform", "error")
 
 
-# The least value of each number that is counted or measured with.
-_LEAST = {
+# Smallest valid value of each numeric argument.
+_MIN_VALUES = {
     "max_train_steps": 1,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
@@ -36,7 +36,7 @@ _LEAST = {
 
 
 class _Help(argparse.HelpFormatter):
-    """Ends the help of every option with its default."""
+    """A formatter that ends the help of every option with its default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -98,7 +98,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         choices=("rounding", "calibrated"),
         default="rounding",
         help="What Stage I starts from: rounded weights, or weights rounded for the inputs that layers see while the "
-        "teacher draws a few pictures.",
+        "teacher samples a few images.",
     )
 
 
@@ -135,25 +135,25 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "--timestep_sampling",
         choices=TIMESTEP_SAMPLING,
         default="beta",
-        help="Distribution that timesteps are drawn from.",
+        help="Distribution that timesteps are sampled from.",
     )
     group.add_argument("--timestep_alpha", type=float, default=3.0, help="Alpha of Beta(alpha, 1).")
     group.add_argument(
-        "--measure_timestep_error", action="store_true", help="Measure and draw the error along the timesteps; end."
+        "--measure_timestep_error", action="store_true", help="Measure and plot the error along the timesteps; end."
     )
     group.add_argument("--timestep_error_samples", type=int, default=2560, help="Samples for that.")
     group.add_argument(
         "--proportion_empty_prompts", type=float, default=0.1, help="Probability of training on the empty text."
     )
     group.add_argument(
-        "--drawing_steps", type=int, default=10, help="Steps of the teacher's drawings, with --prompts."
+        "--drawing_steps", type=int, default=10, help="Inference steps of the teacher's latents, with --prompts."
     )
-    group.add_argument("--guidance_scale", type=float, default=7.5, help="Of those drawings.")
+    group.add_argument("--guidance_scale", type=float, default=7.5, help="Of those latents.")
     group.add_argument(
         "--redraw_every",
         type=int,
         default=10,
-        help="Training steps that a batch of drawings serves, noised anew at each.",
+        help="Training steps that a batch of latents serves, with new noise at each.",
     )
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="If not as saved.")
 
@@ -198,7 +198,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--resume_from_checkpoint",
         help='"latest", or the path of a checkpoint or its name in OUTPUT_DIR/stage1 or stage2.',
     )
-    group.add_argument("--estimate_only", action="store_true", help="Print what the run takes; end.")
+    group.add_argument("--estimate_only", action="store_true", help="Print the time and memory of the run; end.")
     group.add_argument("--report_to", help='"tensorboard", "wandb", ... or "all". Default: none.')
     group.add_argument("--logging_dir", default="logs", help="Within OUTPUT_DIR.")
     group.add_argument("--tracker_project_name", default="train_bitsfusion", help="Of the trackers.")
@@ -209,7 +209,7 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
 
 def _add_validation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("validation")
-    group.add_argument("--validation_prompts", nargs="+", help="Drawn by teacher and student, side by side.")
+    group.add_argument("--validation_prompts", nargs="+", help="Prompts for teacher and student, side by side.")
     group.add_argument("--validation_file", help="Instead, a tab-separated file as for `bitsfusion evaluate`.")
     group.add_argument("--validation_scorer", help="MODULE:FUNCTION that judges images by the file's Spec.")
     group.add_argument("--validation_steps", type=int, default=500, help="Steps between validations.")
@@ -217,15 +217,24 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
         "--validation_guidance_scale", type=float, default=7.5, help="Of classifier-free guidance in validation."
     )
     group.add_argument("--num_inference_steps", type=int, default=50, help="Of a validation image.")
-    group.add_argument("--validation_grid", type=int, default=8, help="Prompts in the picture; all are scored.")
+    group.add_argument("--validation_grid", type=int, default=8, help="Prompts in the image; all are scored.")
 
 
 def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    _check_data(parser, args)
+    _check_combinations(parser, args)
+    _check_values(parser, args)
+
+
+def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     has_images = args.dataset_name is not None or args.train_data_dir is not None
     if not has_images and args.prompts is None:
         parser.error("Need either a dataset name, a training folder or a file of prompts.")
     if not has_images and args.stage != "1":
         parser.error("Stage II learns from images: give --dataset_name or --train_data_dir, or run --stage 1.")
+
+
+def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.validation_scorer is not None and args.validation_file is None:
         parser.error("--validation_scorer needs --validation_file, whose Spec column it reads.")
     if args.init_from is not None and args.stage != "2":
@@ -236,10 +245,13 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("In full precision there is no error of quantization to measure along the timesteps.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
-    for name, least in _LEAST.items():
+
+
+def _check_values(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name, minimum in _MIN_VALUES.items():
         for argument in (name, f"stage2_{name}"):
             value = getattr(args, argument, None)
-            if value is not None and value < least:
-                parser.error(f"--{argument} must be at least {least}.")
+            if value is not None and value < minimum:
+                parser.error(f"--{argument} must be at least {minimum}.")
     if not 0 <= args.proportion_empty_prompts <= 1:
         parser.error("--proportion_empty_prompts must be in the range [0, 1].")

@@ -27,18 +27,18 @@ def vote(
     images: Annotated[
         Path | None, typer.Option(help="Folder of the images, as of `evaluate`; default: in the folder of the vote.")
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Draw so many of the prompts; default: all.")] = None,
+    num_images: Annotated[int | None, typer.Option(help="Use so many of the prompts; default: all.")] = None,
     steps: Annotated[int, typer.Option(help="Inference steps.")] = 50,
     guidance_scale: Annotated[float, typer.Option(help="Of classifier-free guidance.")] = 7.5,
     seed: Annotated[int, typer.Option(help="Base of the seeds of all images.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Images drawn at once; does not change them.")] = 8,
+    batch_size: Annotated[int, typer.Option(help="Images sampled at once; does not change them.")] = 8,
     dtype: Dtype = "auto",
     scheduler: Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipelines' own.")] = None,
 ) -> None:
     """Ask people which of two pipelines' images they prefer, on a page in the browser, or sum up what they said.
 
-    The page shows two images of equal seed in random, hidden order. Every vote is on the disk at once; raters go on by
-    their name.
+    The page shows two images of equal seed in random, hidden order. Every vote is on the disk at once; raters continue
+    by their name.
     """
     if report:
         _report(out)
@@ -48,19 +48,19 @@ def vote(
     import torch
 
     from diffusers_bitsfusion import evaluation
-    from diffusers_bitsfusion.evaluation.pictures import draw_pictures
+    from diffusers_bitsfusion.evaluation.image_sets import generate_image_sets
     from diffusers_bitsfusion.evaluation.suites.captions import read_caption_file
     from diffusers_bitsfusion.evaluation.votes import VoteStore
     from diffusers_bitsfusion.evaluation.votes.page import build_page
     from diffusers_bitsfusion.utils.processes import process_state
 
-    found = read_caption_file(prompts or default_prompts(source, destination))
-    chosen = evaluation.sample_prompts(found, num_images)
+    known = read_caption_file(prompts or default_prompts(source, destination))
+    chosen = evaluation.sample_prompts(known, num_images)
     captions = [prompt.caption for prompt in chosen]
     sampling = evaluation.Sampling(steps, guidance_scale, seed, batch_size, scheduler)
     kind = None if dtype == "auto" else getattr(torch, dtype)
     folders = {
-        side: draw_pictures(path, [captions], [sampling], images or out / "images", kind).folders[0][0]
+        side: generate_image_sets(path, [captions], [sampling], images or out / "images", kind).folders[0][0]
         for side, path in (("source", source), ("destination", destination))
     }
     if not process_state().is_main_process:

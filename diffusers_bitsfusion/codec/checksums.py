@@ -25,7 +25,7 @@ from .schema import CheckpointSchema
 METADATA_KEY = "bitsfusion_checksums"
 ALGORITHM = "crc32"
 
-# Of what a packed model's file may hold; safetensors' names by torch's.
+# Dtypes of tensors in a packed model's file, safetensors' names by torch's.
 _DTYPE_NAMES = {
     torch.bool: "BOOL",
     torch.uint8: "U8",
@@ -46,7 +46,7 @@ _verify: ContextVar[bool] = ContextVar("verify", default=True)
 
 @contextmanager
 def loading(*, verify: bool = True) -> Iterator[None]:
-    """Within it, `from_pretrained` compares every tensor of a packed model with its checksum, or does not.
+    """Let `from_pretrained` compare every tensor of a packed model with its checksum, or not, within this context.
 
     Args:
         verify: what to do; outside of any such block tensors are compared.
@@ -110,13 +110,13 @@ def verify_files(files: Sequence[Path], schema: CheckpointSchema) -> bool:
                 )
     values = set(found.values())
     for name in expected.keys() - found.keys():
-        if expected[name] not in values:  # of tied tensors one is in the file
+        if expected[name] not in values:  # only one of tied tensors is in the file
             raise DamagedFileError(files[0], f"lacks {shown(name)[1:-1]}, which was saved with the others")
     return True
 
 
 def _common_table(headers: Mapping[Path, SafetensorsHeader]) -> dict[str, str] | None:
-    """Checksums by name, which the files of a save have in common; None where no file has any."""
+    """Return checksums by name, which the files of a save have in common; None where no file has any."""
     texts = {header.metadata[METADATA_KEY] for header in headers.values() if METADATA_KEY in header.metadata}
     first = next(iter(headers))
     if len(texts) > 1:
@@ -142,7 +142,7 @@ def _of_tensor(name: str, tensor: Tensor, schema: CheckpointSchema) -> str:
 
 
 def _parts(header: SafetensorsHeader) -> Iterator[dict[str, TensorEntry]]:
-    """The tensors of a file in as many parts as there are threads, each of neighbours."""
+    """Return the tensors of a file in as many parts as there are threads, each of neighbours."""
     names = list(header.tensors)
     size = -(-len(names) // torch.get_num_threads()) or 1
     for start in range(0, len(names), size):
@@ -161,7 +161,7 @@ def _of_entries(file: Path, entries: Mapping[str, TensorEntry], schema: Checkpoi
 
 
 def _seed(name: str, dtype: str, shape: tuple[int, ...], schema: CheckpointSchema) -> int:
-    """Checksum of what a tensor's bytes mean."""
+    """Return the checksum of what a tensor's bytes mean."""
     meaning: list[object] = [dtype, list(shape)]
     owner, _, kind = name.rpartition(".")
     if kind == "codes" and owner in schema.layers:

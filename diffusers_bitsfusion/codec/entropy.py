@@ -7,19 +7,19 @@ import torch
 import zstandard
 from torch import Tensor
 
-# Digits have no repeats worth finding, only unequal frequencies: the fastest level's Huffman stage does all there is.
+# Level of zstd, the fastest: digits have unequal frequencies, for its Huffman stage, and no repeats worth finding.
 _LEVEL = 1
 
 
 def compress(data: Tensor) -> Tensor:
-    """uint8 tensor of any shape to a zstd frame, uint8 [frame bytes]."""
+    """Compress a uint8 tensor of any shape to a zstd frame, uint8 [frame bytes]."""
     array = np.ascontiguousarray(data.cpu().numpy())
     frame = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True).compress(array.data)
     return torch.frombuffer(bytearray(frame), dtype=torch.uint8)
 
 
 def decompress(frame: Tensor, size: int) -> Tensor:
-    """Inverse of `compress` for a frame that must hold exactly `size` bytes; uint8 [size].
+    """Decompress a frame of `compress` that must hold exactly `size` bytes; uint8 [size].
 
     Raises:
         ValueError: the frame is damaged, cut short, without its checksum, or of another size. The claimed size is

@@ -20,17 +20,17 @@ def check_bits(bits: int, where: str = "bits") -> int:
 
 
 def half_range(bits: int) -> int:
-    """Largest code: 2**(bits-1), or 127 at 8 bits, where 257 levels would not fit a byte."""
+    """Return the largest code: 2**(bits-1), or 127 at 8 bits, where 257 levels would not fit a byte."""
     return 127 if bits == 8 else 2 ** (bits - 1)
 
 
 def levels(bits: int) -> int:
-    """Number of balanced levels, 2**bits + 1 (255 at 8 bits)."""
+    """Return the number of balanced levels, 2**bits + 1 (255 at 8 bits)."""
     return 2 * half_range(bits) + 1
 
 
 def code_range(bits: int, balance: bool = True) -> tuple[int, int]:
-    """Smallest and largest code.
+    """Return the smallest and the largest code.
 
     `balance=False` is the plain two's complement grid of 2**bits levels, kept for comparison: a subset of the
     balanced grid, so that both share one storage. 8 bits are symmetric either way.
@@ -40,7 +40,7 @@ def code_range(bits: int, balance: bool = True) -> tuple[int, int]:
 
 
 def cost_in_bits(bits: int, balance: bool = True) -> float:
-    """Bits a weight in the paper's accounting: log2 of the number of levels (8 at 8 bits)."""
+    """Return the bits a weight in the paper's accounting: log2 of the number of levels (8 at 8 bits)."""
     if bits == 8:
         return 8.0
     low, high = code_range(bits, balance)

@@ -1,4 +1,4 @@
-"""Weights to packed codes and scales by the fastest way there is."""
+"""Weights to packed codes and scales by the fastest kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .scales import GAUSSIAN_STEP, check_finite, num_starts, quantize_rows
 
 
 def quantize_to_dense(weight: Tensor, bits: int, rounding: Rounding = Rounding()) -> tuple[Tensor, Tensor]:
-    """Like `scales.quantize_rows`, with the codes packed.
+    """Quantize as `scales.quantize_rows`, with the codes packed.
 
     Compiled on a CPU for the alternation, else plain torch. Both add up in fp64 and round the sums once, so that
     they agree to the bit unless a sum lies within fp64's rounding of the middle of two fp32 numbers.

@@ -27,22 +27,22 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def digits_per_word(bits: int) -> int:
-    """Digits that a word of the dense form holds."""
+    """Return the number of digits in a word of the dense form."""
     return DENSE_FORMS[bits].digits
 
 
 def byte_width(columns: int, bits: int) -> int:
-    """Bytes a row of `columns` codes takes in the byte form."""
+    """Return the bytes of a row of `columns` codes in the byte form."""
     return _ceil_div(columns, _DIGITS_PER_BYTE.get(bits, 1))
 
 
 def dense_width(columns: int, bits: int) -> int:
-    """Bytes a row of `columns` codes takes in the dense form."""
+    """Return the bytes of a row of `columns` codes in the dense form."""
     return DENSE_FORMS[bits].row_bytes(columns)
 
 
 def _to_words(codes: Tensor, bits: int, per_word: int, dtype: torch.dtype) -> Tensor:
-    """Join `per_word` planar digits of each row; codes int8 [R, C] to words [R, ceil(C / per_word)] of `dtype`."""
+    """Join `per_word` planar digits of each row: int8 [R, C] to words [R, ceil(C / per_word)] of `dtype`."""
     rows, columns = codes.shape
     half, base = half_range(bits), levels(bits)
     width = _ceil_div(columns, per_word)
@@ -56,13 +56,13 @@ def _to_words(codes: Tensor, bits: int, per_word: int, dtype: torch.dtype) -> Te
 
 
 def _from_words(words: Tensor, bits: int, per_word: int, columns: int) -> Tensor:
-    """Inverse of `_to_words`; int8 [R, columns]."""
+    """Split the words of `_to_words`; int8 [R, columns]."""
     digits = _split_digits(words.to(torch.float32), levels(bits), per_word)
     return torch.cat([digit.sub_(half_range(bits)).to(torch.int8) for digit in digits], dim=1)[:, :columns]
 
 
 def _split_digits(words: Tensor, base: int, per_word: int) -> Iterator[Tensor]:
-    """The `per_word` digits of fp32 `words`, lowest first, each of the words' shape; overwrites `words`."""
+    """Yield the `per_word` digits of fp32 `words`, lowest first, in the words' shape; overwrites `words`."""
     for _ in range(per_word - 1):
         quotient = divide(words, base)
         yield words.sub_(quotient, alpha=base)
@@ -71,7 +71,7 @@ def _split_digits(words: Tensor, base: int, per_word: int) -> Iterator[Tensor]:
 
 
 def divide(words: Tensor, base: int) -> Tensor:
-    """Floor division of whole fp32 `words` below 2**16 by an odd `base` below 2**9, exactly.
+    """Divide whole fp32 `words` below 2**16 by an odd `base` below 2**9, rounded down exactly.
 
     The half keeps every quotient at least 1 / (2 * base) away from an integer, far above fp32's rounding. In fp32 each
     step is one vector instruction, which makes this several times as fast as integers, whose division is not.
@@ -80,7 +80,7 @@ def divide(words: Tensor, base: int) -> Tensor:
 
 
 def pack_bytes(codes: Tensor, bits: int) -> Tensor:
-    """Byte form of codes.
+    """Pack codes into the byte form.
 
     Args:
         codes: int8 [rows, columns].
@@ -93,17 +93,18 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_bytes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack_bytes`: int8 [rows, columns]."""
+    """Unpack codes of `pack_bytes`: int8 [rows, columns]."""
     return _from_words(packed, bits, _DIGITS_PER_BYTE.get(bits, 1), columns)
 
 
 def largest_byte(bits: int) -> int:
-    """The largest value a byte of the byte form can have; a larger one means a damaged file."""
-    return levels(bits) ** _DIGITS_PER_BYTE.get(bits, 1) - 1
+    """Return the largest value a byte of the byte form can have; a larger one means a damaged file."""
+    values: int = levels(bits) ** _DIGITS_PER_BYTE.get(bits, 1)
+    return values - 1
 
 
 def pack_dense(codes: Tensor, bits: int) -> Tensor:
-    """Dense form of codes: int8 [rows, columns] to uint8 [rows, dense_width(columns, bits)]."""
+    """Pack codes into the dense form: int8 [rows, columns] to uint8 [rows, dense_width(columns, bits)]."""
     form = DENSE_FORMS[bits]
     words = _to_words(codes, bits, form.digits, torch.int32 if form.word_bits > 8 else torch.uint8)
     if form.word_bits == 16:
@@ -114,7 +115,7 @@ def pack_dense(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack_dense`: int8 [rows, columns]."""
+    """Unpack codes of `pack_dense`: int8 [rows, columns]."""
     codes = torch.empty(dense.shape[0], columns, dtype=torch.int8, device=dense.device)
     for start, plane in code_planes(dense, bits, columns):
         codes[:, start : start + plane.shape[1]] = plane
@@ -122,14 +123,14 @@ def unpack_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def dense_from_bytes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Byte form to dense form, both uint8 with a row per output channel."""
+    """Convert the byte form to the dense form, both uint8 with a row per output channel."""
     if not _same_words(bits):
         return pack_dense(unpack_bytes(packed, bits, columns), bits)
     return _pack_sevens(packed) if DENSE_FORMS[bits].word_bits == 7 else packed
 
 
 def bytes_from_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
-    """Dense form to byte form, both uint8 with a row per output channel."""
+    """Convert the dense form to the byte form, both uint8 with a row per output channel."""
     if not _same_words(bits):
         return pack_bytes(unpack_dense(dense, bits, columns), bits)
     if DENSE_FORMS[bits].word_bits == 7:
@@ -138,7 +139,7 @@ def bytes_from_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _same_words(bits: int) -> bool:
-    """Whether both forms join as many digits to a word."""
+    """Return whether both forms join as many digits to a word."""
     return DENSE_FORMS[bits].digits == _DIGITS_PER_BYTE.get(bits, 1)
 
 
@@ -157,7 +158,7 @@ def code_planes(dense: Tensor, bits: int, columns: int) -> Iterator[tuple[int, T
 
 
 def _dense_words(dense: Tensor, bits: int, columns: int) -> Tensor:
-    """fp32 words [R, W] of the dense form."""
+    """Return the fp32 words [R, W] of the dense form."""
     form = DENSE_FORMS[bits]
     words = form.words(columns)
     if form.word_bits == 7:
@@ -171,7 +172,7 @@ def _dense_words(dense: Tensor, bits: int, columns: int) -> Tensor:
 
 
 def _pack_sevens(words: Tensor) -> Tensor:
-    """uint8 words [R, W] below 128 to [R, 7 * ceil(W / 8)]: eight groups, of which the last one fills the top bits."""
+    """Pack uint8 words [R, W] below 128 into [R, 7 * ceil(W / 8)]: eight groups, the last one in the top bits."""
     groups = _pad_columns(words, 8)
     low, last = groups[:, :-1], groups[:, -1:]
     bit = torch.arange(7, dtype=torch.uint8, device=words.device).view(1, 7, 1)
@@ -179,7 +180,7 @@ def _pack_sevens(words: Tensor) -> Tensor:
 
 
 def _seven_bit_groups(dense: Tensor) -> Tensor:
-    """uint8 [R, 7V] to the eight groups of 7 bits, uint8 [R, 8, V]; group 7 is spread over the top bits."""
+    """Return the eight groups of 7 bits of uint8 [R, 7V], as uint8 [R, 8, V]; group 7 is in the top bits."""
     rows = dense.view(dense.shape[0], 7, -1)
     last = rows[:, 0] >> 7
     for i in range(1, 7):
@@ -188,14 +189,14 @@ def _seven_bit_groups(dense: Tensor) -> Tensor:
 
 
 def _pad_columns(packed: Tensor, parts: int) -> Tensor:
-    """[R, W] to [R, parts, ceil(W / parts)], padded with zeros."""
+    """Reshape [R, W] to [R, parts, ceil(W / parts)], padded with zeros."""
     width = _ceil_div(packed.shape[1], parts)
     padded = torch.nn.functional.pad(packed, (0, parts * width - packed.shape[1]))
     return padded.view(packed.shape[0], parts, width)
 
 
 def _pack_bit_plane(bits: Tensor) -> Tensor:
-    """0/1 values [R, W] to uint8 [R, ceil(W / 8)]: bit p of byte v is value p*V + v."""
+    """Pack 0/1 values [R, W] into uint8 [R, ceil(W / 8)]: bit p of byte v is value p*V + v."""
     parts = _pad_columns(bits.to(torch.uint8), 8)
     packed = parts[:, 0].clone()
     for p in range(1, 8):

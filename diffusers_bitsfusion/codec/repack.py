@@ -1,4 +1,4 @@
-"""The file's form of codes to memory's by the fastest way there is."""
+"""The file's form of codes to memory's by the fastest kernel."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from ..native.arguments import RepackArguments
 from ..native.library import native_library
 from .radix import dense_from_bytes, dense_width
 
-_BITS = (2, 3, 4)  # of codes whose two forms differ
+# Bits of codes whose two forms differ.
+_BITS = (2, 3, 4)
 
 
 def repack(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """`radix.dense_from_bytes` on a CPU; compiled where possible, and then on the calling thread alone.
+    """Convert as `radix.dense_from_bytes` on a CPU; compiled where possible, on the calling thread alone.
 
     Bytes must be at most `largest_byte(bits)`, which the compiled loop does not check.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from .grid import code_range, half_range
 from .rounding import Rounding
 
-# Step that minimises the squared error of a unit Gaussian at 1 to 8 bits, by numerical minimisation.
+# Step that minimises the squared error of a unit Gaussian at 1 to 8 bits, found by numerical minimisation.
 GAUSSIAN_STEP = {
     True: (1.22401, 0.84299, 0.53382, 0.31890, 0.18331, 0.10268, 0.05648, 0.03087),
     False: (1.22401, 1.04839, 0.60182, 0.33861, 0.18879, 0.10418, 0.05689, 0.03087),
@@ -18,15 +18,15 @@ GAUSSIAN_STEP = {
 
 _FLOAT = torch.finfo(torch.float32)
 
-# Powers of two up to which rows are worked on as they are.
+# Exponent of the powers of two up to which rows are not rescaled.
 _ORDINARY_EXPONENT = 40
 
-# Elements worked on at once: a tile and its codes stay in a core's cache.
+# Elements processed at once: a tile and its codes stay in a core's cache.
 _TILE = 1 << 16
 
 
 def quantize_rows(weight: Tensor, bits: int, rounding: Rounding = Rounding()) -> tuple[Tensor, Tensor]:
-    """Scale and codes of each row, minimising ||scale * codes - weight||^2 row by row.
+    """Return scale and codes of each row, minimising ||scale * codes - weight||^2 row by row.
 
     Args:
         weight: floating [rows, columns], one row per output channel; worked on in fp32.
@@ -73,19 +73,19 @@ def check_finite(scale: Tensor) -> None:
 
 
 def num_starts(bits: int) -> int:
-    """Steps that the alternation chooses its start from."""
+    """Return the number of steps that the alternation chooses its start from."""
     return 3 if bits < 5 else 9
 
 
 def _exponents(tile: Tensor) -> Tensor:
-    """Powers of two [rows] that bring rows to the size of one; zero for ordinary sizes, whose squares fp32 holds."""
+    """Return powers of two [rows] that bring rows to the size of one; zero where fp32 holds their squares."""
     largest = tile.abs().amax(dim=1)
     exponent = torch.frexp(largest).exponent
     return torch.where(torch.isfinite(largest) & (exponent.abs() > _ORDINARY_EXPONENT), exponent, 0)
 
 
 def _times_power_of_two(values: Tensor, exponent: Tensor) -> Tensor:
-    """values [rows, ...] * 2**exponent [rows], in two steps, since fp32 holds no power of two above 2**127."""
+    """Return values [rows, ...] * 2**exponent [rows], in two steps: fp32 holds no power of two above 2**127."""
     if not exponent.any():
         return values
     exponent = exponent.view(-1, *[1] * (values.dim() - 1))
@@ -98,7 +98,7 @@ def _one_where_zero(scale: Tensor) -> Tensor:
 
 
 def round_to_codes(tile: Tensor, scale: Tensor, bits: int, balance: bool, out: Tensor | None = None) -> Tensor:
-    """Nearest codes, floating [rows, columns], of `tile` fp32 [rows, columns] at `scale` fp32 [rows]."""
+    """Return the nearest codes, floating [rows, columns], of `tile` fp32 [rows, columns] at `scale` fp32 [rows]."""
     low, high = code_range(bits, balance)
     return torch.mul(tile, scale.reciprocal().unsqueeze(1), out=out).round_().clamp_(low, high)
 
@@ -107,7 +107,10 @@ def _alternating_scale(tile: Tensor, bits: int, iterations: int, balance: bool) 
     codes = torch.empty_like(tile)
 
     def fit(scale: Tensor) -> tuple[Tensor, Tensor]:
-        """<w, k> and <k, k> of each row, k being the codes at `scale`; fp64, so that the order of sums is not seen."""
+        """Return <w, k> and <k, k> of each row, k being the codes at `scale`.
+
+        Sums are in fp64, so that their order is not seen.
+        """
         round_to_codes(tile, scale, bits, balance, out=codes)
         return (tile * codes).sum(dim=1, dtype=torch.float64), codes.square().sum(dim=1, dtype=torch.float64)
 
@@ -131,7 +134,10 @@ def _alternating_scale(tile: Tensor, bits: int, iterations: int, balance: bool) 
 
 
 def _geometric_steps(first: Tensor, last: Tensor, count: int) -> list[Tensor]:
-    """`count` steps from `first` to `last`, a power of two and one, by square roots, which round alike everywhere."""
+    """Return `count` steps from `first` to `last`, a power of two and one, by square roots.
+
+    Square roots round alike everywhere.
+    """
     steps = [first, last]
     while len(steps) < count:
         between = [(a * b).sqrt() for a, b in itertools.pairwise(steps)]

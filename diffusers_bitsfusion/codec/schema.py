@@ -10,19 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
+from ..utils.installation import install_command
 from ..utils.json_files import is_number
 from .grid import check_bits
 
-# Version of the file's layout, raised when older readers could not read it.
+# Version of the file format, raised when older readers could not read it.
 FORMAT_VERSION = 1
 
 COMPRESSIONS = ("zstd", None)
 TIME_FEATURES = ("keep", "table", "cache")
 
-# Most timesteps of a table: it bounds the memory that a file can ask for; third differences of more outgrow int16.
+# Largest number of timesteps in a table, which bounds the memory that a file can request; third differences of more
+# timesteps overflow int16.
 MAX_TIMESTEPS = 3800
 
-# Largest rank of a low-rank branch, which bounds the memory that a file can ask for.
+# Largest rank of a low-rank branch, which bounds the memory that a file can request.
 MAX_BRANCH_RANK = 1 << 16
 
 
@@ -186,7 +188,7 @@ class CheckpointSchema:
         if version > FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has BitsFusion format version {version}, newer than the version {FORMAT_VERSION} "
-                "that this diffusers_bitsfusion reads. Upgrade with `pip install -U diffusers_bitsfusion`."
+                f"that this diffusers_bitsfusion reads. Upgrade with `{install_command(upgrade=True)}`."
             )
         layers = content.get("layers")
         if not isinstance(layers, Mapping) or not layers:
@@ -222,7 +224,7 @@ def check_time_features(content: Mapping[str, Any]) -> str:
         ValueError: there is no such kind, or a cache has no distinct timesteps.
     """
     kind, timesteps = content.get("type"), content.get("timesteps")
-    if kind not in TIME_FEATURES:
+    if not isinstance(kind, str) or kind not in TIME_FEATURES:
         raise ValueError(f'time_embedding["type"] must be "cache", "table" or "keep", got {kind!r}')
     if kind == "cache" and not (
         isinstance(timesteps, (list, tuple))
@@ -254,7 +256,7 @@ def check_compression(compression: Any) -> str | None:
     Raises:
         ValueError: there is none.
     """
-    if compression not in COMPRESSIONS:
+    if not (compression is None or isinstance(compression, str)) or compression not in COMPRESSIONS:
         raise ValueError(f"compression must be one of {COMPRESSIONS} in this version, got {compression!r}")
     return compression
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..native.library import native_library
-from ..utils.adapters import split_adapters
+from ..utils.peft_names import split_adapters
 from .entropy import compress, decompress
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
@@ -19,7 +19,7 @@ from .values import check_values
 
 
 def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
-    """Tensors of a quantized model to tensors of the file.
+    """Encode the tensors of a quantized model as tensors of the file.
 
     Args:
         state_dict: tensors by name; packed layers have `codes` in the dense form. PEFT's adapters are left out.
@@ -38,7 +38,7 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
 
 
 def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
-    """Inverse of `encode_state_dict`, for all of a file or one shard of it.
+    """Decode what `encode_state_dict` encoded, for all of a file or one shard of it.
 
     Tensors that are the bits of floats have one dimension in the file and two in memory, see `nn.packed.float_bits`.
 
@@ -67,7 +67,7 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
 
 
 def _float_bits(schema: CheckpointSchema) -> set[str]:
-    """Names of the tensors that are the bits of fp32 values."""
+    """Return the names of the tensors that are the bits of fp32 values."""
     time = {"keep": set(), "cache": {"time_proj.timesteps"}, "table": {"time_proj.scale"}}
     return {f"{name}.scale" for name in schema.layers} | time[schema.time_features.kind]
 
@@ -91,9 +91,11 @@ def _check_time_features(state_dict: Mapping[str, Tensor], time: TimeFeaturesSch
 
 def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str | None) -> Tensor:
     rows, columns, bits = layer.rows, layer.columns, layer.bits
-    # To the CPU, since transformers reads onto the model's device.
+    # Frames are moved to the CPU, since transformers reads onto the model's device.
     packed = _packed_bytes(key, tensor.cpu(), (rows, byte_width(columns, bits)), compression)
-    if packed.numel() and packed.numpy().max() > largest_byte(bits):  # on this thread alone, unlike torch's
+    if packed.numel() and packed.numpy().max() > largest_byte(
+        bits
+    ):  # numpy's maximum runs on this thread alone, unlike torch's
         raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
     return repack(packed, bits, columns)
 

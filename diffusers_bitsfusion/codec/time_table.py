@@ -19,7 +19,7 @@ _DIFFERENCES = 3
 
 
 def quantize_table(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a table of features, one scale a feature.
+    """Return codes and scales of a table of features, one scale a feature.
 
     Args:
         features: fp32 [timesteps, features].
@@ -34,7 +34,7 @@ def quantize_table(features: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def encode_table(codes: Tensor) -> Tensor:
-    """Codes int16 [timesteps, features] to one zstd frame, uint8 [frame bytes].
+    """Encode codes int16 [timesteps, features] as one zstd frame, uint8 [frame bytes].
 
     Third differences along time (the rows before the first are zero), zigzag (0, -1, 1, -2, ... to 0, 1, 2, 3, ...),
     then all low bytes followed by all high bytes.
@@ -50,7 +50,7 @@ def encode_table(codes: Tensor) -> Tensor:
 
 
 def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
-    """Inverse of `encode_table`: int16 [timesteps, features].
+    """Decode a frame of `encode_table`: int16 [timesteps, features].
 
     Raises:
         ValueError: the frame is damaged or holds a table of another size.
@@ -66,5 +66,5 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
 
 
 def _column_parts(columns: int) -> list[slice]:
-    """Columns in parts that keep the int32 intermediates small."""
+    """Return the columns in parts that keep the int32 intermediates small."""
     return [slice(start, start + 1024) for start in range(0, columns, 1024)]

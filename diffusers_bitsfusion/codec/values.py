@@ -14,7 +14,7 @@ from ..utils.safetensors_files import read_header
 from .grid import half_range
 from .schema import CheckpointSchema
 
-# Weights of 1e-30 to 1e30 have scales within these bounds; beyond them products leave fp32.
+# Bounds of scales: weights of 1e-30 to 1e30 have scales within them, beyond them products leave fp32.
 SMALLEST_SCALE = 2.0**-120
 LARGEST_WEIGHT = 2.0**120
 
@@ -39,7 +39,7 @@ def check_values(tensors: Mapping[str, Tensor], schema: CheckpointSchema) -> Non
 
 
 def check_file_values(files: Sequence[Path], schema: CheckpointSchema) -> None:
-    """As `check_values`, for files, a tensor at a time.
+    """Check as `check_values`, for files, a tensor at a time.
 
     Raises:
         DamagedFileError: see `check_values`; or a file's header is damaged.
@@ -53,7 +53,7 @@ def check_file_values(files: Sequence[Path], schema: CheckpointSchema) -> None:
 
 
 def _check_integers(name: str, tensor: Tensor, schema: CheckpointSchema) -> None:
-    """Scales, time features and timesteps, which are the bits of floating numbers."""
+    """Check scales, time features and timesteps, which are the bits of floating numbers."""
     owner, _, kind = name.rpartition(".")
     if kind == "scale" and tensor.dtype == torch.int32 and owner in schema.layers:
         scale = tensor.contiguous().view(torch.float32)

@@ -11,11 +11,12 @@ from ..utils.safetensors_files import SafetensorsHeader, read_header
 
 _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}(?P<end>\.(safetensors|bin))")
 _ENDS = (".safetensors", ".bin")
-_STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' models and of transformers'
+# Stems of the names of weight files, of diffusers' models and of transformers'.
+_STEMS = ("diffusion_pytorch_model", "model")
 
 
 def stem(name: str) -> str | None:
-    """ "diffusion_pytorch_model" (".fp16" with a variant) of a weight file, a shard or an index; None of others."""
+    """Return "diffusion_pytorch_model" (".fp16" with a variant) of a weight file, shard or index; None of others."""
     if name.endswith(".index.json"):
         name = name.removesuffix(".index.json")
     shard = _SHARD.fullmatch(name)
@@ -25,7 +26,7 @@ def stem(name: str) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of the model in `folder`, all shards; where there are variants, of the plain one.
+    """Return the safetensors files of the model in `folder`, all shards; of several variants, the plain one's.
 
     Raises:
         FileNotFoundError: there is none.
@@ -38,7 +39,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def index_files(folder: Path) -> list[Path]:
-    """The index of the model in `folder`, where it is sharded; as a list, which is empty where there is none.
+    """Return the index of the model in `folder`, where it is sharded; as a list, which is empty where it is not.
 
     Raises:
         FileNotFoundError: there is no weight file.
@@ -48,7 +49,7 @@ def index_files(folder: Path) -> list[Path]:
 
 
 def read_headers(folder: Path) -> dict[Path, SafetensorsHeader]:
-    """The headers of all weight files of the model in `folder`, compared with its index where it has one.
+    """Read the headers of all weight files of the model in `folder`, compared with its index where it has one.
 
     Raises:
         FileNotFoundError: there is no weight file.
@@ -72,7 +73,7 @@ def read_headers(folder: Path) -> dict[Path, SafetensorsHeader]:
 
 
 def read_index(file: Path) -> dict[str, str]:
-    """Names of files by names of tensors, from a `*.index.json`.
+    """Read names of files by names of tensors from a `*.index.json`.
 
     Raises:
         DamagedFileError: it has no `weight_map`, or names something else than a file beside it.
@@ -87,5 +88,5 @@ def read_index(file: Path) -> dict[str, str]:
 
 
 def _is_of_a_model(stem: str) -> bool:
-    """Not those of adapters, which may lie beside it."""
+    """Return whether a file is a model's rather than an adapter's, which may lie beside it."""
     return stem.partition(".")[0] in _STEMS

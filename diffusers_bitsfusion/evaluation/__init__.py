@@ -8,11 +8,11 @@ from .compositional import ConfidenceInterval, bootstrap_mean, bootstrap_scores,
 from .distribution import cmmd, frechet_distance
 from .generate import Sampling, draw_images, generate_images
 from .grid import image_grid
-from .images import image_metrics
+from .image_distances import image_metrics
 from .pipeline import DENOISERS, load_pipeline
+from .prompt_evaluation import clip_beside, evaluate
 from .prompts import Prompt, read_captions, read_prompts, sample_prompts
 from .report_table import format_report
-from .run import clip_beside, evaluate
 from .suites import SUITES, SuiteFiles, evaluate_suites, load_suites
 
 __all__ = [

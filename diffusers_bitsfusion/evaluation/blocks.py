@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ..utils.processes import process_state
 
-BLOCK = 32  # pictures in memory
+# Images in memory at once.
+BLOCK = 32
 
 
 def own_blocks(count: int) -> list[range]:

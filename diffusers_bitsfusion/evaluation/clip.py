@@ -13,6 +13,7 @@ from transformers import AutoConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 
 from .pipeline import default_device
 
+# Images or captions in one call of the model.
 _BATCH = 32
 
 

@@ -13,9 +13,12 @@ from .plugins import load_function
 Scorer = Callable[[Sequence[np.ndarray], Sequence[Any]], Sequence[float]]
 
 OVERALL = "overall"
+# Probability that an interval contains the mean.
 _CONFIDENCE = 0.95
+# Resamples of a bootstrap.
 _RESAMPLES = 2000
-_BLOCK = 2**18  # random draws held at once
+# Random numbers held at once.
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ def load_scorer(name: str) -> Scorer:
 
     Modules in the working directory are found.
 
-    It takes n images (height, width, 3) uint8 and the n specifications from the prompts file, and returns n numbers,
-    0 or False for an image that misses its prompt, 1 or True for one that fits.
+    The function accepts n images (height, width, 3) uint8 and the n specifications from the prompts file. It returns n
+    numbers, 0 or False for an image that misses its prompt, 1 or True for one that fits.
 
     Raises:
         ValueError: no such module or function, or `name` is not written so.
@@ -63,10 +66,10 @@ def bootstrap_scores(
 ) -> dict[str, ConfidenceInterval]:
     """Return mean scores by category and overall, with percentile bootstrap intervals.
 
-    Overall is the mean over the categories, each counting the same, as in GenEval. Prompts are drawn again within
+    Overall is the mean over the categories, each counting the same, as in GenEval. Prompts are resampled within
     their category. Where all scores of a category are equal, its interval has no width.
 
-    For two models on the same prompts and seeds, give the difference of their scores: drawing whole prompts again
+    For two models on the same prompts and seeds, give the difference of their scores: resampling whole prompts
     pairs them, which is much sharper than two separate intervals, and exactly 0 for equal models.
 
     Args:
@@ -90,8 +93,8 @@ def bootstrap_scores(
     means = np.array([group.mean() for group in groups])
     overall = {OVERALL: _interval(means, np.mean(resampled, axis=0))}
     return overall | {
-        name: _interval(group, drawn)
-        for name, group, drawn in zip(names, groups, resampled, strict=True)
+        name: _interval(group, means_of_group)
+        for name, group, means_of_group in zip(names, groups, resampled, strict=True)
         if name is not None
     }
 
@@ -104,7 +107,7 @@ def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
 
 def _interval(values: np.ndarray, resampled: np.ndarray) -> ConfidenceInterval:
-    # "lower" and "higher" take means that occurred, so that infinite ones are not interpolated to NaN.
+    # "lower" and "higher" return means that occurred, so that infinite ones are not interpolated to NaN.
     low = np.quantile(resampled, (1 - _CONFIDENCE) / 2, method="lower")
     high = np.quantile(resampled, (1 + _CONFIDENCE) / 2, method="higher")
     return ConfidenceInterval(float(values.mean()), float(low), float(high))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+# Vectors in memory at once.
 _ROWS = 1024
 
 
@@ -37,11 +38,12 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> float:
     """Return the CMMD: 1000 × the squared maximum mean discrepancy of normalized CLIP features (arXiv 2401.09603).
 
-    Gaussian kernel of bandwidth `sigma`; the mean over all pairs, a vector with itself included, as published.
+    The mean is over all pairs, a vector with itself included, as published.
 
     Args:
         a: (n, d) features.
         b: (m, d) features.
+        sigma: bandwidth of the Gaussian kernel.
     """
     return 1000 * (_mean_kernel(a, a, sigma) + _mean_kernel(b, b, sigma) - 2 * _mean_kernel(a, b, sigma))
 
@@ -72,4 +74,5 @@ def _mean_kernel(a: np.ndarray, b: np.ndarray, sigma: float) -> float:
 
 def _normalized(rows: np.ndarray) -> np.ndarray:
     rows = rows.astype(np.float64)
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    unit: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return unit

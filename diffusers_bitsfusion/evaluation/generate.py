@@ -22,8 +22,8 @@ class Sampling:
     Attributes:
         steps: inference steps.
         guidance_scale: of classifier-free guidance.
-        seed: base seed; the noise of a picture depends on it and on the picture's place in the list alone.
-        batch_size: pictures drawn at once.
+        seed: base seed; the noise of an image depends on it and on the image's place in the list alone.
+        batch_size: images sampled at once.
         scheduler: name of a diffusers scheduler; None keeps the pipeline's own.
 
     Raises:
@@ -37,9 +37,9 @@ class Sampling:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("guidance_scale", 0), ("seed", 0), ("batch_size", 1)):
-            if not getattr(self, name) >= least:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {least}.")
+        for name, minimum in (("steps", 1), ("guidance_scale", 0), ("seed", 0), ("batch_size", 1)):
+            if not getattr(self, name) >= minimum:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {minimum}.")
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -58,14 +58,14 @@ def generate_images(
         pipeline: any text-to-image pipeline; its scheduler is used as it is.
         captions: n prompts.
         sampling: steps, guidance, seed, batch size.
-        folder: keeps the pictures; those that it holds already are not drawn again.
+        folder: keeps the images; those that it holds already are not generated again.
         progress: whether to show a progress bar.
 
     Returns:
         (n, height, width, 3) uint8.
 
     Raises:
-        ValueError: the pipeline takes no prompt, or draws NaN.
+        ValueError: the pipeline takes no prompt, or generates NaN.
     """
     if folder is not None:
         draw_images(pipeline, captions, sampling, folder, progress)
@@ -74,7 +74,7 @@ def generate_images(
     images = []
     with tqdm(total=len(captions), desc="images", disable=not progress) as bar:
         for batch in _batches(range(len(captions)), sampling.batch_size):
-            images.append(_draw(pipeline, captions, batch, sampling))
+            images.append(_generate(pipeline, captions, batch, sampling))
             bar.update(len(batch))
     return np.concatenate(images)
 
@@ -89,25 +89,28 @@ def draw_images(
     """Generate one image a caption into a folder, a batch in memory at a time, except those that it holds.
 
     Under `accelerate launch` the processes share the batches out, on a folder that all of them see; all of them come
-    back when all pictures are there.
+    back when all images are there.
 
     Args:
-        pipeline, captions, sampling, progress: as of `generate_images`.
-        folder: gets the pictures.
+        pipeline: any text-to-image pipeline; its scheduler is used as it is.
+        captions: n prompts.
+        sampling: steps, guidance, seed, batch size.
+        folder: receives the images.
+        progress: whether to show a progress bar.
 
     Raises:
-        ValueError: the pipeline takes no prompt, or draws NaN.
+        ValueError: the pipeline takes no prompt, or generates NaN.
     """
     _check_takes_prompts(pipeline)
     state = process_state()
     missing = folder.missing(len(captions))
-    state.wait_for_everyone()  # nobody draws before everyone has looked
+    state.wait_for_everyone()  # no process samples before all have looked
     batches = _batches(missing, sampling.batch_size)
     own = batches[state.process_index :: state.num_processes]
     done, total = len(captions) - len(missing), len(captions) - len(missing) + sum(map(len, own))
     with tqdm(total=total, initial=done, desc="images", disable=not (progress and state.is_main_process)) as bar:
         for batch in own:
-            for index, image in zip(batch, _draw(pipeline, captions, batch, sampling), strict=True):
+            for index, image in zip(batch, _generate(pipeline, captions, batch, sampling), strict=True):
                 folder.save(index, image)
             bar.update(len(batch))
     state.wait_for_everyone()
@@ -122,7 +125,9 @@ def _batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def _draw(pipeline, captions, indices, sampling):
+def _generate(
+    pipeline: DiffusionPipeline, captions: Sequence[str], indices: Sequence[int], sampling: Sampling
+) -> np.ndarray:
     """Return the images of some captions, (len(indices), height, width, 3) uint8."""
     images = pipeline(
         prompt=[captions[index] for index in indices],
@@ -132,5 +137,6 @@ def _draw(pipeline, captions, indices, sampling):
         output_type="np",
     ).images
     if not np.isfinite(images).all():
-        raise ValueError(f"The pipeline drew NaN for one of the prompts {[captions[index] for index in indices]}.")
-    return (images * 255).round().astype(np.uint8)
+        raise ValueError(f"The pipeline generated NaN for one of the prompts {[captions[i] for i in indices]}.")
+    eight_bits: np.ndarray = (images * 255).round().astype(np.uint8)
+    return eight_bits

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_LEAST_CELL = 192  # pixels; smaller pictures are enlarged by a whole factor
+# Pixels of a cell's width, up to which smaller images are enlarged by a whole factor.
+_MIN_CELL = 192
+# Pixels of the column of prompts, of margins, of letters and of a line of text.
 _LABEL_WIDTH = 220
 _MARGIN = 8
 _FONT_SIZE = 16
@@ -61,7 +63,7 @@ def distinct_labels(paths: Sequence[str]) -> list[str]:
 
 def _enlarged(image: np.ndarray) -> Image.Image:
     height, width = image.shape[:2]
-    factor = max(1, -(-_LEAST_CELL // width))
+    factor = max(1, -(-_MIN_CELL // width))
     return Image.fromarray(image).resize((factor * width, factor * height), Image.Resampling.NEAREST)
 
 

@@ -1,4 +1,4 @@
-"""Drawn pictures on disk, so that an interrupted run goes on where it stopped."""
+"""Generated images on disk, so that an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _CLASH = "holds images of another run (other {})"
 
 
 class ImageFolder:
-    """One PNG a prompt, and the settings that they were drawn with.
+    """One PNG a prompt, with the settings by which they were sampled.
 
     Args:
         folder: made where it is missing.
-        settings: JSON-safe; all that the pictures depend on.
+        settings: JSON-safe; all that the images depend on.
 
     Raises:
-        ValueError: the folder holds pictures of other settings, or anything that is not ours.
+        ValueError: the folder holds images of other settings, or other files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
@@ -32,15 +32,15 @@ class ImageFolder:
         claim_folder(self.folder, settings, kind=SETTINGS_FILE, clash=_CLASH, other="choose another folder")
 
     def missing(self, count: int) -> list[int]:
-        """Return which of the first `count` pictures are not drawn yet."""
-        drawn = {file.name for file in self.folder.iterdir()}
-        return [index for index in range(count) if self._path(index).name not in drawn]
+        """Return which of the first `count` images are not there yet."""
+        present = {file.name for file in self.folder.iterdir()}
+        return [index for index in range(count) if self._path(index).name not in present]
 
     def load(self, index: int) -> np.ndarray | None:
-        """Return the picture, (height, width, 3) uint8, or None where it is not drawn yet.
+        """Return the image, (height, width, 3) uint8, or None where it is not there yet.
 
         Raises:
-            DamagedFileError: the file is no picture.
+            DamagedFileError: the file is no image.
         """
         path = self._path(index)
         if not path.is_file():
@@ -48,10 +48,10 @@ class ImageFolder:
         try:
             return np.asarray(Image.open(path).convert("RGB"))
         except (OSError, ValueError, SyntaxError) as error:
-            raise DamagedFileError(path, f"is no picture ({error})", "Delete it, and it is drawn again.") from error
+            raise DamagedFileError(path, f"is no image ({error})", "Delete it, and it is generated again.") from error
 
     def block(self, indices: Sequence[int]) -> np.ndarray:
-        """Return drawn pictures of one size, as (n, height, width, 3) uint8."""
+        """Return images of one size that are there, as (n, height, width, 3) uint8."""
         return np.stack([np.asarray(Image.open(self._path(index)).convert("RGB")) for index in indices])
 
     def save(self, index: int, image: np.ndarray) -> None:

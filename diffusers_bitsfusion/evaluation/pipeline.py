@@ -10,16 +10,17 @@ import diffusers
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 
-DENOISERS = ("unet", "transformer")  # a pipeline's component that predicts the noise has one of these names
+# Names of the component of a pipeline that predicts the noise.
+DENOISERS = ("unet", "transformer")
 
 
 def default_device() -> torch.device:
-    """CUDA where there is a device, else the CPU."""
+    """Return CUDA where there is a device, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """What computes fast on a device and is exact enough: float32 on a CPU, float16 elsewhere."""
+    """Return the dtype that is fast on a device and exact enough: float32 on a CPU, float16 elsewhere."""
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
@@ -31,9 +32,9 @@ def load_pipeline(
     device: torch.device | str | None = None,
     unet: str | os.PathLike[str] | None = None,
 ) -> DiffusionPipeline:
-    """A pipeline, packed or in full precision, on the default device or another.
+    """Load a pipeline, packed or in full precision, onto the default device or another.
 
-    A safety checker is taken off: the black pictures that it puts in place would be measured as the model's.
+    A safety checker is removed, since its black images would be measured as the model's.
 
     Args:
         path: folder or Hub id.
@@ -58,7 +59,7 @@ def load_pipeline(
     if scheduler is not None:
         pipeline.scheduler = _scheduler_class(scheduler).from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
-    # In float16 a CPU is slow, but computes, which diffusers' warning denies.
+    # A CPU computes in float16, slowly, though diffusers warns that it does not.
     return pipeline.to(device, silence_dtype_warnings=True)
 
 
@@ -78,7 +79,7 @@ def replace_denoiser(pipeline: DiffusionPipeline, source: str | os.PathLike[str]
 
 
 def scheduler_name(path: str | os.PathLike[str], scheduler: str | None = None) -> str:
-    """Return the class name of the scheduler that `load_pipeline` with these arguments would take.
+    """Return the class name of the scheduler that `load_pipeline` uses with these arguments.
 
     Raises:
         OSError, ValueError: as of `load_pipeline`.
@@ -88,7 +89,7 @@ def scheduler_name(path: str | os.PathLike[str], scheduler: str | None = None) -
 
 
 def check_pipeline(path: str) -> dict[str, Any]:
-    """Return the pipeline's index; name what is wrong before diffusers lists every part that it did not get.
+    """Return a pipeline's index, or raise one error that names the fault, where diffusers would list all parts.
 
     Raises:
         OSError: nothing to load there.
@@ -96,7 +97,7 @@ def check_pipeline(path: str) -> dict[str, Any]:
     """
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise ValueError(f"{path} holds no pipeline (no model_index.json).")
-    index = DiffusionPipeline.load_config(path)
+    index: dict[str, Any] = DiffusionPipeline.load_config(path)
     names = [name for name in DENOISERS if (index.get(name) or [None])[0]]
     if not names:
         raise ValueError(f"The pipeline {path} has neither a UNet nor a transformer.")

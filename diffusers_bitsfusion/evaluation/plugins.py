@@ -26,12 +26,13 @@ def load_function(name: str, what: str) -> Callable[..., Any]:
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), function, None)
+        found: Any = getattr(importlib.import_module(module), function, None)
     except ImportError as error:
         raise ValueError(f"The {what} {name!r} cannot be imported: {error}") from error
     if not callable(found):
         raise ValueError(f"The module {module} has no function {function!r}.")
-    return found
+    plugin: Callable[..., Any] = found
+    return plugin
 
 
 def is_function(name: str) -> bool:

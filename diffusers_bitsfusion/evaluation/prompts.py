@@ -54,7 +54,7 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
 
 
 def read_captions(path: str | os.PathLike[str]) -> list[str]:
-    """Captions of a file that `read_prompts` reads, or of a text file with one a line; empty lines are left out.
+    """Read the captions of a file as of `read_prompts`, or of a text file with one a line; empty lines are skipped.
 
     Raises:
         OSError, ValueError: as of `read_prompts`.
@@ -73,9 +73,9 @@ def _plain_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> list[str
 
 
 def sample_prompts(prompts: Sequence[T], count: int | None) -> list[T]:
-    """`count` of the prompts in their order, always the same ones; all of them where `count` is None.
+    """Return `count` of the prompts in their order, always the same ones; all where `count` is None.
 
-    Drawn at random, because files are often sorted by category.
+    Prompts are sampled at random, because files are often sorted by category.
 
     Raises:
         ValueError: `count` is not between 1 and the number of prompts.
@@ -101,7 +101,7 @@ def _header(lines: list[str]) -> list[str]:
 
 
 def _fields(line: str) -> list[str]:
-    # Unlike the csv module, a quote that opens a prompt (as in `"Stop" on a sign`) cannot swallow the lines after it.
+    # The csv module is not used: a quote that opens a prompt (`"Stop" on a sign`) would swallow the lines after it.
     return [
         match[1].replace('""', '"') if (match := _QUOTED.fullmatch(field)) else field for field in line.split("\t")
     ]

@@ -9,10 +9,10 @@ import numpy as np
 
 from .compositional import OVERALL, ConfidenceInterval
 
-# Pictures from which on intervals are shown.
+# Number of images from which on intervals are shown.
 MIN_FOR_INTERVALS = 10
 
-# Where a figure is better; those of categories are as the compositional score that they are parts of.
+# Direction in which each figure is better; figures of categories follow the compositional score.
 _BETTER = {
     "compositional": "↑",
     "clip_score": "↑",
@@ -26,7 +26,7 @@ _BETTER = {
 
 
 def as_figures(intervals: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by name, and under "intervals" the bounds of those that have them; None stands for infinity.
+    """Return values by name, and under "intervals" the bounds of those that have them; None stands for infinity.
 
     Args:
         intervals: `ConfidenceInterval`s and plain numbers by name, or mappings of such.
@@ -94,7 +94,7 @@ def _finite(value: float) -> float | None:
 
 
 def _rows(figures: Mapping[str, Any]) -> dict[str, str]:
-    """Printable figures by name, those of categories indented under their overall score."""
+    """Return printable figures by name, those of categories indented under their overall score."""
     rows: dict[str, str] = {}
     for name, figure in figures.items():
         if isinstance(figure, Mapping) and OVERALL in figure:
@@ -105,7 +105,7 @@ def _rows(figures: Mapping[str, Any]) -> dict[str, str]:
     return rows
 
 
-def _text(figure: float | None | Sequence[float | None]) -> str:
+def _text(figure: float | Sequence[float | None] | None) -> str:
     if isinstance(figure, Sequence):
         return " to ".join(map(_text, figure))
     return "inf" if figure is None else f"{figure:.4f}"

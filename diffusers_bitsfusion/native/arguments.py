@@ -1,4 +1,4 @@
-"""What the compiled loops are given: each the struct of the same name in C, whose sizes are compared at loading."""
+"""Arguments of the compiled loops: each the struct of the same name in C, whose sizes are compared at loading."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _FAILED = [("failed", ctypes.c_int32)]
 
 
 class DecodeArguments(Arguments):
-    """decode.c"""
+    """Arguments of the loop in `decode.c`."""
 
     _fields_ = [*_pointers("dense", "scale", "out"), *_integers("columns", "row_bytes_in", "bits", "kind")]
 
 
 class QuantizeArguments(Arguments):
-    """quantize.c"""
+    """Arguments of the loop in `quantize.c`."""
 
     _fields_ = [
         *_pointers("weight", "dense", "scale"),
@@ -43,31 +43,31 @@ class QuantizeArguments(Arguments):
 
 
 class RepackArguments(Arguments):
-    """repack.c"""
+    """Arguments of the loop in `repack.c`."""
 
     _fields_ = [*_pointers("packed", "dense"), *_integers("columns", "row_bytes", "row_bytes_out", "bits"), *_FAILED]
 
 
 class TokenArguments(Arguments):
-    """activations.c"""
+    """Arguments of the rounding of tokens in `activations.c`."""
 
     _fields_ = [*_pointers("x", "codes", "scale"), *_integers("columns", "dtype")]
 
 
 class RangeArguments(Arguments):
-    """activations.c"""
+    """Arguments of the range of values in `activations.c`."""
 
     _fields_ = [*_pointers("x", "bounds"), *_integers("count", "chunk", "dtype")]
 
 
 class AffineArguments(Arguments):
-    """activations.c"""
+    """Arguments of the rounding of images in `activations.c`."""
 
     _fields_ = [*_pointers("x", "codes", "inverse", "zero_point"), *_integers("count", "chunk", "dtype")]
 
 
 class RescaleArguments(Arguments):
-    """activations.c"""
+    """Arguments of the rescaling of sums in `activations.c`."""
 
     _fields_ = [
         *_pointers("sums", "token_scale", "weight_scale", "bias", "out"),
@@ -76,13 +76,13 @@ class RescaleArguments(Arguments):
 
 
 class BlockArguments(Arguments):
-    """blocked.c"""
+    """Arguments of the loop in `blocked.c`."""
 
     _fields_ = [*_pointers("plain", "blocked"), *_integers("outputs", "inputs", "taps", "block")]
 
 
 class ProductArguments(Arguments):
-    """products.c"""
+    """Arguments of the loop in `products.c`."""
 
     _fields_ = [*_pointers("tokens", "weight", "sums"), *_integers("columns", "out", "bits"), *_FAILED]
 
@@ -94,7 +94,7 @@ class Strides(ctypes.Structure):
 
 
 class AttentionArguments(Arguments):
-    """attention.c"""
+    """Arguments of the loop in `attention.c`."""
 
     _fields_ = [
         *_pointers("q", "k", "v", "out"),
@@ -103,7 +103,7 @@ class AttentionArguments(Arguments):
     ]
 
 
-# What each loop of the library takes.
+# The arguments of each loop of the library.
 ARGUMENTS: dict[str, type[Arguments]] = {
     "decode": DecodeArguments,
     "quantize": QuantizeArguments,

@@ -1,7 +1,7 @@
 """Writes the libraries that a wheel brings: `python -m diffusers_bitsfusion.native.build OUTDIR`.
 
 OUTDIR is `diffusers_bitsfusion/native/prebuilt` of the tree that the wheel is made from. There is one library for each
-instruction set of this platform (`targets.py`); the loader takes one whose sources are those beside it. Needed is gcc
+instruction set of this platform (`targets.py`); the loader uses one whose sources are those beside it. Needed is gcc
 or clang, on Windows and macOS clang, named by CC where it is not the first that is found; neither torch nor any other
 package, if called as `python -m native.build OUTDIR` from within the package's folder.
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: each process builds for itself, and the first to finish keeps its result
+except ImportError:  # on Windows each process builds for itself, and the first to finish keeps its result
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".dll" if os.name == "nt" else ".so"
 
-# Hexadecimal digits of the digest of its content that end a library's name.
+# Hexadecimal digits of the content's digest, which end a library's name.
 DIGEST_LENGTH = 32
 
 _PREFIX, _SCRATCH = "native-", "build-"
@@ -42,7 +42,8 @@ def kept_library(sources: str, machine: str, build: Callable[[Path], None]) -> I
     process alone, and removed afterwards.
 
     Args:
-        sources, machine: digests of what the library is made of, and made for.
+        sources: digest of what the library is made of.
+        machine: digest of what it is made for.
         build: writes the library to a path.
 
     Raises:
@@ -68,7 +69,7 @@ def with_digest(library: Path, content: Path) -> Path:
 
 
 def is_whole(library: Path) -> bool:
-    """Whether a library has the content that its name tells of."""
+    """Return whether a library has the content whose hash its name contains."""
     return library.is_file() and library.stem.endswith(f"-{content_digest(library)}")
 
 
@@ -77,20 +78,20 @@ def _private_cache() -> Path | None:
     try:
         folder = _cache_home() / "diffusers_bitsfusion"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name == "nt":  # a user's own data, by the system's default
+        if os.name == "nt":  # the folder is the user's own by the system's default
             return folder
         found = folder.stat()
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return None
         folder.chmod(0o700)
         return folder if os.access(folder, os.W_OK | os.X_OK) else None
-    except (OSError, RuntimeError):  # the second: no home folder
+    except (OSError, RuntimeError):  # RuntimeError means that there is no home folder
         return None
 
 
 def _cache_home() -> Path:
     named = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(named):  # others are invalid (XDG Base Directory Specification)
+    if os.path.isabs(named):  # relative paths are invalid (XDG Base Directory Specification)
         return Path(named)
     if os.name == "nt" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local)
@@ -98,7 +99,7 @@ def _cache_home() -> Path:
 
 
 def _built_for_this_process(build: Callable[[Path], None], exit_stack: ExitStack) -> Path:
-    folder = tempfile.mkdtemp(prefix="diffusers_bitsfusion-")  # of mode 0700
+    folder = tempfile.mkdtemp(prefix="diffusers_bitsfusion-")  # its mode is 0700
     exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)  # a library that is loaded needs its file no more
     library = Path(folder) / f"native{SUFFIX}"
     build(library)
@@ -121,7 +122,7 @@ def _build_alone(folder: Path, name: str, sources: str, build: Callable[[Path], 
             built = Path(scratch) / f"native{SUFFIX}"
             build(built)
             built.chmod(0o700)
-            return built.replace(with_digest(folder / f"{name}{SUFFIX}", built))  # atomic
+            return built.replace(with_digest(folder / f"{name}{SUFFIX}", built))  # renaming is atomic
 
 
 @contextmanager
@@ -145,13 +146,13 @@ def _lock(descriptor: int) -> bool:
             return True
         except BlockingIOError:
             time.sleep(0.05)
-        except OSError:  # a file system without locks
+        except OSError:  # the file system has no locks
             return False
     return False
 
 
 def _remove_leftovers(folder: Path, name: str, sources: str) -> None:
-    """Remove, where no one else builds: what killed builds left, libraries of other versions, and damaged ones."""
+    """Remove the leftovers of killed builds, other versions' libraries and damaged ones, where nobody builds."""
     for path in folder.iterdir():
         if path.is_dir() and path.name.startswith((_SCRATCH, _OLD_SCRATCH)):
             shutil.rmtree(path, ignore_errors=True)
@@ -160,5 +161,5 @@ def _remove_leftovers(folder: Path, name: str, sources: str) -> None:
 
 
 def _is_of(file: str, name: str, sources: str) -> bool:
-    """Whether a file is a library of these sources for another machine."""
+    """Return whether a file is a library of these sources for another machine."""
     return file.startswith(f"{_PREFIX}{sources}-") and not file.startswith(f"{name}-")

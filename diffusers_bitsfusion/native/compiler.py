@@ -1,4 +1,4 @@
-"""The C compilers of the machine, and what they are asked for.
+"""The C compilers of the machine, and the options that they are given.
 
 This file needs the standard library only, so that `build.py` runs without torch.
 """
@@ -16,13 +16,13 @@ from pathlib import Path
 
 SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
 
-# Sums may be reordered (they vectorise only so); nothing else of IEEE arithmetic is given up, and no start-up code is
-# linked that would change the process's floating-point state, as -ffast-math does.
+# Compiler flags. Sums may be reordered, or they would not vectorise; all else is IEEE arithmetic, and no start-up code
+# is linked that would change the process's floating-point state, as -ffast-math does.
 COMMON_FLAGS = (
     "-O3", "-std=c11", "-shared",
     "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=off",
 )  # fmt: skip
-# A library of Windows has neither position-independent code nor a library of its own for mathematics.
+# Flags that Windows lacks, which has neither position-independent code nor a separate library for mathematics.
 _PLATFORM_FLAGS, _LINKED = ((), ()) if os.name == "nt" else (("-fPIC",), ("-lm",))
 
 # Seconds after which a compiler is taken to hang; a slow machine needs some 30.
@@ -37,7 +37,7 @@ def compilers() -> list[list[str]]:
     """Return the commands of the compilers that there are, the one that the variable CC names first."""
     try:
         named = shlex.split(os.environ.get("CC", ""), posix=os.name != "nt")
-    except ValueError:  # a quotation that does not end
+    except ValueError:  # a quotation does not end
         named = []
     found: list[list[str]] = []
     for program, *arguments in filter(None, (named, ["cc"], ["gcc"], ["clang"])):

@@ -22,11 +22,11 @@ class DenseForm:
     word_bits: int
 
     def words(self, columns: int) -> int:
-        """Words of a row of `columns` codes."""
+        """Return the words of a row of `columns` codes."""
         return _ceil_div(columns, self.digits)
 
     def row_bytes(self, columns: int) -> int:
-        """Bytes of a row of `columns` codes."""
+        """Return the bytes of a row of `columns` codes."""
         words = self.words(columns)
         if self.word_bits == 7:
             return 7 * _ceil_div(words, 8)
@@ -43,7 +43,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 _BYTE_A_CODE = DenseForm(1, 8)
 
-# By bits of the codes.
+# Dense forms by the bits of the codes.
 DENSE_FORMS = {
     1: DenseForm(5, 8),
     2: DenseForm(3, 7),

@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 _SOURCES = SOURCES
 _FLAGS = (*COMMON_FLAGS, "-march=native")
 
-# Below this many values a thread costs more than it saves, where loops compute with each.
+# Values of a loop below which another thread costs more than it saves.
 _VALUES_PER_THREAD = 1 << 14
 
-# The codes that the loops have for dtypes; decoding to int8 gives the codes of weights.
+# Numbers of dtypes in the loops; decoding to int8 gives the codes of weights.
 NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
-# Columns whose rows are compared with those of the library: whole groups of words of the dense form, and parts.
+# Columns of rows that are compared with the library's: whole groups of words of the dense form, and parts.
 _COMPARED_COLUMNS = (1, 2, 24, 25, 301)
 
 ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
@@ -58,7 +58,7 @@ class Loop(Generic[ArgumentsT]):
     _parallel: int | None
 
     def __call__(self, rows: int, columns: int, arguments: ArgumentsT, per_thread: int = _VALUES_PER_THREAD) -> None:
-        """Go over `rows`, on the threads that torch computes with; the interpreter's lock is released meanwhile.
+        """Process `rows` on the threads that torch computes with; the interpreter's lock is released meanwhile.
 
         Args:
             rows: their number.
@@ -88,14 +88,14 @@ class NativeLibrary:
     rescale: Loop[RescaleArguments]
     rescale_geglu: Loop[RescaleArguments]
     block_weight: Loop[BlockArguments]
-    multiply: Loop[ProductArguments] | None  # where the processor has AVX2
-    attention: Loop[AttentionArguments] | None  # where it has AVX-512 BF16
-    attention_queries: int  # that a row of `attention` has
+    multiply: Loop[ProductArguments] | None  # None without AVX2
+    attention: Loop[AttentionArguments] | None  # None without AVX-512 BF16
+    attention_queries: int  # queries of a row of `attention`
 
 
 @functools.cache
 def native_library() -> NativeLibrary | None:
-    """The compiled functions, or None on a machine where they can neither be found nor built, which is logged once."""
+    """Return the compiled functions, or None where they can neither be found nor built, which is logged once."""
     try:
         return _bound(_prebuilt() or _built())
     except (BuildError, OSError) as error:
@@ -104,7 +104,7 @@ def native_library() -> NativeLibrary | None:
 
 
 def _prebuilt() -> ctypes.CDLL | None:
-    """The library of a wheel for this processor, None where the package brings none of these sources."""
+    """Return the wheel's library for this processor, None where the package brings none of these sources."""
     names = list(targets.targets())
     baseline = targets.prebuilt_library(targets.PREBUILT, names[0]) if names else None
     if baseline is None:
@@ -118,7 +118,7 @@ def _prebuilt() -> ctypes.CDLL | None:
 
 
 def _built() -> ctypes.CDLL:
-    """The library that a compiler of this machine makes, or made before.
+    """Return the library that a compiler of this machine builds, or built before.
 
     Raises:
         BuildError: no compiler can.
@@ -132,7 +132,7 @@ def _built() -> ctypes.CDLL:
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
-    """The library at a path.
+    """Load the library at a path.
 
     Raises:
         OSError: it cannot be loaded, or its sources or sizes are not those of this package.
@@ -158,7 +158,7 @@ def _compare_sizes(library: ctypes.CDLL) -> None:
         size = library[f"bitsfusion_{name}_size"]
         size.restype = ctypes.c_int64
         if size() != ctypes.sizeof(ARGUMENTS[name]):
-            raise OSError(f"the loop {name} takes {size()} bytes, not {ctypes.sizeof(ARGUMENTS[name])}")
+            raise OSError(f"the loop {name} expects {size()} bytes, not {ctypes.sizeof(ARGUMENTS[name])}")
     row_bytes = library.bitsfusion_row_bytes
     row_bytes.argtypes, row_bytes.restype = (ctypes.c_int64, ctypes.c_int), ctypes.c_int64
     for bits, form in DENSE_FORMS.items():
@@ -168,7 +168,7 @@ def _compare_sizes(library: ctypes.CDLL) -> None:
 
 
 def _loops_of(library: ctypes.CDLL) -> list[str]:
-    """The loops that the library has for the instructions that it was compiled for."""
+    """Return the loops that the library has for the instructions that it was compiled for."""
     missing = set() if library.bitsfusion_multiplies() else {"multiply"}
     missing |= set() if library.bitsfusion_attention_queries() else {"attention"}
     return [name for name in ARGUMENTS if name not in missing]
@@ -186,7 +186,7 @@ def _bound(library: ctypes.CDLL) -> NativeLibrary:
 
 
 def _parallel() -> int | None:
-    """The address of GOMP_parallel, by which OpenMP runtimes run compiled code on threads; None where it is missing.
+    """Return the address of GOMP_parallel, by which OpenMP runs compiled code on threads; None without it.
 
     It is looked for in what torch is linked with, so that torch's runtime is found and not another library's.
     """

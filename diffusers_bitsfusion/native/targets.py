@@ -1,7 +1,7 @@
-"""The instruction sets that a wheel's libraries are compiled for, and the one that this processor takes.
+"""The instruction sets that a wheel's libraries are compiled for, and the one that this processor supports.
 
 A wheel may bring libraries in `prebuilt/`, which `build.py` writes: one for each target of its platform. The first
-target of a platform is its baseline, whose library is asked which one the processor takes, since no name of
+target of a platform is its baseline, whose library says which one the processor supports, since no name of
 instructions is the same on all systems.
 """
 
@@ -19,8 +19,8 @@ _AVX512 = ("-mavx512vbmi", "-mavx512vnni")
 # Compiler flags by target, in the order of `bitsfusion_target` in handshake.c.
 _X86_64 = {
     "x86-64-v2": ("-march=x86-64-v2",),
-    "x86-64-v3": ("-march=x86-64-v3",),  # AVX2
-    "x86-64-v4": ("-march=x86-64-v4",),  # AVX-512
+    "x86-64-v3": ("-march=x86-64-v3",),  # with AVX2
+    "x86-64-v4": ("-march=x86-64-v4",),  # with AVX-512
     "x86-64-v4-vbmi": ("-march=x86-64-v4", *_AVX512),
     "x86-64-v4-bf16": ("-march=x86-64-v4", *_AVX512, "-mavx512bf16"),
 }

@@ -46,10 +46,10 @@ def set_attention(model: nn.Module, bf16: bool) -> None:
             module.set_processor(new())
 
 
-def attention_ways(model: nn.Module) -> dict[str, str]:
+def attention_kernels(model: nn.Module) -> dict[str, str]:
     """How each attention module computes, and why, by name; those that have another processor are not named."""
     return {
-        name: _way(next(module.parameters()).device)
+        name: _kernel(next(module.parameters()).device)
         for name, module in model.named_modules()
         if isinstance(module, Attention) and type(module.processor) is BFloat16AttnProcessor
     }
@@ -60,6 +60,6 @@ def _is_plain(attn: Attention) -> bool:
     return not any(norms) and not attn.residual_connection and attn.rescale_output_factor == 1.0
 
 
-def _way(device: torch.device) -> str:
+def _kernel(device: torch.device) -> str:
     obstacle = why_no_bf16_attention(device)
     return "by bf16 dot products in compiled C" if obstacle is None else f"by torch: {obstacle}"

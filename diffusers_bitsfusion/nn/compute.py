@@ -41,7 +41,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
         raise ValueError(f"This {type(model).__name__} has no layers quantized by diffusers_bitsfusion.")
     for name, layer in layers.items():
         layer.sensitive = name.removesuffix(".base_layer").endswith(_NOT_NORMALISED)  # which an adapter wraps
-        layer.way(compute, resident)
+        layer.select_kernel(compute, resident)
     for layer in layers.values():
         layer.set_compute(compute, resident)
     set_attention(model, bf16=compute == "int8")

@@ -190,14 +190,14 @@ class PackedWeight(nn.Module):
         like = torch.empty(self.weight_shape, dtype=self.weight_dtype, device="meta")
         return LazyWeight(dense, like, self.codes.device)
 
-    def way(self, compute: str | None = None, resident: str | None = None) -> KernelSelection:
+    def select_kernel(self, compute: str | None = None, resident: str | None = None) -> KernelSelection:
         """How `forward` computes, or would with other settings; raises as `ops.dispatch.select_for_layer`."""
         settings = compute or self.compute, resident or self.resident
         return select_for_layer(*settings, self.bits, self.codes.device, self.sensitive, isinstance(self, nn.Linear))
 
     def set_compute(self, compute: str, resident: str) -> None:
         """Change how `forward` computes; see `diffusers_bitsfusion.set_compute`, raises as `ops.dispatch`."""
-        self.computes_int8 = self.way(compute, resident).arithmetic == "int8"
+        self.computes_int8 = self.select_kernel(compute, resident).arithmetic == "int8"
         self.compute, self.resident = compute, resident
         self._renew_int8_weight()
 

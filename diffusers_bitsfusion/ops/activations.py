@@ -15,15 +15,15 @@ from ..native.arguments import AffineArguments, RangeArguments, RescaleArguments
 from ..native.library import NATIVE_DTYPES, Loop, NativeLibrary, native_library
 from .dispatch import ROUND_COMPILED
 
-# Smallest range of values that is told from zero; its reciprocal is finite.
+# Smallest range of values that is not treated as zero; its reciprocal is finite.
 TINY = 1e-30
 
-# Values that the compiled loops over whole tensors take at a time.
+# Values that the compiled loops over whole tensors process at a time.
 _CHUNK = 1 << 14
 
 
 def quantize_tokens_reference(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric codes with a scale for each token, `x ≈ scale * codes`.
+    """Return symmetric codes with a scale for each token, `x ≈ scale * codes`.
 
     Args:
         x: floating [tokens, channels].
@@ -38,7 +38,7 @@ def quantize_tokens_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_tokens_reference` by the fastest kernel on a CPU."""
+    """Quantize as `quantize_tokens_reference` by the fastest kernel on a CPU."""
     native = _native_for(x)
     if native is None:
         return quantize_tokens_reference(x)
@@ -57,7 +57,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_image_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes with one scale and one zero point for the whole tensor, `x ≈ scale * (codes - zero_point)`.
+    """Return codes with one scale and zero point for the whole tensor, `x ≈ scale * (codes - zero_point)`.
 
     Zero is always exact, so that a convolution's padding is.
 
@@ -75,7 +75,7 @@ def quantize_image_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_image_reference` by the fastest kernel on a CPU."""
+    """Quantize as `quantize_image_reference` by the fastest kernel on a CPU."""
     native = _native_for(x)
     if native is None:
         return quantize_image_reference(x)
@@ -100,7 +100,7 @@ def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(scale, its inverse, zero point), fp32 scalars, that map `low` ... `high` to 0 ... 255."""
+    """Return (scale, its inverse, zero point), fp32 scalars, that map `low` ... `high` to 0 ... 255."""
     span = (high - low).clamp(min=TINY)
     inverse = torch.full_like(span, 255.0) / span  # not 255.0 / span, which torch rounds twice
     return span / 255.0, inverse, (-low * inverse).round_()
@@ -109,7 +109,7 @@ def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def rescale_reference(
     sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> Tensor:
-    """Sums of products of codes to outputs, in fp32 and rounded once.
+    """Return outputs from sums of products of codes, in fp32 and rounded once.
 
     Args:
         sums: int32 [tokens, channels].
@@ -123,7 +123,7 @@ def rescale_reference(
 
 
 def rescale(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`rescale_reference` by the fastest kernel; the order of its products may differ in the last bit."""
+    """Rescale as `rescale_reference` by the fastest kernel; the order of its products may differ in the last bit."""
     native = _native_for(sums)
     if native is None:
         return rescale_reference(sums, token_scale, weight_scale, bias, out)
@@ -133,10 +133,13 @@ def rescale(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tenso
 def rescale_geglu_reference(
     sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor
 ) -> Tensor:
-    """`rescale_reference`, and of the halves of each token, hidden and gate, the product hidden * gelu(gate).
+    """Rescale as `rescale_reference`, and return hidden * gelu(gate) of the halves of each token, hidden and gate.
 
     Args:
-        sums: int32 [tokens, 2 * channels], and other arguments so.
+        sums: int32 [tokens, 2 * channels].
+        token_scale: fp32 [tokens].
+        weight_scale: fp32 [2 * channels].
+        bias: floating [2 * channels].
         out: floating [tokens, channels], written and returned.
     """
     y = rescale_reference(sums, token_scale, weight_scale, bias, torch.empty_like(sums, dtype=torch.float32))
@@ -145,7 +148,7 @@ def rescale_geglu_reference(
 
 
 def rescale_geglu(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`rescale_geglu_reference` by the fastest kernel, to 1e-7 of the gate."""
+    """Rescale as `rescale_geglu_reference` by the fastest kernel, to 1e-7 of the gate."""
     native = _native_for(sums)
     if native is None:
         return rescale_geglu_reference(sums, token_scale, weight_scale, bias, out)

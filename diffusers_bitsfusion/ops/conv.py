@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_input
 from .activations import quantize_image
 from .decode import decode_channels_last, decode_to_scratch
 from .dispatch import wants_channels_last
-from .onednn_weights import is_current, lay_out, lay_out_in_place
+from .onednn_weights import is_current, prepack, prepack_in_place
 
 # Stride, padding, dilation, all as pairs, and groups.
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -196,7 +196,7 @@ def int8_conv_weight(
         weight = decode_channels_last(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
         return weight.permute(0, 2, 3, 1).flatten(1, 2)
     plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
-    arrange = lay_out if kept else lay_out_in_place
+    arrange = prepack if kept else prepack_in_place
     return arrange(plain, scale.view(torch.float32), geometry)
 
 

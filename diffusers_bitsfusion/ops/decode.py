@@ -17,14 +17,14 @@ _NATIVE_OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
 # Weights that plain torch decodes at a time: few enough that its passes over them stay in a processor's cache.
 _PLAIN_BLOCK = 1 << 20
 
-# Compiled loops write so many bytes in the time that another thread takes to begin.
+# Bytes that compiled loops write in the time that another thread takes to start.
 _BYTES_PER_THREAD = 1 << 16
 
 _scratch = threading.local()
 
 
 def decode_reference(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
-    """Weights `scale * code`, rounded once to the output's dtype, or the codes alone; plain torch on any device.
+    """Decode weights `scale * code`, rounded once to the output's dtype, or the codes alone; plain torch.
 
     Args:
         codes: uint8 [rows, dense_width(columns, bits)], the dense form of `codec.radix`.
@@ -41,10 +41,10 @@ def decode_reference(codes: Tensor, scale: Tensor, bits: int, columns: int, out:
 
 
 def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
-    """`decode_reference` by the fastest kernel for the device and dtype; same arguments, same bits."""
+    """Decode as `decode_reference` by the fastest kernel for the device and dtype; same arguments, same bits."""
     contiguous = codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
     if contiguous and _has_kernel(codes.device, out.dtype):
-        from .triton.decode import decode_triton  # imports Triton, which takes a second and may be missing
+        from .triton.decode import decode_triton  # Triton takes a second to import and may be missing
 
         return decode_triton(codes, scale, bits, columns, out)
     if codes.device.type != "cpu":
@@ -53,7 +53,9 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
     if native is None or not contiguous:
         return _decode_in_blocks(codes, scale, bits, columns, out)
     if out.dtype not in _NATIVE_OUTPUTS:
-        weights = torch.empty(out.shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are now
+        weights = torch.empty(
+            out.shape, dtype=torch.float32, device="cpu"
+        )  # on the CPU whatever torch's default device is
         return out.copy_(decode(codes, scale, bits, columns, weights))
     arguments = DecodeArguments(
         dense=codes.data_ptr(),
@@ -77,7 +79,7 @@ def _decode_in_blocks(codes: Tensor, scale: Tensor, bits: int, columns: int, out
 
 
 def decode_weight(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new tensor of `shape` with the decoded weights; arguments as in `decode_reference`."""
+    """Return a new tensor of `shape` with the decoded weights; arguments as in `decode_reference`."""
     out = torch.empty(shape, dtype=dtype, device=codes.device)
     decode(codes, scale, bits, out[0].numel(), out.view(shape[0], -1))
     return out
@@ -86,7 +88,7 @@ def decode_weight(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...
 def decode_channels_last(
     codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Tensor:
-    """Like `decode_weight`, of a convolution [out, in, height, width], in channels-last memory."""
+    """Decode as `decode_weight`, of a convolution [out, in, height, width], in channels-last memory."""
     if not _has_kernel(codes.device, dtype):
         return decode_weight(codes, scale, bits, shape, dtype).contiguous(memory_format=torch.channels_last)
     from .triton.decode import decode_triton
@@ -103,7 +105,7 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Like `decode_weight`, into a buffer that the next call on this thread overwrites.
+    """Decode as `decode_weight`, into a buffer that the next call on this thread overwrites.
 
     Fresh memory costs more than decoding on a CPU (every page is faulted in and cleared), so one buffer of the
     largest layer serves all. Other devices allocate from their caching allocator. Only for use within one operator,

@@ -16,17 +16,17 @@ from ..utils.private_names import TORCH_AMX, TORCH_VNNI
 COMPUTES = ("auto", "exact", "int8")
 RESIDENTS = ("packed", "int8")
 
-# Compute capability of the oldest GPUs whose tensor cores for int8 and bf16 Triton's compiler serves.
+# Compute capability of the oldest GPUs whose tensor cores for int8 and bf16 Triton's compiler supports.
 _CAPABILITY = (8, 0)
 
 # Rows of the smallest tile of a GPU's tensor cores.
 FEW_TOKENS = 16
 
 _HALVES = (torch.float16, torch.bfloat16)
-# An offloaded layer is judged as on a CPU.
+# Device types of layers that compute on a CPU; "meta" is that of an offloaded layer.
 _ON_CPU = ("cpu", "meta")
 
-# Private operators of torch by which oneDNN lays out weights.
+# Private operators of torch for weights that oneDNN has prepacked.
 _ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
 
 
@@ -55,7 +55,7 @@ class Kernel:
     why_not_here: Callable[[torch.device], str | None] = _no_obstacle
 
     def why_not(self, device: torch.device, dtype: torch.dtype | None = None, bits: int = 1) -> str | None:
-        """Why it cannot compute this, or None where it can; without a dtype, that is not looked at."""
+        """Return why it cannot compute this, or None where it can; without a dtype, any is assumed to do."""
         if self.devices and device.type not in self.devices:
             return f'{self.name} is not for the device type "{device.type}"'
         if self.dtypes and dtype is not None and dtype not in self.dtypes:
@@ -73,7 +73,7 @@ class Kernel:
 def select(
     kernels: Sequence[Kernel], device: torch.device, dtype: torch.dtype | None = None, bits: int = 1
 ) -> Kernel | None:
-    """The first kernel that can compute this, None where none can."""
+    """Return the first kernel that can compute this, None where none can."""
     return next((kernel for kernel in kernels if kernel.why_not(device, dtype, bits) is None), None)
 
 
@@ -113,19 +113,19 @@ DECODE_COMPILED = Kernel("compiled C", _ON_CPU, why_not_here=_why_no_compiled_lo
 DECODE_TORCH = Kernel("plain torch")
 DECODING = (DECODE_TRITON, DECODE_COMPILED, DECODE_TORCH)
 
-# Decoding within the product: for few tokens a product waits for its weights alone, and reads them as codes.
+# Kernel that decodes within the product: with few tokens a product waits for its weights alone, so it reads codes.
 FUSED_LINEAR = Kernel("Triton", ("cuda",), _HALVES, capability=_CAPABILITY, why_not_here=_why_no_triton)
 
-# Integer products and convolutions on a GPU.
+# Kernel of integer products and convolutions on a GPU.
 INTEGERS_TRITON = Kernel("Triton", ("cuda",), capability=_CAPABILITY, why_not_here=_why_no_triton)
 
-# Integer products of tokens and codes on a CPU that are faster than those of fp32. Without VNNI, two products of a
-# byte and a code are added in 16 bits, which codes of more bits overflow.
+# Kernels of integer products of tokens and codes on a CPU that are faster than products in fp32. Without VNNI, two
+# products of a byte and a code are added in 16 bits, which codes of more bits overflow.
 MULTIPLY_VNNI = Kernel("torch with VNNI", _ON_CPU, why_not_here=_why_no_vnni)
 MULTIPLY_COMPILED = Kernel("compiled C", _ON_CPU, max_bits=7, why_not_here=_why_no_avx2)
 INTEGER_PRODUCTS = (MULTIPLY_VNNI, MULTIPLY_COMPILED)
 
-# Activations to eight bits and back on a CPU.
+# Kernel that rounds activations to eight bits, and rescales sums, on a CPU.
 ROUND_COMPILED = Kernel("compiled C", ("cpu",), why_not_here=_why_no_compiled_loops)
 
 ATTENTION_BF16 = Kernel("bf16 dot products in compiled C", _ON_CPU, why_not_here=_why_no_bf16_loop)
@@ -133,7 +133,7 @@ ATTENTION_BF16 = Kernel("bf16 dot products in compiled C", _ON_CPU, why_not_here
 
 @dataclass(frozen=True)
 class KernelSelection:
-    """How a layer computes.
+    """The arithmetic of a layer, where its weights come from, and why.
 
     Attributes:
         arithmetic: "exact", in the input's dtype; or "int8", integer products of rounded activations.
@@ -147,7 +147,7 @@ class KernelSelection:
 
 
 def check_settings(compute: str, resident: str) -> None:
-    """Raises `ValueError` for values that do not exist or do not go together."""
+    """Raise `ValueError` for values that do not exist or do not go together."""
     for name, value, choices in (("compute", compute, COMPUTES), ("resident", resident, RESIDENTS)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {choices}, got {value!r}")
@@ -158,7 +158,7 @@ def check_settings(compute: str, resident: str) -> None:
 def select_for_layer(
     compute: str, resident: str, bits: int, device: torch.device, sensitive: bool = False, linear: bool = False
 ) -> KernelSelection:
-    """How a layer computes.
+    """Return the kernels by which a layer computes, and why.
 
     Args:
         compute: one of `COMPUTES`.
@@ -172,7 +172,7 @@ def select_for_layer(
         ValueError: the device has no integer arithmetic, or codes that are offloaded should stay resident.
     """
     if compute != "int8":
-        reason = 'compute="auto" takes exact' if compute == "auto" else 'compute="exact"'
+        reason = 'compute="auto" uses exact' if compute == "auto" else 'compute="exact"'
         return KernelSelection("exact", _decoding(device, linear), reason)
     obstacle = why_no_int8(device)
     if obstacle is not None:
@@ -191,37 +191,37 @@ def select_for_layer(
 
 
 def _why_slow_integers(bits: int, device: torch.device, linear: bool) -> str | None:
-    """Why a layer on a CPU gains nothing from integers, or None where it does; convolutions are oneDNN's."""
+    """Return why a layer on a CPU gains nothing from integers, or None where it does; oneDNN does convolutions."""
     if bits > MULTIPLY_COMPILED.max_bits and not has_vnni():
         return f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
     return why_no_int_mm() if linear else None
 
 
 def why_no_int_mm() -> str | None:
-    """Why integer products are slower on a CPU than those of fp32, or None where they are not."""
+    """Return why integer products are slower on a CPU than those of fp32, or None where they are not."""
     device = torch.device("cpu")
     return None if select(INTEGER_PRODUCTS, device) is not None else MULTIPLY_COMPILED.why_not(device)
 
 
 def fuses_decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether a linear layer decodes within its product rather than before it."""
+    """Return whether a linear layer decodes within its product rather than before it."""
     return 0 < tokens <= FEW_TOKENS and FUSED_LINEAR.why_not(device, dtype) is None
 
 
 def wants_channels_last(x: torch.Tensor, int8: bool) -> bool:
-    """Whether a convolution computes in channels last: on a GPU, whose tensor cores take bytes and halves so."""
+    """Return whether a convolution computes in channels last, as a GPU's tensor cores read bytes and halves."""
     return x.device.type == "cuda" and x.dim() == 4 and (int8 or x.dtype in _HALVES)
 
 
 def why_no_int8(device: torch.device) -> str | None:
-    """Why a device cannot compute with int8 codes, or None where it can."""
+    """Return why a device cannot compute with int8 codes, or None where it can."""
     if device.type == "cuda":
         return _why_no_int8_on_gpu(device)
     if device.type not in _ON_CPU:
         return f'there is no integer arithmetic for the device type "{device.type}"'
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"torch has no fast int8 convolution for {platform.machine()} processors, only for x86"
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return "this build of torch lacks oneDNN"
     if TORCH_VNNI.read(torch.cpu) is None:
         return TORCH_VNNI.missing()
@@ -237,21 +237,21 @@ def _why_no_int8_on_gpu(device: torch.device) -> str | None:
 
 @functools.cache
 def why_no_bf16_attention(device: torch.device) -> str | None:
-    """Why attention is torch's own, or None where it is by compiled bf16 dot products."""
+    """Return why attention is torch's own, or None where it is by compiled bf16 dot products."""
     if device.type not in _ON_CPU:
         return f'torch has its own for the device type "{device.type}"'
     return ATTENTION_BF16.why_not(device)
 
 
 def has_vnni() -> bool:
-    """Whether the processor multiplies bytes and adds the products in 32 bits."""
+    """Return whether the processor multiplies bytes and adds the products in 32 bits."""
     supported = TORCH_VNNI.read(torch.cpu)
     return supported is not None and supported()
 
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether the kernels for GPUs can be imported."""
+    """Return whether the kernels for GPUs can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 

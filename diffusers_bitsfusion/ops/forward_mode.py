@@ -13,11 +13,12 @@ from .decode import decode_weight
 
 
 def in_forward_mode() -> bool:
-    """Whether tangents may pass through what is called now (`torch.func.jvp`, `torch.autograd.forward_ad`).
+    """Return whether tangents may pass through the current call (`torch.func.jvp`, `autograd.forward_ad`).
 
     Torch has one level for the process, so that other threads compute exactly meanwhile, too.
     """
-    return TORCH_FORWARD_LEVEL.read(forward_ad, -1) >= 0
+    level: int = TORCH_FORWARD_LEVEL.read(forward_ad, -1)
+    return level >= 0
 
 
 @torch.library.custom_op(
@@ -26,7 +27,7 @@ def in_forward_mode() -> bool:
     schema="(Tensor codes, Tensor scale, int bits, SymInt[] shape, ScalarType dtype) -> Tensor",
 )
 def weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """The decoded weight for torch's own linear layer or convolution, as an operator, which torch's transforms take.
+    """Return the decoded weight for torch's own linear layer or convolution, by an operator that transforms accept.
 
     Args:
         codes: uint8 [out, dense_width(columns, bits)], the dense form of `codec.radix`.

@@ -1,15 +1,15 @@
 """Weights as oneDNN's integer convolution reads them, written by compiled loops of this package.
 
-oneDNN lays out a weight by a generic loop, at about 0.3 GB/s, which took a third of a call of Stable Diffusion's UNet
+oneDNN prepacks a weight by a generic loop, at about 0.3 GB/s, which took a third of a call of Stable Diffusion's UNet
 with packed weights. The layout that it chooses for convolutions without groups is a simple one ([blocks of outputs,
 taps, inputs / 4, outputs of a block, 4], then the sums that a zero point needs), so a tensor of the layout that there
 is already, or a copy of it, is written over. oneDNN does not promise the layout: that a tensor has this one is
-checked, byte by byte, when the first of its shape is made, and where it has not, oneDNN lays out every weight.
+checked, byte by byte, when the first of its shape is made, and where it has not, oneDNN prepacks every weight.
 
 The size of a block depends on the shape, the processor and the number of threads. Layouts are therefore remembered for
 the settings under which they were found, and before anything is written over, the tensor's own descriptor is compared
-with the one that was checked. A tensor that was laid out under other settings stays right, since oneDNN reorders what
-it does not want, but only by its generic loop: `is_current` tells when it is better to lay out the codes anew.
+with the one that was checked. A tensor that was prepacked under other settings stays right, since oneDNN reorders what
+it does not want, but only by its generic loop: `is_current` tells when it is better to prepack the codes again.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..native.arguments import BlockArguments
 from ..native.library import NativeLibrary, native_library
 
-# Outputs of a block; how many oneDNN takes depends on the shape, the processor and the number of threads.
+# Outputs of a block; oneDNN's choice among them depends on the shape, the processor and the number of threads.
 _BLOCKS = (64, 48, 32, 16)
 
-# Codes that are drawn for a probe and then repeated: a prime, which no layout's strides share.
+# Random codes of a probe, which repeats them: a prime number, which no layout's strides share.
 _PERIOD = 65521
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What oneDNN makes of a shape: its own description, and the outputs of a block, None for any other layout."""
+    """The descriptor that oneDNN gives a shape, and the outputs of a block, None for any other layout."""
 
     descriptor: bytes
     block: int | None
@@ -45,15 +45,15 @@ class _Layout:
 
 # Layouts of weights by settings, shape and geometry.
 _layouts: dict[Any, _Layout] = {}
-# A tensor of each of these: written over by this thread's next call, and kept by a model.
+# One tensor of each layout that this thread's next call overwrites, and one that a model keeps.
 _scratch = threading.local()
 _kept: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
-# The settings under which the tensors that models keep were laid out.
+# The settings under which the tensors that models keep were prepacked.
 _settings_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def lay_out(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
-    """Codes in an opaque layout of oneDNN, which is the tensor's own.
+def prepack(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """Prepack codes into an opaque layout of oneDNN, in a tensor of the caller's own.
 
     Args:
         plain: int8 [out, in / groups, kernel height, kernel width].
@@ -63,14 +63,14 @@ def lay_out(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
     settings = _settings()
     key = _key(settings, plain, geometry)
     alike = _kept.get(key)
-    tensor = _lay_out_into(None if alike is None else alike.clone(), key, plain, scale, geometry)
+    tensor = _prepack_into(None if alike is None else alike.clone(), key, plain, scale, geometry)
     _kept[key] = tensor
     _settings_of[tensor] = settings
     return tensor
 
 
-def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
-    """Like `lay_out`, where that can be into a tensor that the next such call on this thread overwrites.
+def prepack_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """Prepack as `prepack`, where possible into a tensor that the next such call on this thread overwrites.
 
     Only for use within one operator; see `decode.decode_to_scratch`.
     """
@@ -80,25 +80,27 @@ def lay_out_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
     tensors: dict[Any, Tensor] = _scratch.tensors
     key = _key(settings, plain, geometry)
     with torch.inference_mode(False):  # the tensor outlives an inference mode that this call may be under
-        tensor = _lay_out_into(tensors.get(key), key, plain, scale, geometry)
+        tensor = _prepack_into(tensors.get(key), key, plain, scale, geometry)
     if key in _layouts and _layouts[key].block is not None:
         tensors[key] = tensor
     return tensor
 
 
-def lay_out_by_onednn(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
-    """`lay_out` by oneDNN alone."""
-    # A zero point that is not zero asks for the layout that serves one.
-    return torch.ops.onednn.qconv_prepack(plain, scale, 1.0, 1, *geometry, None)
+def prepack_by_onednn(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """Prepack as `prepack` by oneDNN alone."""
+    # A zero point that is not zero selects the layout that serves one.
+    prepacked: Tensor = torch.ops.onednn.qconv_prepack(plain, scale, 1.0, 1, *geometry, None)
+    return prepacked
 
 
 def is_current(tensor: Tensor) -> bool:
-    """Whether a tensor that `lay_out` gave was laid out under the settings that hold now."""
-    return _settings_of.get(tensor) == _settings()
+    """Return whether a tensor of `prepack` has the layout of the settings that hold now."""
+    settings: tuple[Any, ...] | None = _settings_of.get(tensor)  # type: ignore[no-untyped-call]
+    return settings == _settings()
 
 
 def _settings() -> tuple[Any, ...]:
-    """What oneDNN's choice depends on, beside the convolution and the processor, on this thread now."""
+    """Return what oneDNN's choice depends on, beside the convolution and the processor, on this thread now."""
     return (
         torch.get_num_threads(),
         torch.backends.mkldnn.deterministic,
@@ -112,40 +114,41 @@ def _key(settings: tuple[Any, ...], plain: Tensor, geometry: Sequence[Any]) -> A
     return (settings, tuple(plain.shape), *parts)
 
 
-def _lay_out_into(tensor: Tensor | None, key: Any, plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
-    """Codes in `tensor`, where it has the layout that is known for `key`; else in a new one."""
+def _prepack_into(tensor: Tensor | None, key: Any, plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
+    """Prepack codes into `tensor`, where it has the layout that is known for `key`; else into a new one."""
     native = native_library()
     if native is None:
-        return lay_out_by_onednn(plain, scale, geometry)
+        return prepack_by_onednn(plain, scale, geometry)
     if key not in _layouts:
         probe = _probe(plain.shape)
-        tensor = lay_out_by_onednn(probe, scale, geometry)
+        tensor = prepack_by_onednn(probe, scale, geometry)
         fitting = (block for block in _BLOCKS if _has_blocks_of(native, tensor, probe, block))
         _layouts[key] = _Layout(_descriptor(tensor), next(fitting, None))
     layout = _layouts[key]
     if tensor is None or layout.block is None or not _has_layout(tensor, plain.shape, layout):
-        return lay_out_by_onednn(plain, scale, geometry)
+        return prepack_by_onednn(plain, scale, geometry)
     _write(native, plain, torch.ops.mkldnn.data_ptr(tensor), layout.block)
     return tensor
 
 
 def _has_layout(tensor: Tensor, shape: torch.Size, layout: _Layout) -> bool:
-    """Whether a loop that writes weights of `shape` in `layout` stays within `tensor` and fills it rightly."""
+    """Return whether a loop that writes weights of `shape` in `layout` stays within `tensor` and fills it rightly."""
     assert layout.block is not None
     fits = torch.ops.mkldnn._nbytes(tensor) == _size(shape, layout.block)
     return fits and _descriptor(tensor) == layout.descriptor
 
 
 def _descriptor(tensor: Tensor) -> bytes:
-    """oneDNN's own description of a tensor: dtype, sizes, strides, blocks, and the sums after them."""
-    return torch.ops.mkldnn._get_mkldnn_serialized_md(tensor).numpy().tobytes()
+    """Return oneDNN's own description of a tensor: dtype, sizes, strides, blocks, and the sums after them."""
+    descriptor: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(tensor)
+    return descriptor.numpy().tobytes()
 
 
 def _probe(shape: torch.Size) -> Tensor:
-    """Codes that fit one layout alone, as zeros do not."""
-    generator = torch.Generator("cpu").manual_seed(0)  # whatever torch's default device is now
-    drawn = torch.randint(-127, 128, (_PERIOD,), dtype=torch.int8, generator=generator, device="cpu")
-    return drawn.repeat(-(-shape.numel() // _PERIOD))[: shape.numel()].view(shape)
+    """Return codes that fit one layout alone, as zeros do not."""
+    generator = torch.Generator("cpu").manual_seed(0)  # on the CPU whatever torch's default device is
+    codes = torch.randint(-127, 128, (_PERIOD,), dtype=torch.int8, generator=generator, device="cpu")
+    return codes.repeat(-(-shape.numel() // _PERIOD))[: shape.numel()].view(shape)
 
 
 def _has_blocks_of(native: NativeLibrary, tensor: Tensor, plain: Tensor, block: int) -> bool:
@@ -159,7 +162,7 @@ def _has_blocks_of(native: NativeLibrary, tensor: Tensor, plain: Tensor, block: 
 
 
 def _size(shape: torch.Size, block: int) -> int:
-    """Bytes of a weight of `shape` in blocks, with the sums after them."""
+    """Return the bytes of a weight of `shape` in blocks, with the sums after them."""
     outputs, inputs, *kernel = shape
     rows, columns = -(-outputs // block) * block, -(-inputs // 4) * 4 * torch.Size(kernel).numel()
     return rows * (columns + 4)

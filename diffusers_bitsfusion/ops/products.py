@@ -9,12 +9,12 @@ from ..native.arguments import ProductArguments
 from ..native.library import native_library
 from .dispatch import INTEGER_PRODUCTS, MULTIPLY_COMPILED, select
 
-# Products that are worth a thread; one makes some 40 a nanosecond.
+# Products that are worth another thread; a thread computes some 40 a nanosecond.
 _PRODUCTS_PER_THREAD = 1 << 22
 
 
 def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
-    """tokens weightᵀ.
+    """Multiply tokens by weightᵀ.
 
     Args:
         tokens: int8 [tokens, in], contiguous.
@@ -22,14 +22,14 @@ def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
         sums: int32 [at least tokens, out]; its first rows are written and returned.
     """
     sums = sums[: len(tokens)]
-    # Of single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
+    # For single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
     if weight.shape[1] == 1:
         return torch.mul(tokens.to(torch.int32), weight.T, out=sums)
     return torch._int_mm(tokens, weight.T, out=sums)
 
 
 def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
-    """`int_mm_reference` by the fastest kernel; `weight`: codes of `bits`, without VNNI at most 7."""
+    """Multiply as `int_mm_reference` by the fastest kernel; `weight`: codes of `bits`, without VNNI at most 7."""
     compiled = select(INTEGER_PRODUCTS, tokens.device, bits=bits) is MULTIPLY_COMPILED
     native = native_library() if compiled else None
     if native is None or native.multiply is None:

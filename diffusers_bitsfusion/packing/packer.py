@@ -22,6 +22,9 @@ from ..nn.time_path import empty_lookup, install
 from ..utils.errors import printable
 from .plan import Plan, make_plan
 
+# Floating dtypes that layers of torch compute in; fp8, for example, only stores.
+_COMPUTING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class ModelPacker:
     """Packer that replaces the layers of an unquantized model, in place, as their weights come in.
@@ -51,6 +54,11 @@ class ModelPacker:
         exclude: Iterable[str] = (),
         progress: bool = True,
     ) -> None:
+        if dtype not in _COMPUTING_DTYPES:
+            raise ValueError(
+                f"Cannot quantize a {type(model).__name__} in {dtype}: norms and biases, which stay in floating point, "
+                "do not compute in it. Cast the model first, for example by `.to(torch.bfloat16)`."
+            )
         self.model = model
         self.dtype = dtype
         self.plan = make_plan(model, config, exclude)

@@ -1,1 +1,1 @@
-"""What a model weighs, told before and after quantizing: sizes, histograms, the model card."""
+"""The size of a model, before and after quantizing: bytes and bits, histograms, the model card."""

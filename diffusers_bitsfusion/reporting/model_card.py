@@ -1,4 +1,4 @@
-"""The model card written beside a packed model or pipeline."""
+"""The model card that is written beside a packed model or pipeline."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # exported without saying so
 from yaml import YAMLError
 
 from ..codec.weight_files import stem, weight_files
+from ..utils.installation import install_command
 from .histogram import draw_histogram
-from .size_report import MB, PipelineSizeReport, SizeReport, size_report
+from .report_types import MB, PipelineSizeReport, SizeReport
+from .size_report import size_report
 
 _CARD_FILE = "README.md"
 _TAG = "bitsfusion"
@@ -27,7 +29,7 @@ A `{kind}` whose weights are packed at {bits}, by
 [BitsFusion](https://arxiv.org/abs/2406.04333) as implemented in `diffusers_bitsfusion`.
 
 ```bash
-pip install diffusers_bitsfusion
+{install}
 ```
 
 ```python
@@ -52,37 +54,37 @@ _MADE = {
     "tuned": "The weights were rounded for the inputs that their layers see ({run}); then scales, biases and norms "
     "were tuned in {tuning_steps} steps.",
     "calibrated": "The weights were rounded for the inputs that their layers see ({run}).",
-    "rounded": "The weights were rounded, without looking at what the model draws.",
+    "rounded": "The weights were rounded without calibration.",
 }
-_RUN = "{num_samples} pictures of {num_inference_steps} steps, prompts: {prompts}, seed {seed}"
-# Average bits over the quantized layers below which a rounded model of Stable Diffusion draws noise.
+_RUN = "{num_samples} images of {num_inference_steps} steps, prompts: {prompts}, seed {seed}"
+# Average bits over the quantized layers, below which a rounded model of Stable Diffusion generates noise.
 NOISY_BITS = 3.0
 _NOISE = (
-    " At about 2 bits a weight a model of Stable Diffusion then draws noise, until it is calibrated or trained in "
+    " At about 2 bits a weight a model of Stable Diffusion then generates noise, until it is calibrated or trained in "
     "quantized form."
 )
 
-# In a card that diffusers or this package generated, and in no card of a user's own.
-_OURS = "as implemented in `diffusers_bitsfusion`"
-_GENERATED = ("This model card has been automatically generated", _OURS)
+# Texts of cards that diffusers or this package generated, which no card of a user's own has.
+_OWN_MARK = "as implemented in `diffusers_bitsfusion`"
+_GENERATED_MARKS = ("This model card has been automatically generated", _OWN_MARK)
 
-# What a quantized model has in common with the model it was made from.
+# Metadata that a quantized model has in common with its original.
 _CARRIED = ("license", "license_name", "license_link", "pipeline_tag", "language")
 
 
 def is_users_own(folder: Path) -> bool:
-    """Whether `folder` has a card that nobody generated, which must not be replaced."""
+    """Return whether `folder` has a card that nobody generated, which must not be replaced."""
     card = folder / _CARD_FILE
-    return card.exists() and not any(mark in _read(card) for mark in _GENERATED)
+    return card.exists() and not any(mark in _read(card) for mark in _GENERATED_MARKS)
 
 
 def _read(card: Path) -> str:
-    """A card in any encoding: others wrote it, and only metadata and marks in ASCII are looked for."""
+    """Read a card in any encoding: others wrote it, and only metadata and marks in ASCII are looked for."""
     return card.read_text(encoding="utf-8", errors="replace")
 
 
 def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -> None:
-    """Write the card of a saved model or pipeline, and a picture of each recipe beside it.
+    """Write the card of a saved model or pipeline, and an image of each recipe beside it.
 
     Licence and base model come from the card of the model that it was made from, where there is one: in its folder,
     in the Hub's cache, or on the Hub.
@@ -101,6 +103,7 @@ def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -
     body = _BODY.format(
         title=title,
         kind=kind,
+        install=install_command(),
         bits=_bits({name: part.average_bits.layers for name, part in reports.items()}),
         variant=f'variant="{variant}", ' if variant else "",
         dtype=saved.dtype,
@@ -109,15 +112,15 @@ def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -
         figures="\n\n".join(_figures(name, part) for name, part in reports.items()),
     )
     for name, part in reports.items():
-        picture = draw_histogram(part.histogram, f"{name}: share of the weights by bits")
-        picture.save(folder / _picture(name), optimize=True)
+        image = draw_histogram(part.histogram, f"{name}: share of the weights by bits")
+        image.save(folder / _image_name(name), optimize=True)
     data = ModelCardData(library_name="diffusers", **_lineage(str(saved.config.get("_name_or_path") or ""), token))
     data.tags = [_TAG, "quantized", "diffusers_bitsfusion"]
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / _CARD_FILE)
 
 
 def origin(folder: Path) -> str:
-    """What was done to the quantized weights saved in a folder: "trained", "tuned", "calibrated" or "rounded".
+    """Return the origin of the quantized weights in a folder: "trained", "tuned", "calibrated" or "rounded".
 
     Args:
         folder: of a pipeline or model that this package saved.
@@ -133,7 +136,7 @@ def origin(folder: Path) -> str:
 
 def _says_trained(card: Path) -> bool:
     text = _read(card)
-    return _OURS in text and _TRAINED in text.lower()
+    return _OWN_MARK in text and _TRAINED in text.lower()
 
 
 def _origin(calibration: Mapping[str, Any] | None) -> str:
@@ -149,14 +152,14 @@ def check_card(folder: Path) -> None:
         FileNotFoundError: it has none, or a user's own.
     """
     card = folder / _CARD_FILE
-    if not card.is_file() or _OURS not in _read(card):
+    if not card.is_file() or _OWN_MARK not in _read(card):
         raise FileNotFoundError(f"{folder} has no card written by diffusers_bitsfusion; save the model there first.")
 
 
 def add_section(folder: Path, title: str, text: str) -> None:
     """Put a section (the training command, scores) at the end of a card, in place of one with the same title.
 
-    Writing the card anew, with the next save, drops it: what it says was true of the weights in `folder`.
+    The next save, which writes the card again, drops it: what it says was true of the weights in `folder`.
 
     Raises:
         FileNotFoundError: see `check_card`.
@@ -169,13 +172,13 @@ def add_section(folder: Path, title: str, text: str) -> None:
 
 
 def predicts_noise(model: Any) -> bool:
-    """Whether a model is neither an autoencoder nor a text encoder, which bear rounding better."""
+    """Return whether a model is neither an autoencoder nor a text encoder, which tolerate rounding better."""
     module = type(model).__module__
     return ".autoencoders." not in module and not module.startswith("transformers.")
 
 
 def _made(saved: Any, reports: Mapping[str, SizeReport]) -> str:
-    """What the card says of how the weights became what they are: of the denoiser's, where it is among them."""
+    """Return the card's sentences on the origin of the weights, those of the denoiser where it is among them."""
     models = {name: getattr(saved, name, saved) for name in reports}
     name = next((name for name, model in models.items() if predicts_noise(model)), next(iter(models)))
     quantizer, source = models[name].hf_quantizer, _local_card(str(saved.config.get("_name_or_path") or ""))
@@ -189,26 +192,26 @@ def _made(saved: Any, reports: Mapping[str, SizeReport]) -> str:
 
 
 def _lineage(name_or_path: str, token: str | None) -> dict[str, Any]:
-    """What the card's metadata says of the model that was quantized: its Hub id, and what its own card says."""
+    """Return the metadata that tell of the original model: its Hub id, and what its own card says."""
     hub_id = _hub_id(name_or_path)
     source = None
     try:
         card = Path(hf_hub_download(hub_id, _CARD_FILE, token=token)) if hub_id else _local_card(name_or_path)
         source = ModelCard(_read(card), ignore_metadata_errors=True).data if card else None
     except GatedRepoError:
-        pass  # it is there, though its card is not for everyone
+        pass  # the repository exists, though its card is not public
     except RepositoryNotFoundError:
-        hub_id = None  # a path that is gone, not a Hub id
+        hub_id = None  # the name is a path that is gone, not a Hub id
     except (OSError, ValueError, YAMLError):
-        pass  # no card, no network, or a card of broken metadata: then ours goes without what it would have said
+        pass  # without network, or with a missing or damaged card, this card lacks what it would have said
     carried = {key: source.get(key) for key in _CARRIED} if source else {}
-    if source and _TAG in (source.get("tags") or []):  # quantized before: made from what that was made from
+    if source and _TAG in (source.get("tags") or []):  # a quantized source has the same original
         hub_id = source.get("base_model")
     return carried | {"base_model": hub_id, "base_model_relation": "quantized" if hub_id else None}
 
 
 def _hub_id(name_or_path: str) -> str | None:
-    """ "user/name" of a Hub id or of a folder in the Hub's cache; a local path says nothing to others."""
+    """Return "user/name" of a Hub id or of a folder in the Hub's cache; a local path says nothing to others."""
     cached = re.search(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots", name_or_path)
     if cached:
         return f"{cached[1]}/{cached[2]}"
@@ -222,7 +225,7 @@ def _hub_id(name_or_path: str) -> str | None:
 
 
 def _local_card(name_or_path: str) -> Path | None:
-    """The card in a model's folder, or in that of the pipeline around it."""
+    """Return the card in a model's folder, or in that of the pipeline around it."""
     folders = [Path(name_or_path), Path(name_or_path).parent] if name_or_path else []
     return next((folder / _CARD_FILE for folder in folders if (folder / _CARD_FILE).is_file()), None)
 
@@ -234,7 +237,7 @@ def _bits(averages: dict[str, float]) -> str:
     return "on average " + ", ".join(f"{bits} ({name})" for name, bits in zip(averages, shown, strict=True))
 
 
-def _picture(name: str) -> str:
+def _image_name(name: str) -> str:
     return f"bits_{name}.png"
 
 
@@ -248,4 +251,4 @@ def _figures(name: str, report: SizeReport) -> str:
         ("layers by bits", ", ".join(f"{n} of {b}" for b, (n, _) in sorted(report.histogram.items()))),
     ]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
-    return f"| {name} | |\n|---|---|\n{table}\n\n![bits of the layers of {name}]({_picture(name)})"
+    return f"| {name} | |\n|---|---|\n{table}\n\n![bits of the layers of {name}]({_image_name(name)})"

@@ -1,4 +1,4 @@
-"""The size of a packed file before there is one: from a model's config alone, without its weights."""
+"""The size of a packed file before it exists: from a model's config alone, without its weights."""
 
 from __future__ import annotations
 
@@ -26,18 +26,21 @@ from ..packing.plan import TABLE_BITS_PER_FEATURE, Plan, make_plan
 from ..utils.errors import DamagedFileError, shown
 from ..utils.json_files import is_number, read_json
 from ..utils.private_names import DIFFUSERS_FP32
-from .size_report import SizeReport, TensorSize, report_of_tensors
+from .report_types import SizeReport, TensorSize, report_of_tensors
 
-_SAMPLE = (128, 2880)  # a quarter of a 320-channel 3×3 convolution: enough for the third digit
+# Shape of the sample of weights: a quarter of a 320-channel 3×3 convolution, which gives three digits.
+_SAMPLE = (128, 2880)
+# Seed of the sample.
 _SEED = 0
 
-# A DiT of 100 blocks has some 10,000 modules; the largest numbers are of vocabularies and positions.
-_MOST_MODULES = 100_000
-_LARGEST_NUMBER = 1 << 24
+# Modules of the largest model that is built; a DiT of 100 blocks has some 10,000.
+_MAX_MODULES = 100_000
+# Largest number of a model's config; vocabularies and positions have the largest ones.
+_MAX_NUMBER = 1 << 24
 
 
 def model_from_config(path: str | Path) -> ModelMixin:
-    """A diffusers model without weights (on the meta device), from its config.json or the folder that holds it.
+    """Build a diffusers model without weights (on the meta device) from its config.json or that file's folder.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -50,19 +53,19 @@ def model_from_config(path: str | Path) -> ModelMixin:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ValueError(f"{file} names no diffusers model (_class_name is {shown(config.get('_class_name'))}).")
-    if (size := _largest_number(config)) > _LARGEST_NUMBER:
+    if (size := _largest_number(config)) > _MAX_NUMBER:
         raise DamagedFileError(file, f"holds the number {shown(size)}, which no model has")
     try:
         with torch.device("meta"), _bounding_modules():
             return cast(Any, kind).from_config(config)
-    except Exception as error:  # whatever a model's constructor meets in values that it does not check
+    except Exception as error:  # constructors raise any error for values that they do not check
         raise DamagedFileError(
             file, f"describes no {kind.__name__} that can be built ({type(error).__name__}: {shown(str(error))})"
         ) from error
 
 
 def _largest_number(value: Any) -> float:
-    """Largest absolute value within nested JSON; 0 where there is no finite number."""
+    """Return the largest absolute value within nested JSON; 0 where there is no finite number."""
     if isinstance(value, (dict, list)):
         return max(map(_largest_number, value.values() if isinstance(value, dict) else value), default=0)
     return abs(value) if is_number(value) else 0
@@ -70,12 +73,12 @@ def _largest_number(value: Any) -> float:
 
 @contextmanager
 def _bounding_modules() -> Iterator[None]:
-    """Within it, building a model of more modules than any has is an error, not a matter of hours."""
+    """Refuse, within this context, to build more modules than any model has, which would take hours."""
     count = itertools.count(1)
 
     def check(*_: Any) -> None:
-        if next(count) > _MOST_MODULES:
-            raise ValueError(f"it would have more than {_MOST_MODULES} modules")
+        if next(count) > _MAX_MODULES:
+            raise ValueError(f"it would have more than {_MAX_MODULES} modules")
 
     hook = register_module_module_registration_hook(check)
     try:
@@ -87,7 +90,7 @@ def _bounding_modules() -> Iterator[None]:
 def predict_size(
     model: ModelMixin, config: BitsFusionConfig | None = None, dtype: torch.dtype = torch.float16
 ) -> SizeReport:
-    """What the packed file of `model` will take, part by part.
+    """Predict the size of the packed file of `model`, part by part.
 
     Packed weights are counted as Gaussian weights take them, measured on a sample by the codec itself; trained ones
     differ by some percent. Time features of all timesteps are an estimate too, all else is exact.
@@ -124,7 +127,7 @@ def _packed(schema: CheckpointSchema) -> Iterator[TensorSize]:
 
 @functools.cache
 def _compressed_share(bits: int, balance: bool) -> float:
-    """What zstd leaves of the packed bytes of Gaussian weights."""
+    """Return the share of the packed bytes of Gaussian weights that zstd leaves."""
     weight = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(_SEED))
     dense, _ = quantize_to_dense(weight, bits, Rounding(balance=balance))
     packed = bytes_from_dense(dense, bits, _SAMPLE[1])
@@ -146,7 +149,7 @@ def _time_features(time: TimeFeaturesSchema) -> Iterator[TensorSize]:
 
 
 def _others(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[TensorSize]:
-    """Biases, norms and layers left alone, without the time path where features replace it."""
+    """Return biases, norms and float layers, without the time path where features replace it."""
     gone = set() if plan.replaced_path is None else set(plan.replaced_path.layers)
     for name, parameter in model.named_parameters():
         owner, _, kind = name.rpartition(".")

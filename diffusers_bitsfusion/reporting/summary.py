@@ -1,10 +1,11 @@
-"""A model in a few words, for the labels of pictures and pages."""
+"""A model in a few words, for the labels of images and pages."""
 
 from __future__ import annotations
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from .size_report import MB, SizeReport, size_report
+from .report_types import MB, SizeReport
+from .size_report import size_report
 
 
 def describe_denoiser(pipeline: DiffusionPipeline) -> str:
@@ -14,7 +15,7 @@ def describe_denoiser(pipeline: DiffusionPipeline) -> str:
 
 
 def describe(model: ModelMixin) -> str:
-    """Return bits a weight and MB of a model: "2.03 bits, 1.3 MB", of one in full precision as fp16 takes them."""
+    """Return bits a weight and MB of a model: "2.03 bits, 1.3 MB", where a model in full precision counts as fp16."""
     if getattr(model, "is_quantized", False):
         report = size_report(model)
         assert isinstance(report, SizeReport)

@@ -19,7 +19,8 @@ from ..utils.errors import DamagedFileError, shown
 from ..utils.hub import local_folder
 from ..utils.json_files import read_json
 from ..utils.safetensors_files import SafetensorsHeader, read_header
-from .size_report import MB, is_packed_model, read_schema
+from .report_types import MB
+from .size_report import is_packed_model, read_schema
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Verification:
     models: Mapping[str, Verified]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe content."""
+        """Return JSON-safe content."""
         return {name: asdict(model) for name, model in self.models.items()}
 
     def __str__(self) -> str:
@@ -109,7 +110,7 @@ def _verify_model(folder: Path) -> Verified:
 
 
 def _needed(schema: CheckpointSchema) -> Iterator[str]:
-    """Names of the tensors that a checkpoint must have, of its packed part."""
+    """Return the names of the tensors that a checkpoint must have, of its packed part."""
     for name, layer in schema.layers.items():
         yield from (f"{name}.codes", f"{name}.scale")
         if layer.branch_rank:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there: written beside, flushed, renamed."""
+"""Checkpoints that are complete or absent: written beside their place, flushed, renamed."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 def fingerprint(student: ModelMixin) -> str:
-    """Tells prepared models apart: a hash of names, shapes, bits and some values of every parameter.
+    """Return a hash of names, shapes, bits and some values of every parameter, which identifies a prepared model.
 
-    To be taken before training, when the values are still those of the original model. Scales are computed, in their
-    last bits by each machine its own way: of them counts how.
+    The hash is to be computed before training, when the values are still those of the original model. Scales are
+    computed, with last bits that depend on the machine, so the hash covers how they are computed, not their values.
     """
     layers = qat_layers(student)
     beginning = json.dumps({name: (layer.bits, layer.balance) for name, layer in layers.items()})
@@ -52,7 +52,7 @@ def fingerprint(student: ModelMixin) -> str:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints in `folder`, oldest first."""
+    """Return the complete checkpoints in `folder`, oldest first."""
     found = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
 
@@ -80,14 +80,14 @@ def save_checkpoint(
     """
     target, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        for leftover in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they saved
+        for leftover in folder.glob(".checkpoint-*.partial"):  # left by runs that were killed while they saved
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
         with _unwrapped_weights(accelerator):
             accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()  # each has its own file of random states
+        accelerator.wait_for_everyone()  # each process has its own file of random states
         if accelerator.is_main_process:
             torch.save(state, partial / _STATE_FILE)
             checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir()) if file.is_file()}
@@ -113,15 +113,15 @@ def save_checkpoint(
 
 @contextmanager
 def _unwrapped_weights(accelerator: Accelerator) -> Iterator[None]:
-    """Within it, accelerate saves and loads models whole and under their own names, without those of DDP and
-    torch.compile around them.
+    """Let accelerate save and load models whole and under their own names, within this context.
 
-    So a run can go on with another number of processes.
+    Names are without those of DDP and torch.compile, so that a run can continue with another number of processes.
     """
     is_main = accelerator.is_main_process
 
     def plain(model: nn.Module) -> nn.Module:
-        return accelerator.unwrap_model(model, keep_torch_compile=False)
+        unwrapped: nn.Module = accelerator.unwrap_model(model, keep_torch_compile=False)
+        return unwrapped
 
     def save(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
         for model, _ in zip(models, list(weights), strict=False):
@@ -143,7 +143,7 @@ def _unwrapped_weights(accelerator: Accelerator) -> Iterator[None]:
 
 
 def find_checkpoint(folder: Path, which: str | None) -> Path | None:
-    """The checkpoint to continue from.
+    """Return the checkpoint to continue from.
 
     Args:
         folder: of a run, or of one of its stages.
@@ -173,7 +173,7 @@ def find_checkpoint(folder: Path, which: str | None) -> Path | None:
 
 
 def read_settings(path: Path) -> tuple[int, dict[str, Any]]:
-    """(steps taken, settings) of a checkpoint.
+    """Return (steps taken, settings) of a checkpoint.
 
     Raises:
         DamagedFileError: its file of settings is damaged.
@@ -211,7 +211,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
             accelerator.load_state(str(path))
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # whatever torch and accelerate meet in files that are none of this training
+    except Exception as error:  # torch and accelerate raise any error for files of another training
         problem = f"cannot be loaded ({type(error).__name__}: {shown(str(error))})"
         raise DamagedFileError(path, problem, _REMEDY) from error
     return step, state
@@ -246,7 +246,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def load_weights(student: nn.Module, path: Path, model: str) -> None:
-    """Take only the weights of a checkpoint, averaged ones where it has them.
+    """Load only the weights of a checkpoint, averaged ones where it has them.
 
     Args:
         student: a prepared model.

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..utils.json_files import read_json
-from .decoding import decode
+from .image_files import decode
 
 # Number of samples at the start of a WebDataset whose fields `datasets` requires to be the same.
 _SHARED_FIELDS = 5

@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .decoding import UnreadableImage, as_rgb, decode
 from .folders import (
     ArrayImages,
     CaptionFileImages,
@@ -20,6 +19,7 @@ from .folders import (
     has_metadata,
     image_files,
 )
+from .image_files import UnreadableImage, as_rgb, decode
 
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 _CAPTION_COLUMNS = ("text", "caption", "txt", "prompt")
@@ -31,7 +31,7 @@ class CaptionedImages(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[Image.Image, str | Sequence[str]]:
-        """The image and its caption or captions.
+        """Return the image and its caption or captions.
 
         Raises:
             UnreadableImage: it does not decode.
@@ -44,25 +44,26 @@ class DatasetImages:
     Args:
         dataset: a map-style dataset.
         image_column: its name; found by itself where it is a usual one.
-        caption_column: likewise; texts or lists of texts, one of which is drawn each time.
+        caption_column: likewise; texts or lists of texts, one of which is sampled each time.
 
     Raises:
         ValueError: there is no such column; the message lists those that there are.
     """
 
-    def __init__(self, dataset: Any, image_column: str | None = None, caption_column: str | None = None):
+    def __init__(self, dataset: Any, image_column: str | None = None, caption_column: str | None = None) -> None:
         import datasets
 
         self.image_column = _column("image_column", image_column, _IMAGE_COLUMNS, dataset.column_names)
         self.caption_column = _column("caption_column", caption_column, _CAPTION_COLUMNS, dataset.column_names)
         dataset = dataset.select_columns([self.image_column, self.caption_column])
-        # Decoded here, so that one broken file does not end the run.
+        # This class decodes the images, so that one broken file does not end the run.
         self.dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def read(self, index: int) -> tuple[Image.Image, str | Sequence[str]]:
+        """Return the image and its caption or captions."""
         row = self.dataset[index]
         stored, caption = row[self.image_column], row[self.caption_column]
         if stored is None:
@@ -79,7 +80,7 @@ def _column(argument: str, name: str | None, usual: Sequence[str], columns: Sequ
 
 
 def _check_captions(source: DatasetImages) -> DatasetImages:
-    """Refuse a caption column that holds no texts, by its declared type, before a run meets the first of them.
+    """Refuse a caption column that holds no texts, by its declared type, before a run reads the first of them.
 
     Raises:
         ValueError: it holds class numbers, numbers or objects.
@@ -179,7 +180,7 @@ class TrainingImages:
         center_crop: bool = False,
         random_flip: bool = False,
         max_samples: int | None = None,
-    ):
+    ) -> None:
         self.source, self.resolution = source, resolution
         self.center_crop, self.random_flip = center_crop, random_flip
         self._count = len(source) if max_samples is None else min(max_samples, len(source))
@@ -190,11 +191,11 @@ class TrainingImages:
         return self._count
 
     def load(self, index: int, generator: torch.Generator) -> dict[str, Any]:
-        """The image at `index`, or the next that decodes.
+        """Return the image at `index`, or the next that decodes.
 
         Args:
             index: 0 to len - 1.
-            generator: draws the crop, the flip and one of several captions.
+            generator: samples the crop, the flip and one of several captions.
 
         Returns:
             "pixels" fp32 [3, resolution, resolution] in [-1, 1], "caption", and "skipped", indices that did not
@@ -230,7 +231,7 @@ class TrainingImages:
 
 
 def _one_caption(captions: Any, choice: float, index: int) -> str:
-    """One of a sample's captions; the empty text where it has none."""
+    """Return one of a sample's captions; the empty text where it has none."""
     texts = captions if isinstance(captions, (list, tuple)) else [captions]
     chosen = texts[int(choice * len(texts))] if texts else None
     if chosen is None:

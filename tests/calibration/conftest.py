@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -52,5 +52,5 @@ def equal_models() -> Callable[[nn.Module, nn.Module], bool]:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(one_thread) -> Iterator[None]:
-    yield
+def _one_thread(one_thread) -> None:
+    pass

@@ -33,7 +33,7 @@ def test_an_impossible_setting_is_named(settings, named):
 
 
 def test_a_calibration_that_is_none_is_named():
-    with pytest.raises(ValueError, match="calibration must be None, True, a Calibration or a dict.* got 'yes'"):
+    with pytest.raises(ValueError, match=r"calibration must be None, True, a Calibration or a dict.* got 'yes'"):
         BitsFusionConfig(calibration="yes")
 
 
@@ -78,7 +78,7 @@ def test_nan_inputs_name_the_first_layer_that_sees_them(make_pipeline, config, m
         pipeline.unet.down_blocks[0].resnets[0].norm2.weight[0] = torch.nan
     before = [type(module) for module in pipeline.unet.modules()]
     pipeline.set_progress_bar_config(disable=True, leave=False)
-    with pytest.raises(ValueError, match="The input of down_blocks.0.resnets.0.conv2 holds NaN"):
+    with pytest.raises(ValueError, match=r"The input of down_blocks.0.resnets.0.conv2 holds NaN"):
         quantize_model(pipeline, config, progress=False, calibration=make_calibration())
     assert [type(module) for module in pipeline.unet.modules()] == before
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in pipeline.unet.modules())

@@ -140,7 +140,7 @@ def test_a_scheduler_without_a_noise_schedule_is_said_before_anything_is_sampled
     pipeline = make_pipeline()
     pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler())
     with pytest.raises(
-        ValueError, match="FlowMatchEulerDiscreteScheduler has no alphas_cumprod.*Leave tuning_steps 0"
+        ValueError, match=r"FlowMatchEulerDiscreteScheduler has no alphas_cumprod.*Leave tuning_steps 0"
     ):
         quantize_model(pipeline, config, progress=False, calibration=make_calibration(tuning_steps=2))
 

@@ -45,7 +45,7 @@ def test_some_layers_alone_can_start_calibrated(make_pipeline, config, make_cali
 def test_what_cannot_start_calibrated_is_named(make_pipeline, config, make_calibration):
     with pytest.raises(ValueError, match="a UNet2DConditionModel alone cannot be run: pass the pipeline"):
         prepare_qat(tiny_unet(), config, calibration=True)
-    with pytest.raises(ValueError, match="tuning_steps .* Leave them 0"):
+    with pytest.raises(ValueError, match=r"tuning_steps .* Leave them 0"):
         prepare_qat(make_pipeline(), config, calibration=make_calibration(tuning_steps=2))
     with pytest.raises(ValueError, match=r"Of \['prior'\] the pipeline has 0 models to train"):
         prepare_qat(make_pipeline(), BitsFusionConfig(recipe=2, components=["prior"]), calibration=make_calibration())

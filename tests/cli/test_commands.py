@@ -13,7 +13,7 @@ from tiny import tiny_unet
 from typer.testing import CliRunner, Result
 
 from diffusers_bitsfusion.cli import app
-from diffusers_bitsfusion.evaluation import images
+from diffusers_bitsfusion.evaluation import image_distances
 
 SCORER = "def right(images, specs):\n    return [spec['right'] for spec in specs]\n"
 
@@ -171,5 +171,5 @@ def test_bad_pipelines_scorers_and_numbers(fails, source_folder, prompts_file, s
 
 def test_missing_packages(fails, source_folder, prompts_file, monkeypatch):
     arguments = ("evaluate", source_folder, "--reference", source_folder, "--prompts", prompts_file)
-    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_distances, "find_spec", lambda name: None)
     assert "pip install diffusers_bitsfusion[eval]" in fails(*arguments)

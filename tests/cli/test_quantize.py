@@ -56,7 +56,7 @@ def test_the_end_says_what_was_saved_how_large_and_how_to_draw(source_folder, tm
     names: dict[str, object] = {}
     exec("\n".join(lines[:2]), names)
     assert isinstance(names["pipe"], StableDiffusionPipeline) and names["pipe"].unet.is_quantized
-    assert re.fullmatch(r'pipe\(".+"\)\.images\[0\]\.save\("picture\.png"\)', lines[2])
+    assert re.fullmatch(r'pipe\(".+"\)\.images\[0\]\.save\("image\.png"\)', lines[2])
 
 
 def test_quiet_prints_results_only_and_json_prints_nothing_else(source_folder, tmp_path):
@@ -212,7 +212,7 @@ def test_draw_refuses_before_it_draws(source_folder, packed_folders, tmp_path):
     out = tmp_path / "x.png"
     out.write_bytes(b"mine")
     assert "is there already" in fails("draw", source_folder, "a", "--out", out)
-    assert "does not end like a picture" in fails("draw", source_folder, "a", "--out", tmp_path / "x.doc")
+    assert "does not end like an image" in fails("draw", source_folder, "a", "--out", tmp_path / "x.doc")
     assert "give the model by --unet" in fails("draw", source_folder / "unet", "a", "--out", tmp_path / "y.png")
     line = fails("draw", source_folder, "a", "--unet", source_folder / "vae", "--out", tmp_path / "y.png")
     assert "is of AutoencoderKL, the pipeline's own unet of UNet2DConditionModel" in line

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -113,7 +115,7 @@ def test_more_rounds_never_hurt(quantize, bits):
     errors = [
         squared_error(weight, *quantize(weight, bits, Rounding(iterations=rounds))) for rounds in (0, 1, 2, 5, 10, 30)
     ]
-    assert all(later <= earlier * (1 + 1e-5) for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * (1 + 1e-5) for earlier, later in itertools.pairwise(errors))
 
 
 @both_ways

@@ -158,7 +158,7 @@ def test_a_checkpoint_that_describes_a_layer_wrongly_is_refused_naming_it(descri
 
 
 def test_unknown_keys_are_refused_naming_them_and_the_known_ones():
-    with pytest.raises(ValueError, match="colour, target_bit.*Known are: .*target_bits"):
+    with pytest.raises(ValueError, match=r"colour, target_bit.*Known are: .*target_bits"):
         BitsFusionConfig.from_dict({"target_bit": 2.0, "colour": "red", "recipe": 2})
 
 

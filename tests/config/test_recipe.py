@@ -84,7 +84,7 @@ def test_layers_outside_the_recipe_count_as_16_bits():
 
 
 def test_the_average_over_a_model_that_lacks_a_layer_is_refused():
-    with pytest.raises(ValueError, match="lacks: no.such.layer"):
+    with pytest.raises(ValueError, match=r"lacks: no.such.layer"):
         Recipe({"no.such.layer": 2}).average_bits(tiny_unet())
 
 
@@ -190,7 +190,7 @@ def test_a_file_that_is_no_recipe_is_refused_naming_it(tmp_path, content):
 def test_a_file_with_impossible_bits_is_refused_naming_the_layer(tmp_path, bits):
     path = tmp_path / "r.json"
     path.write_text(f'{{"layers": {{"good": 2, "bad.layer": {bits}}}}}')
-    with pytest.raises(ValueError, match="bad.layer"):
+    with pytest.raises(ValueError, match=r"bad.layer"):
         Recipe.load(path)
 
 

@@ -95,7 +95,7 @@ def test_a_block_that_fails_is_named(source):
 
 
 def test_a_block_that_is_not_closed_is_named():
-    with pytest.raises(ValueError, match="page.md:1"):
+    with pytest.raises(ValueError, match=r"page.md:1"):
         list(blocks("```python\nx = 1\n", "page.md"))
 
 

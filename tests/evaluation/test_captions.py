@@ -45,7 +45,7 @@ def test_parti_prompts_and_text_files(tmp_path):
         ({"annotations": [{"id": 1, "image_id": 2, "bbox": [0, 0, 1, 1]}]}, "annotation 1 .*there is no 'caption'"),
         ({"annotations": [caption(1, 1, "a"), caption(1, 2, "b")]}, "the id 1 is there twice"),
         ({"annotations": []}, "it holds no captions"),
-        ("{", "it is not JSON"),
+        ("{", "it is damaged: it is not one JSON document"),
     ],
 )
 def test_other_json_is_refused_with_where_to_get_cocos(tmp_path, content, message):
@@ -55,5 +55,5 @@ def test_other_json_is_refused_with_where_to_get_cocos(tmp_path, content, messag
 
 
 def test_no_file_says_where_to_get_them(tmp_path):
-    with pytest.raises(FileNotFoundError, match="PartiPrompts is at https://github.com/google-research/parti"):
+    with pytest.raises(FileNotFoundError, match=r"PartiPrompts is at https://github.com/google-research/parti"):
         read_caption_file(tmp_path / "PartiPrompts.tsv")

@@ -59,7 +59,7 @@ def test_nan_is_an_error(pipeline, monkeypatch):
     monkeypatch.setattr(
         type(pipeline), "__call__", lambda self, prompt, **_: _Output(np.full((len(prompt), 4, 4, 3), np.nan))
     )
-    with pytest.raises(ValueError, match="drew NaN"):
+    with pytest.raises(ValueError, match="generated NaN"):
         generate_images(pipeline, CAPTIONS, SAMPLING, progress=False)
 
 

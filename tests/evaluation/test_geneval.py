@@ -224,8 +224,8 @@ def test_the_file_is_read_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("Prompt\tCategory", "line 1 is not JSON"),
-        ("[1, 2]", "line 1 is not a JSON object"),
+        ("Prompt\tCategory", "line 1 is damaged: it is not one JSON document"),
+        ("[1, 2]", r"line 1 holds \[1, 2\] where an object is expected"),
         ({"id": "coco_1", "caption": "a"}, "there is no 'tag'; there are 'id', 'caption'"),
         ({"tag": "x", "prompt": "p", "include": {}}, "'include' is {}, not of type list"),
         (line("x", [{"class": "cat"}]), "there is no 'count'"),
@@ -246,7 +246,7 @@ def test_other_files_are_refused_with_where_to_get_the_right_one(tmp_path, conte
 
 def test_no_file_says_where_to_get_it(tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="Download GenEval's evaluation_metadata.jsonl from https://github.com"
+        FileNotFoundError, match=r"Download GenEval's evaluation_metadata.jsonl from https://github.com"
     ):
         geneval.read_lines(tmp_path / "nowhere.jsonl")
     with pytest.raises(ValueError, match="it is empty"):

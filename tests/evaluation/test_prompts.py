@@ -64,7 +64,7 @@ def test_bad_files_are_named_with_the_reason(write, content, message):
 
 
 def test_a_missing_file_is_an_os_error(tmp_path):
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"none\.tsv"):
         read_prompts(tmp_path / "none.tsv")
 
 

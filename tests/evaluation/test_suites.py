@@ -22,8 +22,8 @@ from diffusers_bitsfusion.evaluation import (
     evaluate,
     evaluate_suites,
     format_report,
+    image_sets,
     load_suites,
-    pictures,
 )
 from diffusers_bitsfusion.evaluation.clip import Clip
 from diffusers_bitsfusion.evaluation.image_folder import ImageFolder
@@ -247,10 +247,10 @@ def test_what_is_missing_is_said_before_drawing(run, files, tmp_path):
         load_suites(["tifa"], nothing)
     with pytest.raises(ValueError, match=r"PartiPrompts.tsv is needed: .*--prompts"):
         load_suites(["clip"], nothing)
-    with pytest.raises(FileNotFoundError, match="no data set me/prompts with the file PartiPrompts.tsv can be read"):
+    with pytest.raises(FileNotFoundError, match=r"no data set me/prompts with the file PartiPrompts.tsv can be read"):
         load_suites(["clip"], SuiteFiles(prompts="me/prompts"))
     suites = load_suites(["clip"], SuiteFiles(prompts=files.prompts, clip="me/clip"))
-    with pytest.raises(OSError, match="The CLIP, me/clip, cannot be loaded .*https://huggingface.co/me/clip"):
+    with pytest.raises(OSError, match=r"The CLIP, me/clip, cannot be loaded .*https://huggingface.co/me/clip"):
         evaluate_suites("/nowhere", suites)
 
 
@@ -288,10 +288,10 @@ def test_two_processes_find_what_one_finds(files, source_folder, packed_folders,
 
 
 def test_several_processes_without_a_folder_are_refused(monkeypatch):
-    monkeypatch.setattr(pictures, "process_state", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(image_sets, "process_state", lambda: SimpleNamespace(num_processes=2))
     with (
         pytest.raises(ValueError, match="Several processes need a folder for the images"),
-        pictures.picture_root(None),
+        image_sets.image_root(None),
     ):
         pass
 

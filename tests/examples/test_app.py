@@ -18,7 +18,7 @@ import app  # noqa: E402
 from typer.testing import CliRunner  # noqa: E402
 
 from diffusers_bitsfusion import size_report  # noqa: E402
-from diffusers_bitsfusion.app import drawing, models  # noqa: E402
+from diffusers_bitsfusion.app import models, sampling  # noqa: E402
 from diffusers_bitsfusion.app import page as page_of_the_app  # noqa: E402
 from diffusers_bitsfusion.cli import app as cli  # noqa: E402
 
@@ -44,24 +44,24 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def test_draws_what_the_pipeline_draws_and_tells_each_step(source_folder):
     seen = []
     pipe = models.load(source_folder)
-    first, seconds = drawing.draw(pipe, 5, lambda *step: seen.append(step), **ARGUMENTS)
-    second, _ = drawing.draw(pipe, 5, lambda *step: None, **ARGUMENTS)
-    other, _ = drawing.draw(pipe, 6, lambda *step: None, **ARGUMENTS)
+    first, seconds = sampling.sample(pipe, 5, lambda *step: seen.append(step), **ARGUMENTS)
+    second, _ = sampling.sample(pipe, 5, lambda *step: None, **ARGUMENTS)
+    other, _ = sampling.sample(pipe, 6, lambda *step: None, **ARGUMENTS)
     assert np.array_equal(pixels(first), draw_directly(source_folder, 5)) and seconds > 0
     assert seen == [(step, STEPS) for step in range(1, STEPS + 1)]
-    picture, value = drawing.difference(first, second)
+    picture, value = sampling.difference(first, second)
     assert not pixels(picture).any() and value == np.inf
-    assert drawing.difference(first, other)[1] < np.inf
+    assert sampling.difference(first, other)[1] < np.inf
 
 
 def test_difference():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 256, (2, 8, 12, 3), np.uint8)
-    picture, value = drawing.difference(Image.fromarray(a), Image.fromarray(b))
+    picture, value = sampling.difference(Image.fromarray(a), Image.fromarray(b))
     assert np.array_equal(pixels(picture), abs(a.astype(int) - b))
     assert value == pytest.approx(psnr(a.astype(int), b.astype(int)))
-    with pytest.raises(ValueError, match="12, 8.*6, 8.*cannot be compared"):
-        drawing.difference(Image.fromarray(a), Image.fromarray(b[:, :6]))
+    with pytest.raises(ValueError, match=r"12, 8.*6, 8.*cannot be compared"):
+        sampling.difference(Image.fromarray(a), Image.fromarray(b[:, :6]))
 
 
 def test_quantizes_the_pipeline_of_the_demo_when_nothing_is_named(monkeypatch):
@@ -107,12 +107,12 @@ def test_the_trained_unet_is_what_the_shapes_pipeline_is_shown_beside(monkeypatc
 
 def test_several_quantized_models_to_choose_from(source_folder, packed_folders):
     folders = (packed_folders["keep"], packed_folders["table"] / "unet")
-    contest = page_of_the_app.Contest(
+    comparison = page_of_the_app.Comparison(
         source_folder, models.load(source_folder), [models.load_quantized(folder, source_folder) for folder in folders]
     )
-    assert [label.split(",")[0] for label in contest.quantized] == ["rounded", "rounded"]
-    for label, folder in zip(contest.quantized, folders, strict=True):
-        *_, (first, second, apart, figures) = contest.generate(
+    assert [label.split(",")[0] for label in comparison.quantized] == ["rounded", "rounded"]
+    for label, folder in zip(comparison.quantized, folders, strict=True):
+        *_, (first, second, apart, figures) = comparison.generate(
             label, ARGUMENTS["prompt"], "", 5, 2, 7.5, lambda *a, **k: None
         )
         expected = StableDiffusionPipeline.from_pretrained(source_folder)
@@ -130,9 +130,9 @@ def test_several_quantized_models_to_choose_from(source_folder, packed_folders):
 def test_warming_up_takes_one_step_and_changes_no_picture(source_folder, monkeypatch):
     pipe, calls = models.load(source_folder), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
-    drawing.warm_up(pipe, **ARGUMENTS)
+    sampling.warm_up(pipe, **ARGUMENTS)
     assert len(calls) == 1
-    image, _ = drawing.draw(pipe, 5, lambda *step: None, **ARGUMENTS)
+    image, _ = sampling.sample(pipe, 5, lambda *step: None, **ARGUMENTS)
     assert np.array_equal(pixels(image), draw_directly(source_folder, 5))
 
 
@@ -208,17 +208,17 @@ def figures(page) -> dict[str, list[str]]:
 
 
 def test_draws_both_pictures_with_progress_sizes_and_times(page, monkeypatch, source_folder, packed_folders):
-    draw, resume = drawing.draw, threading.Semaphore(0)
+    sample, resume = sampling.sample, threading.Semaphore(0)
 
-    def pausing_draw(pipe, seed, on_step, **arguments):
+    def pausing_sample(pipe, seed, on_step, **arguments):
         def pausing(step, number):
             on_step(step, number)
             if step == 3:
                 resume.acquire(timeout=TIMEOUT / 1000)
 
-        return draw(pipe, seed, pausing, **arguments)
+        return sample(pipe, seed, pausing, **arguments)
 
-    monkeypatch.setattr(drawing, "draw", pausing_draw)
+    monkeypatch.setattr(sampling, "sample", pausing_sample)
     sizes = figures(page)
     ask(page, steps=10)
     page.get_by_text("Full precision - 27.3%").wait_for()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import reproduce_sd15 as script
+import sd15_budgets
 
 ARGUMENTS = ["--out", "O", "--prompts", "P.tsv", "--train_data_dir", "D"]
 
@@ -72,7 +73,7 @@ def test_the_estimate_is_in_proportion(capsys):
     }
     paper, one_gpu = zip(*hours.values(), strict=True)
     # 20,000 steps of 256 samples, four forward passes each.
-    assert paper[0] == pytest.approx(20_000 * 256 * 4 * script.FORWARD_TFLOP / 50 / 3600, abs=0.1)
+    assert paper[0] == pytest.approx(20_000 * 256 * 4 * sd15_budgets.FORWARD_TFLOP / 50 / 3600, abs=0.1)
     assert one_gpu[2] < paper[2] / 20 and text.count("GB") >= 4
 
 

@@ -58,7 +58,7 @@ def test_takes_pil_images_and_refuses_unequal_lengths():
     spec = PromptSpec("single_object", (ObjectSpec("heart"),))
     image = Image.fromarray(render((SceneObject("heart", "red", 30, 30, 10),)))
     assert score([image], [spec]) == [True]
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         score([image], [spec, spec])
 
 

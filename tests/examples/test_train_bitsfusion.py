@@ -390,7 +390,7 @@ def state_of(checkpoint):
 
 def test_stage_two_starts_from_stage_one(command, data, tmp_path):
     stage_two = ("--train_data_dir", data, "--stage", 2)
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint to start Stage II from. Run Stage I"):
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to start Stage II from. Run Stage I"):
         train_bitsfusion.main(command(*stage_two))
     train_bitsfusion.main(command("--train_data_dir", data))
     train_bitsfusion.main(

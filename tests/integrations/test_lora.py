@@ -550,7 +550,7 @@ def test_an_adapter_of_another_architecture_gives_peft_s_error(packed_folders, c
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
     before = call_unet(pipe.unet)
     other = make_lora(tiny_unet(cross_attention_dim=48), "linear")
-    with pytest.raises(RuntimeError, match="size mismatch for .*to_k.lora_A"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for .*to_k.lora_A"):
         pipe.load_lora_weights({f"unet.{key}": value for key, value in other.items()})
     pipe.unload_lora_weights()
     assert torch.equal(call_unet(pipe.unet), before)

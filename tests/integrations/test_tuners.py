@@ -233,7 +233,7 @@ def test_modules_to_save_of_a_unet_s_block_says_what_to_do(packed_unet, call_une
 def test_training_a_packed_model_whole_says_what_to_do(packed_unet):
     trainable = {name for name, p in packed_unet.named_parameters() if p.requires_grad}
     for module in (packed_unet, packed_unet.conv_in):
-        with pytest.raises(RuntimeError, match="floating point.*add_adapter.*prepare_qat"):
+        with pytest.raises(RuntimeError, match=r"floating point.*add_adapter.*prepare_qat"):
             module.requires_grad_(True)
     assert {name for name, p in packed_unet.named_parameters() if p.requires_grad} == trainable
     packed_unet.requires_grad_(False)
@@ -286,7 +286,7 @@ LOADS = {
 def test_an_adapter_of_the_time_embedding_is_refused_and_leaves_nothing(tabled, call_unet, load):
     before, modules = call_unet(tabled), [(name, type(module)) for name, module in tabled.named_modules()]
     for _ in range(2):
-        with pytest.raises(ValueError, match='LoRA cannot adapt .*time_emb.*time_embedding="keep"'):
+        with pytest.raises(ValueError, match=r'LoRA cannot adapt .*time_emb.*time_embedding="keep"'):
             load(tabled, lcm_lora(tabled))
         assert untouched(tabled, modules)
         assert torch.equal(call_unet(tabled), before)

@@ -257,7 +257,9 @@ class Longer(ctypes.Structure):
 def test_a_library_that_takes_other_arguments_is_refused(fresh_library, monkeypatch, caplog):
     monkeypatch.setitem(native.ARGUMENTS, "decode", Longer)
     assert native.native_library() is None
-    assert f"the loop decode takes {ctypes.sizeof(DecodeArguments)} bytes, not {ctypes.sizeof(Longer)}" in caplog.text
+    assert (
+        f"the loop decode expects {ctypes.sizeof(DecodeArguments)} bytes, not {ctypes.sizeof(Longer)}" in caplog.text
+    )
 
 
 @all_bits

@@ -322,9 +322,9 @@ def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
 def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     layers = all_packed_layers(packed_unet)
     report = size_report(packed_unet)
-    assert report.ways.keys() == layers.keys()
-    assert {way.arithmetic for way in report.ways.values()} == {"exact"}
-    assert 'compute="auto" takes exact' in str(report)
+    assert report.kernels.keys() == layers.keys()
+    assert {kernel.arithmetic for kernel in report.kernels.values()} == {"exact"}
+    assert 'compute="auto" uses exact' in str(report)
     set_compute(packed_unet, "int8", "int8")
     kept, rounded = size_report(packed_unet), in_integers(packed_unet)
     weights = sum(torch.Size(layer.weight_shape).numel() for layer in rounded.values())
@@ -332,31 +332,31 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     assert f"{len(rounded):>6}  int8, weights int8 codes kept in memory" in str(kept)
     assert kept.to_dict()["ways"]["conv_out"]["arithmetic"] == ("int8" if "conv_out" in rounded else "exact")
     assert kept.to_dict()["ways"]["conv_in"]["arithmetic"] == "exact"
-    assert "not normalised" in kept.ways["conv_in"].reason
+    assert "not normalised" in kept.kernels["conv_in"].reason
 
 
 @pytest.mark.parametrize("reason", [None, "it may not"])
 def test_the_report_says_how_attention_computes_and_why(packed_unet, monkeypatch, reason):
-    assert size_report(packed_unet).attention_ways == {}
+    assert size_report(packed_unet).attention_kernels == {}
     monkeypatch.setattr(nn_attention, "why_no_bf16_attention", lambda device: reason)
     set_compute(packed_unet, "int8")
     report = size_report(packed_unet)
     how = "by torch: it may not" if reason else "by bf16 dot products in compiled C"
-    assert report.to_dict()["attention_ways"] == dict.fromkeys(report.attention_ways, how)
+    assert report.to_dict()["attention_ways"] == dict.fromkeys(report.attention_kernels, how)
     assert f"{len(attentions(packed_unet)):>6}  attention {how}" in str(report)
 
 
 def test_the_report_tells_layers_that_stay_exact_and_why(packed_unet, monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     set_compute(packed_unet, "int8")
-    ways = size_report(packed_unet).ways
+    kernels = size_report(packed_unet).kernels
     for name, layer in in_integers(packed_unet).items():
-        assert layer.computes_int8 == (layer.bits < 8) == (ways[name].arithmetic == "int8")
-        assert ("VNNI" in ways[name].reason) == (layer.bits == 8)
+        assert layer.computes_int8 == (layer.bits < 8) == (kernels[name].arithmetic == "int8")
+        assert ("VNNI" in kernels[name].reason) == (layer.bits == 8)
 
 
 def test_a_file_has_no_way_to_compute(packed_folders):
-    assert size_report(packed_folders["keep"] / "unet").ways == {}
+    assert size_report(packed_folders["keep"] / "unet").kernels == {}
 
 
 # Bad input.
@@ -365,7 +365,7 @@ def test_a_file_has_no_way_to_compute(packed_folders):
 def test_a_machine_without_integers_refuses_and_nothing_changes(packed_unet, call_unet, monkeypatch):
     exact = call_unet(packed_unet)
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    with pytest.raises(ValueError, match='compute="int8" is not possible here: .*aarch64'):
+    with pytest.raises(ValueError, match=r'compute="int8" is not possible here: .*aarch64'):
         set_compute(packed_unet, "int8")
     assert torch.equal(call_unet(packed_unet), exact)
     with pytest.raises(ValueError, match='compute="int8" is not possible here'):
@@ -379,7 +379,7 @@ def test_a_model_that_is_not_quantized_is_refused():
 
 @pytest.mark.parametrize("settings", [("int4", "packed"), ("int8", "gpu"), ("exact", "int8")])
 def test_impossible_settings_are_refused(packed_unet, settings):
-    with pytest.raises(ValueError, match="compute|resident"):
+    with pytest.raises(ValueError, match=r"compute|resident"):
         set_compute(packed_unet, *settings)
 
 

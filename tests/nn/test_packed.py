@@ -260,7 +260,7 @@ def test_branches_add_up_and_come_off_from_the_end():
 @every_kind
 def test_integer_inputs_are_refused(kind, base, sizes):
     layer = packed_layer(base, sizes)
-    with pytest.raises(TypeError, match="takes floating-point inputs, got torch.int64"):
+    with pytest.raises(TypeError, match=r"takes floating-point inputs, got torch.int64"):
         layer(torch.ones_like(example_input(base), dtype=torch.int64))
 
 

@@ -55,7 +55,7 @@ def test_timesteps_of_any_dtype_are_found(dtype):
 @pytest.mark.parametrize("asked", [[2], [1, 2], [1.5], [-1], [float("nan")]])
 def test_a_timestep_that_is_not_cached_is_refused_naming_it_and_what_is_there(asked):
     cache, _ = filled_cache([1, 21, 981.25])
-    with pytest.raises(ValueError, match="cached for the timesteps 1, 21, 981.25 only") as error:
+    with pytest.raises(ValueError, match=r"cached for the timesteps 1, 21, 981.25 only") as error:
         cache(torch.tensor(asked))
     assert str(error.value).startswith(f"Timestep {asked[-1]:g}: ")
     assert "scheduler" in str(error.value) and 'time_embedding="table"' in str(error.value)
@@ -63,7 +63,7 @@ def test_a_timestep_that_is_not_cached_is_refused_naming_it_and_what_is_there(as
 
 def test_the_message_names_each_missing_timestep_once():
     cache, _ = filled_cache([1, 21])
-    with pytest.raises(ValueError, match="^Timestep 5, 8: "):
+    with pytest.raises(ValueError, match=r"^Timestep 5, 8: "):
         cache(torch.tensor([8, 21, 5, 8]))
 
 

@@ -151,7 +151,7 @@ def test_the_lookup_leaves_no_layer_of_the_time_path(lookup):
 
 def test_a_cached_model_refuses_another_step_naming_the_cached_ones():
     model = with_cache(tiny_unet(), TIMESTEPS)
-    with pytest.raises(ValueError, match="Timestep 22: .* 1, 21, 500.5, 999 only"):
+    with pytest.raises(ValueError, match=r"Timestep 22: .* 1, 21, 500.5, 999 only"):
         call(model, 22)
 
 
@@ -252,7 +252,7 @@ def test_a_restored_time_path_can_be_trained():
 
 def test_features_that_no_time_path_of_the_models_width_can_give_are_refused():
     model = with_table(tiny_controlnet())
-    with pytest.raises(ValueError, match='1001 timesteps cannot be turned back.*time_embedding="keep"'):
+    with pytest.raises(ValueError, match=r'1001 timesteps cannot be turned back.*time_embedding="keep"'):
         model.time_proj.codes.data = torch.randint(-99, 99, model.time_proj.codes.shape, dtype=torch.int16)
         restore(model, torch.float32)
 

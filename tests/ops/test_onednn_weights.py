@@ -16,7 +16,7 @@ from diffusers_bitsfusion.native.library import native_library
 from diffusers_bitsfusion.nn.conv import BitsFusionConv2d
 from diffusers_bitsfusion.ops import onednn_weights
 from diffusers_bitsfusion.ops.dispatch import why_no_int8
-from diffusers_bitsfusion.ops.onednn_weights import lay_out, lay_out_by_onednn, lay_out_in_place
+from diffusers_bitsfusion.ops.onednn_weights import prepack, prepack_by_onednn, prepack_in_place
 
 pytestmark = pytest.mark.skipif(why_no_int8(torch.device("cpu")) is not None, reason="integers need oneDNN on x86")
 
@@ -47,11 +47,11 @@ def weight(shape, seed):
 def assert_written_alike(shape, geometry):
     weights = [weight(shape, seed) for seed in range(3)]
     scale = torch.rand(shape[0], generator=torch.Generator().manual_seed(0)) * 100  # on which no layout may depend
-    expected = [contents(lay_out_by_onednn(plain, scale, geometry)) for plain in weights]
+    expected = [contents(prepack_by_onednn(plain, scale, geometry)) for plain in weights]
     for plain, wanted in zip(weights, expected, strict=True):
-        assert contents(lay_out_in_place(plain, scale, geometry)) == wanted
-    kept = [lay_out(plain, scale, geometry) for plain in weights]
-    lay_out_in_place(weight(shape, 3), scale, geometry)
+        assert contents(prepack_in_place(plain, scale, geometry)) == wanted
+    kept = [prepack(plain, scale, geometry) for plain in weights]
+    prepack_in_place(weight(shape, 3), scale, geometry)
     assert [contents(tensor) for tensor in kept] == expected
     for plain, tensor in zip(weights, kept, strict=True):
         assert_multiplied(plain, tensor, geometry)
@@ -107,23 +107,23 @@ def test_the_layout_is_known_and_the_memory_used_again(monkeypatch, shape):
     geometry, scale = ([1, 1], [1, 1], [1, 1], 1), torch.ones(shape[0])
     assert_written_alike(shape, geometry)
     (scratch,) = onednn_weights._scratch.tensors.values()
-    kept = lay_out(weight(shape, 8), scale, geometry)
-    monkeypatch.setattr(onednn_weights, "lay_out_by_onednn", None)  # it is no longer asked
-    assert lay_out_in_place(weight(shape, 9), scale, geometry) is scratch
-    assert torch.ops.mkldnn.data_ptr(lay_out(weight(shape, 9), scale, geometry)) != torch.ops.mkldnn.data_ptr(kept)
+    kept = prepack(weight(shape, 8), scale, geometry)
+    monkeypatch.setattr(onednn_weights, "prepack_by_onednn", None)  # it is no longer asked
+    assert prepack_in_place(weight(shape, 9), scale, geometry) is scratch
+    assert torch.ops.mkldnn.data_ptr(prepack(weight(shape, 9), scale, geometry)) != torch.ops.mkldnn.data_ptr(kept)
 
 
 def test_layouts_are_made_on_the_cpu_whatever_the_default_device_is():
     shape, geometry = (64, 4, 3, 3), ([1, 1], [1, 1], [1, 1], 1)
     plain, scale = weight(shape, 0), torch.ones(shape[0])
     with torch.device("meta"):  # stands for a GPU
-        tensors = lay_out(plain, scale, geometry), lay_out_in_place(plain, scale, geometry)
-    expected = contents(lay_out_by_onednn(plain, scale, geometry))
+        tensors = prepack(plain, scale, geometry), prepack_in_place(plain, scale, geometry)
+    expected = contents(prepack_by_onednn(plain, scale, geometry))
     assert [contents(tensor) for tensor in tensors] == [expected] * 2
 
 
 def test_tensors_are_kept_by_models_alone():
-    layout = lay_out(weight((64, 4, 3, 3), 0), torch.ones(64), ([1, 1], [1, 1], [1, 1], 1))
+    layout = prepack(weight((64, 4, 3, 3), 0), torch.ones(64), ([1, 1], [1, 1], [1, 1], 1))
     assert len(onednn_weights._kept) == 1
     del layout
     assert not onednn_weights._kept
@@ -133,7 +133,7 @@ def test_tensors_are_kept_by_models_alone():
 def test_weights_of_zeros_do_not_mislead_about_those_after_them(shape):
     geometry = [1, 1], [1, 1], [1, 1], 1
     zeros, scale = torch.zeros(shape, dtype=torch.int8), torch.ones(shape[0])
-    assert contents(lay_out_in_place(zeros, scale, geometry)) == contents(lay_out_by_onednn(zeros, scale, geometry))
+    assert contents(prepack_in_place(zeros, scale, geometry)) == contents(prepack_by_onednn(zeros, scale, geometry))
     assert_written_alike(shape, geometry)
 
 
@@ -171,7 +171,7 @@ def assert_written_right(shape):
     for seed in range(3):
         plain = weight(shape, seed)
         expected = torch.nn.functional.conv2d(image.double(), plain.double()).float()
-        for arrange in (lay_out, lay_out_in_place):
+        for arrange in (prepack, prepack_in_place):
             kept.append(arrange(plain, scale, geometry))
             found = torch.ops.onednn.qconv2d_pointwise.tensor(
                 *(image.contiguous(memory_format=torch.channels_last), torch.ones(1), zeros[:1], kept[-1], scale),

@@ -69,7 +69,7 @@ for shape, padding, (size, shift, dtype) in itertools.product(shapes, ((0, 0), (
     assert all(map(torch.equal, found_others, others)), (shape, padding, size, shift, dtype)
     assert torch.equal(found.int(), expected), (shape, padding, size, shift, dtype)
     assert found.is_contiguous(memory_format=torch.channels_last)
-triton_activations._MOST_RANGES = 2  # programs, which then take several blocks each
+triton_activations._MAX_RANGES = 2  # programs, which then take several blocks each
 x = torch.randn(1, 100, 2, 150).to(memory_format=torch.channels_last)
 assert torch.equal(quantize_image_triton(x, (0, 0))[0].int() + 128, quantize_image_reference(x)[0].int())
 # What is not a number stays visible, and infinity too.

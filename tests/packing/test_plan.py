@@ -171,7 +171,7 @@ def test_a_recipe_that_misses_layers_is_refused_naming_them(unet):
 
 def test_a_recipe_for_layers_of_another_shape_is_refused(unet, tmp_path):
     own = dict.fromkeys(ordinary_layers(unet), 2)
-    name = list(own)[0]
+    name = next(iter(own))
     Recipe(own, shapes={name: (1, 1)}).save(tmp_path)
     with pytest.raises(ValueError, match=f"is for layers of another shape: {name}"):
         make_plan(unet, BitsFusionConfig(recipe=str(tmp_path)))
@@ -179,7 +179,7 @@ def test_a_recipe_for_layers_of_another_shape_is_refused(unet, tmp_path):
 
 def test_the_shapes_of_a_recipe_given_as_an_object_are_checked_too(unet):
     own = dict.fromkeys(ordinary_layers(unet), 2)
-    name = list(own)[0]
+    name = next(iter(own))
     with pytest.raises(ValueError, match=f"is for layers of another shape: {name}"):
         make_plan(unet, BitsFusionConfig(recipe=Recipe(own, shapes={name: (1, 1)})))
 
@@ -234,7 +234,7 @@ def test_a_model_of_which_only_first_and_last_layers_are_left_is_planned(unet, o
 
 def test_a_target_that_the_first_and_last_layer_alone_miss_is_refused(unet):
     blocks = ["down_blocks", "mid_block", "up_blocks", "time_embedding"]
-    with pytest.raises(ValueError, match="target_bits=3.0 cannot be reached"):
+    with pytest.raises(ValueError, match=r"target_bits=3.0 cannot be reached"):
         make_plan(unet, BitsFusionConfig(modules_to_not_convert=blocks, target_bits=3.0))
 
 
@@ -246,7 +246,7 @@ def test_a_model_of_which_nothing_is_left_is_refused(unet):
 
 def test_a_quantized_model_is_refused():
     model = quantize_model(tiny_unet(), BitsFusionConfig(recipe=2), progress=False)
-    with pytest.raises(ValueError, match="UNet2DConditionModel is quantized already.*dequantize"):
+    with pytest.raises(ValueError, match=r"UNet2DConditionModel is quantized already.*dequantize"):
         make_plan(model, BitsFusionConfig())
 
 

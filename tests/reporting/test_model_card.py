@@ -113,7 +113,7 @@ def test_a_section_is_not_added_to_a_users_own_card(tmp_path):
             add_section(tmp_path, "Scores", "good")
 
 
-NOISE, TRAINED = "draws noise", "trained in this precision"
+NOISE, TRAINED = "generates noise", "trained in this precision"
 
 
 def made(model, folder: Path) -> str:
@@ -151,7 +151,7 @@ def test_a_calibrated_or_tuned_pipeline_says_on_what(source_folder, tmp_path, tu
     calibration = Calibration(["a", "b"], num_samples=2, num_inference_steps=3, seed=5, tuning_steps=tuning_steps)
     quantize_model(pipe, BitsFusionConfig(recipe=2), progress=False, calibration=calibration)
     text = made(pipe, tmp_path)
-    assert "2 pictures of 3 steps, prompts: 2 of the user's, seed 5" in text and NOISE not in text
+    assert "2 images of 3 steps, prompts: 2 of the user's, seed 5" in text and NOISE not in text
     assert ("tuned in 2 steps" in text) == (kind == "tuned")
     assert origin(tmp_path) == kind
     again = StableDiffusionPipeline.from_pretrained(tmp_path)

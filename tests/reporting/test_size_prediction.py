@@ -118,5 +118,5 @@ def test_a_config_of_something_else_is_refused(tmp_path, content, message):
 
 
 def test_a_config_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="config.json of a diffusers model"):
+    with pytest.raises(FileNotFoundError, match=r"config.json of a diffusers model"):
         model_from_config(tmp_path)

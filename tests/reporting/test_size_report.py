@@ -271,7 +271,7 @@ def test_what_is_not_ours_or_not_there_is_named(source_folder, tmp_path):
     damaged.mkdir()
     (damaged / "config.json").write_text('{"quantization_config": {"quant_method": "bitsfusion"}}')
     save_file({"x": torch.zeros(1)}, damaged / WEIGHTS)
-    with pytest.raises(ValueError, match="damaged.config.json: .* its config.json is damaged"):
+    with pytest.raises(ValueError, match=r"damaged.config.json: .* its config.json is damaged"):
         size_report(damaged)
     with pytest.raises(ValueError, match="This UNet2DConditionModel is not quantized"):
         size_report(tiny_unet())

@@ -123,7 +123,7 @@ def test_a_run_does_not_go_on_before_checkpoints_that_it_does_not_lead_to(make_l
     first = make_loop(steps=4)
     first.train()
     with pytest.raises(
-        FileExistsError, match="holds checkpoints later than .*checkpoint-2: checkpoint-4. Delete them"
+        FileExistsError, match=r"holds checkpoints later than .*checkpoint-2: checkpoint-4. Delete them"
     ):
         make_loop().resume(first.folder / "checkpoint-2")
     shutil.rmtree(first.folder / "checkpoint-4")

@@ -23,7 +23,8 @@ def test_the_installed_version_has_the_name(key):
 
 def test_a_name_that_is_gone_is_said_with_what_needs_it():
     gone = PrivateName("torch.nn", "_gone_in_2027", "counting sheep")
-    assert gone.read(torch_like := object(), default=3) == 3
+    torch_like = object()
+    assert gone.read(torch_like, default=3) == 3
     with pytest.raises(RuntimeError, match=r"torch \d.* has no _gone_in_2027 in torch.nn, .* for counting sheep"):
         gone.require(torch_like)
 

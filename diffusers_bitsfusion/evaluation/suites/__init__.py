@@ -2,6 +2,6 @@
 
 from .base import Suite
 from .registry import SUITES, SuiteFiles, load_suites
-from .run import evaluate_suites
+from .suite_evaluation import evaluate_suites
 
 __all__ = ["SUITES", "Suite", "SuiteFiles", "evaluate_suites", "load_suites"]

@@ -1,4 +1,4 @@
-"""Answers to questions about pictures, and the nearest of the answers to choose from."""
+"""Answers to questions about images, and the choice nearest to an answer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import AutoModel, AutoModelForVisualQuestionAnswering, AutoProcessor, AutoTokenizer
+from transformers import AutoModel, AutoModelForVisualQuestionAnswering, AutoProcessor, AutoTokenizer, BatchFeature
 
 from ..pipeline import default_device
 from ..plugins import is_function, load_function
@@ -21,12 +21,14 @@ SENTENCE_ENCODER = "sentence-transformers/all-mpnet-base-v2"
 Answerer = Callable[[np.ndarray, Sequence[str]], list[str]]
 Chooser = Callable[[str, Sequence[str]], str]
 
+# Questions in one call of the model.
 _BATCH = 16
-_LONGEST = 50  # tokens of an answer
+# Tokens of an answer.
+_MAX_TOKENS = 50
 
 
 def load_vqa(name: str) -> Answerer:
-    """Return what answers questions about one picture, (height, width, 3) uint8.
+    """Return a function that answers questions about one image, (height, width, 3) uint8.
 
     Args:
         name: folder or Hub id of a model that transformers' auto class for visual question answering loads, whether it
@@ -49,7 +51,7 @@ def load_vqa(name: str) -> Answerer:
 
 
 def load_chooser(path: str) -> Chooser:
-    """Return what takes an answer to the choice that it is, or else to the one of the nearest meaning.
+    """Return a function that maps an answer to the choice that equals it, or else to the one of nearest meaning.
 
     Args:
         path: folder or Hub id of a sentence encoder, whose embedding is the mean of its tokens'.
@@ -77,6 +79,8 @@ def load_chooser(path: str) -> Chooser:
 
 
 class _Model:
+    """A model of transformers for visual question answering, as an `Answerer`."""
+
     def __init__(self, path: str) -> None:
         part = ("the model that answers questions", "--vqa")
         self.model = load_model(AutoModelForVisualQuestionAnswering, path, *part).eval().to(default_device())
@@ -97,8 +101,8 @@ class _Model:
             answers += self._answers(inputs)
         return answers
 
-    def _answers(self, inputs) -> list[str]:
+    def _answers(self, inputs: BatchFeature) -> list[str]:
         if self.model.can_generate():
-            written = self.model.generate(**inputs, max_length=_LONGEST)
+            written = self.model.generate(**inputs, max_length=_MAX_TOKENS)
             return [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
         return [self.model.config.id2label[index] for index in self.model(**inputs).logits.argmax(-1).tolist()]

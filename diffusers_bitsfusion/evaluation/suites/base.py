@@ -1,4 +1,4 @@
-"""The interface of the suites: what they draw, how a picture is scored, and what the scores come to."""
+"""The interface of the suites: their captions, how an image is scored, and the summary of the scores."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class PictureScorer:
-    """Scores pictures with models that are loaded.
+class ImageScorer:
+    """A function that scores images, with the models that it needs loaded.
 
     Attributes:
-        score: takes the places of n captions and their pictures, (n, height, width, 3) uint8, and returns a JSON-safe
+        score: accepts the places of n captions and their images, (n, height, width, 3) uint8, and returns a JSON-safe
             record each, and (n, `width`) float32 features where there is a width.
         width: of the features.
     """
@@ -28,7 +28,7 @@ class PictureScorer:
 
 @dataclass(frozen=True)
 class Scores:
-    """What is known of each of n pictures: a record, and (n, d) features, mapped from a file, where there are any."""
+    """The records of n images, and their (n, d) features, mapped from a file, where there are any."""
 
     records: list[Record]
     features: np.ndarray | None = None
@@ -38,9 +38,9 @@ class Suite(ABC):
     """A published evaluation.
 
     Attributes:
-        name: as `--suite` takes it.
-        captions: what to draw, a picture each.
-        settings: JSON-safe; all that the scores depend on beside the pictures.
+        name: the value of `--suite`.
+        captions: of the images, an image each.
+        settings: JSON-safe; all that the scores depend on beside the images.
         needs_reference: whether it only compares.
         note: what a reader of the figures must know.
     """
@@ -52,7 +52,7 @@ class Suite(ABC):
     note = ""
 
     @abstractmethod
-    def load(self) -> PictureScorer:
+    def load(self) -> ImageScorer:
         """Load the models.
 
         Raises:
@@ -68,5 +68,5 @@ class Suite(ABC):
         """Return a `ConfidenceInterval` by name, or by name and category, for `values` or a difference of such."""
 
     def against(self, scores: Scores, reference: Scores) -> dict[str, Any]:
-        """Return what can only be said against a reference, as `ConfidenceInterval`s and numbers by name."""
+        """Return what only a comparison with a reference gives, as `ConfidenceInterval`s and numbers by name."""
         return {}

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from ..prompts import Prompt, read_captions, read_prompts
-from .json_files import read_json, require_fields, wrong_file
+from .benchmark_files import read_benchmark, require_fields, wrong_file
 
 PARTI_PROMPTS = "https://github.com/google-research/parti/blob/main/PartiPrompts.tsv"
 COCO = "https://cocodataset.org/#download (captions_val2014.json in the annotations of 2014)"
@@ -19,7 +19,7 @@ def read_caption_file(path: str | os.PathLike[str]) -> list[Prompt]:
 
     Args:
         path: PartiPrompts' TSV, or another with a `Prompt` column; COCO's annotations (*.json), of which the first
-            caption of each picture is taken, in the order of the pictures' ids; or text with a caption a line.
+            caption of each image is taken, in the order of the images' ids; or text with a caption a line.
 
     Raises:
         OSError: the file cannot be read.
@@ -35,7 +35,7 @@ def read_caption_file(path: str | os.PathLike[str]) -> list[Prompt]:
 
 
 def _coco_captions(path: str | os.PathLike[str]) -> list[str]:
-    content = read_json(path, _WHAT, COCO)
+    content = read_benchmark(path, _WHAT, COCO)
     require_fields(content, {"annotations": list}, os.fspath(path), _WHAT, COCO)
     first: dict[int, tuple[int, str]] = {}
     seen = set()

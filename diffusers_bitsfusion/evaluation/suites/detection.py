@@ -1,9 +1,10 @@
-"""What GenEval's judge looks at: objects found by Mask2Former, and their colours told by CLIP."""
+"""The input of GenEval's judge: objects detected by Mask2Former, and their colours classified by CLIP."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,18 +22,20 @@ from .models import load_model
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLOR_CLIP = "openai/clip-vit-large-patch14"
 
-Detector = Callable[[list[Image.Image]], Sequence[Sequence[Sequence]]]
+Detector = Callable[[list[Image.Image]], Sequence[Sequence[Sequence[Any]]]]
 ColorClassifier = Callable[[list[Image.Image], list[str]], Sequence[str]]
 
-_GREY = "#999"  # what is not the object
-_MOST = 100  # detections of a picture, as mmdet keeps
+# Colour of everything outside an object's mask, in a crop.
+_GREY = "#999"
+# Detections of an image, the number that mmdet keeps.
+_MAX_DETECTIONS = 100
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
-# The benchmark's names of COCO's classes where they are not COCO's own.
+# GenEval's names of COCO's classes, where they differ from COCO's own.
 _NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
 
 
 def load_detector(name: str, classes: Collection[str]) -> Detector:
-    """Return what finds the objects in pictures.
+    """Return a function that detects the objects in images.
 
     Args:
         name: folder or Hub id of a Mask2Former, or MODULE:FUNCTION, see `GenEval`.
@@ -54,7 +57,7 @@ def load_detector(name: str, classes: Collection[str]) -> Detector:
 
 
 def load_color_classifier(name: str) -> ColorClassifier:
-    """Return what names the colours of crops, given the names of their classes too.
+    """Return a function that names the colours of crops, given the names of their classes too.
 
     Args:
         name: folder or Hub id of a CLIP, or MODULE:FUNCTION, see `GenEval`.
@@ -76,7 +79,7 @@ def load_color_classifier(name: str) -> ColorClassifier:
 
 
 class Mask2FormerDetector:
-    """Instances found by a Mask2Former of transformers, scored and masked at the picture's own size.
+    """Instances detected by a Mask2Former of transformers, scored and masked at the image's own size.
 
     transformers' own post-processing cuts masks to 384×384 first. A detection's score is its class's probability times
     the mean probability of its mask, and a query may stand for several classes, as in mmdet.
@@ -97,14 +100,18 @@ class Mask2FormerDetector:
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image]) -> list[list[Detection]]:
-        # One at a time: the processor pads pictures of different sizes, and the masks would cover the padding.
+        """Return the detections of each image.
+
+        Images are processed one at a time: the processor would pad images of different sizes, and the masks would
+        cover the padding.
+        """
         return [self._detect(image) for image in images]
 
     def _detect(self, image: Image.Image) -> list[Detection]:
         pixels = self.processor(images=image, return_tensors="pt").pixel_values.to(self.model.device)
         found = self.model(pixel_values=pixels)
-        probabilities = found.class_queries_logits[0].softmax(-1)[:, :-1]  # the last stands for no object
-        scores, places = probabilities.flatten().topk(min(_MOST, probabilities.numel()))
+        probabilities = found.class_queries_logits[0].softmax(-1)[:, :-1]  # the last class stands for no object
+        scores, places = probabilities.flatten().topk(min(_MAX_DETECTIONS, probabilities.numel()))
         queries, labels = places // probabilities.shape[1], places % probabilities.shape[1]
         size = image.size[::-1]
         detections = []
@@ -116,10 +123,10 @@ class Mask2FormerDetector:
 
 
 class ClipColors:
-    """Colours told by CLIP without training: the name nearest to an object's crop, in three sentences each.
+    """Colours classified by CLIP without training: the name nearest to an object's crop, in three sentences each.
 
     Args:
-        path: folder or Hub id of a CLIP; the benchmark takes ViT-L/14.
+        path: folder or Hub id of a CLIP; the benchmark uses ViT-L/14.
 
     Raises:
         OSError, ValueError: there is no such model.
@@ -130,20 +137,21 @@ class ClipColors:
         self._names = cache(self._sentences)
 
     def __call__(self, crops: list[Image.Image], class_names: list[str]) -> list[str]:
+        """Return the name of each crop's colour."""
         if not crops:
             return []
         features = F.normalize(torch.from_numpy(self.clip.image_features([np.asarray(crop) for crop in crops])))
         return [COLORS[int((self._names(name) @ x).argmax())] for name, x in zip(class_names, features, strict=True)]
 
     def _sentences(self, name: str) -> Tensor:
-        """(colours, d): of each colour the direction of its sentences' mean."""
+        """Return (colours, d): of each colour the direction of its sentences' mean."""
         sentences = [template.format(color=color, name=name) for color in COLORS for template in _TEMPLATES]
         features = F.normalize(torch.from_numpy(self.clip.text_features(sentences)))
         return F.normalize(features.reshape(len(COLORS), len(_TEMPLATES), -1).mean(1))
 
 
-def crop(image: Image.Image, detection: Sequence) -> Image.Image:
-    """Return the detection's box of the picture, with everything outside its mask in grey."""
+def crop(image: Image.Image, detection: Sequence[Any]) -> Image.Image:
+    """Return the detection's box of the image, with everything outside its mask in grey."""
     _, _, box, mask = detection
     if mask is not None:
         image = Image.composite(image, Image.new("RGB", image.size, _GREY), Image.fromarray(np.asarray(mask, bool)))
@@ -152,12 +160,12 @@ def crop(image: Image.Image, detection: Sequence) -> Image.Image:
 
 
 def _checked(function: Detector, name: str) -> Detector:
-    """Wrap a detector of a user, whose detections are checked."""
+    """Wrap a user's detector such that its detections are checked."""
 
     def detect(images: list[Image.Image]) -> list[list[Detection]]:
         found = list(function(images))
         if len(found) != len(images):
-            raise ValueError(f"The detector {name!r} must return {len(images)} lists, one a picture.")
+            raise ValueError(f"The detector {name!r} must return {len(images)} lists, one an image.")
         return [
             [_valid(detection, image, name) for detection in part] for part, image in zip(found, images, strict=True)
         ]
@@ -165,7 +173,7 @@ def _checked(function: Detector, name: str) -> Detector:
     return detect
 
 
-def _valid(detection: Sequence, image: Image.Image, name: str) -> Detection:
+def _valid(detection: Sequence[Any], image: Image.Image, name: str) -> Detection:
     wrong = f"The detector {name!r} found {detection!r}, but"
     if len(detection) != 4 or len(detection[2]) != 4:
         raise ValueError(f"{wrong} a detection is (class name, score, (x0, y0, x1, y1), mask or None).")
@@ -173,7 +181,7 @@ def _valid(detection: Sequence, image: Image.Image, name: str) -> Detection:
     if not (left < right and top < bottom):
         raise ValueError(f"{wrong} a box is x0, y0, x1, y1 with x0 < x1 and y0 < y1.")
     if detection[3] is not None and np.shape(detection[3]) != image.size[::-1]:
-        raise ValueError(f"{wrong} a mask has the picture's (height, width), {image.size[::-1]}.")
+        raise ValueError(f"{wrong} a mask has the image's (height, width), {image.size[::-1]}.")
     return Detection(*detection)
 
 

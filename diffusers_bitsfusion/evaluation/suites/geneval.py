@@ -1,4 +1,4 @@
-"""GenEval's judge (arXiv 2310.11513): whether the objects found in a picture are those that its prompt names.
+"""GenEval's judge (arXiv 2310.11513): whether the objects detected in an image are those that its prompt names.
 
 The prompts come from the benchmark's own file, `evaluation_metadata.jsonl` of github.com/djghosh13/geneval, a JSON
 object a line: `tag` (the task), `include` (what must be there), `exclude` (what must not) and `prompt`.
@@ -14,31 +14,36 @@ import numpy as np
 from PIL import Image
 
 from ..compositional import bootstrap_scores
-from .base import PictureScorer, Record, Scores, Suite
-from .json_files import read_json_lines, require_fields, wrong_file
+from .base import ImageScorer, Record, Scores, Suite
+from .benchmark_files import read_benchmark_lines, require_fields, wrong_file
 
 FILE = "evaluation_metadata.jsonl"
 SOURCE = "https://github.com/djghosh13/geneval/tree/main/prompts"
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
-_SCORE, _COUNTING_SCORE = 0.3, 0.9  # a detection must score higher
-_MOST = 16  # detections of a class that are looked at
-_SHRINK = 0.1  # of the sum of both sizes, taken off the distance of two centres
-_NEAR = 1e-3  # pixels; centres that are left as near as that are in no relation
-_RELATED = 0.5  # least share of the distance along an axis
+# Scores that a detection must exceed, in counting tasks the second; the benchmark's.
+_SCORE, _COUNTING_SCORE = 0.3, 0.9
+# Detections of a class that are judged; the benchmark's.
+_MAX_DETECTIONS = 16
+# Share of the sum of both sizes that is subtracted from the distance of two centres; the benchmark's.
+_SHRINK = 0.1
+# Pixels of distance below which two centres are in no relation; the benchmark's.
+_NEAR = 1e-3
+# Smallest share of the distance along an axis that makes a relation; the benchmark's.
+_RELATED = 0.5
 
 Line = Mapping[str, Any]
 
 
 class Detection(NamedTuple):
-    """An object found in a picture.
+    """An object detected in an image.
 
     Attributes:
         class_name: as the lines write it.
         score: confidence in [0, 1].
         box: x0, y0, x1, y1 in pixels.
-        mask: (height, width) bool of the picture's size, or None.
+        mask: (height, width) bool of the image's size, or None.
     """
 
     class_name: str
@@ -54,18 +59,18 @@ def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         OSError: the file cannot be read.
         ValueError: it is not such a file; the message says where to get it.
     """
-    lines = read_json_lines(path, f"GenEval's {FILE}", SOURCE)
+    lines = read_benchmark_lines(path, f"GenEval's {FILE}", SOURCE)
     for number, line in enumerate(lines, start=1):
         _check(line, f"{path}, line {number}")
     return lines
 
 
 def judge(line: Line, detections: Sequence[Sequence[Any]], colors: Sequence[str | None] = ()) -> tuple[bool, str]:
-    """Judge one picture by the benchmark's rules.
+    """Judge one image by the benchmark's rules.
 
     Detections that do not score above 0.3 (in counting tasks above 0.9) are dropped, and of a class at most 16 are
     kept, the best first. Of equal scores the later one counts as the better, as in the benchmark. Every clause of
-    `include` takes the first `count` detections of its class, of which as many must have the colour, and each lie in
+    `include` uses the first `count` detections of its class, of which as many must have the colour, and each lie in
     the relation to each detection of the clause that it names. A clause of `exclude` fails where `count` are found.
 
     Args:
@@ -74,14 +79,14 @@ def judge(line: Line, detections: Sequence[Sequence[Any]], colors: Sequence[str 
         colors: the colour of each detection, None where it was not looked at; needed for those in `colored`.
 
     Returns:
-        Whether the picture is right, and otherwise what is wrong, a sentence a line.
+        Whether the image is right, and otherwise what is wrong, a sentence a line.
 
     Raises:
-        ValueError: a colour that the line asks for is missing.
+        ValueError: a colour that the line requires is missing.
     """
     kept = _kept(line, detections)
     reasons: list[str] = []
-    groups: list[list[int] | None] = []  # of each clause, what it was fulfilled with
+    groups: list[list[int] | None] = []  # the detections that fulfil each clause
     for clause in line.get("include", ()):
         found = kept.get(clause["class"], [])[: clause["count"]]
         reason = _missing(clause, found, detections, colors, groups)
@@ -118,14 +123,14 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 class GenEval(Suite):
-    """The mean over the tasks of the share of right pictures, and each task's.
+    """The mean over the tasks of the share of right images, and each task's.
 
     Args:
         lines: of `read_lines`.
-        detector: folder or Hub id of a Mask2Former, or MODULE:FUNCTION, which takes a list of PIL images and returns
+        detector: folder or Hub id of a Mask2Former, or MODULE:FUNCTION, which accepts a list of PIL images and returns
             for each a list of (class name, score, box x0 y0 x1 y1, mask or None).
-        color_classifier: folder or Hub id of a CLIP, or MODULE:FUNCTION, which takes a list of crops as PIL images and
-            returns the name of each one's colour.
+        color_classifier: folder or Hub id of a CLIP, or MODULE:FUNCTION, which accepts a list of crops as PIL images
+            and returns the name of each one's colour.
     """
 
     name = "geneval"
@@ -135,12 +140,12 @@ class GenEval(Suite):
         self.settings = {"detector": detector, "color_classifier": color_classifier}
         self.note = (
             f"Objects were found by {detector}, not by the benchmark's own detector (mmdet): the values differ from "
-            "published ones, and are to be compared with a reference's, drawn and judged alike."
+            "published ones, and are to be compared with a reference's, sampled and judged alike."
         )
         self._lines = list(lines)
 
-    def load(self) -> PictureScorer:
-        """See `Suite.load`."""
+    def load(self) -> ImageScorer:
+        """Load the models, as `Suite.load` says."""
         from .detection import crop, load_color_classifier, load_detector
 
         clauses = [clause for line in self._lines for clause in (*line["include"], *line.get("exclude", ()))]
@@ -148,11 +153,11 @@ class GenEval(Suite):
         classify = load_color_classifier(self.settings["color_classifier"])
 
         def score(indices: Sequence[int], images: np.ndarray) -> tuple[list[Record], None]:
-            pictures = [Image.fromarray(image) for image in images]
+            pil_images = [Image.fromarray(image) for image in images]
             records: list[Record] = []
-            for index, picture, found in zip(indices, pictures, detector(pictures), strict=True):
+            for index, image, found in zip(indices, pil_images, detector(pil_images), strict=True):
                 places = colored(self._lines[index], found)
-                names = classify([crop(picture, found[place]) for place in places], [found[p][0] for p in places])
+                names = classify([crop(image, found[place]) for place in places], [found[p][0] for p in places])
                 colors: list[str | None] = [None] * len(found)
                 for place, name in zip(places, names, strict=True):
                     colors[place] = name
@@ -160,26 +165,26 @@ class GenEval(Suite):
                 records.append({"right": right, "reason": reason})
             return records, None
 
-        return PictureScorer(score)
+        return ImageScorer(score)
 
     def values(self, scores: Scores) -> np.ndarray:
-        """See `Suite.values`."""
+        """Return the numbers that `Suite.values` describes."""
         return np.array([record["right"] for record in scores.records], np.float64)
 
     def summary(self, values: np.ndarray) -> dict[str, Any]:
-        """See `Suite.summary`."""
+        """Return the intervals that `Suite.summary` describes."""
         return {self.name: bootstrap_scores(values, [line["tag"] for line in self._lines])}
 
 
 def _kept(line: Line, detections: Sequence[Sequence[Any]]) -> dict[str, list[int]]:
     """Return the places of the detections that count, by class, the best first."""
-    least = _COUNTING_SCORE if line["tag"] == "counting" else _SCORE
+    threshold = _COUNTING_SCORE if line["tag"] == "counting" else _SCORE
     best_first = sorted(range(len(detections)), key=lambda place: (detections[place][1], place), reverse=True)
     kept: dict[str, list[int]] = {}
     for place in best_first:
-        if detections[place][1] > least:
+        if detections[place][1] > threshold:
             kept.setdefault(detections[place][0], []).append(place)
-    return {name: places[:_MOST] for name, places in kept.items()}
+    return {name: places[:_MAX_DETECTIONS] for name, places in kept.items()}
 
 
 def _missing(

@@ -1,4 +1,4 @@
-"""Models that suites need, loaded with errors that say what to download and where from."""
+"""Models of the suites, loaded with errors that say what to download and where from."""
 
 from __future__ import annotations
 

@@ -10,24 +10,24 @@ import numpy as np
 from ..clip import Clip, cosine
 from ..compositional import bootstrap_mean, bootstrap_scores
 from ..prompts import Prompt
-from .base import PictureScorer, Record, Scores, Suite
+from .base import ImageScorer, Record, Scores, Suite
 from .models import load_model
 
 PICKSCORE = "yuvalkirstain/PickScore_v1"
 HPSV2 = "adams-story/HPSv2-hf"
 
-# Both were trained from this CLIP, whose processors they share.
+# Hub id of the CLIP that both models were trained from, whose processors they share.
 _PROCESSORS = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class Preference(Suite):
-    """How often a picture is preferred to the reference's of the same caption and seed; a tie counts half.
+    """How often an image is preferred to the reference's of the same caption and seed; a tie counts half.
 
-    The scores are 100 × the cosine of picture and caption, as both models' are usually given.
+    The scores are 100 × the cosine of image and caption, as both models' are usually given.
 
     Args:
         name: "pickscore" (arXiv 2305.01569) or "hpsv2" (arXiv 2306.09341), by which the score is called.
-        prompts: what to draw; categories are reported where all have one.
+        prompts: of the images; categories are reported where all have one.
         model: folder or Hub id of a `CLIPModel`.
         processors: folder or Hub id of what belongs to it; the model's own when left out.
     """
@@ -40,22 +40,22 @@ class Preference(Suite):
         self.settings = {"model": model, "processors": processors or model}
         self._categories = [prompt.category for prompt in prompts]
 
-    def load(self) -> PictureScorer:
-        """See `Suite.load`."""
+    def load(self) -> ImageScorer:
+        """Load the models, as `Suite.load` says."""
         clip = load_model(_With(self.settings["processors"]), self.settings["model"], "the model", f"--{self.name}")
 
         def score(indices: Sequence[int], images: np.ndarray) -> tuple[list[Record], None]:
             texts = clip.text_features([self.captions[index] for index in indices])
             return [{"score": value} for value in (100 * cosine(clip.image_features(images), texts)).tolist()], None
 
-        return PictureScorer(score)
+        return ImageScorer(score)
 
     def values(self, scores: Scores) -> np.ndarray:
-        """See `Suite.values`."""
+        """Return the numbers that `Suite.values` describes."""
         return np.array([record["score"] for record in scores.records])
 
     def summary(self, values: np.ndarray) -> dict[str, Any]:
-        """See `Suite.summary`."""
+        """Return the intervals that `Suite.summary` describes."""
         return {self.name: bootstrap_mean(values)}
 
     def against(self, scores: Scores, reference: Scores) -> dict[str, Any]:

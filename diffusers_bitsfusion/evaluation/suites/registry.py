@@ -35,7 +35,7 @@ class SuiteFiles:
         detector, color_classifier: of `geneval`, see `GenEval`.
         vqa, sentence_encoder: of `tifa`, see `Tifa`.
         clip, pickscore, hpsv2: the models of the suites so called.
-        num_images: draw so many of each suite's prompts, of a shorter file and for None all.
+        num_images: so many of each suite's prompts are used; of a shorter file and for None all.
     """
 
     prompts: str | None = None

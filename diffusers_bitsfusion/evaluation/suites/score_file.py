@@ -1,4 +1,4 @@
-"""Scores on disk, so that an interrupted run goes on where it stopped, whatever the number of processes."""
+"""Scores on disk, so that an interrupted run continues where it stopped, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FEATURES = "features.npy"
 
 
 class ScoreFile:
-    """The records of a set of pictures, a JSON line each in a file for each process, and their features.
+    """The records of a set of images, a JSON line each in a file for each process, and their features.
 
     Args:
         folder: made where it is missing; named by the settings, so that others' scores never lie there.
@@ -31,27 +31,27 @@ class ScoreFile:
         (folder / _SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def done(self) -> set[int]:
-        """Return the places of the pictures that are scored."""
+        """Return the places of the images that are scored."""
         return set(self._lines())
 
     def prepare(self, count: int, width: int) -> None:
-        """Make the file of features for `count` pictures, but where it is there; one process does so first."""
+        """Make the file of features for `count` images, unless it exists; one process does so before the others."""
         if width and not (self.folder / _FEATURES).is_file():
             np.lib.format.open_memmap(self.folder / _FEATURES, "w+", np.float32, (count, width)).flush()
 
     def append(self, indices: Sequence[int], records: Sequence[Record], features: np.ndarray | None) -> None:
-        """Write the scores of some pictures; the records last, since they tell what is done."""
+        """Write the scores of some images; the records last, since they tell what is done."""
         if features is not None:
             mapped = np.lib.format.open_memmap(self.folder / _FEATURES, "r+")
             mapped[list(indices)] = features
             mapped.flush()
         lines = [json.dumps({"index": index} | dict(record)) for index, record in zip(indices, records, strict=True)]
-        # What a killed process left of a line is ended, so that it is not the beginning of the next one.
+        # A newline ends the part of a line that a killed process left, so that the next one starts a line.
         with open(self._own, "a", encoding="utf-8") as stream:
             stream.write("\n" + "\n".join(lines) + "\n")
 
     def scores(self) -> Scores:
-        """Return the scores of all processes in the order of the pictures."""
+        """Return the scores of all processes in the order of the images."""
         lines, path = self._lines(), self.folder / _FEATURES
         features = np.load(path, mmap_mode="r") if path.is_file() else None
         return Scores([lines[index] for index in sorted(lines)], features)

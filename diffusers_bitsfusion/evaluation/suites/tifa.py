@@ -1,4 +1,4 @@
-"""TIFA (arXiv 2303.11897): questions about a picture, answered by a model, with the answers that the caption implies.
+"""TIFA (arXiv 2303.11897): a model answers questions about an image, whose answers the caption implies.
 
 The benchmark's two files, github.com/Yushi-Hu/tifa: the texts (`id`, `caption`) and the questions (`id` of the text,
 `question`, `choices`, `answer`, `element_type`).
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from ..compositional import OVERALL, bootstrap_mean
-from .base import PictureScorer, Record, Scores, Suite
-from .json_files import read_json, require_fields, wrong_file
+from .base import ImageScorer, Record, Scores, Suite
+from .benchmark_files import read_benchmark, require_fields, wrong_file
 
 TEXTS, QUESTIONS = "tifa_v1.0_text_inputs.json", "tifa_v1.0_question_answers.json"
 SOURCE = "https://github.com/Yushi-Hu/tifa/tree/main/tifa_v1.0"
@@ -23,7 +23,7 @@ SOURCE = "https://github.com/Yushi-Hu/tifa/tree/main/tifa_v1.0"
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a picture, the answers to choose from, the right one, and what kind of thing it is about."""
+    """A question about an image, the answers to choose from, the right one, and what kind of thing it is about."""
 
     question: str
     choices: tuple[str, ...]
@@ -47,7 +47,7 @@ def read_texts(texts: str | os.PathLike[str], questions: str | os.PathLike[str])
         ValueError: one is another file, has an id twice, or the two do not belong together.
     """
     captions = _captions(texts)
-    asked: dict[str, list[Question]] = {}
+    questions_of: dict[str, list[Question]] = {}
     what = f"TIFA's {QUESTIONS}"
     fields = {"id": str, "question": str, "choices": list, "answer": str, "element_type": str}
     for number, item in enumerate(_entries(questions, what), start=1):
@@ -56,8 +56,8 @@ def read_texts(texts: str | os.PathLike[str], questions: str | os.PathLike[str])
         if item["id"] not in captions:
             raise wrong_file(where, what, SOURCE, f"its id {item['id']!r} is not in {texts}")
         question = Question(item["question"], tuple(item["choices"]), item["answer"], item["element_type"])
-        asked.setdefault(item["id"], []).append(question)
-    return [Text(captions[name], tuple(asked[name])) for name in captions if name in asked]
+        questions_of.setdefault(item["id"], []).append(question)
+    return [Text(captions[name], tuple(questions_of[name])) for name in captions if name in questions_of]
 
 
 class Tifa(Suite):
@@ -65,9 +65,9 @@ class Tifa(Suite):
 
     Args:
         texts: of `read_texts`.
-        vqa: folder or Hub id of a model of transformers for visual question answering, or MODULE:FUNCTION, which takes
-            a list of PIL images and one of as many questions and returns the answers.
-        sentence_encoder: folder or Hub id of the encoder that takes an answer outside the choices to the nearest of
+        vqa: folder or Hub id of a model of transformers for visual question answering, or MODULE:FUNCTION, which
+            accepts a list of PIL images and one of as many questions and returns the answers.
+        sentence_encoder: folder or Hub id of the encoder that maps an answer outside the choices to the nearest of
             them.
     """
 
@@ -78,8 +78,8 @@ class Tifa(Suite):
         self.settings = {"vqa": vqa, "sentence_encoder": sentence_encoder}
         self._texts = list(texts)
 
-    def load(self) -> PictureScorer:
-        """See `Suite.load`."""
+    def load(self) -> ImageScorer:
+        """Load the models, as `Suite.load` says."""
         from .answers import load_chooser, load_vqa
 
         answer, choose = load_vqa(self.settings["vqa"]), load_chooser(self.settings["sentence_encoder"])
@@ -94,14 +94,14 @@ class Tifa(Suite):
                 records.append({"answers": said, "chosen": chosen, "right": right})
             return records, None
 
-        return PictureScorer(score)
+        return ImageScorer(score)
 
     def values(self, scores: Scores) -> np.ndarray:
         """Return 1 for every question answered rightly, 0 for every other, in the order of the captions."""
         return np.concatenate([record["right"] for record in scores.records]).astype(np.float64)
 
     def summary(self, values: np.ndarray) -> dict[str, Any]:
-        """See `Suite.summary`."""
+        """Return the intervals that `Suite.summary` describes."""
         ends = np.cumsum([len(text.questions) for text in self._texts])[:-1]
         shares = np.array([part.mean() for part in np.split(values, ends)])
         types = [question.element_type for text in self._texts for question in text.questions]
@@ -125,7 +125,7 @@ def _captions(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def _entries(path: str | os.PathLike[str], what: str) -> list[Any]:
-    content = read_json(path, what, SOURCE)
+    content = read_benchmark(path, what, SOURCE)
     if not isinstance(content, list) or not content:
         raise wrong_file(path, what, SOURCE, "it is not a list of entries")
     return content

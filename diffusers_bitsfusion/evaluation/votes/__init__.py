@@ -1,4 +1,4 @@
-"""People's preference between two pipelines: votes on pairs of pictures, and what they come to."""
+"""People's preference between two pipelines: votes on pairs of images, and the report on them."""
 
 from .report import PreferenceReport, preference_report
 from .store import QUESTIONS, Vote, VoteStore

@@ -1,14 +1,16 @@
-"""The votes as bars, drawn by matplotlib."""
+"""The votes as bars, plotted by matplotlib."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
+from ...utils.installation import install_command
+
 try:
     from matplotlib.figure import Figure
 except ImportError as error:
-    raise ImportError("The picture of the votes needs matplotlib: pip install diffusers_bitsfusion[plot]") from error
+    raise ImportError(f"The plot of the votes needs matplotlib: {install_command('plot')}") from error
 
 from .report import PreferenceReport
 from .store import QUESTIONS
@@ -22,7 +24,8 @@ def save_bars(report: PreferenceReport, path: str | os.PathLike[str], destinatio
     Args:
         report: of `preference_report`.
         path: file to write.
-        destination, source: names of the two.
+        destination: name of the pipeline to prefer, or not.
+        source: name of the other one.
     """
     rows = len(next(iter(report.questions.values())))
     figure = Figure(figsize=(6 * len(QUESTIONS), 1.4 + 0.4 * rows), layout="constrained")

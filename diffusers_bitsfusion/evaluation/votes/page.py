@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ...utils.installation import install_command
+
 try:
     import gradio as gr
 except ImportError as error:
-    raise ImportError("The page of the vote needs Gradio: pip install diffusers_bitsfusion[app]") from error
+    raise ImportError(f"The page of the vote needs Gradio: {install_command('app')}") from error
 
 from PIL import Image
 
 from ..image_folder import ImageFolder
 from .store import NEITHER, QUESTIONS, Vote, VoteStore
 
-# Keys press the buttons, but for those that are typed into a field, and held down.
+# Script by which keys press the buttons, except keys that are typed into a field or held down.
 _KEYS = """
 () => document.addEventListener("keydown", event => {
     const typing = ["INPUT", "TEXTAREA"].includes(event.target.tagName)
@@ -26,11 +28,11 @@ _KEYS = """
 
 
 def build_page(store: VoteStore, images: Mapping[str, ImageFolder]) -> gr.Blocks:
-    """Return the page, to be launched: a name, then prompt by prompt two pictures and two questions.
+    """Return the page, to be launched: a name, then prompt by prompt two images and two questions.
 
     Args:
         store: gets the votes.
-        images: the pictures of "source" and "destination".
+        images: the images of "source" and "destination".
     """
 
     def show(rater: str) -> list[Any]:
@@ -38,11 +40,11 @@ def build_page(store: VoteStore, images: Mapping[str, ImageFolder]) -> gr.Blocks
         if pair is None:
             hidden = [gr.update(visible=False)] * 2
             return [(rater, None), "", *hidden, "Thank you, that was all.", "", *[gr.update(visible=False)] * 3]
-        pictures = [Image.fromarray(images[side].block([pair.index])[0]) for side in pair.sides]
+        shown_images = [Image.fromarray(images[side].block([pair.index])[0]) for side in pair.sides]
         return [
             (rater, pair),
             f"## {store.prompts[pair.index].caption}",
-            *[gr.update(value=picture, visible=True) for picture in pictures],
+            *[gr.update(value=image, visible=True) for image in shown_images],
             f"### {QUESTIONS[pair.question]}",
             f"{pair.answered} of {pair.total} answered",
             *[gr.update(visible=True)] * 3,
@@ -50,7 +52,7 @@ def build_page(store: VoteStore, images: Mapping[str, ImageFolder]) -> gr.Blocks
 
     def begin(name: str) -> list[Any]:
         if not name.strip():
-            raise gr.Error("Your name is missing: votes are counted by it, and you go on by it later.")
+            raise gr.Error("Your name is missing: votes are counted by it, and you continue by it later.")
         return show(name.strip())
 
     def answer(place: int | None, shown: tuple[str, Any]) -> list[Any]:
@@ -59,7 +61,8 @@ def build_page(store: VoteStore, images: Mapping[str, ImageFolder]) -> gr.Blocks
         store.add(Vote(rater, pair.index, pair.question, choice))
         return show(rater)
 
-    with gr.Blocks(title="Which image is better?", analytics_enabled=False) as page:
+    page = gr.Blocks(title="Which image is better?", analytics_enabled=False)
+    with page:
         with gr.Row(equal_height=True):
             name = gr.Textbox(label="Your name", scale=4)
             start = gr.Button("Start", variant="primary")

@@ -1,4 +1,4 @@
-"""What votes come to: preference with Wilson intervals, by question and category, and how far raters agree."""
+"""The report on votes: preference with Wilson intervals, by question and category, and the raters' agreement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from ..compositional import OVERALL, ConfidenceInterval
 from ..prompts import Prompt
 from .store import DESTINATION, NEITHER, QUESTIONS, SOURCE, Vote
 
-_Z = 1.959964  # of a 95 % interval
+# Quantile of the standard normal distribution that bounds a 95 % interval.
+_Z = 1.959964
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class PreferenceReport:
-    """What the votes come to.
+    """The preferences that votes express, and how far the raters agree.
 
     Attributes:
         raters: votes by the name of each rater.
@@ -93,12 +94,12 @@ def preference_report(votes: Sequence[Vote], prompts: Sequence[Prompt]) -> Prefe
         raise ValueError("There are no votes yet.")
     questions, agreement = {}, {}
     for question in QUESTIONS:
-        asked = [vote for vote in votes if vote.question == question]
-        groups: dict[str, list[Vote]] = {OVERALL: asked}
+        answers = [vote for vote in votes if vote.question == question]
+        groups: dict[str, list[Vote]] = {OVERALL: answers}
         for name in dict.fromkeys(prompt.category for prompt in prompts if prompt.category is not None):
-            groups[name] = [vote for vote in asked if prompts[vote.index].category == name]
+            groups[name] = [vote for vote in answers if prompts[vote.index].category == name]
         questions[question] = {name: _preference(group) for name, group in groups.items()}
-        agreement[question] = _agreement(asked)
+        agreement[question] = _agreement(answers)
     return PreferenceReport(dict(Counter(vote.rater for vote in votes)), questions, agreement)
 
 
@@ -125,7 +126,7 @@ def _agreement(votes: Iterable[Vote]) -> Agreement:
     pairs = [pair for choices in shared for pair in combinations(choices, 2)]
     if not pairs:
         return Agreement(0, None, None)
-    # Each prompt weighs as much as it has answers: its pairs, each both ways round, by the answers less one.
+    # A prompt's pairs, each in both orders, are divided by its answers less one: its weight is its number of answers.
     totals = Counter(choice for choices in shared for choice in choices)
     count = totals.total()
     observed = (

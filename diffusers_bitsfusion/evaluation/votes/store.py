@@ -1,4 +1,4 @@
-"""Votes on disk: each there at once, a JSON line, so that raters go on where they stopped."""
+"""Votes on disk, a JSON line each, written at once, so that raters continue where they stopped."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VOTES = "votes.jsonl"
 
 @dataclass(frozen=True)
 class Vote:
-    """A rater's answer to one of `QUESTIONS` about the pictures of one prompt.
+    """A rater's answer to one of `QUESTIONS` about the images of one prompt.
 
     Attributes:
         rater: name of the person.
@@ -40,12 +40,12 @@ class Vote:
 
 @dataclass(frozen=True)
 class Pair:
-    """What a rater is asked next.
+    """The next question for a rater.
 
     Attributes:
         index: place of the prompt.
         question: key of `QUESTIONS`.
-        sides: whose picture is on the left and whose on the right, hidden from the rater.
+        sides: whose image is on the left and whose on the right, hidden from the rater.
         answered, total: of the rater's questions.
     """
 
@@ -59,7 +59,7 @@ class Pair:
 class VoteStore:
     """The votes in a folder.
 
-    The order of prompts and of the two pictures is random for each rater, and drawn again the same after a restart.
+    The order of prompts and of the two images is random for each rater, and the same after a restart.
 
     Args:
         folder: made by `create`.
@@ -88,15 +88,15 @@ class VoteStore:
     def create(
         cls, folder: str | os.PathLike[str], prompts: Sequence[Prompt], settings: Mapping[str, Any]
     ) -> VoteStore:
-        """Open the vote in a folder, or begin one there.
+        """Open the vote in a folder, or start one there.
 
         Args:
             folder: made where it is missing.
-            prompts: what the pictures show, with categories or without.
-            settings: JSON-safe; all that the pictures depend on.
+            prompts: what the images show, with categories or without.
+            settings: JSON-safe; all that the images depend on.
 
         Raises:
-            ValueError: the folder holds a vote on other pictures.
+            ValueError: the folder holds a vote on other images.
         """
         path = Path(folder) / _SETTINGS
         content = {
@@ -116,13 +116,13 @@ class VoteStore:
         return cls(folder)
 
     def next(self, rater: str) -> Pair | None:
-        """Return what the rater is asked next, None where everything is answered."""
+        """Return the next question for a rater, None where everything is answered."""
         rng = np.random.default_rng([self._salt, *rater.encode()])
         order = rng.permutation(len(self.prompts))
         swapped = rng.random(len(self.prompts)) < 0.5
         total = len(order) * len(QUESTIONS)
-        asked = [(int(index), question) for index in order for question in QUESTIONS]
-        left = [item for item in asked if (rater, *item) not in self._given]
+        items = [(int(index), question) for index in order for question in QUESTIONS]
+        left = [item for item in items if (rater, *item) not in self._given]
         if not left:
             return None
         index, question = left[0]
@@ -130,7 +130,7 @@ class VoteStore:
         return Pair(index, question, sides, total - len(left), total)
 
     def add(self, vote: Vote) -> None:
-        """Write a vote to the disk; a second one on the same question, as of a second tab, is left out."""
+        """Write a vote to the disk; a second one on the same question, as from a second tab, is left out."""
         with self._lock:
             key = (vote.rater, vote.index, vote.question)
             if key in self._given:

@@ -16,16 +16,18 @@ from torch import Tensor
 from ..activations import TINY
 
 _TINY = tl.constexpr(TINY)
-# Added to a number below 2**22 and taken off again, it leaves the nearest integer, ties to even.
+# Number that rounds another below 2**22 to the nearest integer, ties to even, when added and subtracted again.
 _TO_INTEGER = tl.constexpr(1.5 * 2**23)
 
-_MOST_RANGES = 256  # programs that share in finding an image's range
-_RANGE_BLOCK, _BLOCK = 4096, 1024  # values that a program takes at a time
+# Programs that find an image's range together.
+_MAX_RANGES = 256
+# Values that a program processes at a time, to find a range and to round.
+_RANGE_BLOCK, _BLOCK = 4096, 1024
 
 
 @triton.jit
 def _or_nan(value, x):
-    """`value`, or NaN if any of `x` is, which Triton's reductions pass over."""
+    """Return `value`, or NaN if any of `x` is, which Triton's reductions ignore."""
     return tl.where(tl.max((x != x).to(tl.int32), axis=0) > 0, float("nan"), value)
 
 
@@ -42,7 +44,7 @@ def _tokens_kernel(x, codes, scale, columns, BLOCK: tl.constexpr):
 
 
 def quantize_tokens_triton(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`activations.quantize_tokens_reference` for a contiguous `x` of fp32, bf16 or fp16."""
+    """Quantize as `activations.quantize_tokens_reference` a contiguous `x` of fp32, bf16 or fp16."""
     tokens, columns = x.shape
     codes = torch.empty(tokens, columns, dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
@@ -56,7 +58,7 @@ def quantize_tokens_triton(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit
 def _range_kernel(x, bounds, values, span, BLOCK: tl.constexpr):
-    """Smallest and largest of the `span` values that begin at program_id * span, and of zero."""
+    """Store the smallest and largest of zero and the `span` values that begin at program_id * span."""
     first = tl.program_id(0).to(tl.int64) * span
     low = tl.zeros((BLOCK,), dtype=tl.float32)
     high = tl.zeros((BLOCK,), dtype=tl.float32)
@@ -83,7 +85,7 @@ def _image_kernel(
     RANGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A block of one padded row; rows have `row_values` in the image and `padding_values` more on either side."""
+    """Quantize a block of one padded row, of `row_values` in the image and `padding_values` on either side."""
     part = tl.arange(0, RANGES)
     lows, highs = tl.load(bounds + part), tl.load(bounds + RANGES + part)
     low, high = _or_nan(tl.min(lows, axis=0), lows), _or_nan(tl.max(highs, axis=0), highs)
@@ -109,7 +111,7 @@ def _image_kernel(
 
 
 def quantize_image_triton(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """`activations.quantize_image_reference` with padding and codes in eight bits with a sign.
+    """Quantize as `activations.quantize_image_reference` with padding, to signed codes of eight bits.
 
     Args:
         x: fp32, bf16 or fp16 [batch, in, height, width], channels last, at least one value.
@@ -122,7 +124,7 @@ def quantize_image_triton(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, Te
     batch, channels, height, width = x.shape
     shape = batch, channels, height + 2 * padding[0], width + 2 * padding[1]
     codes = torch.empty(shape, dtype=torch.int8, device=x.device, memory_format=torch.channels_last)
-    ranges = min(_MOST_RANGES, triton.next_power_of_2(triton.cdiv(x.numel(), _RANGE_BLOCK)))
+    ranges = min(_MAX_RANGES, triton.next_power_of_2(triton.cdiv(x.numel(), _RANGE_BLOCK)))
     bounds = torch.empty(2, ranges, dtype=torch.float32, device=x.device)
     scale = torch.empty(1, dtype=torch.float32, device=x.device)
     zero_point = torch.empty(1, dtype=torch.int32, device=x.device)

@@ -10,18 +10,20 @@ from torch import Tensor
 from ...codec.grid import half_range, levels
 from ...native.dense_form import DENSE_FORMS
 
-# What a program decodes: so many words, for each kernel position, of so many rows; 3 KB of fp16 weights and more.
+# Words, for each kernel position, and rows that a program decodes: 3 KB of fp16 weights and more.
 _ROWS, _WORDS = 8, 64
 
-# word * (2**_SHIFT // base + 1) >> _SHIFT is word / base, rounded down, for every word and base that there is, and
-# fits 32 bits.
+# Bits of the fixed-point reciprocal: word * (2**_SHIFT // base + 1) >> _SHIFT is word / base, rounded down, for every
+# word and base of the dense form, and fits 32 bits.
 _SHIFT = 19
 
 
 @triton.jit
 def load_words(row, index, mask, last, width, WORD_BITS: tl.constexpr):
-    """uint32 words of rows of the dense form (docs/ARCHITECTURE.md), which have `width` of them; `last` is the highest
-    index that any of these words may have."""
+    """Return uint32 words of rows of the dense form (docs/ARCHITECTURE.md).
+
+    A row has `width` words; `last` is the highest index that any of these words may have.
+    """
     if WORD_BITS == 7:  # seven bits each; the last eighth of the words lies in the top bits of the others
         part = (width + 7) // 8
         words = tl.load(row + index, mask=mask & (index < 7 * part), other=0).to(tl.uint32) & 127
@@ -43,7 +45,7 @@ def load_words(row, index, mask, last, width, WORD_BITS: tl.constexpr):
 
 @triton.jit
 def last_digit(words, BASE: tl.constexpr, RECIPROCAL: tl.constexpr, SHIFT: tl.constexpr):
-    """(digit, what is left of the words), both uint32."""
+    """Return (digit, what is left of the words), both uint32."""
     left = (words * RECIPROCAL) >> SHIFT
     return words - left * BASE, left
 
@@ -67,8 +69,10 @@ def _decode(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Words to planar columns, codes alone if CODES, else times their row's scale. Column c * POSITIONS + p of the
-    codes is column p * (columns / POSITIONS) + c of the output."""
+    """Decode words to planar columns, codes alone if CODES, else times their row's scale.
+
+    Column c * POSITIONS + p of the codes is column p * (columns / POSITIONS) + c of the output.
+    """
     first_row = tl.program_id(0).to(tl.int64) * ROWS
     first_word = tl.program_id(1) * WORDS * POSITIONS
     row = tl.arange(0, ROWS)[:, None]
@@ -95,15 +99,15 @@ def _decode(
             tl.store(out + row * columns + column, value.to(out.dtype.element_ty), mask=inside)
 
 
-# A thread stores several neighbours in one go where the compiler knows that all sizes are aligned. Where it knows it
-# of some, it gives a thread several as well, but stores them one by one: so it is told of all or of none.
+# Divisor of sizes that Triton's compiler treats as aligned. Where all sizes are, a thread stores several neighbours in
+# one go; where only some are, it stores several one by one: so all sizes are declared as aligned, or none.
 _ALIGNED = 16
 _decode_aligned = triton.jit(_decode)
 _decode_any = triton.jit(do_not_specialize=["columns", "width", "row_bytes"])(_decode)
 
 
 def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor, positions: int = 1) -> Tensor:
-    """`decode.decode_reference` for contiguous tensors; `out` fp32, bf16, fp16 or int8.
+    """Decode as `decode.decode_reference` for contiguous tensors; `out` fp32, bf16, fp16 or int8.
 
     With `positions`, the columns (channel, position) of the codes become columns (position, channel) of `out`.
     """
@@ -130,7 +134,7 @@ def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Te
 
 
 def dense_form(bits: int) -> dict[str, int]:
-    """What kernels are told of the dense form."""
+    """Return the constants of the dense form that the kernels need."""
     base = levels(bits)
     return {
         "WORD_BITS": DENSE_FORMS[bits].word_bits,

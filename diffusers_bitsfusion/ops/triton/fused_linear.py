@@ -15,7 +15,8 @@ from ...native.dense_form import DENSE_FORMS
 from ..dispatch import FEW_TOKENS
 from .decode import dense_form, last_digit, load_words
 
-_OUTPUTS, _WORDS = 16, 64  # of a program, the words at a time; few outputs, so that there are many programs
+# Outputs of a program, few so that there are many programs, and words that it decodes at a time.
+_OUTPUTS, _WORDS = 16, 64
 
 
 @triton.jit(do_not_specialize=["tokens", "columns", "width", "row_bytes"])
@@ -41,7 +42,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """out[m, n] = scale[n] * sum_k x[m, k] code[n, k] + bias[n]"""
+    """Compute out[m, n] = scale[n] * sum_k x[m, k] code[n, k] + bias[n]."""
     row = tl.arange(0, BLOCK_M)[:, None]
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     dense += column[:, None].to(tl.int64) * row_bytes
@@ -65,7 +66,7 @@ def _linear_kernel(
 
 
 def linear_fused(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int) -> Tensor:
-    """x W^T + b.
+    """Compute x W^T + b.
 
     Args:
         x: fp16 or bf16 [M, in], M up to `FEW_TOKENS`.

@@ -15,22 +15,25 @@ from torch import Tensor
 
 from ..dispatch import FEW_TOKENS
 
-# Rows and columns of the output that a program may compute; tensor cores of Hopper want 64 rows. The largest tile is
+# Rows and columns of the output that a program may compute; tensor cores of Hopper need 64 rows. The largest tile is
 # for whole blocks on Hopper: elsewhere it spills registers.
 _TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
 _TILE_OF_HOPPER, _HOPPER = (128, 256), 9
 _TILE_OF_FEW_ROWS = (FEW_TOKENS, 64)
-_BLOCK_K, _STAGES = 64, 4  # four stages of the largest tile are 96 KB of shared memory, which GPUs of all sizes have
+# Inputs of a block and stages of the pipeline: four stages of the largest tile are 96 KB of shared memory, which GPUs
+# of all sizes have.
+_BLOCK_K, _STAGES = 64, 4
 
-_SUMMED = 4096  # weights that are added up at a time
+# Weights that are added up at a time.
+_SUMMED = 4096
 
 
 def _tile(rows: int, columns: int, groups: int, whole: bool, device: torch.device) -> tuple[int, int]:
-    """The tile by which the busiest multiprocessor loads the fewest operands, which bounds products of bytes."""
+    """Return the tile by which the busiest multiprocessor loads the fewest operands, which bound int8 products."""
     if rows <= FEW_TOKENS:
         return _TILE_OF_FEW_ROWS
     tiles: tuple[tuple[int, int], ...] = _TILES
-    processors = 1  # of the interpreter
+    processors = 1  # the interpreter's
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         processors = gpu.multi_processor_count
@@ -50,7 +53,7 @@ def _warps(tile: tuple[int, int]) -> int:
 
 @triton.jit
 def _load_operands(a_place, b_place, k, left, WHOLE: tl.constexpr):
-    """A block [BLOCK_M, BLOCK_K] and one [BLOCK_K, BLOCK_N]; zeros from k = left on, unless it is WHOLE."""
+    """Load blocks [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N]; zeros from k = left on, unless WHOLE."""
     if WHOLE:
         return tl.load(a_place), tl.load(b_place)
     else:
@@ -90,8 +93,10 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out[m, n] = token_scale[m] * weight_scale[n] * sum_k x[m, k] weight[n, k] + bias[n]; there are whole blocks of
-    inputs if WHOLE."""
+    """Compute out[m, n] = token_scale[m] * weight_scale[n] * sum_k x[m, k] weight[n, k] + bias[n].
+
+    The inputs are whole blocks if WHOLE.
+    """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -113,7 +118,7 @@ def linear_triton(
     bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Product of codes, scaled.
+    """Return the product of codes, scaled.
 
     Args:
         tokens: int8 [M, in], contiguous.
@@ -195,8 +200,11 @@ def _conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A row is a pixel of the output, a column one of a group's `outputs`; sums run over kernel positions and the
-    group's `channels`, of which there are whole blocks if WHOLE. `height` and `width` include the padding."""
+    """Compute a block of pixels of the output by a block of one group's `outputs`.
+
+    Sums run over kernel positions and the group's `channels`, which are whole blocks if WHOLE. `height` and `width`
+    include the padding.
+    """
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     group = tl.program_id(2)
@@ -254,7 +262,7 @@ def conv2d_triton(
     groups: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Convolution of codes, scaled.
+    """Return the convolution of codes, scaled.
 
     Args:
         image: int8 [batch, in, height, width], channels last, codes less 128, with the padding.
@@ -263,7 +271,10 @@ def conv2d_triton(
         weight: int8 [out, kernel height * kernel width, in / groups], contiguous.
         weight_scale: fp32 [out].
         bias: floating [out].
-        kernel, stride, dilation: pairs.
+        kernel: its height and width.
+        stride: of the height and the width.
+        dilation: of the height and the width.
+        groups: number of groups of channels.
         dtype: of the output.
 
     Returns:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusers_bitsfusion.training.decoding import UnreadableImage, as_rgb, decode
+from diffusers_bitsfusion.training.image_files import UnreadableImage, as_rgb, decode
 
 RAMP = np.linspace(0, 1, 256).reshape(16, 16)
 RED = Image.new("RGB", (6, 4), "red")
@@ -89,5 +89,5 @@ def test_what_is_no_image_is_unreadable(tmp_path):
     for content in (b"", b"no image", stored(RED)[:40]):
         with pytest.raises(UnreadableImage):
             decode(content)
-    with pytest.raises(UnreadableImage, match="none.png"):
+    with pytest.raises(UnreadableImage, match=r"none.png"):
         decode(tmp_path / "none.png")

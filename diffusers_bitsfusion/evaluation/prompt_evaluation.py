@@ -1,4 +1,4 @@
-"""The evaluation: pictures of one pipeline, measured, and where there is a reference, against its pictures."""
+"""The evaluation of one pipeline: its images measured, also against a reference's where there is one."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .clip import Clip, clip_score
 from .compositional import Scorer, bootstrap_mean, bootstrap_scores, judge
 from .distribution import cmmd, frechet_distance
 from .generate import DEFAULT_SAMPLING, Sampling
+from .image_distances import image_metrics, require_image_metrics
 from .image_folder import ImageFolder
-from .images import image_metrics, require_image_metrics
-from .pictures import draw_pictures, picture_root
+from .image_sets import generate_image_sets, image_root
 from .prompts import Prompt
 from .report_table import as_figures
 
-# Processes wait for each other's pictures, which no time-out of a training step fits.
+# Time that processes wait for each other's images, far above the time-out of a training step.
 PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """What is known of each of n pictures: scores (n,) and CLIP features (n, d), None where not measured."""
+    """The scores (n,) and CLIP features (n, d) of n images, None where not measured."""
 
     compositional: np.ndarray | None = None
     clip_score: np.ndarray | None = None
@@ -51,22 +51,22 @@ def evaluate(
     progress: bool = True,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Draw a picture for every prompt and measure the pictures.
+    """Generate an image for every prompt and measure the images.
 
-    Pictures go to the disk and are read a block at a time. Under `accelerate launch` the processes share the work, and
+    Images go to the disk and are read a block at a time. Under `accelerate launch` the processes share the work, and
     all of them get the report.
 
     Args:
         path: folder or Hub id of the pipeline, packed or in full precision.
-        prompts: what to draw.
-        reference: pipeline to compare with, drawn with the same prompts and seeds.
+        prompts: of the images.
+        reference: pipeline to compare with, sampled with the same prompts and seeds.
         scorer: see `load_scorer`; needs a spec with every prompt.
         clip: folder or Hub id of a CLIP; when left out, the folder `clip/` of the pipeline or of the reference.
-        sampling: how the pictures are drawn.
+        sampling: steps, guidance, seed, batch size and scheduler.
         guidance_scales: instead of `sampling.guidance_scale`, one or more.
         lpips: whether to measure LPIPS against the reference as well.
-        images: folder that keeps the pictures, of as many pipelines and settings as one likes; those that it holds,
-            of an interrupted run or of a reference evaluated before, are not drawn again.
+        images: folder that keeps the images, of as many pipelines and settings as one likes; those that it holds,
+            of an interrupted run or of a reference evaluated before, are not generated again.
         progress: whether to show progress bars.
         dtype: of the pipelines, as of `load_pipeline`.
 
@@ -74,13 +74,13 @@ def evaluate(
         JSON-safe. `"compositional"` (`"overall"`, the mean over categories, and each category), `"clip_score"`, and
         against a reference `"mse"`, `"psnr"`, `"ssim"`, `"lpips"`, `"clip_fid"`, `"cmmd"`, each where it could be
         measured; `"intervals"` has the 95 % bounds under the same names. `"reference"` has the reference's own
-        scores, `"difference"` the pipeline's minus the reference's, paired. `"settings"` says how they were drawn.
+        scores, `"difference"` the pipeline's minus the reference's, paired. `"settings"` says how they were sampled.
         Of several guidance scales the first is reported so, and all of them under `"by_guidance_scale"`.
-        A PSNR of equal pictures is infinite and given as None.
+        A PSNR of equal images is infinite and given as None.
 
     Raises:
         ImportError: a package of the extra `eval` is missing.
-        OSError: a pipeline or the CLIP cannot be read, or the pictures not written.
+        OSError: a pipeline or the CLIP cannot be read, or the images not written.
         ValueError: no prompts, nothing to measure, a spec is missing, or see `load_pipeline` and `ImageFolder`.
     """
     path = os.fspath(path)
@@ -92,14 +92,16 @@ def evaluate(
     samplings = [replace(sampling, guidance_scale=scale) for scale in dict.fromkeys(guidance_scales)] or [sampling]
 
     reports = {}
-    with picture_root(images) as root:
+    with image_root(images) as root:
         captions = [prompt.caption for prompt in prompts]
-        drawn = draw_pictures(path, [captions], samplings, root, dtype, progress)
-        others = None if reference is None else draw_pictures(reference, [captions], samplings, root, dtype, progress)
+        generated = generate_image_sets(path, [captions], samplings, root, dtype, progress)
+        others = (
+            None if reference is None else generate_image_sets(reference, [captions], samplings, root, dtype, progress)
+        )
         for index, chosen in enumerate(samplings):
             references = None if others is None else others.folders[0][index]
-            report = _report(prompts, scorer, model, drawn.folders[0][index], references, lpips)
-            used = asdict(chosen) | {"scheduler": drawn.scheduler}
+            report = _report(prompts, scorer, model, generated.folders[0][index], references, lpips)
+            used = asdict(chosen) | {"scheduler": generated.scheduler}
             inputs = {"pipeline": path, "reference": reference, "clip": clip, "images": len(prompts)}
             reports[str(chosen.guidance_scale)] = report | {"settings": inputs | used}
     first = next(iter(reports.values()))
@@ -115,7 +117,7 @@ def clip_beside(path: str, reference: str | None) -> str | None:
 def _check(
     prompts: Sequence[Prompt], scorer: Scorer | None, clip: str | None, reference: str | None, lpips: bool
 ) -> None:
-    """Everything that can be known before hours of drawing."""
+    """Refuse wrong input that can be known before hours of sampling."""
     if not prompts:
         raise ValueError("There are no prompts.")
     if scorer is None and clip is None and reference is None:
@@ -159,14 +161,14 @@ def _report(
 
 def _scores(prompts: Sequence[Prompt], scorer: Scorer | None, clip: Clip | None, folder: ImageFolder) -> _Scores:
     def measure(block: range) -> dict[str, np.ndarray]:
-        images, asked = folder.block(block), [prompts[index] for index in block]
+        images, of_block = folder.block(block), [prompts[index] for index in block]
         values = {}
         if scorer is not None:
-            values["compositional"] = judge(scorer, images, [prompt.spec for prompt in asked])
+            values["compositional"] = judge(scorer, images, [prompt.spec for prompt in of_block])
         if clip is not None:
             values["features"] = clip.image_features(images)
             values["clip_score"] = clip_score(
-                values["features"], clip.text_features([prompt.caption for prompt in asked])
+                values["features"], clip.text_features([prompt.caption for prompt in of_block])
             )
         return values
 
@@ -174,7 +176,7 @@ def _scores(prompts: Sequence[Prompt], scorer: Scorer | None, clip: Clip | None,
 
 
 def _gathered(count: int, measure: Callable[[range], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """What `measure` gives for the blocks of all processes, in their order, arrays joined by name."""
+    """Return what `measure` gives for the blocks of all processes, in their order, arrays joined by name."""
     own = {block.start: measure(block) for block in own_blocks(count)}
     blocks = {start: values for part in gather_object([own]) for start, values in part.items()}
     ordered = [blocks[start] for start in sorted(blocks)]
@@ -182,7 +184,7 @@ def _gathered(count: int, measure: Callable[[range], dict[str, np.ndarray]]) -> 
 
 
 def _difference(a: _Scores, b: _Scores) -> _Scores:
-    """Of two models' scores on the same prompts, measured the same way."""
+    """Return the difference of two models' scores on the same prompts."""
     return _Scores(
         None if a.compositional is None or b.compositional is None else a.compositional - b.compositional,
         None if a.clip_score is None or b.clip_score is None else a.clip_score - b.clip_score,
@@ -190,7 +192,7 @@ def _difference(a: _Scores, b: _Scores) -> _Scores:
 
 
 def _intervals(prompts: Sequence[Prompt], scores: _Scores) -> dict[str, Any]:
-    """A `ConfidenceInterval` by name, and for the compositional score one by category."""
+    """Return a `ConfidenceInterval` by name, and for the compositional score one by category."""
     intervals: dict[str, Any] = {}
     if scores.compositional is not None:
         intervals["compositional"] = bootstrap_scores(scores.compositional, [prompt.category for prompt in prompts])

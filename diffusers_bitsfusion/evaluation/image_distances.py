@@ -1,4 +1,4 @@
-"""Distances between the pictures of two models, each picture against its counterpart."""
+"""Distances between the images of two models, each image compared with its counterpart."""
 
 from __future__ import annotations
 
@@ -9,33 +9,37 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.installation import install_command
+
+# Images that are measured at once.
 _BATCH = 16
 
 
 def require_image_metrics(lpips: bool = False) -> None:
-    """Say at once, not after hours of drawing, that a package is missing.
+    """Refuse to start where a package is missing, before hours of sampling.
 
     Raises:
         ImportError: torchmetrics, or with `lpips` the package lpips, is not installed.
     """
     if find_spec("torchmetrics") is None:
-        raise ImportError("Comparing with a reference needs torchmetrics: pip install diffusers_bitsfusion[eval]")
+        raise ImportError(f"Comparing with a reference needs torchmetrics: {install_command('eval')}")
     if lpips and find_spec("lpips") is None:
-        # Not in the extra: it pulls in torchvision, which does not exist for every build of torch.
+        # The extra leaves lpips out, which requires torchvision, which does not exist for every build of torch.
         raise ImportError("LPIPS needs the packages lpips and torchvision: pip install lpips torchvision")
 
 
 def image_metrics(images: np.ndarray, references: np.ndarray, lpips: bool = False) -> dict[str, np.ndarray]:
-    """MSE, PSNR, SSIM and optionally LPIPS (AlexNet) of each picture, on pixel values in [0, 1].
+    """Return MSE, PSNR, SSIM and optionally LPIPS (AlexNet) of each image, on pixel values in [0, 1].
 
     SSIM has the usual Gaussian window of 11 pixels and mirrors the borders, as torchmetrics does.
 
     Args:
-        images, references: (n, height, width, 3) uint8, equal in shape.
+        images: (n, height, width, 3) uint8.
+        references: of the same shape and dtype.
         lpips: needs the package of that name, which fetches its weights on first use.
 
     Returns:
-        Arrays (n,) float64 by name. PSNR is infinite where two pictures are equal.
+        Arrays (n,) float64 by name. PSNR is infinite where two images are equal.
 
     Raises:
         ImportError: a package is missing.
@@ -62,7 +66,7 @@ def image_metrics(images: np.ndarray, references: np.ndarray, lpips: bool = Fals
 
 
 def _pixels(images: np.ndarray) -> Tensor:
-    """(n, 3, height, width) float32 in [0, 1]."""
+    """Return (n, 3, height, width) float32 in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
 
 
@@ -73,6 +77,7 @@ def _lpips() -> Callable[[Tensor, Tensor], Tensor]:
 
     @torch.no_grad()
     def distance(a: Tensor, b: Tensor) -> Tensor:
-        return network(2 * a - 1, 2 * b - 1)
+        distances: Tensor = network(2 * a - 1, 2 * b - 1)
+        return distances
 
     return distance

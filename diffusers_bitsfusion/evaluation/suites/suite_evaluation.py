@@ -1,4 +1,4 @@
-"""Several suites over one pipeline: pictures drawn once, scored by each, compared with a reference drawn alike."""
+"""Several suites over one pipeline: images generated once, scored by each, compared with a reference's."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ...utils.processes import process_state
 from ..blocks import own_blocks
 from ..generate import DEFAULT_SAMPLING, Sampling
 from ..image_folder import ImageFolder
-from ..pictures import draw_pictures, picture_root
+from ..image_sets import generate_image_sets, image_root
+from ..prompt_evaluation import PATIENCE
 from ..report_table import as_figures
-from ..run import PATIENCE
 from .base import Scores, Suite
 from .score_file import ScoreFile
 
@@ -34,19 +34,19 @@ def evaluate_suites(
     progress: bool = True,
     dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
-    """Draw what the suites ask for, score it, and compare it with a reference's pictures of equal seeds.
+    """Generate the images that the suites need, score them, and compare them with a reference's of equal seeds.
 
-    Suites with the same captions share their pictures. Pictures and scores go to the disk as they come, so that a run
-    that was interrupted at any moment goes on there, and memory does not grow with their number. Under `accelerate
+    Suites with the same captions share their images. Images and scores go to the disk as they come, so that a run
+    that was interrupted at any moment continues there, and memory does not grow with their number. Under `accelerate
     launch` the processes share the work, and all of them get the report; its figures are those of one process.
 
     Args:
         path: folder or Hub id of the pipeline, packed or in full precision.
         suites: of `load_suites`.
         reference: pipeline to compare with.
-        sampling: how the pictures are drawn.
+        sampling: steps, guidance, seed, batch size and scheduler.
         guidance_scales: instead of `sampling.guidance_scale`, one or more.
-        images: folder that keeps pictures and scores; needed by several processes.
+        images: folder that keeps images and scores; needed by several processes.
         progress: whether to show progress bars.
         dtype: of the pipelines, as of `load_pipeline`.
 
@@ -55,26 +55,26 @@ def evaluate_suites(
         "settings" as `evaluate` gives them, of several guidance scales all under "by_guidance_scale".
 
     Raises:
-        OSError, ValueError: a suite needs a reference or a model that is missing, or see `draw_pictures`.
+        OSError, ValueError: a suite needs a reference or a model that is missing, or see `generate_image_sets`.
     """
     for suite in suites:
         if suite.needs_reference and reference is None:
             raise ValueError(f"The suite {suite.name} compares with a reference; give one (--reference).")
     process_state(timeout=PATIENCE)
     for suite in suites:
-        suite.load()  # so that a missing model is known before hours of drawing; freed until it is needed
+        suite.load()  # a missing model is reported before hours of sampling; the loaded one is freed
     paths = [os.fspath(path)] if reference is None else [os.fspath(path), os.fspath(reference)]
     samplings = [replace(sampling, guidance_scale=scale) for scale in dict.fromkeys(guidance_scales)] or [sampling]
-    with picture_root(images) as root:
+    with image_root(images) as root:
         captions = [suite.captions for suite in suites]
-        drawn = [draw_pictures(place, captions, samplings, root, dtype, progress) for place in paths]
+        image_sets = [generate_image_sets(place, captions, samplings, root, dtype, progress) for place in paths]
         reports = {}
         for number, suite in enumerate(suites):
             note = {"note": suite.note} if suite.note else {}
             by_scale = {}
             for index, chosen in enumerate(samplings):
-                folders = [pictures.folders[number][index] for pictures in drawn]
-                used = asdict(chosen) | {"scheduler": drawn[0].scheduler, "images": len(suite.captions)}
+                folders = [image_set.folders[number][index] for image_set in image_sets]
+                used = asdict(chosen) | {"scheduler": image_sets[0].scheduler, "images": len(suite.captions)}
                 inputs = {"pipeline": paths[0], "reference": paths[1] if len(paths) > 1 else None}
                 report = _report(suite, _scored(suite, folders, root, progress))
                 settings = inputs | used | suite.settings
@@ -85,7 +85,7 @@ def evaluate_suites(
 
 
 def _scored(suite: Suite, folders: Sequence[ImageFolder], root: Path, progress: bool) -> list[Scores]:
-    """Return the scores of each folder's pictures; those that are on the disk are not made again."""
+    """Return the scores of each folder's images; those that are on the disk are not made again."""
     state = process_state()
     count, scorer = len(suite.captions), None
     files = []
@@ -95,7 +95,7 @@ def _scored(suite: Suite, folders: Sequence[ImageFolder], root: Path, progress: 
             file = ScoreFile(root / f"{suite.name}-{hash_of_settings(settings)[:8]}", settings, state.process_index)
         done = file.done()
         missing = [block for block in own_blocks(count) if not done.issuperset(block)]
-        if any(gather_object([bool(missing)])):  # of any process: all of them wait for the file of features
+        if any(gather_object([bool(missing)])):  # on any process: all of them wait for the file of features
             scorer = scorer or suite.load()
             with state.main_process_first():
                 file.prepare(count, scorer.width)

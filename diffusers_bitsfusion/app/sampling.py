@@ -1,4 +1,4 @@
-"""Pictures from the same noise, their seconds and their difference."""
+"""Images from the same noise, their seconds and their difference."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops
 
 
-def draw(
+def sample(
     pipe: DiffusionPipeline, seed: int, on_step: Callable[[int, int], None], **arguments: Any
 ) -> tuple[Image.Image, float]:
-    """A picture, and the seconds that it took.
+    """Return an image, and the seconds that its sampling took.
 
     Args:
-        pipe: draws it.
-        seed: of the noise to start from, drawn on the CPU: the same noise for every pipeline.
+        pipe: a text-to-image pipeline.
+        seed: of the noise to start from, sampled on the CPU: the same noise for every pipeline.
         on_step: called after each denoising step with its number, from 1, and the number of all.
         arguments: of the pipeline's call.
     """
@@ -36,23 +36,23 @@ def draw(
 
 
 def warm_up(pipe: DiffusionPipeline, **arguments: Any) -> None:
-    """Take one step of the picture that will be drawn, so that the seconds of the first contain no preparations."""
+    """Run one step of the sampling that follows, so that the seconds of the first image contain no preparations."""
 
     def stop(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = True  # diffusers' own way to skip the steps that are left
+        pipe._interrupt = True  # diffusers' own flag to skip the steps that are left
         return tensors
 
     pipe(callback_on_step_end=stop, **arguments)
 
 
 def difference(a: Image.Image, b: Image.Image) -> tuple[Image.Image, float]:
-    """The absolute difference of two RGB pictures, and their PSNR in dB: infinite where they are equal.
+    """Return the absolute difference of two RGB images, and their PSNR in dB, infinite where they are equal.
 
     Raises:
         ValueError: they differ in size.
     """
     if a.size != b.size:
-        raise ValueError(f"Pictures of {a.size} and {b.size} pixels cannot be compared: take pipelines of one size.")
-    picture = ImageChops.difference(a, b)
-    mse = np.square(np.asarray(picture, np.float64)).mean()
-    return picture, 10 * math.log10(255**2 / mse) if mse else math.inf
+        raise ValueError(f"Images of {a.size} and {b.size} pixels cannot be compared: use pipelines of one size.")
+    image = ImageChops.difference(a, b)
+    mse = np.square(np.asarray(image, np.float64)).mean()
+    return image, 10 * math.log10(255**2 / mse) if mse else math.inf

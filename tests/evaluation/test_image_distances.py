@@ -10,8 +10,8 @@ import pytest
 import torch
 from scipy import ndimage
 
+from diffusers_bitsfusion.evaluation import image_distances as module
 from diffusers_bitsfusion.evaluation import image_metrics
-from diffusers_bitsfusion.evaluation import images as module
 
 pytest.importorskip("torchmetrics")
 

@@ -7,8 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffusers_bitsfusion.evaluation import Prompt, Sampling, evaluate, format_report
-from diffusers_bitsfusion.evaluation import images as images_module
+from diffusers_bitsfusion.evaluation import Prompt, Sampling, evaluate, format_report, image_distances
 
 pytest.importorskip("torchmetrics")
 SAMPLING = Sampling(steps=2)
@@ -91,6 +90,6 @@ def test_what_cannot_be_measured_is_said_before_drawing(make, prompts, monkeypat
         make(nowhere, [*prompts, Prompt("bare", "dark")], scorer=bright)
     with pytest.raises(ValueError, match="LPIPS needs a reference"):
         make(nowhere, prompts, scorer=bright, lpips=True)
-    monkeypatch.setattr(images_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_distances, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"diffusers_bitsfusion\[eval\]"):
         make(nowhere, prompts, reference=nowhere)

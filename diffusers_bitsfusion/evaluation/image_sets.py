@@ -1,4 +1,4 @@
-"""The pictures that are measured: drawn once, on disk, shared by all that measures them."""
+"""The images that are measured: generated once, on disk, shared by all that measures them."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .pipeline import default_device, load_pipeline, scheduler_name
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """One pipeline's pictures of several lists of captions.
+class ImageSets:
+    """One pipeline's images of several lists of captions.
 
     Attributes:
-        scheduler: class name of the scheduler that drew them.
+        scheduler: class name of the scheduler that they were sampled with.
         folders: of each list, a folder for each guidance scale.
     """
 
@@ -32,22 +32,22 @@ class Pictures:
     folders: list[list[ImageFolder]]
 
 
-def draw_pictures(
+def generate_image_sets(
     path: str,
     caption_lists: Sequence[Sequence[str]],
     samplings: Sequence[Sampling],
     root: Path,
     dtype: torch.dtype | None = None,
     progress: bool = True,
-) -> Pictures:
-    """Draw every list of captions with every sampling, but for what is drawn already.
+) -> ImageSets:
+    """Generate the images of every list of captions with every sampling, except those that exist already.
 
-    The folders are named by what the pictures depend on, so that equal lists share theirs. A pipeline is loaded only
-    where a picture is missing.
+    The folders are named by what the images depend on, so that equal lists share theirs. A pipeline is loaded only
+    where an image is missing.
 
     Args:
         path: folder or Hub id of the pipeline.
-        caption_lists: what to draw; a picture's noise depends on its place in its list.
+        caption_lists: of the images; an image's noise depends on its place in its list.
         samplings: of one scheduler.
         root: folder of the folders; processes that were launched together all see it.
         dtype: as of `load_pipeline`.
@@ -71,12 +71,12 @@ def draw_pictures(
                 pipeline = pipeline or load_pipeline(path, samplings[0].scheduler, dtype)
                 draw_images(pipeline, captions, sampling, folder, progress)
             folders[-1].append(folder)
-    return Pictures(scheduler, folders)
+    return ImageSets(scheduler, folders)
 
 
 @contextmanager
-def picture_root(images: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Give the folder for pictures: `images`, or where it is None one that is deleted afterwards.
+def image_root(images: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Yield the folder for images: `images`, or where it is None a folder that is deleted afterwards.
 
     Raises:
         ValueError: there are several processes, and no folder that all of them see.
@@ -102,5 +102,5 @@ def _settings(
         "seed": sampling.seed,
         "device": default_device().type,
     }
-    # The default is left out, as earlier versions did, whose pictures are still good.
+    # The default dtype is left out, as by earlier versions, so that their images remain valid.
     return settings if dtype is None else settings | {"dtype": str(dtype).removeprefix("torch.")}
