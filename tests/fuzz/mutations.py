@@ -239,7 +239,7 @@ def _mutate_tree(tree: Any, random: random.Random) -> Any:
         del parent[key]
     elif kind == 1 and isinstance(parent, dict):
         parent[random.choice(["", "odd", "\ud800", "x" * 300])] = parent.pop(key)
-    elif kind == 2 and isinstance(parent[key], (int, float)):
+    elif kind == 2 and isinstance(parent[key], (int, float)) and not abs(parent[key]) > 1e300:
         parent[key] = parent[key] * random.choice((-1, 2, 10**6, 0.5)) + random.choice((0, 1))
     elif kind == 3:
         other, place = random.choice(places)
