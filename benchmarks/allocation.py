@@ -145,7 +145,7 @@ def differences(reports: Mapping[str, list[dict[str, Any]]]) -> str:
 
 
 def ranks(analysis: Analysis, estimates: Mapping[str, Analysis]) -> str:
-    """Spearman's correlation of every estimate's damage with the full analysis', by MSE and by PSNR."""
+    """Spearman's correlation of every estimate's sensitivity with the full analysis', by MSE and by PSNR."""
     lines = ["| | by | n = 1 | n = 2 | n = 3 | all |", "|---" * 6 + "|"]
     for name, other in estimates.items():
         for metric in ("mse", "psnr"):

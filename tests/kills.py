@@ -1,4 +1,4 @@
-"""Saves killed at every step that changes the disk; run as a script, it prints how many of each outcome there were.
+"""Saves killed at every step that changes the disk; as a script, the file prints the number of each outcome.
 
 A save runs in a forked child that ends, without any clean-up, before its n-th opening, renaming, removing, making or
 flushing of a file or folder. The folder must then hold the old files or the new ones, byte for byte, or be refused by
@@ -9,13 +9,16 @@ nothing hidden.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -26,14 +29,17 @@ from tiny import tiny_pipeline, tiny_unet
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.integrations.folder_commit import PREFIX, finish_saves, repair
 
+# Names of the audit events of Python that count as steps.
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
+
+# Exit code of a child that ended at its step.
 _KILLED = 77
 
 Save = Callable[[Path], None]
 
 
 def killed_at(step: int, save: Save, folder: Path) -> bool:
-    """Save in a child that ends before its `step`-th change of the disk; whether it came so far."""
+    """Save in a child that ends before its `step`-th change of the disk; return whether it has that many."""
     pid = os.fork()
     if pid:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == _KILLED
@@ -56,20 +62,20 @@ def _end_before(step: int) -> None:
         if left == 0:
             os._exit(_KILLED)
 
-    def on_event(event: str, arguments: tuple) -> None:
+    def on_event(event: str, arguments: tuple[Any, ...]) -> None:
         if event in _EVENTS and not (event == "open" and _is_reading(arguments)):
             count()
 
-    def counting_fsync(descriptor: int) -> None:
+    def counting_fsync(fd: Any) -> None:
         count()
-        fsync(descriptor)
+        fsync(fd)
 
     os.fsync = counting_fsync
     sys.addaudithook(on_event)
 
 
-def _is_reading(arguments: tuple) -> bool:
-    """Whether an audited opening changes nothing; flags are None where Python gives a mode only."""
+def _is_reading(arguments: tuple[Any, ...]) -> bool:
+    """Return whether an audited opening changes nothing; flags are None where Python gives a mode only."""
     mode, flags = arguments[1], arguments[2]
     if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
         return False
@@ -77,12 +83,19 @@ def _is_reading(arguments: tuple) -> bool:
 
 
 def outcomes(old: Save, new: Save, load: Callable[[Path], None], work: Path, every: int = 1) -> Iterator[str]:
-    """The outcome of a kill at every `every`-th step of saving `new` over `old`.
+    """Yield the outcome of a kill at every `every`-th step of saving `new` over `old`: old, new or refused.
+
+    Args:
+        old: first save.
+        new: save that is killed.
+        load: function that loads a folder.
+        work: empty folder to work in.
+        every: distance of the steps.
 
     Raises:
-        AssertionError: a folder is a mixture, or something is left after the next save.
+        AssertionError: a folder is a mixture, or hidden files are left after the next save.
     """
-    before, after = work / "before" / "model", work / "after" / "model"  # cards name the folder
+    before, after = work / "before" / "model", work / "after" / "model"  # The cards name the folder.
     for folder, saves in ((before, [old]), (after, [old, new])):
         for save in saves:
             save(folder)
@@ -100,34 +113,31 @@ def outcomes(old: Save, new: Save, load: Callable[[Path], None], work: Path, eve
 
 
 def visible(folder: Path) -> dict[str, bytes]:
-    """The files of a folder but for those of saves under way."""
+    """Return the files of a folder without those of unfinished saves."""
     return {name: data for name, data in content(folder).items() if PREFIX not in name}
 
 
 def _outcome(folder: Path, files: dict[str, dict[str, bytes]], load: Callable[[Path], None], new: Save) -> str:
-    found = visible(folder)
-    outcome = next((name for name, expected in files.items() if found == expected), "refused")
+    content = visible(folder)
+    outcome = next((name for name, expected in files.items() if content == expected), "refused")
     if outcome == "refused":
-        try:
+        with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.*--repair"):
             load(folder)
-        except ValueError as error:
-            assert "--repair" in str(error) and str(folder) in str(error), error
-        else:
-            raise AssertionError(f"a mixture was loaded: {sorted(found)}")
         repaired = folder.parent.with_name("repaired") / folder.name
         repaired.parent.mkdir(exist_ok=True)
-        os.rename(folder, repaired)  # a folder that has been moved is finished as well
-        assert repair(repaired) == 1 and visible(repaired) == files["new"]
+        os.rename(folder, repaired)  # The save into a moved folder can be finished, too.
+        assert repair(repaired) == 1
+        assert visible(repaired) == files["new"]
         os.rename(repaired, folder)
     new(folder)
     assert visible(folder) == files["new"]
-    assert not list(folder.glob(f"{PREFIX}*")), "something is left"
+    assert not list(folder.glob(f"{PREFIX}*")), "hidden files are left"
     assert finish_saves(folder) == 0
     return outcome
 
 
 def scenarios(work: Path) -> dict[str, tuple[Save, Save, Callable[[Path], None]]]:
-    """Old save, new save and loading, by what is done."""
+    """Return (old save, new save, function that loads) of each scenario, by its name."""
     source, tokenizer = work / "source", work / "tokenizer"
     tokenizer.mkdir()
     tiny_pipeline(tokenizer).save_pretrained(source)
@@ -136,6 +146,9 @@ def scenarios(work: Path) -> dict[str, tuple[Save, Save, Callable[[Path], None]]
     plain = tiny_unet()
     pipes = [StableDiffusionPipeline.from_pretrained(source, quantization_config=config) for _ in range(2)]
     pipes[1].unet = second
+
+    def copy_source(folder: Path) -> None:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
 
     def load_unet(folder: Path) -> None:
         UNet2DConditionModel.from_pretrained(folder)
@@ -150,7 +163,7 @@ def scenarios(work: Path) -> dict[str, tuple[Save, Save, Callable[[Path], None]]
         "packed over full precision": (plain.save_pretrained, second.save_pretrained, load_unet),
         "pipeline over pipeline": (pipes[0].save_pretrained, pipes[1].save_pretrained, load_pipeline),
         "pipeline over full precision": (
-            lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True),
+            copy_source,
             pipes[1].save_pretrained,
             load_pipeline,
         ),
@@ -163,7 +176,7 @@ def _sharded(model: UNet2DConditionModel) -> Save:
 
 def main(every: int) -> None:
     """Print the outcomes of every scenario."""
-    torch.set_num_threads(1)  # forked children have no other threads
+    torch.set_num_threads(1)  # Forked children have no other threads.
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

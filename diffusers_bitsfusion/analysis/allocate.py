@@ -22,7 +22,7 @@ def predicted_sensitivity(analysis: Analysis) -> dict[str, list[float]]:
     Above the measured bits it falls as the layer's squared weight error does: small changes of a weight change the
     output in proportion, so that the squared change of the image follows the squared error.
     """
-    measured = {bits: analysis.damage(bits) for bits in analysis.header.bits}
+    measured = {bits: analysis.sensitivity(bits) for bits in analysis.header.bits}
     last = max(measured)
     predicted = {}
     for name, layer in analysis.header.layers.items():
@@ -123,7 +123,7 @@ def _bits(analysis: Analysis, target_bits: float, rule: str, max_bytes: int | No
         cost = {name: [cost_in_bits(n) * size for n in WIDTHS] for name, size in sizes.items()}
         budget = target_bits * header.weights - header.fixed_bits
     if rule == "paper":
-        measured = {n: analysis.damage(n) for n in header.bits}
+        measured = {n: analysis.sensitivity(n) for n in header.bits}
         return paper_rule(measured, sizes, cost, budget, eta=eta, clip_drop=analysis.clip_drop(max(header.bits)))
     if rule == "knapsack":
         if max_bytes is None:

@@ -16,8 +16,8 @@ from ..calibration.layers import quantize_layer
 from ..calibration.moments import InputMoments, sample_inputs
 from ..calibration.passes import MAX_COLUMNS
 from ..ops.decode import decode_weight
+from .header import Item
 from .layer_cost import round_weight, temporary_weight
-from .results import Item
 from .study import Record, Study
 
 # Number of random directions of the output that each call is differentiated along. With 8 calls each estimate has a

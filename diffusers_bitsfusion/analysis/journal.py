@@ -1,4 +1,4 @@
-"""An analysis while it runs: what is done survives being killed, and several processes share the work."""
+"""Journal of an analysis: finished records survive a kill, and several processes share the work."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from typing import Any
 
 from ..utils.files import write_atomically
 from ..utils.json_files import changed_keys, read_json
-from .results import RESULT_FILE, Analysis, Header, Item, check_record, format_record, parse_line
+from .header import Header, Item
+from .results import RESULT_FILE, Analysis, check_record, format_record, parse_line
 
+# Names, in the folder of an analysis, of the header's file and of the folder of lines.
 _MANIFEST = "manifest.json"
 _PARTS = "parts"
 
 
 def open_journal(folder: Path, header: Header) -> None:
-    """Begin an analysis in a folder, or check that the one there is the same.
+    """Begin an analysis in a folder, or check that the analysis in it is the same.
+
+    Args:
+        folder: folder, made where it is missing.
+        header: header of the analysis.
 
     Raises:
+        DamagedFileError: the manifest in the folder is damaged.
         ValueError: the folder holds an analysis of another model or of other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,19 +35,19 @@ def open_journal(folder: Path, header: Header) -> None:
     if not manifest.is_file():
         write_atomically(manifest, json.dumps(header.to_dict(), indent=1) + "\n")
         return
-    found = read_manifest(folder)
-    if found.run == header.run:
+    existing = read_manifest(folder)
+    if existing.run == header.run:
         return
-    changed = [key for key in ("method", "model", "metrics") if getattr(found, key) != getattr(header, key)]
-    changed += changed_keys(found.settings, json.loads(json.dumps(header.settings)))
+    changed = [key for key in ("method", "model", "metrics") if getattr(existing, key) != getattr(header, key)]
+    changed += changed_keys(existing.settings, json.loads(json.dumps(header.settings)))
     raise ValueError(
-        f"{folder} holds another analysis (other {', '.join(changed)}); go on with the same arguments, delete it or "
-        "choose another folder."
+        f"{folder} holds another analysis (other {', '.join(changed)}); continue with the same arguments, delete it "
+        "or choose another folder."
     )
 
 
 def read_manifest(folder: Path) -> Header:
-    """The header of the analysis in a folder.
+    """Read the header of the analysis in a folder.
 
     Raises:
         ValueError: the manifest is damaged.
@@ -51,10 +58,17 @@ def read_manifest(folder: Path) -> Header:
 
 
 def read_records(folder: Path, header: Header) -> dict[Item, dict[str, float | None]]:
-    """What is done, by any process of any earlier run.
+    """Read the finished records of all processes and earlier runs.
+
+    Args:
+        folder: folder of the analysis.
+        header: header of the analysis.
+
+    Returns:
+        Metrics by (layer, bits).
 
     Raises:
-        ValueError: a line is damaged that is not the last of its file, or is of another analysis.
+        ValueError: a line that is not the last of its file is damaged, or a line is of another analysis.
     """
     if (folder / RESULT_FILE).is_file():
         return {item: dict(metrics) for item, metrics in Analysis.load(folder).records.items()}
@@ -68,14 +82,14 @@ def read_records(folder: Path, header: Header) -> dict[Item, dict[str, float | N
 
 
 class Journal:
-    """The lines of one process, each on the disk before the next is begun.
+    """Writer of the lines of one process; each is on the disk before the next is begun.
 
     A last line that was cut short, by a kill or a full disk, is dropped.
 
     Args:
-        folder: of the analysis.
-        header: of the analysis.
-        process: number of this process; no two that run at once may share one.
+        folder: folder of the analysis.
+        header: header of the analysis.
+        process: number of this process; running processes must have different numbers.
     """
 
     def __init__(self, folder: Path, header: Header, process: int) -> None:
@@ -96,11 +110,20 @@ class Journal:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
+        """Close the file."""
         self._stream.close()
 
 
 def finish(folder: Path, header: Header) -> Analysis:
-    """Merge the lines of all processes into the one file of the finished analysis."""
+    """Merge the lines of all processes into the one file of the finished analysis.
+
+    Args:
+        folder: folder of the analysis.
+        header: header of the analysis.
+
+    Raises:
+        ValueError: see `read_records`.
+    """
     records = read_records(folder, header)
     analysis = Analysis(header, {item: records[item] for item in header.items})
     if not (folder / RESULT_FILE).is_file():
@@ -110,10 +133,13 @@ def finish(folder: Path, header: Header) -> Analysis:
 
 
 def _whole_lines(file: Path) -> tuple[list[Any], int]:
-    """(parsed lines but for a last one cut short, their length in bytes).
+    """Read the lines of a file, without a last one that was cut short.
+
+    Returns:
+        (parsed lines, their length in bytes).
 
     Raises:
-        ValueError: another line is damaged.
+        DamagedFileError: another line is damaged.
     """
     content = file.read_bytes()
     lines, whole = [], 0

@@ -12,7 +12,7 @@ from ..codec.entropy import compress
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import bytes_from_dense
 from ..ops.decode import decode_weight
-from .results import LayerCost
+from .header import LayerCost
 
 # Numbers of bits that a recipe can give to a layer.
 WIDTHS = range(1, 8)

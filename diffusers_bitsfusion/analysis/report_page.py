@@ -1,4 +1,4 @@
-"""An analysis as one HTML page that needs nothing else."""
+"""Report of an analysis: one HTML page without other files."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ from .layer_cost import WIDTHS
 from .results import Analysis
 from .statistics import rank_correlations
 
-# Bits a weight over the analysed layers at which recipes are shown: the published recipe's average.
+# Bits a weight over the analysed layers of the recipes shown: the average of the published recipe.
 LAYER_BITS = 2.04
 
-_SIZE = re.compile(r' width="[\d.]+pt" height="[\d.]+pt"')  # of a picture by matplotlib
+# Size of a figure in the SVG that matplotlib writes.
+_SIZE = re.compile(r' width="[\d.]+pt" height="[\d.]+pt"')
 
+# Bits a weight of the recipes in the figure of sensitivity by size.
 _SWEEP = np.round(np.arange(1.7, 3.61, 0.1), 2)
+
+# Number of layers in the table of the most sensitive ones.
 _MOST_SENSITIVE = 10
 
 _STYLE = """
@@ -47,16 +51,17 @@ def write_report(
     layer_bits: float = LAYER_BITS,
     estimates: Sequence[Analysis] = (),
 ) -> None:
-    """Write the page: sensitivity by layer and kind, recipes of all rules, correlations, damage against size.
+    """Write the page: sensitivity by layer, kind and size, recipes of all rules, correlations.
 
     Args:
-        analysis: a finished analysis, of any method.
+        analysis: finished analysis, of any method.
         path: HTML file to write.
         layer_bits: average log2(levels) over the analysed layers of the recipes shown.
-        estimates: other analyses of the same model, for how well their ranks agree with this one's.
+        estimates: other analyses of the same model, whose ranks are compared.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is not installed.
+        OSError: the file cannot be written.
         ValueError: no recipe has `layer_bits`, or an estimate is of another model.
     """
     header = analysis.header
@@ -65,25 +70,28 @@ def write_report(
         f"<h1>Sensitivity of {escape(header.model['class'])}</h1>",
         f"<p class=note>{_summary(analysis)}</p>",
         "<h2>Sensitivity by layer</h2>",
-        "<p>What rounding one layer alone to n bits does, everything else in full precision.</p>",
-        _image(*figures.sensitivity_by_layer(analysis), alt="Damage of each layer at each number of bits"),
-        "<p class=note>A point names its layer where the mouse rests on it.</p>",
+        "<p>Effect of rounding one layer alone to n bits, all others in full precision.</p>",
+        _image(*figures.sensitivity_by_layer(analysis), alt="Sensitivity of each layer at each number of bits"),
+        "<p class=note>The mouse over a point shows the name of its layer.</p>",
         _most_sensitive(analysis),
         "<h2>Sensitivity by kind of layer</h2>",
-        "<p>S = M · N<sup>−0.3</sup>, at the middle one of the numbers of bits: the damage M of a layer, made smaller "
-        "the more weights N it has, since bits for a large layer cost more. The paper's rule gives bits by it.</p>",
-        _image(figures.sensitivity_by_kind(analysis), alt="Damage for its size, S, of the layers of each kind"),
+        "<p>S = M · N<sup>−0.3</sup>, at the middle one of the numbers of bits: the sensitivity M of a layer, made "
+        "smaller the more weights N it has, since bits for a large layer cost more. The paper's rule gives bits by it."
+        "</p>",
+        _image(figures.sensitivity_by_kind(analysis), alt="Sensitivity by size, S, of the layers of each kind"),
         "<h2>Bits by layer</h2>",
-        f"<p>What each rule makes of {layer_bits:.2f} bits a weight over these layers.</p>",
+        f"<p>Recipes of each rule for {layer_bits:.2f} bits a weight over these layers.</p>",
         _image(figures.bits_by_layer(recipes), alt="Bits that each rule gives each layer"),
         _totals({rule: Totals.of(recipe, analysis) for rule, recipe in recipes.items()}),
         "<h2>Correlations</h2>",
         "<p>|Pearson| over the layers, between the metrics and between the numbers of bits.</p>",
         _image(figures.correlations(analysis), alt="Correlations between metrics and between numbers of bits"),
         *_ranks(analysis, estimates),
-        "<h2>Damage against size</h2>",
-        "<p>Predicted by adding up the layers' own; grey: the same bits everywhere.</p>",
-        _image(figures.damage_against_size(_curves(analysis), _uniform(analysis)), alt="Predicted damage by size"),
+        "<h2>Sensitivity by size</h2>",
+        "<p>Predicted as the sum over the layers; grey: the same bits everywhere.</p>",
+        _image(
+            figures.sensitivity_by_size(_curves(analysis), _uniform(analysis)), alt="Predicted sensitivity by size"
+        ),
         "<h2>Next</h2>",
         "<p>In the folder of the analysis, <code>bitsfusion allocate . --target-bits 1.99 --out recipe.json</code> "
         "writes a recipe for <code>bitsfusion quantize SRC DST --recipe recipe.json</code>.</p>",
@@ -97,7 +105,7 @@ def write_report(
 
 
 def _target(analysis: Analysis, layer_bits: float) -> float:
-    """The paper's average bits a weight that go with `layer_bits` over the analysed layers."""
+    """Return the paper's average bits a weight (section 5) for `layer_bits` over the analysed layers."""
     return (layer_bits * sum(analysis.sizes.values()) + analysis.header.fixed_bits) / analysis.header.weights
 
 
@@ -116,11 +124,11 @@ def _summary(analysis: Analysis) -> str:
 
 
 def _most_sensitive(analysis: Analysis) -> str:
-    columns = {bits: analysis.damage(bits) for bits in analysis.header.bits}
+    columns = {bits: analysis.sensitivity(bits) for bits in analysis.header.bits}
     first = columns[analysis.header.bits[0]]
     names = sorted(first, key=lambda name: first[name], reverse=True)[:_MOST_SENSITIVE]
     rows = [
-        [name, f"{analysis.sizes[name]:,}", *(f"{damage[name]:.3g}" for damage in columns.values())] for name in names
+        [name, f"{analysis.sizes[name]:,}", *(f"{values[name]:.3g}" for values in columns.values())] for name in names
     ]
     return _table(["most sensitive layers", "weights", *(f"n = {bits}" for bits in columns)], rows)
 
@@ -130,7 +138,9 @@ def _totals(totals: Mapping[str, Totals]) -> str:
         [rule, f"{t.layer_bits:.3f}", f"{t.paper_bits:.3f}", f"{t.bytes / 1e6:.3f}", f"{t.sensitivity:.4g}"]
         for rule, t in totals.items()
     ]
-    return _table(["rule", "bits over layers", "bits, paper's formula", "MB, entropy coded", "predicted damage"], rows)
+    return _table(
+        ["rule", "bits over layers", "bits, paper's formula", "MB, entropy coded", "predicted sensitivity"], rows
+    )
 
 
 def _ranks(analysis: Analysis, estimates: Sequence[Analysis]) -> list[str]:
@@ -144,14 +154,14 @@ def _ranks(analysis: Analysis, estimates: Sequence[Analysis]) -> list[str]:
 
 
 def _curves(analysis: Analysis) -> dict[str, figures.Curve]:
-    """(bytes, damage) by rule over a sweep of targets, where the rule reaches them."""
+    """Return the points (bytes, predicted sensitivity) by rule, for the bits of `_SWEEP` that the rule reaches."""
     curves: dict[str, figures.Curve] = {}
     for rule in RULES:
         points = []
         for layer_bits in _SWEEP.tolist():
             try:
                 recipe = allocate(analysis, _target(analysis, layer_bits), rule=rule)
-            except ValueError:  # the paper's rule reaches from 1 bit to 4
+            except ValueError:  # The paper's rule reaches from 1 bit to 4.
                 continue
             totals = Totals.of(recipe, analysis)
             points.append((totals.bytes, totals.sensitivity))
@@ -174,19 +184,19 @@ def _table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _image(figure: Figure, titles: Mapping[str, str] | None = None, *, alt: str) -> str:
-    """A picture as wide as the page, or as its figure where that is smaller.
+    """Return the HTML of a figure, as wide as the page or, where that is smaller, the figure.
 
     Args:
-        figure: what to show.
-        titles: for parts of it, by their id, what browsers show under the mouse; in an `img` they would not.
-        alt: says what it shows where it is not seen.
+        figure: figure to show.
+        titles: titles of parts of the figure, by their id, which browsers show under the mouse unless in an `img`.
+        alt: alternative text.
     """
     width, height = figure.get_size_inches()
     style = f"max-width: {width:.1f}in; aspect-ratio: {width:.1f} / {height:.1f}"
     svg = _svg(figure)
     for part, title in (titles or {}).items():
         svg = svg.replace(f'<g id="{part}">', f'<g id="{part}"><title>{escape(title)}</title>', 1)
-    svg = _SIZE.sub("", svg, count=1)  # it fills what holds it
+    svg = _SIZE.sub("", svg, count=1)  # The style sizes it.
     source = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
     if titles:
         return f'<div class=wide><embed title="{escape(alt)}" style="{style}" src="{source}"></div>'
@@ -195,6 +205,6 @@ def _image(figure: Figure, titles: Mapping[str, str] | None = None, *, alt: str)
 
 def _svg(figure: Figure) -> str:
     stream = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "bitsfusion"}):  # the same page for the same analysis
+    with matplotlib.rc_context({"svg.hashsalt": "bitsfusion"}):  # Equal analyses give equal pages.
         figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue().decode("utf-8")

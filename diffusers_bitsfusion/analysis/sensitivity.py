@@ -19,10 +19,11 @@ from ..evaluation.image_distances import require_image_metrics
 from ..utils.fingerprints import hash_of_settings, hash_of_weights
 from ..utils.processes import process_state
 from . import estimates, single_layer
+from .header import Header, Item
 from .journal import Journal, finish, open_journal, read_manifest, read_records
 from .layer_cost import layer_cost
 from .recording import Reference, record
-from .results import Analysis, Header, Item
+from .results import Analysis
 from .study import Record, Settings, Study, analysed_layers, denoiser, undecided_bits
 
 # Numbers of bits that every layer is measured at (paper, section 4).

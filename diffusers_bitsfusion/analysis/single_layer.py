@@ -17,8 +17,8 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import clip_score, generate_images, image_metrics
 from ..nn.conversion import replace_module
 from ..qat import prepare_qat
+from .header import Item
 from .layer_cost import temporary_weight
-from .results import Item
 from .study import Record, Study
 
 

@@ -42,7 +42,7 @@ def rank_correlations(analysis: Analysis, other: Analysis) -> dict[str, float]:
     order = list(analysis.header.layers)
     columns = {}
     for bits in analysis.header.bits:
-        pair = analysis.damage(bits), other.damage(bits)
+        pair = analysis.sensitivity(bits), other.sensitivity(bits)
         columns[str(bits)] = [np.array([sensitivity[name] for name in order]) for sensitivity in pair]
     columns["all"] = [np.concatenate(parts) for parts in zip(*columns.values(), strict=True)]
     return {name: _spearman(*pair) for name, pair in columns.items()}

@@ -13,8 +13,8 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import DENOISERS, Clip, Sampling
 from ..packing.plan import fixed_bits, make_plan, recipe_layers
 from ..utils.private_names import DIFFUSERS_FP32
+from .header import Item
 from .recording import Reference
-from .results import Item
 
 Record = tuple[Item, dict[str, float | None]]
 

@@ -1,4 +1,4 @@
-"""What a calibration has done, on disk, so that an interrupted one goes on where it stopped."""
+"""Results of a calibration on disk, so that an interrupted one continues where it stopped."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from .calls import Call
 from .layers import CalibratedLayer
 from .moments import InputMoments
 
+# Words of messages, see `claim_folder`: content of the folder, other settings, advice.
 _KIND, _CLASH, _OTHER = "calibration", "holds a calibration with other {}", "choose another cache_dir"
 
 
@@ -31,12 +32,12 @@ def using_alone(folder: str | os.PathLike[str] | None, process: int) -> Iterator
     """Keep a second calibration out of the folder; processes of one calibration have a lock each.
 
     Args:
-        folder: of the calibration, made where it is missing; None where there is none.
+        folder: folder of the calibration, made where it is missing; None where nothing is kept.
         process: number of this process.
 
     Raises:
-        ValueError: the folder holds other files.
-        FolderInUseError: another calibration is using it.
+        ValueError: the folder holds files but no calibration.
+        FolderInUseError: another calibration is using the folder.
     """
     if folder is None:
         yield
@@ -50,39 +51,42 @@ def using_alone(folder: str | os.PathLike[str] | None, process: int) -> Iterator
 
 
 class CalibrationFolder:
-    """Moments of the pass under way, and the layers that are finished.
+    """Folder with the moments of the current pass and the finished layers.
 
-    Every file is complete or not there, and belongs to one process, since each has its own share of the work.
+    Every file is complete or missing, and belongs to one process, since each has its own share of the work.
 
     Args:
-        folder: made where it is missing.
-        settings: JSON-safe; all that the results depend on.
+        folder: folder, made where it is missing.
+        settings: JSON-safe settings that the results depend on.
         process: number of this process.
 
     Raises:
-        ValueError: the folder holds another calibration, or files that are not ours.
+        ValueError: the folder holds another calibration, or files but no calibration.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], process: int):
+    def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], process: int) -> None:
         self._folder = Path(folder)
         self._process = process
         claim_folder(self._folder, settings, kind=_KIND, clash=_CLASH, other=_OTHER, prefix=f"{process}-")
 
     def save_moments(self, index: int, batches: int, moments: Mapping[str, InputMoments]) -> None:
-        """Keep what pass `index` has gathered in its first `batches` batches, in place of what it had kept before."""
+        """Save the moments of pass `index` after its first `batches` batches, in place of earlier ones."""
         states = {name: moment.state_dict() for name, moment in moments.items()}
         _save(self._path(f"pass{index}.pt"), {"batches": batches, "moments": states})
 
-    def load_moments(self, index: int, moments: Mapping[str, InputMoments], most: int) -> int:
-        """Fill `moments` with what pass `index` has kept; the number of batches in it, 0 where it has kept nothing.
+    def load_moments(self, index: int, moments: Mapping[str, InputMoments], max_batches: int) -> int:
+        """Load the saved moments of pass `index`.
 
         Args:
-            index: of the pass.
-            moments: by layer; changed only where all that is kept is sound.
-            most: batches that there are.
+            index: number of the pass.
+            moments: moments by layer, changed in place; left unchanged if any of the saved ones is damaged.
+            max_batches: number of batches of the pass.
+
+        Returns:
+            Number of batches in the saved moments; 0 where none are saved.
 
         Raises:
-            DamagedFileError: what is kept is damaged, not finite, or of other layers.
+            DamagedFileError: the file is damaged, not finite, or of other layers.
         """
         path = self._path(f"pass{index}.pt")
         if not path.is_file():
@@ -91,8 +95,8 @@ class CalibrationFolder:
         saved = read_torch(path, remedy, mmap=True)
         if not (isinstance(saved, dict) and saved.keys() == {"batches", "moments"} and is_count(saved["batches"])):
             raise DamagedFileError(path, "is damaged: it does not hold batches and moments", remedy)
-        if saved["batches"] > most or not isinstance(saved["moments"], dict):
-            raise DamagedFileError(path, f"is damaged: it counts {saved['batches']} batches of {most}", remedy)
+        if saved["batches"] > max_batches or not isinstance(saved["moments"], dict):
+            raise DamagedFileError(path, f"is damaged: it counts {saved['batches']} batches of {max_batches}", remedy)
         for name, moment in moments.items():
             if not moment.is_state(saved["moments"].get(name)):
                 raise DamagedFileError(
@@ -100,18 +104,27 @@ class CalibrationFolder:
                 )
         for name, moment in moments.items():
             moment.load_state_dict(saved["moments"][name])
-        return saved["batches"]
+        batches: int = saved["batches"]
+        return batches
 
     def drop_moments(self, index: int) -> None:
-        """Give back the space of pass `index`, whose layers are finished."""
+        """Remove the moments of pass `index`, whose layers are finished."""
         self._path(f"pass{index}.pt").unlink(missing_ok=True)
 
     def save_layer(self, name: str, layer: CalibratedLayer) -> None:
-        """Keep a finished layer."""
+        """Save a finished layer."""
         _save(self._path(f"{name}.layer.pt"), asdict(layer))
 
     def load_layer(self, name: str, layer: nn.Linear | nn.Conv2d, bits: int) -> CalibratedLayer | None:
-        """Return the finished layer in place of `layer`, on the CPU, or None.
+        """Load a finished layer.
+
+        Args:
+            name: name of the layer.
+            layer: float layer.
+            bits: number of bits of the layer.
+
+        Returns:
+            Calibrated layer with tensors on the CPU; None where it is not finished.
 
         Raises:
             DamagedFileError: the file is damaged, or of a layer of another shape.
@@ -139,15 +152,17 @@ class CalibrationFolder:
 
 
 class TuningFolder:
-    """Recorded calls and the state of tuning, in the folder of a calibration that has finished.
+    """Folder with the recorded calls and the state of tuning, within that of a calibration that has finished.
+
+    Files of tuning by other steps or timesteps are ignored.
 
     Args:
-        folder: of the calibration.
-        steps: of tuning.
-        timesteps: that calls are restricted to; None for all. What others, or other steps, have left is not looked at.
+        folder: folder of the calibration.
+        steps: number of steps of tuning.
+        timesteps: timesteps that calls are restricted to; None for all.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], steps: int, timesteps: Sequence[float] | None):
+    def __init__(self, folder: str | os.PathLike[str], steps: int, timesteps: Sequence[float] | None) -> None:
         known = "" if timesteps is None else f"-{zlib.crc32(repr(sorted(timesteps)).encode()):08x}"
         self._folder = Path(folder) / f"tuning{steps}{known}"
         self._folder.mkdir(exist_ok=True)
@@ -155,11 +170,11 @@ class TuningFolder:
         self._steps = steps
 
     def save_calls(self, batch: int, calls: Sequence[Call]) -> None:
-        """Keep the calls of a batch."""
+        """Save the calls of a batch."""
         _save(self._calls(batch), [call.parts for call in calls])
 
     def load_calls(self, batch: int) -> list[Call] | None:
-        """Return the calls of a batch, or None where it has not been drawn.
+        """Load the calls of a batch; return None where they have not been recorded.
 
         Raises:
             DamagedFileError: the file is damaged, or holds values that are not finite.
@@ -167,18 +182,18 @@ class TuningFolder:
         path = self._calls(batch)
         if not path.is_file():
             return None
-        remedy = "Delete it: its batch is then drawn again."
+        remedy = "Delete it: its batch is then sampled again."
         saved = read_torch(path, remedy)
         if not (isinstance(saved, list) and saved and all(_is_call(call) for call in saved)):
             raise DamagedFileError(path, "is damaged: it does not hold finite calls of a model", remedy)
         return [Call(*call) for call in saved]
 
     def save_state(self, state: Mapping[str, Any]) -> None:
-        """Keep the state of tuning, in place of an earlier one."""
+        """Save the state of tuning, in place of an earlier one."""
         _save(self._state, state)
 
     def load_state(self) -> Mapping[str, Any] | None:
-        """Return the state of tuning, or None where there is none.
+        """Load the state of tuning; return None where there is none.
 
         Raises:
             DamagedFileError: the file is damaged, or holds values that are not finite.
@@ -201,7 +216,7 @@ def _save(path: Path, content: Any) -> None:
 
 
 def _is_call(call: Any) -> bool:
-    """Whether it is `Call.parts`, all of it finite."""
+    """Return whether a value is `Call.parts` with finite tensors; arguments may hold infinity."""
     if not isinstance(call, tuple) or len(call) != 6:
         return False
     args, kwargs, output, guidance, shared, rows = call
@@ -231,7 +246,7 @@ def _is_tuning_state(state: Mapping[str, Any], steps: int) -> bool:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """All tensors within nested dicts, lists and tuples."""
+    """Return all tensors within nested dicts, lists and tuples."""
     if isinstance(value, Tensor):
         return [value]
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()

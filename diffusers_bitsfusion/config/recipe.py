@@ -1,4 +1,4 @@
-"""Bits per layer: the `Recipe`, the one shipped, and loading others."""
+"""`Recipe`: the bits of each layer, loaded from the package, a file or the Hub."""
 
 from __future__ import annotations
 
@@ -24,18 +24,23 @@ from ..utils.files import write_atomically
 from ..utils.hub import explaining_refusals
 from ..utils.json_files import is_count, parse_json, read_bounded
 
+# Name of a recipe's file in a folder or repository.
 RECIPE_FILE = "recipe.json"
+
+# Name of the shipped recipe.
 PUBLISHED = "stable-diffusion-v1-5"
 
 
 class Recipe(Mapping[str, int]):
-    """Layer name to bits; a layer of n bits has 2**n + 1 levels (255 at 8).
+    """Read-only mapping of layer name to bits; a layer of n bits has 2**n + 1 levels (255 at 8).
 
-    Behaves as a read-only mapping: `len`, iteration, `recipe["conv_in"]`.
+    Attributes:
+        source: origin of the bits; None where unknown.
+        shapes: weight shape by module name, where known.
 
     Args:
         layers: bits by module name, each from 1 to 8.
-        source: where the bits come from, kept in the file.
+        source: origin of the bits, kept in the file.
         shapes: weight shape by module name, where known; `fits` checks them.
 
     Raises:
@@ -48,7 +53,7 @@ class Recipe(Mapping[str, int]):
         *,
         source: str | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
-    ):
+    ) -> None:
         self._layers = {name: check_bits(bits, f"bits of layer {name!r}") for name, bits in layers.items()}
         self.source = source
         self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
@@ -67,17 +72,20 @@ class Recipe(Mapping[str, int]):
         return f"Recipe({len(self)} layers: {histogram})"
 
     def histogram(self) -> Counter[int]:
-        """Number of layers by bits."""
+        """Return the number of layers by bits."""
         return Counter(self._layers.values())
 
     def fits(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        """Whether every layer of this recipe is in `shapes`, with the same shape where this recipe knows it."""
+        """Return whether every layer of the recipe is in `shapes`, with the same shape where the recipe knows it."""
         return all(name in shapes and self.shapes.get(name, shapes[name]) == tuple(shapes[name]) for name in self)
 
     def average_bits(self, model: ModelMixin) -> AverageBits:
-        """Average bits a weight of `model`, quantized or not, under this recipe, in both conventions.
+        """Return the average bits a weight of `model` under this recipe, in both conventions (paper, section 5).
 
-        First and last layers count 8 bits; a time embedding that can be cached counts as 50 cached steps.
+        The first and the last layer count 8 bits; a time embedding that can be cached counts as 50 cached steps.
+
+        Args:
+            model: UNet or transformer, quantized or not.
 
         Raises:
             ValueError: the recipe names layers that the model lacks.
@@ -106,11 +114,17 @@ class Recipe(Mapping[str, int]):
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str], *, token: str | None = None) -> Recipe:
-        """A recipe by the name of a shipped one ("stable-diffusion-v1-5"), a JSON path, a folder, or a Hub id.
+        """Load a recipe.
+
+        Args:
+            name_or_path: name of the shipped one ("stable-diffusion-v1-5"), a JSON file, a folder with recipe.json, or
+                a Hub id ("user/name").
+            token: token for the Hub; the stored one when left out.
 
         Raises:
+            DamagedFileError: the file is not a recipe.
             FileNotFoundError: none of these exists.
-            ValueError: the file is not a recipe.
+            OSError: the Hub has no such repository or file, or cannot be reached.
         """
         shipped = resources.files(__package__).joinpath("recipes", f"{name_or_path}.json")
         path = Path(name_or_path)
@@ -148,7 +162,14 @@ class Recipe(Mapping[str, int]):
             raise DamagedFileError(where, f"is not a recipe: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the recipe as JSON; into a folder, as recipe.json."""
+        """Write the recipe as JSON; into a folder, as recipe.json.
+
+        Args:
+            path: file or existing folder.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         target = Path(path)
         if target.is_dir():
             target = target / RECIPE_FILE
@@ -163,13 +184,13 @@ class Recipe(Mapping[str, int]):
         token: str | None = None,
         create_pr: bool = False,
     ) -> str:
-        """Upload the recipe as recipe.json to a model repository, made where it is missing; `load` takes its id.
+        """Upload the recipe as recipe.json to a model repository, made where it is missing; `load` accepts its id.
 
         Args:
             repo_id: "user/name".
-            commit_message: of the upload.
+            commit_message: message of the commit.
             private: whether a new repository is private.
-            token: of the Hub; the stored one when left out.
+            token: token for the Hub; the stored one when left out.
             create_pr: whether to open a pull request instead of committing.
 
         Returns:
@@ -191,7 +212,7 @@ class Recipe(Mapping[str, int]):
 
     def _to_json(self) -> str:
         data = {"source": self.source, "layers": self._layers, "shapes": self.shapes}
-        return json.dumps({k: v for k, v in data.items() if v}, indent=1) + "\n"
+        return json.dumps({key: value for key, value in data.items() if value}, indent=1) + "\n"
 
 
 def _is_shape(value: object) -> bool:
@@ -199,7 +220,7 @@ def _is_shape(value: object) -> bool:
 
 
 def _num_weights(layer: nn.Linear | nn.Conv2d) -> int:
-    """Weights of a layer, without decoding a packed one."""
+    """Return the number of weights of a layer, without decoding a packed one."""
     if isinstance(layer, PackedWeight):
         return math.prod(layer.weight_shape)
     return layer.weight.numel()

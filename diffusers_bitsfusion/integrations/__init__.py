@@ -1,1 +1,1 @@
-"""Everything that knows the insides of diffusers, transformers, accelerate or PEFT."""
+"""Code that depends on the internals of diffusers, transformers, accelerate or PEFT."""

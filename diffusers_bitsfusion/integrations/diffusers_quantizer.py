@@ -1,9 +1,9 @@
-"""`BitsFusionQuantizer`: diffusers' hooks for loading and saving, nothing else."""
+"""`BitsFusionQuantizer`: the hooks that diffusers calls while it loads and saves a model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import CustomDtype
@@ -29,28 +29,29 @@ from .saving import as_plain_model
 
 
 class BitsFusionQuantizer(DiffusersQuantizer):
-    """Quantizes a model while it loads, or loads and saves one that is packed."""
+    """Quantizer that packs a model while it loads, or loads and saves a packed one."""
 
     use_keep_in_fp32_modules = True
-    required_packages = ["zstandard"]
+    required_packages: ClassVar[list[str]] = ["zstandard"]
 
     quantization_config: BitsFusionConfig
 
-    def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any):
+    def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._dtype = torch.float32
         self._packer: ModelPacker | None = None
-        self._leave_alone = False
+        self._keep_float = False
         self._files: list[Path] = []
-        self.trained = False  # set by `qat.convert`: the card says so, and a checkpoint's config cannot
+        # `qat.convert` sets it for the model card; the config of a checkpoint does not hold it.
+        self.trained = False
 
     # Before loading.
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what would bypass quantizing.
+        """Refuse, when diffusers checks the environment, a device map that would bypass quantizing.
 
         Raises:
-            ValueError: quantizing on the fly with a device map that puts modules on disk.
+            ValueError: the model is quantized while loading with a device map that puts modules on disk.
         """
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
         if on_disk and not self.pre_quantized:
@@ -60,25 +61,29 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
+        """Remember the dtype that diffusers loads in, and keep it."""
         self._dtype = torch_dtype or torch.float32
         return torch_dtype
 
     def adjust_target_dtype(self, torch_dtype: torch.dtype) -> Any:
-        # Packed parameters are integers, which device maps count at their own size; floats will shrink to 2 bits.
+        """Return the dtype by which diffusers counts the memory of a device map."""
+        # Device maps count the integers of packed parameters at their own size; floats will shrink to 2 bits.
         return torch_dtype if self.pre_quantized else CustomDtype.INT2
 
     def get_cuda_warm_up_factor(self) -> int:
+        """Return the divisor by which diffusers sizes the GPU memory that it reserves."""
         # Elements times the load dtype's 2 bytes over this factor: bytes when packed, about 2 bits before.
         return 2 if self.pre_quantized else 16
 
     def preprocess_model(self, model: ModelMixin, **kwargs: Any) -> Any:
-        # A single-file pipeline hands its config to every model it loads; only that loader passes the tensors here.
-        self._leave_alone = (
+        """Prepare the empty model when diffusers is about to load weights; keep the VAE of a single file in float."""
+        # The loader of single-file pipelines passes one config to all their models, and alone passes the tensors here.
+        self._keep_float = (
             "state_dict" in kwargs
             and ".autoencoders." in type(model).__module__
             and "vae" not in self.quantization_config.components
         )
-        return model if self._leave_alone else super().preprocess_model(model, **kwargs)
+        return model if self._keep_float else super().preprocess_model(model, **kwargs)
 
     def _process_model_before_weight_loading(
         self,
@@ -88,7 +93,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         state_dict: dict[str, Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
-        # `from_single_file` says "pre-quantized" of everything: only the tensors tell.
+        # `from_single_file` calls every model pre-quantized, so the names of the tensors decide.
         if state_dict is not None:
             self.pre_quantized = any(name.endswith(".codes") for name in state_dict)
         if self.pre_quantized:
@@ -103,10 +108,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             self._packer = ModelPacker(model, self.quantization_config, self._dtype, exclude)
 
     def _prepare_packed(self, model: ModelMixin) -> None:
-        """Give the meta model the layers that the checkpoint describes.
+        """Install in the meta model the layers that the checkpoint describes.
 
         Raises:
-            ValueError: the checkpoint's config does not fit the model.
+            DamagedFileError: a checksum does not match.
+            ValueError: the config of the checkpoint does not match the model.
         """
         schema = self.quantization_config.schema
         install_packed_layers(model, schema, lambda name: self._dtype)
@@ -130,27 +136,42 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     @property
     def supports_parallel_loading(self) -> bool:
-        """Not while quantizing: threads would replace layers under each other's hands."""
+        """True unless quantizing: threads would then replace the same layers at once."""
         return self.pre_quantized
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        """Remember the files that diffusers is about to load, for their checksums."""
         self._files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self._leave_alone or not self.pre_quantized or not self.quantization_config.is_resolved:
+        """Decode the tensors of a file when diffusers has read it."""
+        if self._keep_float or not self.pre_quantized or not self.quantization_config.is_resolved:
             return state_dict
         return decode_state_dict(state_dict, self.quantization_config.schema)
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
-        if missing_keys and not self._leave_alone:
+        """Refuse an incomplete checkpoint when diffusers has compared its keys with the model's.
+
+        Raises:
+            ValueError: tensors are missing.
+        """
+        if missing_keys and not self._keep_float:
             raise_missing(model, missing_keys)
         return missing_keys
 
-    def check_if_quantized_param(self, model: ModelMixin, param_value: Tensor, param_name: str, *args: Any, **kw: Any):
+    def check_if_quantized_param(
+        self, model: ModelMixin, param_value: Tensor, param_name: str, *args: Any, **kw: Any
+    ) -> bool:
+        """Return whether diffusers passes this parameter to `create_quantized_param`."""
         return self._packer is not None and self._packer.wants(param_name)
 
     def check_quantized_param_shape(self, param_name: str, current_param: Any, loaded_param: Any) -> bool:
+        """Compare the shapes of a parameter that diffusers is about to quantize.
+
+        Raises:
+            ValueError: the checkpoint and the model have different shapes.
+        """
         if tuple(current_param) != tuple(loaded_param.shape):
             raise ValueError(
                 f"{param_name} has shape {tuple(loaded_param.shape)} in the checkpoint, the model needs "
@@ -167,13 +188,15 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> None:
+        """Pack the weight that diffusers has loaded and remove the float one."""
         assert self._packer is not None
         self._packer.take(param_name, param_value, target_device)
 
     # After loading.
 
     def postprocess_model(self, model: ModelMixin, **kwargs: Any) -> Any:
-        return model if self._leave_alone else super().postprocess_model(model, **kwargs)
+        """Finish the model when diffusers has loaded all weights."""
+        return model if self._keep_float else super().postprocess_model(model, **kwargs)
 
     def _process_model_after_weight_loading(self, model: ModelMixin, **kwargs: Any) -> ModelMixin:
         missing = [name for name, module in _modules_with_missing_weights(model)]
@@ -192,7 +215,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        if self._leave_alone:
+        """Return what diffusers writes into the safetensors files: encoded tensors and their checksums."""
+        if self._keep_float:
             return state_dict, {}
         schema = self.quantization_config.schema
         encoded = encode_state_dict(state_dict, schema)
@@ -203,7 +227,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight)]
         dtype = packed[-1][1].weight_dtype if packed else self._dtype
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
-            restore(model, dtype)  # first: it may refuse, and then nothing has changed
+            restore(model, dtype)  # It comes first, since it may refuse, and then nothing has changed.
         for name, module in packed:
             replace_module(model, name, float_twin(module))
         set_attention(model, bf16=False)
@@ -214,22 +238,24 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     @property
     def is_serializable(self) -> bool:
+        """True: diffusers may save the model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """True: PEFT may add adapters to the model."""
         return True
 
 
 def _modules_with_missing_weights(model: ModelMixin) -> list[tuple[str, nn.Module]]:
-    """Modules with parameters on the meta device that no offloading hook will bring."""
+    """Return the modules with parameters on the meta device that no offloading hook will load, with their names."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if any(p.is_meta for p in module.parameters(recurse=False)) and not _is_offloaded(module)
+        if any(parameter.is_meta for parameter in module.parameters(recurse=False)) and not _is_offloaded(module)
     ]
 
 
 def _is_offloaded(module: nn.Module) -> bool:
     hook = ACCELERATE_HOOK.read(module)
-    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))

@@ -1,4 +1,4 @@
-"""The last step of every way to a packed model: what diffusers and transformers expect to find on it."""
+"""Last step of packing or loading a model: the attributes that diffusers and transformers expect on it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def finish(
     config: BitsFusionConfig,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Set on a model whose layers are packed what loading a packed one sets, so that all behave alike.
+    """Set the attributes of a loaded packed model on a model whose layers are packed, so that both behave alike.
 
     Args:
-        model: of diffusers or transformers.
-        quantizer: that packed or loaded it; it answers for the model from now on.
-        config: of the packed checkpoint.
-        dtype: of the model before it was quantized; the loaders of diffusers and transformers record it themselves.
+        model: model of diffusers or transformers, with packed layers.
+        quantizer: quantizer that packed or loaded the model; it becomes the model's `hf_quantizer`.
+        config: config of the packed checkpoint.
+        dtype: dtype of the model before it was quantized; None where a loader of diffusers or transformers records it.
     """
     quantizer.quantization_config = config
     quantizer.pre_quantized = True
@@ -51,18 +51,18 @@ def finish(
 
 
 def _own_memory(model: ModelMixin, decoded: bool) -> None:
-    """Copy what was not packed or decoded here: a single view would keep the whole file mapped into memory."""
+    """Copy the tensors that are views of a file: a single one would keep the whole file mapped into memory."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not (decoded and name.endswith(".codes")):
             parameter.data = parameter.data.clone()
 
 
 def warn_untrained(model: ModelMixin, config: BitsFusionConfig) -> None:
-    """Say once that images will be noise, where they will be, and diffusers' verbosity lets warnings through.
+    """Warn once, where diffusers' verbosity shows warnings, if the model will generate noise.
 
     Args:
-        model: that was quantized.
-        config: of the packed checkpoint.
+        model: packed model.
+        config: config of the packed checkpoint.
     """
     layers = {name: (layer.bits, layer.num_weights) for name, layer in config.schema.layers.items()}
     is_coarse = average_bits(layers, balance=config.balance).layers < NOISY_BITS
@@ -73,7 +73,7 @@ def warn_untrained(model: ModelMixin, config: BitsFusionConfig) -> None:
 @functools.cache
 def _warn_once() -> None:
     logger.warning(
-        "Layers were rounded after training. At about 2 bits a Stable Diffusion model then draws noise until it is "
-        "calibrated (`quantize_model(pipeline, config, calibration=True)`) or trained in this precision "
+        "Layers were rounded after training. At about 2 bits a Stable Diffusion model then generates noise until it "
+        "is calibrated (`quantize_model(pipeline, config, calibration=True)`) or trained in this precision "
         "(quantization-aware training); see the README of diffusers_bitsfusion."
     )

@@ -1,9 +1,9 @@
 """Replacing the files of a model's or pipeline's folder so that a kill at any moment leaves no mixture.
 
 New files are written into a hidden folder within the one to be changed, and flushed. A journal beside them, written
-atomically, is the moment from which the save counts. Only then do files move: first every config.json gives way to one
-that says that the save is not finished, which loading refuses; then the weights move; then the configs. Whoever comes
-next (a save, or `bitsfusion inspect FOLDER --repair`) finishes what a journal says, and removes what has none.
+atomically, commits the save. Only then do files move: first every config.json is replaced by one that says that the
+save is not finished, which loading refuses; then the weights move; then the configs. The next save, or
+`bitsfusion inspect FOLDER --repair`, finishes the saves that have a journal and removes the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -24,23 +24,31 @@ from ..utils.errors import DamagedFileError, UnfinishedSaveError
 from ..utils.files import flush_folder, flush_tree, is_write_error, write_atomically
 from ..utils.json_files import is_list_of, read_json
 
+# Beginning of the names of the hidden folders that saves write into.
 PREFIX = ".saving-"
 
+# Names within such a folder: the new files, the journal, the lock.
 _FILES = "files"
 _JOURNAL = "commit.json"
 _LOCK = "lock"
+
+# Name of the config of a model, in diffusers and transformers.
 _CONFIG = "config.json"
 
 
 @contextmanager
 def replacing(directory: Path) -> Iterator[Path]:
-    """A scratch folder whose files take the place of those in `directory` if the block ends without an error.
+    """Give a scratch folder whose files replace those in `directory` if the block ends without an error.
 
-    Weight files of an earlier save that the new one does not have (other shards, their index) go. Saves that were
-    killed are finished or removed first.
+    Weight files of an earlier save that the new one does not have (other shards, their index) are removed. Saves that
+    were killed are finished or removed first.
+
+    Args:
+        directory: folder of a model or pipeline, made where it is missing.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written; what was there before is kept.
+        OSError: the disk is full, or the folder cannot be written; the earlier files are kept, or the message names
+            the command that finishes the save.
     """
     directory.mkdir(parents=True, exist_ok=True)
     finish_saves(directory)
@@ -70,9 +78,15 @@ def replacing(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def private_folder(directory: Path) -> Iterator[Path]:
-    """A hidden folder in `directory` that other processes leave alone until the block ends, or this process does.
+    """Give a hidden folder in `directory` that other processes do not touch until the block or this process ends.
 
-    One with a journal stays on an error: its save has begun to count, and is to be finished.
+    On an error a folder with a journal stays: its save is committed, and has to be finished.
+
+    Args:
+        directory: existing folder.
+
+    Raises:
+        OSError: the folder cannot be written.
     """
     scratch, lock = _locked_folder(directory)
     try:
@@ -88,10 +102,17 @@ def private_folder(directory: Path) -> Iterator[Path]:
 def finish_saves(directory: Path) -> int:
     """Finish the saves into a folder that were killed after their journal was written, and remove the others.
 
-    Those of processes that are still running are left alone.
+    Saves of running processes are not touched.
+
+    Args:
+        directory: folder of a model or pipeline.
 
     Returns:
-        How many were finished.
+        Number of saves that were finished.
+
+    Raises:
+        DamagedFileError: a journal is damaged.
+        OSError: the folder cannot be written.
     """
     finished = 0
     for scratch in sorted(directory.glob(f"{PREFIX}*"), key=_age):
@@ -100,7 +121,7 @@ def finish_saves(directory: Path) -> int:
         lock = FileLock(scratch / _LOCK)
         try:
             lock.acquire(timeout=0)
-        except (Timeout, OSError):  # somebody's, or gone meanwhile
+        except (Timeout, OSError):  # Another process holds it, or has removed it.
             continue
         try:
             if (scratch / _JOURNAL).exists():
@@ -116,11 +137,15 @@ def finish_saves(directory: Path) -> int:
 def repair(directory: Path) -> int:
     """Finish the saves into a folder, and into the folders within it, that were killed.
 
+    Args:
+        directory: folder of a model or pipeline.
+
     Returns:
-        How many were finished.
+        Number of saves that were finished.
 
     Raises:
-        UnfinishedSaveError: a config says that a save is not finished, but its files are not there.
+        DamagedFileError: a journal or a config is damaged.
+        UnfinishedSaveError: a config says that a save is not finished, but the rest of its files is missing.
     """
     finished = sum(finish_saves(folder.parent) for folder in sorted(directory.rglob(f"{PREFIX}*")) if folder.exists())
     for config in sorted(directory.rglob(_CONFIG)):
@@ -132,7 +157,7 @@ def repair(directory: Path) -> int:
 
 
 def _is_new(scratch: Path) -> bool:
-    """Whether it is empty, as a folder is for a moment before its lock is there; such a one is removed."""
+    """Return whether the folder has no lock yet, or is gone; an empty one is removed, which its process notices."""
     try:
         scratch.rmdir()
     except OSError:
@@ -146,7 +171,7 @@ def _locked_folder(directory: Path) -> tuple[Path, FileLock]:
         lock = FileLock(scratch / _LOCK)
         try:
             lock.acquire()
-        except FileNotFoundError:  # another process took it for a leftover
+        except FileNotFoundError:  # Another process removed it before its lock was there.
             continue
         if (scratch / _LOCK).exists():
             return scratch, lock
@@ -161,7 +186,7 @@ def _age(scratch: Path) -> float:
 
 
 def _remove(scratch: Path, lock: FileLock) -> None:
-    """Remove the folder, the lock last, so that nobody takes half of it for a leftover."""
+    """Remove the folder, the lock last, so that no other process works on half of it."""
     for entry in list(scratch.iterdir()) if scratch.is_dir() else []:
         if entry.name == _LOCK:
             continue
@@ -174,11 +199,11 @@ def _remove(scratch: Path, lock: FileLock) -> None:
 
 
 def _roll_forward(directory: Path, scratch: Path) -> None:
-    """Do what the journal says, or what is left of it; it may be done any number of times."""
+    """Move the files that the journal lists and that have not been moved; repeating it is safe."""
     names = read_json(scratch / _JOURNAL).get("files")
     if not is_list_of(names, str) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
         raise DamagedFileError(scratch / _JOURNAL, "is damaged: it must list files", f"Delete {scratch}; save again.")
-    with _one_at_a_time(directory):
+    with _moving_alone(directory):
         flush_folder(scratch)
         flush_folder(directory)
         configs = [name for name in names if Path(name).name == _CONFIG]
@@ -199,26 +224,24 @@ def _roll_forward(directory: Path, scratch: Path) -> None:
 
 
 @contextmanager
-def _one_at_a_time(directory: Path) -> Iterator[None]:
-    """Keep others from moving files into the same folder meanwhile, where the system has locks on folders."""
+def _moving_alone(directory: Path) -> Iterator[None]:
+    """Keep other processes from moving files into the folder, where the system has locks on folders."""
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:  # Windows has no locks on folders.
         yield
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        try:
+        with suppress(OSError):  # Some network file systems have no such locks.
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        except OSError:  # some network file systems
-            pass
         yield
     finally:
         os.close(descriptor)
 
 
 def _mark_unfinished(directory: Path, scratch: Path, name: str) -> None:
-    """Put in place of a config one that loading refuses, where the config has not been moved already."""
+    """Replace a config by one that loading refuses, where the new config has not been moved already."""
     new = scratch / _FILES / name
     if not new.exists():
         return
@@ -247,6 +270,6 @@ def _by_folder(names: Sequence[str]) -> dict[Path, set[str]]:
 
 
 def _stale_weights(folder: Path, new: set[str]) -> list[Path]:
-    """Weight files in `folder` of the same name stems as the new ones, sharded or not, and their indices."""
+    """Return the old weight files and indices in `folder` whose name stems, without shard numbers, are among `new`."""
     stems = {stem(name) for name in new} - {None}
     return [file for file in folder.iterdir() if file.is_file() and file.name not in new and stem(file.name) in stems]

@@ -1,4 +1,4 @@
-"""Adapters of every kind on packed models: put in whole or not at all, merged right or refused by name."""
+"""Checks of PEFT adapters on packed models: they are injected and merged completely, or refused by name."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .peft_lora import PackedLoraLayer
 _REMOVED = (TimeFeatures, TimeFeaturePassThrough, TimeFeatureSlice)
 
 
-def injecting_adapter(original: Callable[..., None]) -> Callable[..., None]:
-    """`BaseTuner.inject_adapter` of PEFT; on a packed model an adapter that is refused leaves nothing behind."""
+def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `BaseTuner.inject_adapter` of PEFT, so that a refused adapter leaves nothing behind on a packed model."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
@@ -28,15 +28,15 @@ def injecting_adapter(original: Callable[..., None]) -> Callable[..., None]:
             original(self, model, adapter_name, *args, **kwargs)
             return
         config = self.peft_config[adapter_name]
-        asked = signature.bind(self, model, adapter_name, *args, **kwargs).arguments
+        arguments = signature.bind(self, model, adapter_name, *args, **kwargs).arguments
         names = [name for name, _ in model.named_modules() if PEFT_TARGETS.require(self)(config, name)]
-        check_targets(model, asked.get("state_dict") or names)
+        check_targets(model, arguments.get("state_dict") or names)
         _check_modules_to_save(model, config.modules_to_save or ())
         before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         try:
             original(self, model, adapter_name, *args, **kwargs)
         except Exception:
-            _take_out(model, adapter_name, before)
+            _remove_adapter(model, adapter_name, before)
             raise
 
     return inject_adapter
@@ -46,19 +46,19 @@ def check_targets(model: nn.Module, names: Iterable[str]) -> None:
     """Refuse adapters of modules that time features have replaced.
 
     Args:
-        model: a packed model.
-        names: of modules that an adapter is for, or of its tensors.
+        model: packed model.
+        names: names of the modules that an adapter is for, or of its tensors.
 
     Raises:
-        ValueError: one is of the time embedding, which is not there any more.
+        ValueError: a name is of the time embedding, which the model no longer has.
     """
     removed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _REMOVED))
-    found = sorted(name for name in names if f"{name}.".startswith(removed)) if removed else []
-    if found:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    refused = sorted(name for name in names if f"{name}.".startswith(removed)) if removed else []
+    if refused:
+        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
         raise ValueError(
-            f"LoRA cannot adapt {found[0]}{more}: this model's time embedding was replaced by its features. Quantize "
-            'with time_embedding="keep", or leave out what the adapter has for it.'
+            f"LoRA cannot adapt {refused[0]}{more}: this model's time embedding was replaced by its features. "
+            'Quantize with time_embedding="keep", or leave out what the adapter has for it.'
         )
 
 
@@ -72,8 +72,8 @@ def _check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:
             )
 
 
-def _take_out(model: nn.Module, adapter_name: str, before: set[str]) -> None:
-    """Undo half an injection; `before`: names of the layers that had adapters."""
+def _remove_adapter(model: nn.Module, adapter_name: str, before: set[str]) -> None:
+    """Remove an adapter whose injection failed; `before` holds the names of the layers that had adapters already."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -84,54 +84,54 @@ def _take_out(model: nn.Module, adapter_name: str, before: set[str]) -> None:
             module.delete_adapter(adapter_name)
 
 
-def merging(original: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of PEFT's tuners that merges adapters into `self.model`, refused before it has merged any."""
+def wrap_merge(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a method of PEFT's tuners that merges adapters into `self.model`, so that it refuses before merging any."""
     signature = inspect.signature(original)
 
     @functools.wraps(original)
     def merge(self: Any, *args: Any, **kwargs: Any) -> Any:
-        asked = signature.bind(self, *args, **kwargs)
-        asked.apply_defaults()
-        if asked.arguments.get("merge", True):
-            check_fusable(self.model, asked.arguments["adapter_names"], asked.arguments["safe_merge"])
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        if bound.arguments.get("merge", True):
+            check_fusable(self.model, bound.arguments["adapter_names"], bound.arguments["safe_merge"])
         return original(self, *args, **kwargs)
 
     return merge
 
 
-def fusing_pipeline(original: Callable[..., None]) -> Callable[..., None]:
-    """`LoraBaseMixin.fuse_lora` of diffusers, refused before it has fused into any component."""
+def wrap_fuse_lora(original: Callable[..., None]) -> Callable[..., None]:
+    """Wrap `LoraBaseMixin.fuse_lora` of diffusers, so that it refuses before it fuses into any component."""
 
     @functools.wraps(original)
     def fuse_lora(self: Any, components: list[str] | None = None, *args: Any, **kwargs: Any) -> None:
-        asked = inspect.signature(original).bind(self, components, *args, **kwargs)
-        asked.apply_defaults()
+        bound = inspect.signature(original).bind(self, components, *args, **kwargs)
+        bound.apply_defaults()
         for name in components or ():
             model = getattr(self, name, None)
             if isinstance(model, nn.Module):
-                check_fusable(model, asked.arguments["adapter_names"], asked.arguments["safe_fusing"])
+                check_fusable(model, bound.arguments["adapter_names"], bound.arguments["safe_fusing"])
         original(self, components, *args, **kwargs)
 
     return fuse_lora
 
 
 def check_fusable(model: nn.Module, adapter_names: list[str] | None, safe: bool = False) -> None:
-    """Refuse fusing while some adapter on a packed layer could not be; LoRA alone can.
+    """Refuse to fuse if an adapter on a packed layer cannot be fused; only LoRA can.
 
     Args:
-        model: with PEFT adapters.
-        adapter_names: adapters to fuse; the active ones when None.
-        safe: whether their values must be finite.
+        model: model with PEFT adapters.
+        adapter_names: names of the adapters to fuse; the active ones when None.
+        safe: whether the values of the adapters must be finite.
 
     Raises:
-        ValueError: see `PackedLoraLayer.check_foldable`; or an adapter is no LoRA (LoKr and the like).
+        ValueError: an adapter is no LoRA (but LoKr, for example); or see `PackedLoraLayer.check_foldable`.
     """
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer) or not isinstance(module.get_base_layer(), PackedWeight):
             continue
         names = module.active_adapters if adapter_names is None else adapter_names
-        here = PEFT_ADAPTERS.require(module)()
-        names = [adapter for adapter in names if adapter in here and adapter not in module.merged_adapters]
+        present = PEFT_ADAPTERS.require(module)()
+        names = [adapter for adapter in names if adapter in present and adapter not in module.merged_adapters]
         if isinstance(module, PackedLoraLayer):
             module.check_foldable(names, finite=safe)
         elif names:

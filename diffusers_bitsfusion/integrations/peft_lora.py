@@ -1,4 +1,4 @@
-"""LoRA on packed layers: PEFT's adapters, and fusing them into a low-rank branch that the layer keeps."""
+"""LoRA on packed layers: PEFT's adapters, and fusing them into a low-rank branch of the layer."""
 
 from __future__ import annotations
 
@@ -21,36 +21,37 @@ from ..utils.private_names import PEFT_ADAPTERS
 
 logger = logging.get_logger(__name__)
 
-# Initialisations of PEFT that take the product of the halves out of the base weight, which a branch can do.
+# Names of initialisations of PEFT that subtract the adapter's product from the base weight, as a branch can.
 _SUBTRACTING_INITS = ("pissa", "olora")
 
-# Those that change it in other ways, or need what was computed on it before.
+# Names of initialisations of PEFT that change the base weight otherwise, or need statistics of it.
 _REWRITING_INITS = ("corda", "loftq", "lora_ga")
 
 
-class ShownLayer(LoraLayer):
-    """A LoRA layer that can show PEFT another layer than its own, while PEFT makes an adapter."""
+class SubstitutedBaseLayer(LoraLayer):
+    """LoRA layer that can give PEFT a substitute for its base layer while PEFT makes an adapter."""
 
-    _shown: nn.Module | None = None
+    _substitute: nn.Module | None = None
 
     def get_base_layer(self) -> nn.Module:
-        return super().get_base_layer() if self._shown is None else self._shown
+        """Return the base layer, or its substitute, when PEFT makes, merges or runs an adapter."""
+        return super().get_base_layer() if self._substitute is None else self._substitute
 
     @contextmanager
-    def _showing(self, layer: nn.Module) -> Iterator[None]:
-        self.__dict__["_shown"] = layer  # not as a module of this one
+    def _substituting(self, layer: nn.Module) -> Iterator[None]:
+        self.__dict__["_substitute"] = layer  # nn.Module would register an attribute as a submodule.
         try:
             yield
         finally:
-            self.__dict__["_shown"] = None
+            self.__dict__["_substitute"] = None
 
 
-class PackedLoraLayer(ShownLayer):
-    """What LoRA layers on packed weights do otherwise than PEFT's.
+class PackedLoraLayer(SubstitutedBaseLayer):
+    """Mixin of LoRA layers on packed weights.
 
     PEFT merges by adding to `base_layer.weight.data`, which a decoded weight refuses. Here merging extends the
-    low-rank branch of the packed layer, and unmerging cuts it back. Around a layer that is not packed (any more), all
-    is PEFT's.
+    low-rank branch of the packed layer, and unmerging shortens it again. On a layer that is not packed (any more), the
+    methods are PEFT's.
     """
 
     _unmerged_rank = 0
@@ -59,8 +60,8 @@ class PackedLoraLayer(ShownLayer):
         """Fold adapters, times their scaling, into the packed layer's branch.
 
         Args:
-            safe_merge: refuse adapters with NaN or infinite values.
-            adapter_names: the active adapters when left out.
+            safe_merge: whether to refuse adapters with NaN or infinite values.
+            adapter_names: names of adapters; the active ones when None.
 
         Raises:
             ValueError: an adapter cannot be folded (see `check_foldable`) or, with `safe_merge`, is not finite.
@@ -82,7 +83,7 @@ class PackedLoraLayer(ShownLayer):
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Take all merged adapters out of the packed layer's branch, which is then what it was, bit for bit."""
+        """Remove all merged adapters from the branch of the packed layer, which is then as before, bit for bit."""
         base = self.get_base_layer()
         if not _is_packed(base):
             super().unmerge()
@@ -96,11 +97,11 @@ class PackedLoraLayer(ShownLayer):
         """Refuse adapters that are more than a low-rank addition to the weight.
 
         Args:
-            adapter_names: adapters that this layer need not have.
-            finite: refuse those with NaN or infinite values, too.
+            adapter_names: names of adapters; those that this layer lacks are ignored.
+            finite: whether to refuse NaN and infinite values, too.
 
         Raises:
-            ValueError: one is a DoRA or another variant of LoRA, or has a bias; the convolution has groups; the
+            ValueError: an adapter is a DoRA or another variant of LoRA, or has a bias; the convolution has groups; the
                 weights are offloaded; or values are not finite.
         """
         base = self.get_base_layer()
@@ -127,11 +128,11 @@ class PackedLoraLayer(ShownLayer):
     def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does.
 
-        What PiSSA and OLoRA take out of the base weight is a branch here, since it is of the adapter's rank.
+        PiSSA and OLoRA subtract a matrix of the adapter's rank from the base weight: here it becomes a branch.
 
         Raises:
-            ValueError: the config asks for an initialisation that changes the base weight otherwise; or for one of
-                those two while adapters are merged.
+            ValueError: the config requests an initialisation that changes the base weight otherwise; or PiSSA or OLoRA
+                while adapters are merged.
         """
         base, init = self.get_base_layer(), config.init_lora_weights
         if not _is_packed(base) or not isinstance(init, str):
@@ -147,45 +148,46 @@ class PackedLoraLayer(ShownLayer):
             return
         if self.merged:
             raise ValueError(f"init_lora_weights={init!r} changes the base weight: unmerge the other adapters first.")
-        with self._showing(_dense_layer(base)):
+        with self._substituting(_dense_layer(base)):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
         base.extend_branch(self.lora_A[adapter_name].weight, -self._scaled_up(adapter_name))
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        # KaSA truncates the base weight.
+        """Variants of LoRA that PEFT may choose from: all but KaSA, which truncates the base weight."""
         return {fields: variant for fields, variant in super().lora_variants.items() if "kasa_config" not in fields}
 
     def _scaled_up(self, name: str) -> Tensor:
-        return self.lora_B[name].weight.float() * self.scaling[name]
+        scaled: Tensor = self.lora_B[name].weight.float() * self.scaling[name]
+        return scaled
 
 
 class PackedLoraLinear(PackedLoraLayer, Linear):
     """PEFT's LoRA layer around a `BitsFusionLinear`."""
 
 
-class LoraConv2dOfPlainHalves(ShownLayer, Conv2d):
+class QATLoraConv2d(SubstitutedBaseLayer, Conv2d):
     """PEFT's LoRA layer around a convolution whose class has no constructor.
 
-    PEFT makes the two halves of an adapter by `type(base_layer)(...)`. While it does, this layer shows it an
-    `nn.Conv2d` of the same geometry and weight instead.
+    PEFT makes the two halves of an adapter by `type(base_layer)(...)`. Meanwhile the base layer is substituted by an
+    `nn.Conv2d` of the same geometry and weight.
     """
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does."""
         base = self.get_base_layer()
-        shown = without_weight(nn.Conv2d, base)
-        shown.__dict__["weight"] = base.weight
-        with self._showing(shown):
+        substitute = without_weight(nn.Conv2d, base)
+        substitute.__dict__["weight"] = base.weight
+        with self._substituting(substitute):
             super().update_layer(*args, **kwargs)
 
 
-class PackedLoraConv2d(PackedLoraLayer, LoraConv2dOfPlainHalves):
+class PackedLoraConv2d(PackedLoraLayer, QATLoraConv2d):
     """PEFT's LoRA layer around a `BitsFusionConv2d`."""
 
 
 def _dense_layer(layer: PackedWeight) -> nn.Linear:
-    """An `nn.Linear` on a copy of the decoded weight."""
+    """Return an `nn.Linear` with a copy of the decoded weight."""
     dense = without_weight(nn.Linear, layer)
     dense.weight = nn.Parameter(layer.dense_weight(layer.weight_dtype), requires_grad=False)
     return dense
@@ -194,7 +196,7 @@ def _dense_layer(layer: PackedWeight) -> nn.Linear:
 _LORA_LAYERS: dict[type[nn.Module], Any] = {
     BitsFusionLinear: PackedLoraLinear,
     BitsFusionConv2d: PackedLoraConv2d,
-    QATConv2d: LoraConv2dOfPlainHalves,
+    QATConv2d: QATLoraConv2d,
 }
 
 
@@ -202,10 +204,11 @@ def _is_packed(layer: nn.Module) -> TypeGuard[PackedWeight]:
     return isinstance(layer, PackedWeight)
 
 
-def creating_lora_layer(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """`LoraModel._create_new_module` of PEFT with our layers for packed modules, ahead of all of PEFT's choices.
+def wrap_create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Wrap `LoraModel._create_new_module` of PEFT, so that packed modules get the LoRA layers of this package.
 
-    Ahead, because one of them (torchao's) reads every module's weight, and the last takes any `nn.Linear`.
+    They come before all of PEFT's choices, since one of those (torchao's) reads the weight of every module, and the
+    last accepts any `nn.Linear`.
     """
 
     @functools.wraps(original)
@@ -215,20 +218,21 @@ def creating_lora_layer(original: Callable[..., nn.Module]) -> Callable[..., nn.
         if kind is None or kwargs.get("parameter_name") is not None:
             return original(lora_config, adapter_name, target, **kwargs)
         kwargs.pop("parameter_name", None)
-        return kind(target, adapter_name, config=lora_config, **kwargs)
+        layer: nn.Module = kind(target, adapter_name, config=lora_config, **kwargs)
+        return layer
 
     return create_new_module
 
 
 def prepare_saving(model: Any) -> None:
-    """Put the ranks of all branches into a packed model's config; say which adapters will not be saved."""
+    """Write the ranks of all branches into a packed model's config; warn of adapters that will not be saved."""
     ranks, unfused = {}, set()
     for name, module in model.named_modules():
         if isinstance(module, PackedWeight):
             ranks[name.replace(".base_layer", "")] = module.branch_rank
         elif isinstance(module, BaseTunerLayer):
-            here = set(PEFT_ADAPTERS.require(module)())
-            unfused |= here.intersection(module.active_adapters).difference(module.merged_adapters)
+            present = set(PEFT_ADAPTERS.require(module)())
+            unfused |= present.intersection(module.active_adapters).difference(module.merged_adapters)
     config = model.hf_quantizer.quantization_config
     config.schema = config.schema.with_branch_ranks(ranks)
     if unfused:

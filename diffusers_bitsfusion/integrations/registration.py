@@ -1,4 +1,4 @@
-"""The only file that changes other packages, as listed in docs/ARCHITECTURE.md: they learn of this method."""
+"""Registration of the method in other packages: the only file that changes them, as docs/ARCHITECTURE.md lists."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from ..config.bitsfusion import BitsFusionConfig, BitsFusionMethod
 from ..utils.private_names import DIFFUSERS_UPLOAD, PEFT_MERGE, PEFT_NEW_MODULE, PrivateName
 from .diffusers_quantizer import BitsFusionQuantizer
-from .peft_checks import fusing_pipeline, injecting_adapter, merging
-from .peft_lora import creating_lora_layer
-from .saving import pushing_pipeline, saving_pipeline, switching_pipeline, uploading_pipeline
+from .peft_checks import wrap_fuse_lora, wrap_inject_adapter, wrap_merge
+from .peft_lora import wrap_create_new_module
+from .saving_pipelines import wrap_from_pipe, wrap_push_to_hub, wrap_save_pretrained, wrap_upload_folder
 from .transformers_quantizer import BitsFusionTextQuantizer
 
 logger = logging.get_logger(__name__)
@@ -28,10 +28,10 @@ _METHOD = BitsFusionMethod.BITSFUSION.value
 
 
 def register() -> None:
-    """Tell diffusers, transformers and PEFT of this method, once.
+    """Register the method with diffusers, transformers and PEFT, once.
 
     The method enters the tables of diffusers and transformers, pipelines with a packed model save all or nothing, and
-    PEFT takes the LoRA layers of this package for packed layers.
+    PEFT uses the LoRA layers of this package for packed layers.
     """
     if _METHOD in AUTO_QUANTIZER_MAPPING:
         return
@@ -39,20 +39,20 @@ def register() -> None:
     AUTO_QUANTIZATION_CONFIG_MAPPING[_METHOD] = BitsFusionConfig
     register_quantizer(_METHOD)(BitsFusionTextQuantizer)
     register_quantization_config(_METHOD)(BitsFusionConfig)
-    DiffusionPipeline.save_pretrained = saving_pipeline(DiffusionPipeline.save_pretrained)
-    DiffusionPipeline.push_to_hub = pushing_pipeline(DiffusionPipeline.push_to_hub)
-    DiffusionPipeline.from_pipe = classmethod(switching_pipeline(DiffusionPipeline.from_pipe.__func__))
-    LoraBaseMixin.fuse_lora = fusing_pipeline(LoraBaseMixin.fuse_lora)
-    BaseTuner.inject_adapter = injecting_adapter(BaseTuner.inject_adapter)
-    BaseTuner.merge_adapter = merging(BaseTuner.merge_adapter)
+    DiffusionPipeline.save_pretrained = wrap_save_pretrained(DiffusionPipeline.save_pretrained)
+    DiffusionPipeline.push_to_hub = wrap_push_to_hub(DiffusionPipeline.push_to_hub)
+    DiffusionPipeline.from_pipe = classmethod(wrap_from_pipe(DiffusionPipeline.from_pipe.__func__))
+    LoraBaseMixin.fuse_lora = wrap_fuse_lora(LoraBaseMixin.fuse_lora)
+    BaseTuner.inject_adapter = wrap_inject_adapter(BaseTuner.inject_adapter)
+    BaseTuner.merge_adapter = wrap_merge(BaseTuner.merge_adapter)
     for tuner in (BaseTuner, MixedModel):
-        _wrap(tuner, PEFT_MERGE, merging)
-    _wrap(DiffusionPipeline, DIFFUSERS_UPLOAD, uploading_pipeline)
-    _wrap(LoraModel, PEFT_NEW_MODULE, lambda original: staticmethod(creating_lora_layer(original)))
+        _wrap(tuner, PEFT_MERGE, wrap_merge)
+    _wrap(DiffusionPipeline, DIFFUSERS_UPLOAD, wrap_upload_folder)
+    _wrap(LoraModel, PEFT_NEW_MODULE, lambda original: staticmethod(wrap_create_new_module(original)))
 
 
 def _wrap(owner: type, private: PrivateName, wrapper: Callable[[Any], Any]) -> None:
-    """Replace a private method of `owner` by what `wrapper` makes of it; where it is gone, say what will be missed."""
+    """Replace a private method of `owner` by `wrapper(method)`; where it is gone, warn of what will not work."""
     original = private.read(owner)
     if original is None:
         logger.warning(private.missing())

@@ -1,4 +1,4 @@
-"""`BitsFusionTextQuantizer`: transformers' hooks for loading and saving, so that text encoders are packed too."""
+"""`BitsFusionTextQuantizer`: the hooks that transformers calls while it loads and saves a text encoder."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ from .peft_lora import prepare_saving
 
 
 class BitsFusionTextQuantizer(HfQuantizer):
-    """Quantizes a transformers model (CLIP, T5) after it has loaded, or loads and saves one that is packed.
+    """Quantizer that packs a transformers model (CLIP, T5) after it has loaded, or loads and saves a packed one.
 
-    Linear layers are packed; embeddings and whatever is tied to them are not. Layers that transformers keeps in fp32
-    beside fp16 (T5's last feed-forward one) are packed as well, and go on computing in fp32.
+    Linear layers are packed; embeddings and weights tied to them are not. Layers that transformers keeps in fp32 in
+    an fp16 model (the last feed-forward one of T5) are packed as well, and still compute in fp32.
     """
 
     quantization_config: BitsFusionConfig
 
-    def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any):
+    def __init__(self, quantization_config: BitsFusionConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._dtype = torch.float32
 
     # Before loading.
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse to spread a text encoder over devices, which would be done before its weights are decoded.
+        """Refuse, when transformers checks the environment, to spread a text encoder before its weights are decoded.
 
         Raises:
             ValueError: the device map names several devices, or the disk.
@@ -60,6 +60,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
             )
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Remember the dtype that transformers loads in, and keep it."""
         self._dtype = dtype
         return dtype
 
@@ -73,7 +74,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         if files:
             check_file_values(files, self.quantization_config.schema)
             verify_files(files, self.quantization_config.schema)
-        # transformers initialises what a file lacks, and for that reads weights, before the codes have been decoded.
+        # Transformers initialises tensors that a file lacks, and for that reads weights, before the codes are decoded.
         for module in model.modules():
             if any(isinstance(part, PackedWeight) for part in module.modules()):
                 setattr(module, TRANSFORMERS_INITIALIZED.name, True)
@@ -81,13 +82,14 @@ class BitsFusionTextQuantizer(HfQuantizer):
     # While loading.
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether what the file holds has another shape than the model: codes and scales, decoded at the end."""
+        """Return whether transformers may load a tensor of another shape: codes and scales, decoded at the end."""
         owner, _, kind = param_name.rpartition(".")
         return (
             self.pre_quantized and kind in ("codes", "scale") and isinstance(model.get_submodule(owner), PackedWeight)
         )
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
+        """Return the bytes of an element by which transformers counts the memory of a device map."""
         return param.element_size()
 
     # After loading.
@@ -101,38 +103,43 @@ class BitsFusionTextQuantizer(HfQuantizer):
     def _decode(self, model: PreTrainedModel) -> None:
         schema = self.quantization_config.schema
         packed = {name: model.get_submodule(name) for name in schema.layers}
-        found = {
+        loaded = {
             f"{name}.{kind}": tensor
             for name, layer in packed.items()
             for kind, tensor in layer.named_parameters(recurse=False)
             if kind != "bias"
         }
-        missing = [name for name, tensor in found.items() if not TRANSFORMERS_INITIALIZED.read(tensor, False)]
+        missing = [name for name, tensor in loaded.items() if not TRANSFORMERS_INITIALIZED.read(tensor, False)]
         if missing:
             raise_missing(model, missing)
-        decoded = decode_state_dict(found, schema)
+        decoded = decode_state_dict(loaded, schema)
         for name, layer in packed.items():
             for kind in ("codes", "scale"):
                 tensor = decoded[f"{name}.{kind}"].to(layer.codes.device)
                 setattr(layer, kind, nn.Parameter(tensor, requires_grad=False))
-        for module in model.modules():  # what no file holds, and was not initialised before: see above
+        for module in model.modules():
+            # No file holds these buffers, and the mark set before loading kept them from being initialised.
             if TORCH_BUFFERS.read(module):
                 TRANSFORMERS_INIT.require(model)(module)
 
     @torch.no_grad()
     def pack(self, model: PreTrainedModel, progress: bool = True) -> None:
-        """Quantize a model in memory, in place, and set whatever loading sets.
+        """Quantize a model in memory, in place, and set the attributes that loading sets.
+
+        Args:
+            model: model in full precision.
+            progress: whether to show a progress bar.
 
         Raises:
-            ValueError: see `packing.ModelPacker`.
+            ValueError: hooks of accelerate or diffusers are on the model; or see `packing.ModelPacker`.
         """
         refuse_dispatched(model, "quantize")
         config = copy.deepcopy(self.quantization_config)
-        config.time_embedding = "keep"  # there is none
+        config.time_embedding = "keep"  # A text encoder has none.
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
         packer = ModelPacker(model, config, model.dtype, tied, progress)
-        for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # Layers may share a weight.
             if packer.wants(name):
                 packer.take(name, parameter, parameter.device)
         for name in packer.plan.bits:
@@ -142,6 +149,11 @@ class BitsFusionTextQuantizer(HfQuantizer):
     # Saving and undoing.
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what transformers writes into the safetensors files: encoded tensors and their checksums.
+
+        Raises:
+            ValueError: group offloading has moved the weights to the disk.
+        """
         refuse_offloaded_to_disk(model)
         prepare_saving(model)
         schema = self.quantization_config.schema
@@ -156,15 +168,17 @@ class BitsFusionTextQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        """Return True: transformers may save the model."""
         return True
 
     @property
     def is_trainable(self) -> bool:
+        """True: PEFT may add adapters to the model."""
         return True
 
 
 def _weight_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which transformers would have a layer's weight in a model of `dtype`."""
+    """Return the dtype that transformers gives to the weight of a layer in a model of `dtype`."""
     kept = list(TRANSFORMERS_FP32_STRICT.read(model) or []) if dtype in (torch.float16, torch.bfloat16) else []
     if dtype == torch.float16:
         kept += TRANSFORMERS_FP32.read(model) or []

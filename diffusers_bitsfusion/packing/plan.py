@@ -26,9 +26,8 @@ from ..nn.time_path import TimePath, why_not_cacheable
 
 logger = logging.get_logger(__name__)
 
-# Bits of a table of 1002 timesteps in the file for each time feature, about 5.4 an entry (docs/METHOD.md). A layer of
-# the time embedding costs in_out_bits a weight, so the table is smaller where the embedding is wider than this number
-# over in_out_bits.
+# Bits in the file of a table of 1002 timesteps for each time feature, 5.4 an entry (docs/METHOD.md). A layer costs
+# in_out_bits a weight, so the table is smaller where the time embedding is wider than this number over in_out_bits.
 TABLE_BITS_PER_FEATURE = 5.4 * 1002
 
 # Number of training timesteps of Stable Diffusion and of most diffusers schedulers.
@@ -95,12 +94,12 @@ def _weight_shape(model: nn.Module, name: str) -> tuple[int, ...]:
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Whether a dotted run of `name` equals one of `patterns`: "attn2.to_k" is in "...0.attn2.to_k"."""
+    """Return whether a dotted part of `name` equals one of `patterns`: "attn2.to_k" is in "...0.attn2.to_k"."""
     return any(f".{pattern}." in f".{name}." for pattern in patterns)
 
 
 def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Linear and Conv2d layers by name; those matching `exclude` and those that compute otherwise are left out."""
+    """Return the Linear and Conv2d layers by name, without those that match `exclude` or cannot be replaced."""
     patterns = list(exclude)
     return {
         name: module
@@ -144,7 +143,7 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
             f"This {type(model).__name__} has adapters. Call `unload_lora_weights()` before, after `fuse_lora()` if "
             "they are to stay in the weights; or load them afterwards."
         )
-    if len(config.components_to_quantize or []) < 2:  # else another component may have what this one lacks
+    if len(config.components_to_quantize or []) < 2:  # Of several components, another may have the module.
         check_excluded([model], config)
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
@@ -174,7 +173,9 @@ def check_excluded(models: Sequence[nn.Module], config: BitsFusionConfig) -> Non
         ValueError: a name is neither the name of a module nor a part of one.
     """
     names = [name for model in models for name, _ in model.named_modules()]
-    unknown = [pattern for pattern in config.modules_to_not_convert if not matches_any(names, [pattern])]
+    unknown = [
+        pattern for pattern in config.modules_to_not_convert if not any(matches(name, [pattern]) for name in names)
+    ]
     if unknown:
         parts = {part for name in names for part in (name, *name.split("."))}
         close = get_close_matches(unknown[0], sorted(parts), 3)
@@ -196,7 +197,7 @@ def _plan_time(model: ModelMixin, path: TimePath | None, config: BitsFusionConfi
     kind = requested["type"] if isinstance(requested, dict) else requested
     timesteps = list(requested["timesteps"] if isinstance(requested, dict) and kind == "cache" else PAPER_TIMESTEPS)
     obstacle = why_not_cacheable(model) if path is None else None
-    if path is not None and matches_any(path.layers, config.modules_to_not_convert):
+    if path is not None and any(matches(name, config.modules_to_not_convert) for name in path.layers):
         obstacle = "modules_to_not_convert names a part of it"
         kind = "table" if kind == "auto" else kind  # "auto" would have been a table, which deserves the warning.
     if path is None or obstacle is not None:
@@ -207,12 +208,6 @@ def _plan_time(model: ModelMixin, path: TimePath | None, config: BitsFusionConfi
         width = path.layers["time_embedding.linear_2"].out_features
         kind = "table" if width * config.in_out_bits > TABLE_BITS_PER_FEATURE else "keep"
     return kind, timesteps
-
-
-def matches_any(names: Iterable[str], patterns: Iterable[str]) -> bool:
-    """Return whether any of `names` matches any of `patterns`."""
-    patterns = list(patterns)
-    return any(matches(name, patterns) for name in names)
 
 
 def _ordinary_bits(

@@ -1,1 +1,1 @@
-"""What every room may use: files, hooks, the Hub, processes, timesteps."""
+"""Utilities of the whole package: files, hooks, the Hub, processes, timesteps."""

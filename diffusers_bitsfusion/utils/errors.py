@@ -1,38 +1,50 @@
-"""The package's own errors of files and folders; each is a subclass of what earlier versions raised."""
+"""Exceptions for files and folders; each is a subclass of the exception that earlier versions raised."""
 
 from __future__ import annotations
 
 
 class DamagedFileError(ValueError):
-    """A file is not what it should be: cut short, changed, of another format, or with values that cannot be.
+    """Exception for a file that is cut short, changed, of another format, or holds impossible values.
+
+    Readers of checkpoints, recipes, analyses, calibrations and training folders raise it. The message names the file,
+    the place in it where that is known, the problem and the remedy. It is a `ValueError`.
 
     Args:
-        where: the file, and the place in it where that is known.
-        problem: what was found and what was expected, the rest of a sentence that begins with `where`.
-        remedy: what to do, a sentence of its own.
+        where: file, and the place in it where that is known.
+        problem: actual and expected content; the rest of a sentence that begins with `where`.
+        remedy: sentence that says what to do.
     """
 
-    def __init__(self, where: object, problem: str, remedy: str = "Download it again, or write it anew."):
+    def __init__(self, where: object, problem: str, remedy: str = "Download it again, or write it anew.") -> None:
         super().__init__(f"{printable(where)} {printable(problem).rstrip('.')}. {printable(remedy)}")
 
 
 class UnfinishedSaveError(ValueError):
-    """A save into a folder was killed after its files had begun to take the place of older ones."""
+    """Exception for a folder in which a save was killed while its files replaced older ones.
+
+    Loading raises it, since the folder holds files of both saves; so does a repair that lacks the rest of the new
+    files. The message names the folder and the command that finishes the save, or says to save the model again. It is
+    a `ValueError`.
+    """
 
 
 class FolderInUseError(OSError):
-    """Another process is writing the folder."""
+    """Exception for a folder that another process is writing.
+
+    A second calibration into one folder raises it before it samples. The message names the folder and,
+    where known, the process and its machine. It is an `OSError`.
+    """
 
 
 def printable(text: object) -> str:
-    """The text with whatever no UTF-8 stream takes (lone surrogates) as backslash escapes."""
+    """Return a text whose lone surrogates, which UTF-8 cannot encode, are backslash escapes."""
     return str(text).encode("utf-8", errors="backslashreplace").decode("utf-8")
 
 
 def shown(value: object, limit: int = 200) -> str:
-    """The repr of a value from a file, printable and cut to `limit` characters, for error messages."""
+    """Return the repr of a value from a file for error messages, printable and cut to `limit` characters."""
     try:
         text = printable(repr(value))
-    except ValueError:  # an integer of more digits than Python prints
+    except ValueError:  # Python refuses to print integers of too many digits.
         text = f"a {type(value).__name__} that is too large to print"
     return text if len(text) <= limit else f"{text[:limit]}…"

@@ -1,4 +1,4 @@
-"""Files that are complete or not there, and folders that belong to one set of settings."""
+"""Files that are complete or missing, never partial, and folders that belong to one set of settings."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .json_files import changed_keys, read_json
 
+# Name of the file of settings in a folder that belongs to them; a process number may come before it.
 SETTINGS_FILE = "settings.json"
 
 
 def flush_file(file: Path) -> None:
     """Wait until the content of a file is on the disk."""
-    with file.open("r+b") as stream:  # Windows flushes only what may be written
+    with file.open("r+b") as stream:  # Windows flushes only files that are open for writing.
         os.fsync(stream.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk; not every system lets a folder be opened for that."""
+    """Wait until the names in a folder are on the disk, on systems that let a folder be opened for that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
+        with suppress(OSError):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -46,7 +46,7 @@ def flush_tree(folder: Path) -> None:
 
 
 def file_checksum(file: Path) -> str:
-    """CRC-32 of a file's content, eight hexadecimal digits."""
+    """Return the CRC-32 of the content of a file, in eight hexadecimal digits."""
     checksum = 0
     with file.open("rb") as stream:
         while piece := stream.read(1 << 22):
@@ -56,10 +56,13 @@ def file_checksum(file: Path) -> str:
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Give a path to write to, whose file then takes the place of `path`, flushed; on an error nothing is left.
+    """Give a path to write to, whose file then replaces `path`, flushed; on an error it is removed.
+
+    Args:
+        path: file to replace; its folder exists.
 
     Raises:
-        OSError: the file cannot be written; the message names `path`, and what was there before stays.
+        OSError: the file cannot be written; the message names `path`, and the earlier file is kept.
     """
     partial = path.with_name(f".{path.name}.part")
     try:
@@ -78,7 +81,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file, a text in UTF-8, that is either there and complete or as it was before.
+    """Write a file so that a kill at any moment leaves the new content or the earlier file.
+
+    Args:
+        path: file to write.
+        content: bytes, or a text for UTF-8.
 
     Raises:
         OSError: see `replacing_file`.
@@ -88,7 +95,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def is_write_error(error: BaseException) -> bool:
-    """Whether an error says that the disk took no more; torch and safetensors have their own for that."""
+    """Return whether an error reports a failed write; torch and safetensors have exceptions of their own for that."""
     words = ("enforce fail", "PytorchStreamWriter", "I/O error", "No space left", "Disk quota", "File too large")
     return isinstance(error, OSError) or (
         (isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError")
@@ -99,17 +106,18 @@ def is_write_error(error: BaseException) -> bool:
 def claim_folder(
     folder: Path, settings: Mapping[str, Any], *, kind: str, clash: str, other: str, prefix: str = ""
 ) -> None:
-    """Take a folder for results that depend on `settings`, or check that it has been taken with the same.
+    """Claim a folder for results that depend on `settings`, or check that it was claimed with the same settings.
 
-    Hidden files, locks among them, are not looked at.
+    Hidden files, locks among them, are ignored.
 
     Args:
-        folder: made where it is missing.
-        settings: JSON-safe; all that the results depend on.
-        kind: what is in such a folder, for messages: "calibration".
-        clash: that it is another, for messages, with a place for the settings: "holds a calibration with other {}".
-        other: how to get another folder, for messages: "choose another cache_dir".
-        prefix: of the settings' file, where several processes have their own.
+        folder: folder, made where it is missing.
+        settings: JSON-safe settings that the results depend on.
+        kind: content of such a folder, for messages: "calibration".
+        clash: words for other settings, for messages, with a place for their names: "holds a calibration with other
+            {}".
+        other: advice to use another folder, for messages: "choose another cache_dir".
+        prefix: prefix of the file of settings, where several processes have their own.
 
     Raises:
         ValueError: the folder belongs to other settings, or holds files but no settings.
@@ -127,7 +135,16 @@ def claim_folder(
 
 
 def refuse_foreign_files(folder: Path, kind: str, other: str) -> None:
-    """Make a folder where it is missing, and refuse one that holds files but no settings; as `claim_folder`."""
+    """Make a folder where it is missing, and refuse a folder that holds files but no settings.
+
+    Args:
+        folder: folder, made where it is missing.
+        kind: content of such a folder, for messages.
+        other: advice to use another folder, for messages.
+
+    Raises:
+        ValueError: the folder holds files but no settings.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     names = [file.name for file in folder.iterdir() if not file.name.startswith(".")]
     if names and not any(name.endswith(SETTINGS_FILE) for name in names):

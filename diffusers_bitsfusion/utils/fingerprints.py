@@ -1,4 +1,4 @@
-"""Hashes that tell settings, models and folders apart; what they give is kept in files, so they never change."""
+"""Hashes that identify settings, models and folders; files hold their values, so the functions never change."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# By bytes of an element.
+# Integer dtype of the same width, by bytes of an element.
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+# Suffixes of the files of a model that `hash_of_folder` covers.
 _MODEL_FILES = (".json", ".safetensors", ".bin")
 
 
 def hash_of_text(text: str) -> str:
-    """SHA-256 of a text in UTF-8, in hexadecimal."""
+    """Return the SHA-256 of a text in UTF-8, in hexadecimal."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_of_settings(settings: Any) -> str:
-    """SHA-256 of JSON-safe content, whatever the order of its keys."""
+    """Return the SHA-256 of JSON-safe content, in hexadecimal; the order of its keys does not matter."""
     return hash_of_text(json.dumps(settings, sort_keys=True))
 
 
 def hash_of_weights(model: nn.Module) -> str:
-    """SHA-256 of all weights and their names."""
+    """Return the SHA-256 of all weights of a model and their names, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -38,10 +39,10 @@ def hash_of_weights(model: nn.Module) -> str:
 
 
 def hash_of_sums(model: nn.Module) -> str:
-    """Tells models apart by their parameters' names, shapes and sums of bits as integers; fast on any device."""
+    """Return the SHA-256 of the names, shapes and sums of bits (as integers) of all parameters; fast on any device."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        total = None  # of what is offloaded
+        total = None  # Offloaded parameters have no sum.
         if not parameter.is_meta:
             bits = parameter.detach().contiguous().flatten().view(_INTEGERS[parameter.element_size()])
             total = int(bits.sum(dtype=torch.int64))
@@ -50,11 +51,11 @@ def hash_of_sums(model: nn.Module) -> str:
 
 
 def hash_of_first_values(beginning: str, parameters: Iterable[tuple[str, Tensor, bool]]) -> str:
-    """Tells prepared models apart by names, shapes and first values; 16 hexadecimal digits.
+    """Return the SHA-256 of the names, shapes and first 16 values of parameters, cut to 16 hexadecimal digits.
 
     Args:
-        beginning: hashed before the parameters.
-        parameters: name, tensor, and whether its values count.
+        beginning: text that is hashed before the parameters.
+        parameters: (name, tensor, whether its values are hashed) of each parameter.
     """
     digest = hashlib.sha256(beginning.encode())
     for name, parameter, counts in parameters:
@@ -65,7 +66,7 @@ def hash_of_first_values(beginning: str, parameters: Iterable[tuple[str, Tensor,
 
 
 def hash_of_folder(path: str | os.PathLike[str]) -> str:
-    """Changes when a file of a local model or pipeline does; the id itself for one on the Hub."""
+    """Return a hash of the names, sizes and times of the files of a local model or pipeline; the id of a Hub one."""
     folder = Path(path)
     if not folder.is_dir():
         return os.fspath(path)

@@ -1,24 +1,27 @@
-"""Hooks of accelerate and diffusers on a model: what must not be done while they are there."""
+"""Hooks of accelerate and diffusers on a model, and refusals of what they forbid."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 
 from .private_names import ACCELERATE_HOOK, DIFFUSERS_HOOK
 
-_GROUP_OFFLOADING = "group_offloading"  # diffusers' name of it
+# Name of the hook of group offloading in diffusers.
+_GROUP_OFFLOADING = "group_offloading"
 
 
 def refuse_dispatched(model: nn.Module, action: str) -> None:
-    """Refuse to swap layers under the hooks of accelerate and diffusers, which hold on to the old ones.
+    """Refuse to replace layers under the hooks of accelerate and diffusers, which would go on calling the old ones.
 
     Args:
-        model: of diffusers or transformers.
-        action: what was asked for, for the message.
+        model: model of diffusers or transformers.
+        action: verb of the requested action, for the message.
 
     Raises:
-        ValueError: accelerate offloads the model or spreads it over devices; or a hook of diffusers is on it, for
-            group offloading, layerwise casting or caching.
+        ValueError: accelerate offloads the model or spreads it over devices; or it has a hook of diffusers, for group
+            offloading, layerwise casting or caching.
     """
     if any(ACCELERATE_HOOK.read(module) is not None for module in model.modules()):
         raise ValueError(
@@ -36,7 +39,7 @@ def refuse_offloaded_to_disk(model: nn.Module) -> None:
     """Refuse to save a model whose tensors diffusers' group offloading has emptied.
 
     Raises:
-        ValueError: it is offloaded to the disk.
+        ValueError: the model is offloaded to the disk.
     """
     hooks = [_diffusers_hooks(module).get(_GROUP_OFFLOADING) for module in model.modules()]
     if any(hook is not None and hook.config.offload_to_disk_path for hook in hooks):
@@ -46,6 +49,7 @@ def refuse_offloaded_to_disk(model: nn.Module) -> None:
         )
 
 
-def _diffusers_hooks(module: nn.Module) -> dict:
+def _diffusers_hooks(module: nn.Module) -> dict[str, Any]:
     registry = DIFFUSERS_HOOK.read(module)
-    return {} if registry is None else registry.hooks
+    hooks: dict[str, Any] = {} if registry is None else registry.hooks
+    return hooks

@@ -1,4 +1,4 @@
-"""Folders that may be on the Hub, and what to do about a Hub that refuses an upload."""
+"""Folders that may be on the Hub, and advice for uploads that the Hub refuses."""
 
 from __future__ import annotations
 
@@ -10,20 +10,26 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-_WAYS_OUT = {
+# Advice by HTTP status of a refusal.
+_ADVICE = {
     401: "Log in with `hf auth login`, or pass `token=`.",
     403: "The token may not write there: make one with write access at https://huggingface.co/settings/tokens.",
     429: "Too many requests: wait a few minutes, then push again. Files that arrived are not sent twice.",
 }
-_SERVER_TROUBLE = "The Hub has trouble: push again later. Files that arrived are not sent twice."
+# Advice for a status from 500.
+_SERVER_ADVICE = "The Hub has trouble: push again later. Files that arrived are not sent twice."
 
 
 def local_folder(path: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
-    """A folder as it is, or the folder that those files of a Hub id which match `patterns` are downloaded into.
+    """Return a folder, or the local copy of those files of a Hub id that match `patterns`.
+
+    Args:
+        path: folder or Hub id ("user/name").
+        patterns: shell patterns of the files to download.
 
     Raises:
-        FileNotFoundError: it is neither a folder nor a Hub id.
-        OSError: the Hub has no such repository, or cannot be asked.
+        FileNotFoundError: `path` is neither a folder nor a Hub id.
+        OSError: the Hub has no such repository, or cannot be reached.
     """
     folder = Path(path)
     if folder.is_dir():
@@ -34,21 +40,25 @@ def local_folder(path: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
         raise FileNotFoundError(f"{path} is neither a folder nor a Hub id.") from error
 
 
+# Words by which a message that has been extended already is recognised.
 _MARK = "Nothing was committed to"
 
 
 @contextmanager
 def explaining_refusals(repo_id: str) -> Iterator[None]:
-    """Add to the client's error what state the repository is in and what to do; once, where such blocks are nested.
+    """Extend an error of the Hub client by the state of the repository and advice; once, where blocks are nested.
+
+    Args:
+        repo_id: repository that is pushed to, for the message.
 
     Raises:
-        HfHubHTTPError: the client's own, its message extended.
+        HfHubHTTPError: the error of the client, with the extended message.
     """
     try:
         yield
     except HfHubHTTPError as error:
         if _MARK not in str(error):
             status = error.response.status_code
-            way_out = _WAYS_OUT.get(status, _SERVER_TROUBLE if status >= 500 else "")
-            error.append_to_message(f"\n{_MARK} {repo_id}. {way_out}".rstrip())
+            advice = _ADVICE.get(status, _SERVER_ADVICE if status >= 500 else "")
+            error.append_to_message(f"\n{_MARK} {repo_id}. {advice}".rstrip())
         raise

@@ -1,9 +1,10 @@
-"""The command that installs this package, for messages and model cards."""
+"""Command that installs this package, for messages and model cards."""
 
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, metadata
 
+# Name of the package on package indices.
 _PACKAGE = "diffusers_bitsfusion"
 
 

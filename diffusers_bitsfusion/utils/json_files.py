@@ -1,4 +1,4 @@
-"""The one reader of JSON that others may have written: it bounds size, depth and numbers, and names what is wrong."""
+"""Reader of JSON of unknown origin: it bounds size, depth and numbers, and names what is wrong."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ from typing import Any, NoReturn
 
 from .errors import DamagedFileError, shown
 
-# An index of a model with 10,000 tensors takes 1 MB, an analysis of Stable Diffusion 0.3 MB.
+# Bytes of the largest JSON file that is read. The index of a model with 10,000 tensors takes 1 MB, an analysis of
+# Stable Diffusion 0.3 MB.
 MAX_BYTES = 64 << 20
+
+# Levels of nesting that are read, far below Python's recursion limit of 1,000.
 MAX_DEPTH = 64
-# Whatever counts, sizes and offsets there are fit into 64 bits.
+
+# Decimal digits of the longest integer that is read: counts, sizes and offsets fit into 64 bits.
 _MAX_DIGITS = 19
 
+# Words for the type of a document, for messages.
 _KINDS = {dict: "an object", list: "a list", object: "a value"}
 
 
@@ -25,10 +30,10 @@ def read_json(file: str | os.PathLike[str], kind: type = dict, *, non_finite: bo
     """Read a file with one JSON document in UTF-8, with or without a byte order mark.
 
     Args:
-        file: to read.
-        kind: `dict` or `list`, what the document must be; `object` for anything.
-        non_finite: whether Infinity and NaN are taken, as Python writes them; diffusers' schedulers have such values.
-        remedy: what the reader of the error should do; to get the file again where left out.
+        file: file to read.
+        kind: type of the document, `dict` or `list`; `object` for any.
+        non_finite: whether Infinity and NaN are accepted, as Python writes them; some schedulers have such values.
+        remedy: advice in the message of the error; when left out, to download or write the file again.
 
     Raises:
         DamagedFileError: the file is empty, too large, not UTF-8, not one JSON document, nested too deeply, of another
@@ -40,10 +45,15 @@ def read_json(file: str | os.PathLike[str], kind: type = dict, *, non_finite: bo
 
 
 def read_bounded(path: Path, remedy: str = "") -> bytes:
-    """Read a file for `parse_json`.
+    """Read the bytes of a file for `parse_json`.
+
+    Args:
+        path: file to read.
+        remedy: advice in the message of the error.
 
     Raises:
-        DamagedFileError: it is larger than any JSON file that is expected.
+        DamagedFileError: the file is larger than `MAX_BYTES`.
+        FileNotFoundError: there is no such file.
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
@@ -52,7 +62,11 @@ def read_bounded(path: Path, remedy: str = "") -> bytes:
 
 
 def parse_json(content: bytes, where: object, kind: type = dict, *, non_finite: bool = False, remedy: str = "") -> Any:
-    """As `read_json`, for what has been read already; `where` names it in errors."""
+    """Parse one JSON document as `read_json` does; `where` names its source in errors.
+
+    Raises:
+        DamagedFileError: see `read_json`.
+    """
     if not content.strip():
         _refuse(where, f"is damaged: it is empty, {_KINDS[kind]} in JSON is expected", remedy)
     try:
@@ -78,24 +92,24 @@ def parse_json(content: bytes, where: object, kind: type = dict, *, non_finite: 
     return document
 
 
-def is_count(value: Any, least: int = 0) -> bool:
-    """Whether it is an integer from `least`; `True` is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def is_count(value: Any, minimum: int = 0) -> bool:
+    """Return whether a value is an integer of at least `minimum`; `True` is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; `True` is none."""
+    """Return whether a value is a finite number; `True` is none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def is_list_of(value: Any, kind: type) -> bool:
-    """Whether it is a list or tuple whose every element is of a type."""
+    """Return whether a value is a list or tuple whose elements are all of a type."""
     return isinstance(value, (list, tuple)) and all(isinstance(element, kind) for element in value)
 
 
-def changed_keys(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Keys whose values differ between two mappings, or that one of them lacks; sorted."""
-    return sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+def changed_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Return the keys whose values differ between two mappings, or that one of them lacks; sorted."""
+    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
 
 
 def _refuse(where: object, problem: str, remedy: str) -> NoReturn:
@@ -128,7 +142,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _problem(document: Any, check_texts: bool) -> str | None:
-    """What is wrong within a parsed document: depth, and texts that are no Unicode; None where nothing is."""
+    """Return the problem of a parsed document, its depth or texts that are no Unicode; None where it has none."""
     level = [document]
     for _ in range(MAX_DEPTH):
         if check_texts and any(not _is_unicode(value) for value in level):

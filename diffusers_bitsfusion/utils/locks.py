@@ -1,4 +1,4 @@
-"""Locks on files, which the system gives back when their process ends, however it ends."""
+"""Locks on folders, which the system releases when their process ends, however it ends."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from .errors import FolderInUseError
 
 
 class FolderLock:
-    """Keeps other processes out of a folder until `release`, or until this process ends.
+    """Lock that keeps other processes out of a folder until `release`, or until this process ends.
 
     Args:
-        file: the lock, within the folder; made where it is missing, and left there.
-        advice: what who meets a held lock should do.
+        file: file of the lock, within the folder; made where it is missing, and never removed.
+        advice: sentence for the message of the error.
 
     Raises:
-        FolderInUseError: another process holds it; the message says which, and where.
+        FolderInUseError: another process holds the lock; the message names it and its machine.
     """
 
-    def __init__(self, file: Path, advice: str):
+    def __init__(self, file: Path, advice: str) -> None:
         self._lock = FileLock(file)
         owner = file.with_name(f"{file.name}-owner")
         try:
@@ -33,5 +33,5 @@ class FolderLock:
         owner.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
 
     def release(self) -> None:
-        """Let others in."""
+        """Release the lock, so that other processes may use the folder."""
         self._lock.release()

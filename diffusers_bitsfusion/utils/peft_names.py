@@ -8,7 +8,14 @@ from torch import Tensor
 
 
 def split_adapters(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(tensors under the names that they have without PEFT, tensors of PEFT's adapters)."""
+    """Separate the tensors of PEFT's adapters from those of the model.
+
+    Args:
+        state_dict: tensors of a model with adapters, by name.
+
+    Returns:
+        (tensors of the model, under their names without PEFT; tensors of the adapters, under their own names).
+    """
     wrappers = {name.partition(".base_layer.")[0] for name in state_dict if ".base_layer." in name}
 
     def is_wrapped(name: str) -> bool:

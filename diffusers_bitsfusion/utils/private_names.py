@@ -1,7 +1,7 @@
-"""The private names of other packages that this package reads, in one guarded place.
+"""Private names of other packages that this package reads, in one guarded place.
 
-A new version may rename them. Importing this package and loading a checkpoint must go on then; what needs the name
-says what is missing, and tests/utils/test_private_names.py names the entry of this table.
+A new version of a package may rename them. Importing this package and loading a checkpoint still work then; a feature
+that needs the name says what is missing, and tests/utils/test_private_names.py fails with the entry of this table.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class PrivateName:
-    """A private name.
+    """Private name of another package.
 
     Attributes:
-        module: of the other package, where the name is written.
-        name: of an attribute.
-        feature: which needs it, for messages.
+        module: module of the other package whose text holds the name.
+        name: name of an attribute.
+        feature: feature that needs the attribute, for messages.
     """
 
     module: str
@@ -26,7 +26,7 @@ class PrivateName:
     feature: str
 
     def read(self, owner: Any, default: Any = None) -> Any:
-        """Return the attribute of `owner`, or `default` where it has none."""
+        """Return the attribute of `owner`, or `default` where the attribute is missing."""
         return getattr(owner, self.name, default)
 
     def require(self, owner: Any) -> Any:
@@ -41,7 +41,7 @@ class PrivateName:
             raise RuntimeError(self.missing()) from error
 
     def missing(self) -> str:
-        """Return what to say where the name is gone."""
+        """Return the message for a version of the package that lacks the name."""
         package = self.module.partition(".")[0]
         return (
             f"{package} {importlib.metadata.version(package)} has no {self.name} in {self.module}, which "

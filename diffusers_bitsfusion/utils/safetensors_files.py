@@ -1,4 +1,4 @@
-"""The one reader of what a safetensors file says of itself; it looks at every number before anything is allocated."""
+"""Reader of the headers of safetensors files, which checks every number before anything is allocated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NoReturn
 from .errors import DamagedFileError, shown
 from .json_files import is_count, is_list_of, parse_json
 
-# Bits of an element, by the name of its dtype in the file.
+# Bits of an element, by the name of its dtype in the file (the safetensors format).
 DTYPE_BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E8M0"), 8),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
@@ -24,11 +24,16 @@ DTYPE_BITS = {
     "F6_E3M2": 6,
 }
 
+# Bytes of the length at the beginning of a file.
 _LENGTH_BYTES = 8
-_MAX_HEADER = 100 << 20  # of the safetensors library itself
+
+# Bytes of the longest header, a limit of the safetensors library.
+_MAX_HEADER = 100 << 20
+
+# Key of the metadata in a header.
 _METADATA = "__metadata__"
 
-# What stands at the beginning of files that are often found under this name.
+# Problem by the first bytes of other files that often have the name of a safetensors file.
 _IMPOSTORS = {
     b"version https://git-lfs": "is a Git-LFS pointer and not the file itself; fetch it by `git lfs pull`",
     b"<": "is a web page and not the file itself; download the file and not the page that shows it",
@@ -38,12 +43,13 @@ _IMPOSTORS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where a tensor lies in a file.
+    """Entry of a tensor in a header.
 
     Attributes:
-        dtype: as the file names it, for example "F16".
-        shape: of the tensor.
-        start, stop: first byte of its data and the one after the last, counted from the file's beginning.
+        dtype: name of the dtype in the file, for example "F16".
+        shape: shape of the tensor.
+        start: offset of the first byte of its data from the beginning of the file.
+        stop: offset after the last byte.
     """
 
     dtype: str
@@ -53,15 +59,16 @@ class TensorEntry:
 
     @property
     def num_bytes(self) -> int:
+        """Number of bytes of the data."""
         return self.stop - self.start
 
 
 @dataclass(frozen=True)
 class SafetensorsHeader:
-    """What a safetensors file says of itself.
+    """Header of a safetensors file.
 
     Attributes:
-        tensors: by name, in the order of their data.
+        tensors: entries by name, in the order of their data.
         metadata: texts by name.
     """
 
@@ -105,7 +112,7 @@ def read_header(file: str | os.PathLike[str]) -> SafetensorsHeader:
 
 
 def sort_metadata(file: Path) -> None:
-    """Put the metadata of a file into the order of their names: the safetensors library writes them in any."""
+    """Sort the metadata of a file by name, in place: the safetensors library writes them in any order."""
     with file.open("r+b") as stream:
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
         header = json.loads(stream.read(length))
@@ -118,7 +125,12 @@ def sort_metadata(file: Path) -> None:
 
 
 def read_tensor_bytes(stream: BinaryIO, entry: TensorEntry, chunk: int = 1 << 22) -> Iterator[bytes]:
-    """The data of one tensor of an open file, in pieces of at most `chunk` bytes.
+    """Yield the data of one tensor of an open file, in pieces of at most `chunk` bytes.
+
+    Args:
+        stream: file, open for reading bytes.
+        entry: entry of the tensor in the header of the file.
+        chunk: maximal number of bytes of a piece.
 
     Raises:
         DamagedFileError: the file has become shorter.

@@ -1,4 +1,4 @@
-"""Seeds derived from several numbers, by a hash: with a sum, neighbouring seeds would share most of their noise."""
+"""Seeds derived from several numbers by a hash: by a sum, neighbouring seeds would share most of their noise."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import torch
 
 
 def derived_seed(*numbers: int, bits: int = 32) -> int:
-    """A seed for the numbers, which tell its purpose and place apart.
+    """Return a seed derived from numbers that identify its purpose and place.
 
     Args:
-        *numbers: not negative.
-        bits: 32, or 63 for torch's generators, which take signed integers.
+        *numbers: numbers, not negative.
+        bits: 32, or 63 for torch's generators, which accept signed integers.
     """
     sequence = np.random.SeedSequence(numbers)
     if bits == 32:
@@ -20,5 +20,5 @@ def derived_seed(*numbers: int, bits: int = 32) -> int:
 
 
 def cpu_generator(seed: int) -> torch.Generator:
-    """torch's generator on the CPU, so that the random numbers are the same on every device."""
+    """Return a generator of torch on the CPU, so that the random numbers are the same on every device."""
     return torch.Generator("cpu").manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Which timesteps are learnt from (paper, section 6): uniform, Beta, or by any weights."""
+"""Distributions of the timesteps that training samples (paper, section 6): uniform, Beta, or by any weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from torch import Tensor
 
 
 class TimestepDistribution:
-    """A probability for each of the timesteps 0 to len(weights) - 1, drawn from by inverting its cumulative sum.
+    """Distribution over the timesteps 0 to len(weights) - 1, sampled by inverting its cumulative sum.
+
+    Attributes:
+        probabilities: [timesteps] float64, their sum is 1.
 
     Args:
         weights: [timesteps], not negative, in proportion to the probabilities.
@@ -17,7 +20,7 @@ class TimestepDistribution:
         ValueError: the weights are negative, not finite or all zero.
     """
 
-    def __init__(self, weights: np.ndarray):
+    def __init__(self, weights: np.ndarray) -> None:
         if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
             raise ValueError("Weights of timesteps must be finite, not negative and not all zero.")
         self.probabilities = weights / weights.sum()
@@ -25,11 +28,12 @@ class TimestepDistribution:
 
     @classmethod
     def uniform(cls, num_timesteps: int) -> TimestepDistribution:
+        """Return the uniform distribution."""
         return cls(np.ones(num_timesteps))
 
     @classmethod
     def beta(cls, num_timesteps: int, alpha: float = 3.0) -> TimestepDistribution:
-        """Beta(alpha, 1) scaled to [0, num_timesteps) and rounded down; the paper's is alpha = 3.
+        """Return Beta(alpha, 1) scaled to [0, num_timesteps) and rounded down; alpha is 3 in the paper (section 6).
 
         Raises:
             ValueError: `alpha` is not positive.
@@ -42,6 +46,6 @@ class TimestepDistribution:
         return len(self.probabilities)
 
     def timesteps(self, uniform: Tensor) -> Tensor:
-        """Timesteps int64 for `uniform`, floating in [0, 1), any shape; increasing in it."""
-        found = torch.searchsorted(self._cumulative, uniform.double(), right=True)
-        return found.clamp_max(len(self) - 1)
+        """Return the timesteps, int64, for uniform random numbers in [0, 1) of any shape; they increase together."""
+        indices = torch.searchsorted(self._cumulative, uniform.double(), right=True)
+        return indices.clamp_max(len(self) - 1)

@@ -1,4 +1,4 @@
-"""The one reader of torch's .pt files: tensors and plain values only, every byte checked, on the CPU."""
+"""Reader of torch's .pt files: tensors and plain values only, every byte checked, on the CPU."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from .errors import DamagedFileError
 def read_torch(file: str | os.PathLike[str], remedy: str, mmap: bool = False) -> Any:
     """Read a file of `torch.save`, wherever it was written, onto the CPU.
 
-    The archive's own checksums are compared first, since torch does not look at them.
+    The archive's own checksums are compared first, since torch does not compare them.
 
     Args:
-        file: to read.
-        remedy: what to do about a damaged one.
-        mmap: whether large tensors stay in the file until they are looked at.
+        file: file to read.
+        remedy: sentence for the message of the error.
+        mmap: whether tensors are mapped from the file rather than copied.
 
     Raises:
-        DamagedFileError: the file is cut short or changed, or holds other things than tensors and plain values.
+        DamagedFileError: the file is cut short or changed, or holds anything but tensors and plain values.
         FileNotFoundError: there is no such file.
     """
     check_archive(file, remedy)
@@ -33,7 +33,7 @@ def read_torch(file: str | os.PathLike[str], remedy: str, mmap: bool = False) ->
         return torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
     except FileNotFoundError:
         raise
-    except Exception as error:  # whatever an unpickler meets in bytes that are no pickle
+    except Exception as error:  # An unpickler raises many kinds of exceptions for bytes that are no pickle.
         raise DamagedFileError(file, f"is damaged ({_first_line(error)})", remedy) from error
 
 
@@ -55,7 +55,13 @@ def check_archive(file: str | os.PathLike[str], remedy: str) -> None:
 
 
 def is_finite_tensor(value: Any, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> bool:
-    """Whether a value that was read is a dense tensor of a dtype and shape, where given, without NaN and infinity."""
+    """Return whether a value from a file is a dense tensor without NaN and infinity, of the given dtype and shape.
+
+    Args:
+        value: value from a file.
+        dtype: required dtype; None for any.
+        shape: required shape; None for any.
+    """
     return (
         isinstance(value, Tensor)
         and value.layout == torch.strided

@@ -10,7 +10,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from tiny import tiny_pipeline
 
-from diffusers_bitsfusion.analysis.results import Analysis, Header, LayerCost
+from diffusers_bitsfusion.analysis.header import Header, LayerCost
+from diffusers_bitsfusion.analysis.results import Analysis
 from diffusers_bitsfusion.analysis.sensitivity import analyze
 from diffusers_bitsfusion.analysis.study import Settings
 from diffusers_bitsfusion.evaluation import Sampling

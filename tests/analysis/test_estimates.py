@@ -116,7 +116,8 @@ def test_calibrated_layers_change_the_prediction_less_than_rounded_ones(estimate
     for name, layer in study.layers.items():
         layer.weight.data = nearest[name]
     usual = sample_errors(study.model, calls)
-    assert sum(estimates["calibrated"].damage(2).values()) < 0.7 * sum(np.mean(errors / usual) for errors in alone)
+    calibrated = estimates["calibrated"].sensitivity(2)
+    assert sum(calibrated.values()) < 0.7 * sum(np.mean(errors / usual) for errors in alone)
 
 
 def test_calibrating_needs_a_call_beside_the_one_that_is_measured(study):
@@ -156,7 +157,7 @@ def test_estimates_of_the_prediction_rank_layers_as_the_full_analysis_does(full,
 
 @pytest.mark.parametrize("method", ["calibrated", "prediction", "gradient", "output", "weight"])
 def test_a_layer_that_gives_nothing_has_no_sensitivity(estimates, method):
-    assert all(estimates[method].damage(bits)[DEAD] == 0 for bits in (1, 2, 3))
+    assert all(estimates[method].sensitivity(bits)[DEAD] == 0 for bits in (1, 2, 3))
 
 
 def test_estimates_have_the_file_of_the_full_analysis(full, estimates, tmp_path):

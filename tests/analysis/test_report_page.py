@@ -35,18 +35,18 @@ def test_it_needs_no_other_file_and_no_network(page):
 
 
 def test_it_shows_layers_rules_and_how_other_methods_rank_them(full, estimates, page):
-    worst = max(full.damage(1), key=full.damage(1).get)
+    worst = max(full.sensitivity(1), key=full.sensitivity(1).get)
     assert f"<td>{worst}</td>" in page and all(f"<td>{rule}</td>" in page for rule in RULES)
     assert all(f"<td>{method}</td>" in page for method in estimates)
     assert "24 layers" in page and "prompts 3" in page
 
 
 def test_every_point_of_the_first_picture_names_its_layer(full, page):
-    first = re.findall(r'<embed title="Damage[^>]*src="data:image/svg\+xml;base64,([^"]+)"', page)
+    first = re.findall(r'<embed title="Sensitivity[^>]*src="data:image/svg\+xml;base64,([^"]+)"', page)
     svg = "{http://www.w3.org/2000/svg}"
     titles = [each.text for each in ElementTree.fromstring(base64.b64decode(first[0])).iter(f"{svg}title")]
     expected = {
-        f"{name}, n = {n}: {full.damage(n)[name]:.3g}" for n in full.header.bits for name in full.header.layers
+        f"{name}, n = {n}: {full.sensitivity(n)[name]:.3g}" for n in full.header.bits for name in full.header.layers
     }
     dead = {title for title in expected if title.endswith(": 0")}
     assert set(titles) == expected - dead and len(titles) == len(expected - dead) > 50

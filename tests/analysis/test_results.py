@@ -34,16 +34,16 @@ def load(analysis, tmp_path):
 def test_what_is_written_is_read(load, analysis):
     assert load(lambda lines: lines) == analysis
     assert load(lambda lines: [lines[0], *reversed(lines[1:])]) == analysis
-    assert analysis.damage(2) == {"a": 0.2, "b.c": 0.2} and analysis.sizes == {"a": 400, "b.c": 80}
+    assert analysis.sensitivity(2) == {"a": 0.2, "b.c": 0.2} and analysis.sizes == {"a": 400, "b.c": 80}
 
 
-def test_another_metric_stands_for_damage_psnr_as_its_mse(full):
+def test_another_metric_is_the_sensitivity_psnr_as_its_mse(full):
     by_psnr = full.by("psnr")
     for bits in full.header.bits:
-        assert full.by("mse").damage(bits) == full.damage(bits)
-        for name, damage in by_psnr.damage(bits).items():
+        assert full.by("mse").sensitivity(bits) == full.sensitivity(bits)
+        for name, sensitivity in by_psnr.sensitivity(bits).items():
             psnr = full.records[name, bits]["psnr"]
-            assert damage == (0 if psnr is None else pytest.approx(10 ** (-psnr / 10)))
+            assert sensitivity == (0 if psnr is None else pytest.approx(10 ** (-psnr / 10)))
     assert by_psnr.records == full.records and "by psnr" in allocate(by_psnr, max_bytes=10**6).source
     for metric in ("ssim", "lpips"):
         with pytest.raises(ValueError, match=f"metric must be one of mse, psnr, clip_drop for .*{metric}"):

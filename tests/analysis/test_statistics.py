@@ -26,7 +26,7 @@ def test_ranks_are_spearmans(two):
     torch = pytest.importorskip("torch")
     found = rank_correlations(*two)
     assert list(found) == ["1", "2", "3", "all"]
-    columns = [[torch.tensor(list(analysis.damage(bits).values())) for bits in (1, 2, 3)] for analysis in two]
+    columns = [[torch.tensor(list(analysis.sensitivity(bits).values())) for bits in (1, 2, 3)] for analysis in two]
     for bits in (1, 2, 3):
         assert found[str(bits)] == pytest.approx(spearman(columns[0][bits - 1], columns[1][bits - 1]).item(), abs=1e-6)
     assert found["all"] == pytest.approx(spearman(torch.cat(columns[0]), torch.cat(columns[1])).item(), abs=1e-6)

@@ -1,4 +1,4 @@
-"""Seeded mutations that know the structure of what they damage: JSON trees, safetensors, archives of torch, lines."""
+"""Seeded mutations that know the structure of their files: JSON trees, safetensors, archives of torch, lines."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 import zstandard
 
-# What stands where something else is expected.
-ODD_VALUES = [
+# Values that replace others in JSON trees.
+ODD_VALUES: list[Any] = [
     None,
     True,
     False,
@@ -42,6 +42,8 @@ ODD_VALUES = [
     {"": None},
     [1, 2, 3],
 ]
+
+# Bytes that replace a whole document.
 _ODD_TEXTS = [
     b"",
     b" \n",
@@ -134,11 +136,11 @@ def mutate_safetensors(content: bytes, random: random.Random) -> bytes:
         return _mutate_frame(header, names, data, random)
     if kind == 2:
         header = _mutate_tree(header, random)
-    elif kind == 3:  # a value of one tensor
+    elif kind == 3:  # Change a value of one tensor.
         start, stop = header[random.choice(names)]["data_offsets"]
         if stop > start:
             _change_value(data, start, stop, random)
-    elif kind == 4:  # two tensors take each other's place
+    elif kind == 4:  # Exchange two tensors.
         one, other = random.choices(names, k=2)
         header[one], header[other] = header[other], header[one]
     elif kind == 5:
@@ -157,14 +159,15 @@ def _mutate_frame(header: dict[str, Any], names: list[str], data: bytearray, ran
     chosen = random.choice([name for name in names if name.endswith(".codes")] or names)
     try:
         raw = bytearray(zstandard.ZstdDecompressor().decompress(tensors[chosen]))
-    except zstandard.ZstdError:  # plain bytes
+    except zstandard.ZstdError:  # The tensor is not compressed.
         raw = bytearray(tensors[chosen])
     if random.random() < 0.5:
         raw[random.randrange(len(raw))] ^= 1
     if random.random() < 0.2:
         raw = raw[:-1] if random.random() < 0.5 else raw + bytes(random.choice((1, 10**7)))
-    has = {"write_checksum": random.random() < 0.5, "write_content_size": random.random() < 0.8}
-    tensors[chosen] = zstandard.ZstdCompressor(level=3, **has).compress(bytes(raw))
+    checksum, size = random.random() < 0.5, random.random() < 0.8
+    compressor = zstandard.ZstdCompressor(level=3, write_checksum=checksum, write_content_size=size)
+    tensors[chosen] = compressor.compress(bytes(raw))
     if random.random() < 0.1:
         tensors[chosen] *= 2
     start = 0
@@ -197,11 +200,10 @@ def mutate_archive(content: bytes, random: random.Random) -> bytes:
         names = archive.namelist()
         chosen = random.choice(names)
         for name in names:
-            data = archive.read(name)
+            data = bytearray(archive.read(name))
             if name == chosen:
                 if random.random() < 0.1:
                     continue
-                data = bytearray(data)
                 if data and random.random() < 0.7:
                     _change_value(data, 0, len(data), random)
                 else:
@@ -230,14 +232,14 @@ def _mutate_tree(tree: Any, random: random.Random) -> Any:
             nodes.append((node[key], None))
     if not places or random.random() < 0.03:
         return random.choice(ODD_VALUES)
-    # By depth, so that the few values at the top are not lost among those of many layers.
+    # Half of the choices are of the few values at the top, which those of many layers outnumber.
     parent, key = random.choice(places if random.random() < 0.5 else places[: max(1, len(tree))])
     kind = random.randrange(6)
     if kind == 0:
         del parent[key]
     elif kind == 1 and isinstance(parent, dict):
         parent[random.choice(["", "odd", "\ud800", "x" * 300])] = parent.pop(key)
-    elif kind == 2 and isinstance(parent[key], (int, float)):
+    elif kind == 2 and isinstance(parent[key], (int, float)) and not abs(parent[key]) > 1e300:
         parent[key] = parent[key] * random.choice((-1, 2, 10**6, 0.5)) + random.choice((0, 1))
     elif kind == 3:
         other, place = random.choice(places)

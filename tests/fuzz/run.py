@@ -1,8 +1,9 @@
-"""Fuzzes every reader of files with seeded mutations, and prints how many inputs had which outcome.
+"""Fuzzing of every reader of files by seeded mutations; it prints the number of inputs of each outcome.
 
     python tests/fuzz/run.py --inputs 100000
 
-Exits with 1 where a reader raised something raw, hung, or accepted what was not written.
+It exits with 1 if a reader raised another exception than ValueError and OSError ("raw"), hung, or accepted other
+values than were written ("different").
 """
 
 from __future__ import annotations
@@ -25,16 +26,22 @@ import transformers  # noqa: E402
 from diffusers.utils import logging  # noqa: E402
 from targets import Target, read_settings, targets  # noqa: E402
 
-# Seconds that no reader of files of some kilobytes needs.
+# Seconds after which a reader hangs: its files have some kilobytes.
 _HANG = 30
 
 
 def outcome(target: Target, seed: int, work: Path) -> tuple[str, str]:
-    """(outcome, what was raised) of one input."""
+    """Return (outcome, message of the exception) of one input.
+
+    Args:
+        target: reader.
+        seed: seed of the mutation.
+        work: folder for the mutated files.
+    """
     folder = target.mutate(random.Random(seed), work)
     started = time.monotonic()
     try:
-        found = target.read(folder)
+        content = target.read(folder)
     except UnicodeError as error:
         return "raw", f"{type(error).__name__}: {error}"
     except (ValueError, OSError) as error:
@@ -43,7 +50,7 @@ def outcome(target: Target, seed: int, work: Path) -> tuple[str, str]:
         return _unless_slow("refused", started), str(error)
     except BaseException as error:
         return "raw", f"{type(error).__name__}: {error}"
-    if target.same is not None and not target.same(found):
+    if target.same is not None and not target.same(content):
         return "different", ""
     return _unless_slow("accepted", started), ""
 
@@ -61,7 +68,13 @@ def _unless_slow(result: str, started: float) -> str:
 
 
 def fuzz(inputs: int, first_seed: int = 0, only: str = "") -> dict[str, Counter[str]]:
-    """Outcomes by reader; failures are printed with the seed that gives them again."""
+    """Return the number of outcomes by reader; print failures with the seed that reproduces them.
+
+    Args:
+        inputs: number of inputs.
+        first_seed: seed of the first input.
+        only: part of the names of the readers to fuzz.
+    """
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
@@ -70,11 +83,11 @@ def fuzz(inputs: int, first_seed: int = 0, only: str = "") -> dict[str, Counter[
     counts: dict[str, Counter[str]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        found = [target for target in targets(work) if only in target.name]
-        for target in found:
+        chosen = [target for target in targets(work) if only in target.name]
+        for target in chosen:
             assert target.same is None or target.same(target.read(target.folder)), target.name
         for seed in range(first_seed, first_seed + inputs):
-            target = found[seed % len(found)]
+            target = chosen[seed % len(chosen)]
             result, message = outcome(target, seed, work)
             counts.setdefault(target.name, Counter())[result] += 1
             if result not in ("refused", "accepted"):
@@ -85,6 +98,7 @@ def fuzz(inputs: int, first_seed: int = 0, only: str = "") -> dict[str, Counter[
 
 
 def _settings_outcome(seed: int) -> str:
+    problem: BaseException
     try:
         read_settings(random.Random(seed))
     except UnicodeError as error:
@@ -102,8 +116,8 @@ def _settings_outcome(seed: int) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=2000)
-    parser.add_argument("--seed", type=int, default=0, help="The first one.")
+    parser.add_argument("--inputs", type=int, default=2000, help="Number of inputs.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the first input.")
     parser.add_argument("--only", default="", help="Part of the names of the readers.")
     arguments = parser.parse_args()
     counts = fuzz(arguments.inputs, arguments.seed, arguments.only)

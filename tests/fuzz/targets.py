@@ -1,7 +1,7 @@
-"""What is fuzzed: each target writes sound files once, has one of them mutated, and reads them.
+"""Targets of fuzzing: each writes sound files once, has one of them mutated, and reads them.
 
-A reader may refuse what it is given (ValueError, OSError). Whatever else it raises is raw. What it accepts must be
-what was written, where files carry checksums.
+A reader may refuse files by ValueError or OSError; other exceptions are raw. Where files have checksums, accepted
+values must be the written ones.
 """
 
 from __future__ import annotations
@@ -30,19 +30,23 @@ from transformers import CLIPTextModel
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, prepare_qat, quantize_model, size_report
 from diffusers_bitsfusion.analysis.allocate import allocate
+from diffusers_bitsfusion.analysis.header import Header, LayerCost
 from diffusers_bitsfusion.analysis.journal import Journal, open_journal, read_manifest, read_records
-from diffusers_bitsfusion.analysis.results import Analysis, Header, LayerCost
+from diffusers_bitsfusion.analysis.results import Analysis
 from diffusers_bitsfusion.calibration.calls import Call
 from diffusers_bitsfusion.calibration.folder import CalibrationFolder, TuningFolder
 from diffusers_bitsfusion.calibration.layers import quantize_layer
 from diffusers_bitsfusion.calibration.moments import InputMoments
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.config.calibration import Calibration
 from diffusers_bitsfusion.reporting.size_prediction import model_from_config, predict_size
+from diffusers_bitsfusion.reporting.size_report import SizeReport
 from diffusers_bitsfusion.reporting.verification import verify_checkpoint
 from diffusers_bitsfusion.training.timestep_errors import TimestepErrors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
+# Mutation by suffix of the file.
 _MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".json": mutate_json,
     ".jsonl": mutate_lines,
@@ -53,15 +57,15 @@ _MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 
 @dataclass
 class Target:
-    """A reader.
+    """Reader that is fuzzed.
 
     Attributes:
-        name: of it.
-        folder: with sound files.
-        read: reads the folder.
+        name: name of the reader.
+        folder: folder with sound files.
+        read: function that reads a folder.
         files: patterns of the files that are mutated.
-        same: whether what was read is what was written; None where nothing can tell.
-        mutation: of the files; that of their kind where None.
+        same: function that returns whether the values read are the written ones; None where files have no checksums.
+        mutation: mutation of the files; the one of their suffix where None.
     """
 
     name: str
@@ -83,23 +87,27 @@ class Target:
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether nested values with tensors are the same, bit for bit."""
+    """Return whether nested values with tensors are the same, bit for bit."""
     if isinstance(one, Tensor):
         return isinstance(other, Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, Mapping):
-        return isinstance(other, Mapping) and one.keys() == other.keys() and all(equal(one[k], other[k]) for k in one)
+        return (
+            isinstance(other, Mapping)
+            and one.keys() == other.keys()
+            and all(equal(one[key], other[key]) for key in one)
+        )
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(equal, one, other))
-    return one == other
+    return bool(one == other)
 
 
 def targets(work: Path) -> list[Target]:
-    """Write sound files into a folder; every reader of them."""
+    """Write sound files into a folder; return every reader of them."""
     return [*_checkpoints(work), *_small_files(work), *_calibration(work), *_analysis(work), *_training(work)]
 
 
 def _checkpoints(work: Path) -> list[Target]:
-    found, load = [], UNet2DConditionModel.from_pretrained
+    checkpoints, load = [], UNet2DConditionModel.from_pretrained
     for kind, compression, shard in (("table", "zstd", "10GB"), ("cache", None, "10GB"), ("keep", "zstd", "60KB")):
         folder = work / f"model-{kind}"
         config = BitsFusionConfig(recipe=2, time_embedding=kind, compression=compression)
@@ -110,13 +118,13 @@ def _checkpoints(work: Path) -> list[Target]:
         def same(read: UNet2DConditionModel, state: dict[str, Tensor] = state) -> bool:
             return equal(read.state_dict(), state)
 
-        found += [
+        checkpoints += [
             Target(f"load {kind}", folder, load, ("*.safetensors",), same),
             Target(f"config {kind}", folder, load, ("config.json",), same, mutate_quantization_config),
             Target(f"inspect {kind}", folder, _inspect, ("*.safetensors", "*.json")),
             Target(f"verify {kind}", folder, _verify, ("*.safetensors", "*.json"), None),
         ]
-    return [*found, _text_encoder(work)]
+    return [*checkpoints, _text_encoder(work)]
 
 
 def _text_encoder(work: Path) -> Target:
@@ -136,6 +144,7 @@ def _text_encoder(work: Path) -> Target:
 
 def _inspect(folder: Path) -> str:
     report = size_report(folder)
+    assert isinstance(report, SizeReport)
     assert all(size >= 0 for size in report.parts.values())
     return str(report).encode().decode()
 
@@ -174,10 +183,10 @@ def _calibration(work: Path) -> list[Target]:
     layer = torch.nn.Linear(24, 8)
     moments = InputMoments(layer, 16)
     moments.add(torch.randn(50, 24))
-    calibrated = quantize_layer(layer, moments, 2, **_rounding())
-    kept = CalibrationFolder(folder, settings, 0)
-    kept.save_moments(0, 3, {"a": moments})
-    kept.save_layer("a", calibrated)
+    calibrated = quantize_layer(layer, moments, 2, rounding=Rounding())
+    written = CalibrationFolder(folder, settings, 0)
+    written.save_moments(0, 3, {"a": moments})
+    written.save_layer("a", calibrated)
     tuning = TuningFolder(folder, 4, None)
     calls = [Call((torch.randn(2, 4), 5), {"states": torch.randn(2, 3)}, torch.randn(2, 4))]
     tuning.save_calls(0, calls)
@@ -188,24 +197,14 @@ def _calibration(work: Path) -> list[Target]:
     def read(path: Path) -> list[Any]:
         opened, again = CalibrationFolder(path, settings, 0), InputMoments(layer, 16)
         batches = opened.load_moments(0, {"a": again}, 3)
-        known = TuningFolder(path, 4, None)
-        parts = [call.parts for call in known.load_calls(0) or []]
-        return [batches, again.state_dict(), vars(opened.load_layer("a", layer, 2)), parts, known.load_state()]
+        tuning = TuningFolder(path, 4, None)
+        parts = [call.parts for call in tuning.load_calls(0) or []]
+        return [batches, again.state_dict(), vars(opened.load_layer("a", layer, 2)), parts, tuning.load_state()]
 
-    # A value that is changed together with its checksum is another sound one, as long as it can be.
-    known = _same_as_now("calibration, bytes", folder, read, ("*.pt",))
-    known.mutation = mutate_bytes
-    return [known, Target("calibration", folder, read, ("*.json", "*.pt"))]
-
-
-def _rounding() -> dict[str, Any]:
-    import inspect
-
-    from diffusers_bitsfusion.codec import rounding
-
-    if "rounding" in inspect.signature(quantize_layer).parameters:
-        return {"rounding": rounding.Rounding()}
-    return {"scale_init": "alternating", "iterations": 10, "balance": True}
+    # Archives have checksums; where they are made to match, values within the limits are sound ones.
+    target = _same_as_now("calibration, bytes", folder, read, ("*.pt",))
+    target.mutation = mutate_bytes
+    return [target, Target("calibration", folder, read, ("*.json", "*.pt"))]
 
 
 def _analysis(work: Path) -> list[Target]:
@@ -237,11 +236,11 @@ def _analysis(work: Path) -> list[Target]:
 
     def read_finished(path: Path) -> None:
         analysis = Analysis.load(path)
-        analysis.damage(analysis.header.bits[0])
+        analysis.sensitivity(analysis.header.bits[0])
         allocate(analysis, 2.5)
 
     return [
-        Target("analysis under way", folder, read_running, ("*.json", "*.jsonl")),
+        Target("running analysis", folder, read_running, ("*.json", "*.jsonl")),
         Target("analysis", work / "finished", read_finished, ("*.jsonl",)),
     ]
 
@@ -263,9 +262,9 @@ def _training(work: Path) -> list[Target]:
 
     def read(path: Path) -> list[Any]:
         _LossLog(path / "losses.jsonl", 2)
-        found = load_checkpoint(accelerator, path, settings)
+        loaded = load_checkpoint(accelerator, path, settings)
         load_weights(model, path, "m")
-        return [found, {name: tensor.clone() for name, tensor in student.state_dict().items()}]
+        return [loaded, {name: tensor.clone() for name, tensor in student.state_dict().items()}]
 
     target = _same_as_now("training", checkpoint, read, ("*.json", "*.jsonl", "*.pt", "*.safetensors"))
     assert equal(read(work / "training" / "checkpoint-2")[1], expected)
@@ -274,7 +273,7 @@ def _training(work: Path) -> list[Target]:
 
 def _same_as_now(name: str, folder: Path, read: Callable[[Path], Any], files: tuple[str, ...]) -> Target:
     now = read(folder)
-    return Target(name, folder, read, files, lambda found: equal(found, now))
+    return Target(name, folder, read, files, lambda content: equal(content, now))
 
 
 def read_settings(seed: random.Random) -> None:

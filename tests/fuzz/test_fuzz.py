@@ -1,4 +1,4 @@
-"""A few hundred mutations of every kind of file; `python tests/fuzz/run.py --inputs 100000` is the long run."""
+"""Fuzzing of every kind of file, briefly; `python tests/fuzz/run.py --inputs 100000` is the long run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 
-def test_no_reader_fails_raw_hangs_or_accepts_what_was_not_written():
-    command = [sys.executable, Path(__file__).with_name("run.py"), "--inputs", "400"]
+def test_no_reader_fails_raw_hangs_or_accepts_what_was_not_written() -> None:
+    """Mutate a few hundred files in a process of its own, which a reader could end."""
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "--inputs", "400"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert "all" in result.stdout

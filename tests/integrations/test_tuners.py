@@ -14,6 +14,7 @@ from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
 
@@ -46,7 +47,7 @@ def packed_net() -> Net:
     for name, layer in list(net.named_modules()):
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
             packed = packed_twin(layer, 4, torch.float32)
-            pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=3, balance=True)
+            pack_weight(packed, layer.weight, Rounding(iterations=3))
             replace_module(net, name, packed)
     return net
 

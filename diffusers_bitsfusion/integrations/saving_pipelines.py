@@ -1,0 +1,95 @@
+"""Methods of `DiffusionPipeline` wrapped for pipelines that hold a quantized model: saving, pushing, `from_pipe`."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ..config.bitsfusion import BitsFusionConfig
+from ..reporting.model_card import is_users_own, write_card
+from ..utils.hub import explaining_refusals
+from .save_then_upload import (
+    folder_title,
+    inside_pipeline,
+    replacing_then_uploading,
+    save_even_if_refused,
+    upload_or_defer,
+)
+
+
+def _holds_quantized_model(pipeline: Any) -> bool:
+    quantizers = [getattr(component, "hf_quantizer", None) for component in pipeline.components.values()]
+    return any(isinstance(getattr(q, "quantization_config", None), BitsFusionConfig) for q in quantizers)
+
+
+def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DiffusionPipeline.save_pretrained`, so that a pipeline with a quantized model saves all or nothing."""
+
+    @functools.wraps(original)
+    def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        if not _holds_quantized_model(self):
+            return original(self, save_directory, *args, **kwargs)
+        title = folder_title(Path(save_directory))
+        if kwargs.get("push_to_hub"):
+            title = kwargs.setdefault("repo_id", title)
+        token = inside_pipeline.set(True)
+        try:
+            with explaining_refusals(title):
+                with replacing_then_uploading(Path(save_directory)) as scratch:
+                    save = functools.partial(original, self, str(scratch), *args, **kwargs)
+                    refusal = save_even_if_refused(save, scratch, bool(kwargs.get("push_to_hub", False)))
+                    if not is_users_own(Path(save_directory)):
+                        write_card(scratch, self, title=title)
+                if refusal is not None:
+                    raise refusal
+        finally:
+            inside_pipeline.reset(token)
+
+    return save_pretrained
+
+
+def wrap_push_to_hub(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DiffusionPipeline.push_to_hub`, so that a refusal of the Hub says what to do."""
+
+    @functools.wraps(original)
+    def push_to_hub(self: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if not _holds_quantized_model(self):
+            return original(self, repo_id, *args, **kwargs)
+        with explaining_refusals(repo_id):
+            return original(self, repo_id, *args, **kwargs)
+
+    return push_to_hub
+
+
+def wrap_upload_folder(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DiffusionPipeline._upload_folder`, so that it uploads the package's card in place of an empty one."""
+
+    @functools.wraps(original)
+    def upload_folder(self: Any, working_dir: str | os.PathLike[str], repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if not _holds_quantized_model(self):
+            return original(self, working_dir, repo_id, *args, **kwargs)
+        if not is_users_own(Path(working_dir)):
+            write_card(Path(working_dir), self, title=repo_id, token=kwargs.get("token"))
+
+        def send(folder: str) -> Any:
+            with explaining_refusals(repo_id):
+                return original(self, folder, repo_id, *args, **kwargs)
+
+        return upload_or_defer(send, working_dir)
+
+    return upload_folder
+
+
+def wrap_from_pipe(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DiffusionPipeline.from_pipe`, which casts to fp32 where no dtype is given: packed models refuse that."""
+
+    @functools.wraps(original)
+    def from_pipe(cls: type, pipeline: Any, **kwargs: Any) -> Any:
+        if _holds_quantized_model(pipeline) and not {"dtype", "torch_dtype"} & kwargs.keys():
+            kwargs["dtype"] = pipeline.dtype
+        return original(cls, pipeline, **kwargs)
+
+    return from_pipe
