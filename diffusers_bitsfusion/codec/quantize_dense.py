@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..native.arguments import QuantizeArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .radix import dense_width, pack_dense
 from .rounding import Rounding
@@ -14,8 +15,8 @@ from .scales import GAUSSIAN_STEP, check_finite, num_starts, quantize_rows
 def quantize_to_dense(weight: Tensor, bits: int, rounding: Rounding = Rounding()) -> tuple[Tensor, Tensor]:
     """Like `scales.quantize_rows`, with the codes packed.
 
-    Compiled on a CPU for the alternation, else plain torch; the two sum in different orders, so that their scales
-    may differ in the last bits.
+    Compiled on a CPU for the alternation, else plain torch. Both add up in fp64 and round the sums once, so that
+    they agree to the bit unless a sum lies within fp64's rounding of the middle of two fp32 numbers.
 
     Returns:
         dense uint8 [rows, dense_width(columns, bits)], scale fp32 [rows].
@@ -31,18 +32,19 @@ def quantize_to_dense(weight: Tensor, bits: int, rounding: Rounding = Rounding()
     rows, columns = weight.shape
     dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8, device="cpu")
     scale = torch.empty(rows, dtype=torch.float32, device="cpu")
-    gaussian_step = torch.tensor(GAUSSIAN_STEP[rounding.balance][bits - 1], dtype=torch.float32, device="cpu")
-    native.quantize(
-        rows,
-        columns,
-        *(tensor.data_ptr() for tensor in (weight, dense, scale, gaussian_step)),
-        columns,
-        dense.shape[1],
-        NATIVE_DTYPES[weight.dtype],
-        bits,
-        rounding.balance,
-        num_starts(bits),
-        rounding.iterations,
+    arguments = QuantizeArguments(
+        weight=weight.data_ptr(),
+        dense=dense.data_ptr(),
+        scale=scale.data_ptr(),
+        columns=columns,
+        row_bytes_out=dense.shape[1],
+        dtype=NATIVE_DTYPES[weight.dtype],
+        bits=bits,
+        balance=rounding.balance,
+        starts=num_starts(bits),
+        iterations=rounding.iterations,
+        gaussian_step=GAUSSIAN_STEP[rounding.balance][bits - 1],
     )
+    native.quantize(rows, columns, arguments)
     check_finite(scale)
     return dense, scale

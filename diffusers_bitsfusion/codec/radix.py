@@ -16,10 +16,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..native.dense_form import DENSE_FORMS
 from .grid import half_range, levels
 
 _DIGITS_PER_BYTE = {1: 5, 2: 3, 3: 2}
-_DIGITS_PER_DENSE_WORD = {1: 5, 2: 3, 3: 5, 4: 2}
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -28,7 +28,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 def digits_per_word(bits: int) -> int:
     """Digits that a word of the dense form holds."""
-    return _DIGITS_PER_DENSE_WORD.get(bits, 1)
+    return DENSE_FORMS[bits].digits
 
 
 def byte_width(columns: int, bits: int) -> int:
@@ -38,14 +38,7 @@ def byte_width(columns: int, bits: int) -> int:
 
 def dense_width(columns: int, bits: int) -> int:
     """Bytes a row of `columns` codes takes in the dense form."""
-    words = _ceil_div(columns, digits_per_word(bits))
-    if bits == 2:
-        return 7 * _ceil_div(words, 8)
-    if bits == 3:
-        return 2 * words
-    if bits == 4:
-        return words + _ceil_div(words, 8)
-    return words
+    return DENSE_FORMS[bits].row_bytes(columns)
 
 
 def _to_words(codes: Tensor, bits: int, per_word: int, dtype: torch.dtype) -> Tensor:
@@ -111,13 +104,13 @@ def largest_byte(bits: int) -> int:
 
 def pack_dense(codes: Tensor, bits: int) -> Tensor:
     """Dense form of codes: int8 [rows, columns] to uint8 [rows, dense_width(columns, bits)]."""
-    if bits == 3:
-        words = _to_words(codes, bits, 5, torch.int32)
+    form = DENSE_FORMS[bits]
+    words = _to_words(codes, bits, form.digits, torch.int32 if form.word_bits > 8 else torch.uint8)
+    if form.word_bits == 16:
         return torch.cat([words & 255, words >> 8], dim=1).to(torch.uint8)
-    if bits == 4:
-        words = _to_words(codes, bits, 2, torch.int32)
+    if form.word_bits == 9:
         return torch.cat([(words & 255).to(torch.uint8), _pack_bit_plane(words >> 8)], dim=1)
-    return dense_from_bytes(pack_bytes(codes, bits), bits, codes.shape[1])
+    return _pack_sevens(words) if form.word_bits == 7 else words
 
 
 def unpack_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
@@ -130,23 +123,23 @@ def unpack_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
 
 def dense_from_bytes(packed: Tensor, bits: int, columns: int) -> Tensor:
     """Byte form to dense form, both uint8 with a row per output channel."""
-    if bits in (3, 4):
+    if not _same_words(bits):
         return pack_dense(unpack_bytes(packed, bits, columns), bits)
-    if bits == 2:
-        groups = _pad_columns(packed, 8)
-        low, last = groups[:, :-1], groups[:, -1:]
-        bit = torch.arange(7, dtype=torch.uint8, device=packed.device).view(1, 7, 1)
-        return (low | (((last >> bit) & 1) << 7)).flatten(1)
-    return packed
+    return _pack_sevens(packed) if DENSE_FORMS[bits].word_bits == 7 else packed
 
 
 def bytes_from_dense(dense: Tensor, bits: int, columns: int) -> Tensor:
     """Dense form to byte form, both uint8 with a row per output channel."""
-    if bits in (3, 4):
+    if not _same_words(bits):
         return pack_bytes(unpack_dense(dense, bits, columns), bits)
-    if bits == 2:
+    if DENSE_FORMS[bits].word_bits == 7:
         return _seven_bit_groups(dense).flatten(1)[:, : byte_width(columns, bits)].contiguous()
     return dense
+
+
+def _same_words(bits: int) -> bool:
+    """Whether both forms join as many digits to a word."""
+    return DENSE_FORMS[bits].digits == _DIGITS_PER_BYTE.get(bits, 1)
 
 
 def code_planes(dense: Tensor, bits: int, columns: int) -> Iterator[tuple[int, Tensor]]:
@@ -165,15 +158,24 @@ def code_planes(dense: Tensor, bits: int, columns: int) -> Iterator[tuple[int, T
 
 def _dense_words(dense: Tensor, bits: int, columns: int) -> Tensor:
     """fp32 words [R, W] of the dense form."""
-    words = _ceil_div(columns, digits_per_word(bits))
-    if bits == 2:
+    form = DENSE_FORMS[bits]
+    words = form.words(columns)
+    if form.word_bits == 7:
         return _seven_bit_groups(dense).flatten(1)[:, :words].to(torch.float32)
     low = dense[:, :words].to(torch.float32)
-    if bits == 3:
+    if form.word_bits == 16:
         return low.add_(dense[:, words:], alpha=256)
-    if bits == 4:
+    if form.word_bits == 9:
         return low.add_(_unpack_bit_plane(dense[:, words:], words), alpha=256)
     return low
+
+
+def _pack_sevens(words: Tensor) -> Tensor:
+    """uint8 words [R, W] below 128 to [R, 7 * ceil(W / 8)]: eight groups, of which the last one fills the top bits."""
+    groups = _pad_columns(words, 8)
+    low, last = groups[:, :-1], groups[:, -1:]
+    bit = torch.arange(7, dtype=torch.uint8, device=words.device).view(1, 7, 1)
+    return (low | (((last >> bit) & 1) << 7)).flatten(1)
 
 
 def _seven_bit_groups(dense: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..native.arguments import RepackArguments
 from ..native.library import native_library
 from .radix import dense_from_bytes, dense_width
 
@@ -22,6 +23,13 @@ def repack(packed: Tensor, bits: int, columns: int) -> Tensor:
     packed = packed.contiguous()
     rows, row_bytes = packed.shape
     dense = torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8, device="cpu")
-    addresses, sizes = (packed.data_ptr(), dense.data_ptr()), (columns, row_bytes, dense.shape[1], bits)
-    native.repack(rows, columns, *addresses, *sizes, per_thread=rows * columns)
+    arguments = RepackArguments(
+        packed=packed.data_ptr(),
+        dense=dense.data_ptr(),
+        columns=columns,
+        row_bytes=row_bytes,
+        row_bytes_out=dense.shape[1],
+        bits=bits,
+    )
+    native.repack(rows, columns, arguments, per_thread=rows * columns)
     return dense

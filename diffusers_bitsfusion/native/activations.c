@@ -34,7 +34,9 @@ typedef struct {
     int64_t columns, dtype;
 } TokenArguments;
 
-void bitsfusion_quantize_tokens(const TokenArguments *a, int64_t start, int64_t stop) {
+TAKES(quantize_tokens, TokenArguments)
+
+EXPORT void bitsfusion_quantize_tokens(const TokenArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns, dtype = a->dtype;
 #define DO(DTYPE)                          \
     for (int64_t r = start; r < stop; r++) \
@@ -56,8 +58,10 @@ typedef struct {
     int64_t count, chunk, dtype;
 } RangeArguments;
 
+TAKES(range, RangeArguments)
+
 /* Of each chunk the smallest and the largest value, and zero. */
-void bitsfusion_range(const RangeArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_range(const RangeArguments *a, int64_t start, int64_t stop) {
     const int64_t dtype = a->dtype;
     for (int64_t c = start; c < stop; c++) {
         const int64_t first = c * a->chunk, last = min64(first + a->chunk, a->count);
@@ -82,7 +86,9 @@ typedef struct {
     int64_t count, chunk, dtype;
 } AffineArguments;
 
-void bitsfusion_quantize_affine(const AffineArguments *a, int64_t start, int64_t stop) {
+TAKES(quantize_affine, AffineArguments)
+
+EXPORT void bitsfusion_quantize_affine(const AffineArguments *a, int64_t start, int64_t stop) {
     const float factor = *a->inverse, zero = *a->zero_point;
     const int64_t last = min64(stop * a->chunk, a->count), dtype = a->dtype;
     const void *const x = a->x;
@@ -102,8 +108,11 @@ typedef struct {
     int64_t columns, dtype;
 } RescaleArguments;
 
+TAKES(rescale, RescaleArguments)
+TAKES(rescale_geglu, RescaleArguments)
+
 /* Sums of products of codes to outputs. */
-void bitsfusion_rescale(const RescaleArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_rescale(const RescaleArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns;
     const float *restrict weight_scale = a->weight_scale, *restrict bias = a->bias;
     for (int64_t r = start; r < stop; r++) {
@@ -147,7 +156,7 @@ INLINE float gelu_of(float x) {
 
 /* The same, and of the halves of each row, hidden and gate, the product hidden * gelu(gate): sums [rows, 2 columns];
  * weight_scale and bias [2 columns]. */
-void bitsfusion_rescale_geglu(const RescaleArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_rescale_geglu(const RescaleArguments *a, int64_t start, int64_t stop) {
     const int64_t half = a->columns;
     const float *restrict weight_scale = a->weight_scale, *restrict bias = a->bias;
     for (int64_t r = start; r < stop; r++) {

@@ -142,13 +142,15 @@ typedef struct { int64_t batch, head, token; } strides; /* in elements; those of
 typedef struct {
     const void *q, *k, *v; /* `dtype` (fp32 or bf16) [batch, heads, tokens, width], width <= 256 */
     void *out;             /* so, too */
-    const strides *of;     /* of these four */
+    strides q_strides, k_strides, v_strides, out_strides;
     int64_t heads, queries, keys, width, dtype;
 } AttentionArguments;
 
+TAKES(attention, AttentionArguments)
+
 INLINE void attend(const AttentionArguments *a, int64_t batch, int64_t head, int64_t first_query, int64_t queries,
                    float factor, int dtype) { /* dtype: a constant where this is inlined */
-    const strides qs = a->of[0], ks = a->of[1], vs = a->of[2], os = a->of[3];
+    const strides qs = a->q_strides, ks = a->k_strides, vs = a->v_strides, os = a->out_strides;
     const int64_t keys = a->keys, width = a->width;
     const int64_t even = width + width % 2, columns = ceil_div(width, LANES) * LANES;
     const int64_t rows = ceil_div(queries, ROWS) * ROWS;
@@ -187,10 +189,10 @@ INLINE void attend(const AttentionArguments *a, int64_t batch, int64_t head, int
     }
 }
 
-int bitsfusion_attention_queries(void) { return QUERIES; }
+EXPORT int bitsfusion_attention_queries(void) { return QUERIES; }
 
 /* Softmax(q k^T / sqrt(width)) v. A row of this loop is a unit of QUERIES queries; they are numbered heads first. */
-void bitsfusion_attention(const AttentionArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_attention(const AttentionArguments *a, int64_t start, int64_t stop) {
     const int64_t chunks = ceil_div(a->queries, QUERIES);
     const float factor = 1.44269504f / sqrtf((float)a->width); /* log2(e) */
     for (int64_t unit = start; unit < stop; unit++) {
@@ -204,7 +206,8 @@ void bitsfusion_attention(const AttentionArguments *a, int64_t start, int64_t st
 
 #else
 
-int bitsfusion_attention_queries(void) { return 0; }
-void bitsfusion_attention(void) {}
+EXPORT int bitsfusion_attention_queries(void) { return 0; }
+EXPORT void bitsfusion_attention(void) {}
+EXPORT int64_t bitsfusion_attention_size(void) { return 0; }
 
 #endif

@@ -11,8 +11,10 @@ typedef struct {
     int64_t block; /* a multiple of 16 */
 } BlockArguments;
 
+TAKES(block_weight, BlockArguments)
+
 /* A row of this loop is a block. What fills up the last block and the last four inputs is left as it is. */
-void bitsfusion_block_weight(const BlockArguments *a, int64_t first, int64_t last) {
+EXPORT void bitsfusion_block_weight(const BlockArguments *a, int64_t first, int64_t last) {
     const int8_t *const plain = a->plain;
     int8_t *const blocked = a->blocked;
     const int64_t outputs = a->outputs, inputs = a->inputs, taps = a->taps, block = a->block;

@@ -1,8 +1,7 @@
 /* What the compiled loops share. Plain C11 for the compiler's vectoriser; no dependency, no state.
  *
- * A loop takes its arguments as an array of 64-bit words, pointers and integers, in the order of the struct beside it,
- * and the range of rows to go over; team.c calls it. One word more, the address of `failed`, follows for loops that
- * allocate: they set it and leave their rows where there is no memory, and the caller raises. */
+ * A loop takes the struct of arguments beside it, which arguments.py has, too, and the range of rows to go over; team.c
+ * calls it. Loops that allocate set `failed` and leave their rows where there is no memory, and the caller raises. */
 #ifndef BITSFUSION_COMMON_H
 #define BITSFUSION_COMMON_H
 
@@ -10,7 +9,17 @@
 #include <stdint.h>
 #include <string.h>
 
+/* A loop's size of arguments, which is compared with that in Python. */
+#define TAKES(LOOP, ARGUMENTS) \
+    EXPORT int64_t bitsfusion_##LOOP##_size(void) { return (int64_t)sizeof(ARGUMENTS); }
+
 #define INLINE static inline __attribute__((always_inline))
+
+#ifdef _WIN32
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
 
 INLINE int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -25,8 +34,6 @@ INLINE uint32_t bits_of_float(float value) {
     union { float f; uint32_t u; } w = {value};
     return w.u;
 }
-
-INLINE int half_range(int bits) { return bits == 8 ? 127 : 1 << (bits - 1); }
 
 enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3 };
 

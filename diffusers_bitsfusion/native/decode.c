@@ -1,6 +1,6 @@
 /* Dense form (codec/radix.py) to weights, one output channel after another. Digits of a row are planar, so every loop
  * runs over plain vectors. */
-#include "common.h"
+#include "dense.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -91,17 +91,17 @@ INLINE void store_words(const Row *row, uint16_t *restrict words, int64_t first,
 #include "divide.h"
 #else
 INLINE void row_1bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 5);
+    const int64_t width = words_of_row(row->columns, 1);
     uint16_t words[BLOCK]; /* below 3^5 */
     for (int64_t first = 0; first < width; first += BLOCK) {
         const int64_t count = min64(BLOCK, width - first);
         for (int64_t i = 0; i < count; i++) words[i] = in[first + i];
-        store_words(row, words, first, count, width, kind, 3, 5);
+        store_words(row, words, first, count, width, kind, base_of(1), digits_of(1));
     }
 }
 
 INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 3), part = ceil_div(width, 8);
+    const int64_t width = words_of_row(row->columns, 2), part = ceil_div(width, 8);
     uint16_t words[BLOCK]; /* below 5^3 */
     for (int64_t first = 0; first < width; first += BLOCK) {
         const int64_t count = min64(BLOCK, width - first);
@@ -112,24 +112,24 @@ INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
             for (int b = 0; b < 7; b++) word |= (uint8_t)((top[i + b * part] & 128) >> (7 - b));
             words[i] = word;
         }
-        store_words(row, words, first, count, width, kind, 5, 3);
+        store_words(row, words, first, count, width, kind, base_of(2), digits_of(2));
     }
 }
 
 INLINE void row_3bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 5);
+    const int64_t width = words_of_row(row->columns, 3);
     uint16_t words[BLOCK]; /* below 9^5 */
     for (int64_t first = 0; first < width; first += BLOCK) {
         const int64_t count = min64(BLOCK, width - first);
         for (int64_t i = 0; i < count; i++) words[i] = (uint16_t)(in[first + i] | in[width + first + i] << 8);
-        store_words(row, words, first, count, width, kind, 9, 5);
+        store_words(row, words, first, count, width, kind, base_of(3), digits_of(3));
     }
 }
 
 #endif
 
 INLINE void row_4bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 2), part = ceil_div(width, 8);
+    const int64_t width = words_of_row(row->columns, 4), part = ceil_div(width, 8);
     uint16_t words[BLOCK]; /* below 17^2 */
     for (int64_t first = 0; first < width; first += BLOCK) {
         const int64_t count = min64(BLOCK, width - first);
@@ -137,7 +137,7 @@ INLINE void row_4bit(const Row *row, const uint8_t *in, int kind) {
             const uint8_t *top = in + width + first - p * part;
             FOR_RUN(p) words[i] = (uint16_t)(in[first + i] | ((top[i] >> p) & 1) << 8);
         }
-        store_words(row, words, first, count, width, kind, 17, 2);
+        store_words(row, words, first, count, width, kind, base_of(4), digits_of(4));
     }
 }
 
@@ -168,6 +168,8 @@ typedef struct {
     int64_t columns, row_bytes_in, bits, kind;
 } DecodeArguments;
 
+TAKES(decode, DecodeArguments)
+
 INLINE void decode_rows(const DecodeArguments *a, int64_t start, int64_t stop, int kind, int64_t element_size) {
     const int bits = (int)a->bits, half = half_range(bits);
     Row row = {.columns = a->columns};
@@ -190,7 +192,7 @@ INLINE void decode_rows(const DecodeArguments *a, int64_t start, int64_t stop, i
     }
 }
 
-void bitsfusion_decode(const DecodeArguments *a, int64_t start, int64_t stop) {
+EXPORT void bitsfusion_decode(const DecodeArguments *a, int64_t start, int64_t stop) {
     if (a->kind == FLOAT32) decode_rows(a, start, stop, FLOAT32, 4);
     else if (a->kind == BFLOAT16) decode_rows(a, start, stop, BFLOAT16, 2);
     else decode_rows(a, start, stop, INT8, 1);

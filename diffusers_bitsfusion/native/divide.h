@@ -104,18 +104,21 @@ INLINE Words words_of(__m256i bytes) {
 }
 
 INLINE void row_1bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 5);
+    const int64_t width = words_of_row(row->columns, 1);
     const Target to = target_of(row);
-    FOR_VECTORS(width) put_words(&to, words_of(load_bytes(in + at, width - at)), at, count, width, kind, 3, 5);
+    FOR_VECTORS(width) {
+        const Words words = words_of(load_bytes(in + at, width - at));
+        put_words(&to, words, at, count, width, kind, base_of(1), digits_of(1));
+    }
 }
 
 INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 3), part = ceil_div(width, 8), plain = min64(width, 7 * part);
+    const int64_t width = words_of_row(row->columns, 2), part = ceil_div(width, 8), plain = min64(width, 7 * part);
     const Target to = target_of(row);
     const __m256i top = _mm256_set1_epi8((char)128);
     FOR_VECTORS(plain) {
         const __m256i words = _mm256_andnot_si256(top, load_bytes(in + at, plain - at));
-        put_words(&to, words_of(words), at, count, width, kind, 5, 3);
+        put_words(&to, words_of(words), at, count, width, kind, base_of(2), digits_of(2));
     }
     FOR_VECTORS(width - plain) {
         __m256i words = _mm256_setzero_si256();
@@ -123,19 +126,19 @@ INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
             const __m256i tops = _mm256_and_si256(top, load_bytes(in + b * part + at, part - at));
             words = _mm256_or_si256(words, _mm256_srli_epi16(tops, 7 - b));
         }
-        put_words(&to, words_of(words), plain + at, count, width, kind, 5, 3);
+        put_words(&to, words_of(words), plain + at, count, width, kind, base_of(2), digits_of(2));
     }
 }
 
 INLINE void row_3bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 5);
+    const int64_t width = words_of_row(row->columns, 3);
     const Target to = target_of(row);
     const __m256i byte = _mm256_set1_epi16(255);
     FOR_VECTORS(width) {
         const __m256i low = load_bytes(in + at, width - at), high = load_bytes(in + width + at, width - at);
         const Words words = {_mm256_or_si256(_mm256_and_si256(byte, low), _mm256_slli_epi16(high, 8)),
                              _mm256_or_si256(_mm256_srli_epi16(low, 8), _mm256_andnot_si256(byte, high))};
-        put_words(&to, words, at, count, width, kind, 9, 5);
+        put_words(&to, words, at, count, width, kind, base_of(3), digits_of(3));
     }
 }
 

@@ -1,30 +1,40 @@
-"""Compiles the loops of `kernels/` with the machine's own C compiler, once, and loads them."""
+"""Loads the compiled loops: those that a wheel brings, else those that the machine's own C compiler makes, once."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
-_SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+from . import targets
+from .arguments import (
+    ARGUMENTS,
+    AffineArguments,
+    Arguments,
+    AttentionArguments,
+    BlockArguments,
+    DecodeArguments,
+    ProductArguments,
+    QuantizeArguments,
+    RangeArguments,
+    RepackArguments,
+    RescaleArguments,
+    TokenArguments,
+)
+from .cache import kept_library
+from .compiler import COMMON_FLAGS, SOURCES, BuildError, build, compilers, digest, machine_digest
+from .dense_form import DENSE_FORMS
 
-# Sums may be reordered (they vectorise only so); nothing else of IEEE arithmetic is given up, and no start-up code is
-# linked that would change the process's floating-point state, as -ffast-math does.
-_FLAGS = (
-    "-O3", "-march=native", "-std=c11", "-shared", "-fPIC",
-    "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=off",
-)  # fmt: skip
+logger = logging.getLogger(__name__)
+
+_SOURCES = SOURCES
+_FLAGS = (*COMMON_FLAGS, "-march=native")
 
 # Below this many values a thread costs more than it saves, where loops compute with each.
 _VALUES_PER_THREAD = 1 << 14
@@ -32,114 +42,148 @@ _VALUES_PER_THREAD = 1 << 14
 # The codes that the loops have for dtypes; decoding to int8 gives the codes of weights.
 NATIVE_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 
+# Columns whose rows are compared with those of the library: whole groups of words of the dense form, and parts.
+_COMPARED_COLUMNS = (1, 2, 24, 25, 301)
+
+ArgumentsT = TypeVar("ArgumentsT", bound=Arguments)
+
 
 @dataclass(frozen=True)
-class Loop:
+class Loop(Generic[ArgumentsT]):
     """A compiled loop over rows."""
 
     _address: int | None
     _run: Callable[..., None]
     _parallel: int | None
 
-    def __call__(self, rows: int, columns: int, *arguments: int, per_thread: int = _VALUES_PER_THREAD) -> None:
+    def __call__(self, rows: int, columns: int, arguments: ArgumentsT, per_thread: int = _VALUES_PER_THREAD) -> None:
         """Go over `rows`, on the threads that torch computes with; the interpreter's lock is released meanwhile.
 
         Args:
             rows: their number.
             columns: values of a row.
-            arguments: addresses and integers, in the order of the struct beside the loop in `kernels/`.
+            arguments: the struct beside the loop in C.
             per_thread: values that are worth a thread.
 
         Raises:
             MemoryError: there is none for the loop to work in.
         """
         threads = torch.get_num_threads() if self._parallel and rows * columns >= 2 * per_thread else 1
-        failed = ctypes.c_int32()
-        words = (ctypes.c_int64 * (len(arguments) + 1))(*arguments, ctypes.addressof(failed))
-        self._run(self._parallel, self._address, words, rows, threads)
-        if failed.value:
+        self._run(self._parallel, self._address, ctypes.addressof(arguments), rows, threads)
+        if arguments.failed:
             raise MemoryError("There is not enough memory to work in.")
 
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """The compiled loops; what each does stands in `kernels/`."""
+    """The compiled loops; what each does stands beside it in C."""
 
-    decode: Loop
-    quantize: Loop
-    repack: Loop
-    quantize_tokens: Loop
-    range: Loop
-    quantize_affine: Loop
-    rescale: Loop
-    rescale_geglu: Loop
-    block_weight: Loop
-    multiply: Loop | None  # where the processor has AVX2
-    attention: Loop
-    attention_queries: int  # that a row of `attention` has; 0 where the processor lacks the instructions
+    decode: Loop[DecodeArguments]
+    quantize: Loop[QuantizeArguments]
+    repack: Loop[RepackArguments]
+    quantize_tokens: Loop[TokenArguments]
+    range: Loop[RangeArguments]
+    quantize_affine: Loop[AffineArguments]
+    rescale: Loop[RescaleArguments]
+    rescale_geglu: Loop[RescaleArguments]
+    block_weight: Loop[BlockArguments]
+    multiply: Loop[ProductArguments] | None  # where the processor has AVX2
+    attention: Loop[AttentionArguments] | None  # where it has AVX-512 BF16
+    attention_queries: int  # that a row of `attention` has
 
 
 @functools.cache
 def native_library() -> NativeLibrary | None:
-    """The compiled functions, or None on a machine that has no C compiler or cannot keep its result."""
-    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    """The compiled functions, or None on a machine where they can neither be found nor built, which is logged once."""
+    try:
+        return _bound(_prebuilt() or _built())
+    except (BuildError, OSError) as error:
+        logger.warning("The compiled loops are missing, and slower ones of torch run in their place: %s", error)
+        return None
+
+
+def _prebuilt() -> ctypes.CDLL | None:
+    """The library of a wheel for this processor, None where the package brings none of these sources."""
+    names = list(targets.targets())
+    baseline = targets.prebuilt_library(targets.PREBUILT, names[0]) if names else None
+    if baseline is None:
         return None
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
-    except (OSError, RuntimeError, subprocess.CalledProcessError):  # the second: no home folder
+        best = targets.prebuilt_library(targets.PREBUILT, names[_loaded(baseline).bitsfusion_target()])
+        return None if best is None else _loaded(best)
+    except OSError as error:
+        logger.info("A library of the package is not used: %s", error)
         return None
+
+
+def _built() -> ctypes.CDLL:
+    """The library that a compiler of this machine makes, or made before.
+
+    Raises:
+        BuildError: no compiler can.
+        OSError: there is no place to build in, or the result cannot be loaded.
+    """
+    if not compilers():
+        raise BuildError("there is no C compiler (cc, gcc, clang, or what CC names)")
+    make = functools.partial(build, _SOURCES, _FLAGS)
+    with kept_library(digest(_SOURCES), machine_digest(_FLAGS), make) as path:
+        return _loaded(path)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The library at a path.
+
+    Raises:
+        OSError: it cannot be loaded, or its sources or sizes are not those of this package.
+    """
+    library = ctypes.CDLL(str(path))
+    try:
+        library.bitsfusion_sources.restype = ctypes.c_char_p
+        if library.bitsfusion_sources().decode() != digest(_SOURCES):
+            raise OSError(f"{path} is made of other sources")
+        _compare_sizes(library)
+    except AttributeError as error:
+        raise OSError(f"{path} is no library of this package") from error
+    return library
+
+
+def _compare_sizes(library: ctypes.CDLL) -> None:
+    """Refuse a library whose structs of arguments, or rows of the dense form, have other sizes than in Python.
+
+    Raises:
+        OSError: a size differs.
+    """
+    for name in _loops_of(library):
+        size = library[f"bitsfusion_{name}_size"]
+        size.restype = ctypes.c_int64
+        if size() != ctypes.sizeof(ARGUMENTS[name]):
+            raise OSError(f"the loop {name} takes {size()} bytes, not {ctypes.sizeof(ARGUMENTS[name])}")
+    row_bytes = library.bitsfusion_row_bytes
+    row_bytes.argtypes, row_bytes.restype = (ctypes.c_int64, ctypes.c_int), ctypes.c_int64
+    for bits, form in DENSE_FORMS.items():
+        for columns in _COMPARED_COLUMNS:
+            if row_bytes(columns, bits) != form.row_bytes(columns):
+                raise OSError(f"{columns} codes of {bits} bits take {row_bytes(columns, bits)} bytes in the library")
+
+
+def _loops_of(library: ctypes.CDLL) -> list[str]:
+    """The loops that the library has for the instructions that it was compiled for."""
+    missing = set() if library.bitsfusion_multiplies() else {"multiply"}
+    missing |= set() if library.bitsfusion_attention_queries() else {"attention"}
+    return [name for name in ARGUMENTS if name not in missing]
+
+
+def _bound(library: ctypes.CDLL) -> NativeLibrary:
     run = library.bitsfusion_run
     run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
     run.restype = None
     # Looked for in what torch is linked with, so that its OpenMP runtime is found and not another library's.
     parallel = _address_of(getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None))
-
-    def loop(name: str) -> Loop:
-        return Loop(_address_of(library[f"bitsfusion_{name}"]), run, parallel)
-
-    return NativeLibrary(
-        decode=loop("decode"),
-        quantize=loop("quantize"),
-        repack=loop("repack"),
-        quantize_tokens=loop("quantize_tokens"),
-        range=loop("range"),
-        quantize_affine=loop("quantize_affine"),
-        rescale=loop("rescale"),
-        rescale_geglu=loop("rescale_geglu"),
-        block_weight=loop("block_weight"),
-        multiply=loop("multiply") if library.bitsfusion_multiplies() else None,
-        attention=loop("attention"),
-        attention_queries=library.bitsfusion_attention_queries(),
-    )
+    loops: dict[str, Any] = dict.fromkeys(ARGUMENTS)
+    for name in _loops_of(library):
+        loops[name] = Loop(_address_of(library[f"bitsfusion_{name}"]), run, parallel)
+    return NativeLibrary(**loops, attention_queries=library.bitsfusion_attention_queries())
 
 
 def _address_of(function: Any) -> int | None:
     return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-
-
-def _build(compiler: str) -> Path:
-    texts = [source.read_text(encoding="utf-8") for source in _SOURCES]
-    key = hashlib.sha256("\0".join([*texts, *_FLAGS, platform.machine(), _cpu_name()]).encode())
-    library = _cache_dir() / f"native-{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built = Path(scratch) / library.name
-            sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
-            subprocess.run([compiler, *_FLAGS, *sources, "-o", str(built), "-lm"], check=True, capture_output=True)
-            built.replace(library)  # atomic: processes that build at the same time do not see half a file
-    return library
-
-
-def _cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffusers_bitsfusion"
-
-
-def _cpu_name() -> str:
-    """What `-march=native` depends on: a cache shared by several machines must not mix them."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-    return platform.processor()

@@ -74,26 +74,28 @@ INLINE void put_digits(const Target *to, __m512i digits, int64_t start, int64_t 
 }
 
 INLINE void row_1bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 5);
+    const int64_t width = words_of_row(row->columns, 1);
     const Target to = target_of(row, kind);
     Table tables[5];
-    for (int j = 0; j < 5; j++) tables[j] = load_table(row->digits[j]);
+    for (int j = 0; j < digits_of(1); j++) tables[j] = load_table(row->digits[j]);
     for (int64_t i = 0; i < width; i += WIDE) {
         const int64_t count = min64(WIDE, width - i);
         const __m512i words = load_bytes(in + i, count);
-        for (int j = 0; j < 5; j++) put_digits(&to, look_up_256(&tables[j], words), j * width + i, count, kind);
+        for (int j = 0; j < digits_of(1); j++)
+            put_digits(&to, look_up_256(&tables[j], words), j * width + i, count, kind);
     }
 }
 
 INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 3), part = ceil_div(width, 8), plain = min64(width, 7 * part);
+    const int64_t width = words_of_row(row->columns, 2), part = ceil_div(width, 8), plain = min64(width, 7 * part);
     const Target to = target_of(row, kind);
     Table tables[3];
-    for (int j = 0; j < 3; j++) tables[j] = load_table(row->digits[j]);
+    for (int j = 0; j < digits_of(2); j++) tables[j] = load_table(row->digits[j]);
     for (int64_t i = 0; i < plain; i += WIDE) {
         const int64_t count = min64(WIDE, plain - i);
         const __m512i words = load_bytes(in + i, count); /* and a bit of the eighth part's, on top */
-        for (int j = 0; j < 3; j++) put_digits(&to, look_up_128(&tables[j], words), j * width + i, count, kind);
+        for (int j = 0; j < digits_of(2); j++)
+            put_digits(&to, look_up_128(&tables[j], words), j * width + i, count, kind);
     }
     for (int64_t i = plain; i < width; i += WIDE) {
         const int64_t count = min64(WIDE, width - i);
@@ -102,7 +104,8 @@ INLINE void row_2bit(const Row *row, const uint8_t *in, int kind) {
             const __mmask64 top = _mm512_movepi8_mask(load_bytes(in + b * part + i - plain, count));
             words = _mm512_or_si512(words, _mm512_maskz_set1_epi8(top, (char)(1 << b)));
         }
-        for (int j = 0; j < 3; j++) put_digits(&to, look_up_128(&tables[j], words), j * width + i, count, kind);
+        for (int j = 0; j < digits_of(2); j++)
+            put_digits(&to, look_up_128(&tables[j], words), j * width + i, count, kind);
     }
 }
 
@@ -117,7 +120,7 @@ INLINE __m512i remainder_of_81(__m512i words, __m512i quotient) {
 
 /* Words are split into two pairs of digits, whose tables are those of bytes, and the last one. */
 INLINE void row_3bit(const Row *row, const uint8_t *in, int kind) {
-    const int64_t width = ceil_div(row->columns, 5);
+    const int64_t width = words_of_row(row->columns, 3);
     const Target to = target_of(row, kind);
     const Table even = load_table(row->digits[0]), odd = load_table(row->digits[1]);
     const __m512i lower = _mm512_set1_epi16(0xff);

@@ -2,7 +2,7 @@
 #ifndef BITSFUSION_PACK_H
 #define BITSFUSION_PACK_H
 
-#include "common.h"
+#include "dense.h"
 
 /* Bytes of memory that packing a row needs for its words, and for its digits. */
 INLINE int64_t words_bytes(int64_t columns) { return 4 * columns + 256; }
@@ -24,33 +24,38 @@ static void pack_sevens(uint32_t *restrict words, uint8_t *restrict out, int64_t
             out[p * part + i] = (uint8_t)(words[p * part + i] | ((words[7 * part + i] >> p) & 1u) << 7);
 }
 
+/* Words of 9 bits: low bytes, then a plane of top bits; `words` has room for whole groups. */
+static void pack_nines(uint32_t *restrict words, uint8_t *restrict out, int64_t width) {
+    const int64_t part = ceil_div(width, 8);
+    memset(words + width, 0, (size_t)(8 * part - width) * sizeof(uint32_t));
+    for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
+    memset(out + width, 0, (size_t)part);
+    for (int p = 0; p < 8; p++)
+        for (int64_t i = 0; i < part; i++) out[width + i] |= (uint8_t)((words[p * part + i] >> 8) << p);
+}
+
+static void pack_words(uint32_t *restrict words, uint8_t *restrict out, int64_t width, int word_bits) {
+    if (word_bits == 7) {
+        pack_sevens(words, out, width);
+    } else if (word_bits == 9) {
+        pack_nines(words, out, width);
+    } else {
+        for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
+        if (word_bits == 16)
+            for (int64_t i = 0; i < width; i++) out[width + i] = (uint8_t)(words[i] >> 8);
+    }
+}
+
 static void pack_row(uint8_t *restrict digits, uint32_t *restrict words, uint8_t *restrict out, int64_t columns,
                      int bits) {
-    memset(digits + columns, half_range(bits), 128);
-    if (bits == 1) {
-        const int64_t width = ceil_div(columns, 5);
-        join(digits, words, width, 3, 5);
-        for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
-    } else if (bits == 2) {
-        const int64_t width = ceil_div(columns, 3);
-        join(digits, words, width, 5, 3);
-        pack_sevens(words, out, width);
-    } else if (bits == 3) {
-        const int64_t width = ceil_div(columns, 5);
-        join(digits, words, width, 9, 5);
-        for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
-        for (int64_t i = 0; i < width; i++) out[width + i] = (uint8_t)(words[i] >> 8);
-    } else if (bits == 4) {
-        const int64_t width = ceil_div(columns, 2), part = ceil_div(width, 8);
-        join(digits, words, width, 17, 2);
-        memset(words + width, 0, (size_t)(8 * part - width) * sizeof(uint32_t));
-        for (int64_t i = 0; i < width; i++) out[i] = (uint8_t)words[i];
-        memset(out + width, 0, (size_t)part);
-        for (int p = 0; p < 8; p++)
-            for (int64_t i = 0; i < part; i++) out[width + i] |= (uint8_t)((words[p * part + i] >> 8) << p);
-    } else {
+    if (digits_of(bits) == 1) {
         memcpy(out, digits, (size_t)columns);
+        return;
     }
+    const int64_t width = words_of_row(columns, bits);
+    memset(digits + columns, half_range(bits), 128);
+    join(digits, words, width, (uint32_t)base_of(bits), digits_of(bits));
+    pack_words(words, out, width, word_bits_of(bits));
 }
 
 #endif

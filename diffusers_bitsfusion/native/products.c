@@ -2,7 +2,7 @@
  *
  * Their one instruction for bytes adds two products in 16 bits. Codes of few bits leave room there for many more, so
  * that sums are widened once in a while only: the fewer bits, the fewer instructions. */
-#include "common.h"
+#include "dense.h"
 
 #ifdef __AVX2__
 #include <immintrin.h>
@@ -65,24 +65,26 @@ INLINE void multiply_rows(const uint8_t *panel, const int8_t *weight, const int3
     }
 }
 
-int bitsfusion_multiplies(void) { return 1; }
+EXPORT int bitsfusion_multiplies(void) { return 1; }
 
 typedef struct {
     const int8_t *tokens; /* [rows, columns] */
     const int8_t *weight; /* [out, columns], codes of `bits` (1 to 7) */
     int32_t *sums;        /* [rows, out] */
     int64_t columns, out, bits;
-    _Atomic int32_t *failed;
+    _Atomic int32_t failed;
 } ProductArguments;
 
-void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop) {
+TAKES(multiply, ProductArguments)
+
+EXPORT void bitsfusion_multiply(ProductArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns, out = a->out;
     /* 64 vectors of 1-bit codes, one of 7-bit codes. */
     const int64_t run = INT16_MAX / (2 * 255 * half_range((int)a->bits));
     const int64_t most = max64(TOKENS, PANEL / columns / TOKENS * TOKENS);
     int32_t *const shifts = malloc(sizeof(int32_t) * (size_t)out + (size_t)(most * columns));
     if (!shifts) {
-        *a->failed = 1;
+        a->failed = 1;
         return;
     }
     uint8_t *const panel = (uint8_t *)(shifts + out); /* a tile that is not full has any tokens for the rest */
@@ -105,7 +107,8 @@ void bitsfusion_multiply(const ProductArguments *a, int64_t start, int64_t stop)
 
 #else
 
-int bitsfusion_multiplies(void) { return 0; }
-void bitsfusion_multiply(void) {}
+EXPORT int bitsfusion_multiplies(void) { return 0; }
+EXPORT void bitsfusion_multiply(void) {}
+EXPORT int64_t bitsfusion_multiply_size(void) { return 0; }
 
 #endif

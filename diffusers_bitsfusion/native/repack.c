@@ -7,14 +7,16 @@ typedef struct {
     const uint8_t *packed; /* [rows, row_bytes] */
     uint8_t *dense;        /* [rows, row_bytes_out] */
     int64_t columns, row_bytes, row_bytes_out, bits;
-    _Atomic int32_t *failed;
+    _Atomic int32_t failed;
 } RepackArguments;
 
-void bitsfusion_repack(const RepackArguments *a, int64_t start, int64_t stop) {
+TAKES(repack, RepackArguments)
+
+EXPORT void bitsfusion_repack(RepackArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->columns, row_bytes = a->row_bytes;
     uint32_t *const words = malloc((size_t)(words_bytes(columns) + digits_bytes(columns)));
     if (!words) {
-        *a->failed = 1;
+        a->failed = 1;
         return;
     }
     uint8_t *const digits = (uint8_t *)words + words_bytes(columns);

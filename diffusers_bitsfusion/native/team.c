@@ -5,14 +5,14 @@
 
 #include <stdatomic.h>
 
-typedef void (*Loop)(const int64_t *arguments, int64_t start, int64_t stop);
+typedef void (*Loop)(void *arguments, int64_t start, int64_t stop);
 
 /* GOMP_parallel, which OpenMP runtimes have for compiled code: calls a function on so many threads. */
 typedef void (*Parallel)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
 
 typedef struct {
     Loop loop;
-    const int64_t *arguments;
+    void *arguments;
     int64_t rows, step;
     _Atomic int64_t next;
 } Work;
@@ -24,7 +24,7 @@ static void take_ranges(void *shared) {
 }
 
 /* Calls `loop` for ranges that cover `rows`. */
-void bitsfusion_run(Parallel parallel, Loop loop, const int64_t *arguments, int64_t rows, int threads) {
+EXPORT void bitsfusion_run(Parallel parallel, Loop loop, void *arguments, int64_t rows, int threads) {
     if (threads < 2) {
         loop(arguments, 0, rows);
         return;

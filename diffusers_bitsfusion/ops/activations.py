@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..native.arguments import AffineArguments, RangeArguments, RescaleArguments, TokenArguments
 from ..native.library import NATIVE_DTYPES, Loop, NativeLibrary, native_library
 
 # Smallest range of values that is told from zero; its reciprocal is finite.
@@ -43,8 +44,14 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     x = _loadable(x).contiguous()
     rows, columns = x.shape
     codes, scale = torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows, dtype=torch.float32)
-    addresses = x.data_ptr(), codes.data_ptr(), scale.data_ptr()
-    native.quantize_tokens(rows, columns, *addresses, columns, NATIVE_DTYPES[x.dtype])
+    arguments = TokenArguments(
+        x=x.data_ptr(),
+        codes=codes.data_ptr(),
+        scale=scale.data_ptr(),
+        columns=columns,
+        dtype=NATIVE_DTYPES[x.dtype],
+    )
+    native.quantize_tokens(rows, columns, arguments)
     return codes, scale
 
 
@@ -74,13 +81,20 @@ def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x = _loadable(x)
     if not (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)):
         x = x.contiguous()
-    chunks, sizes = -(-x.numel() // _CHUNK), (x.numel(), _CHUNK, NATIVE_DTYPES[x.dtype])
+    chunks = -(-x.numel() // _CHUNK)
+    sizes = {"count": x.numel(), "chunk": _CHUNK, "dtype": NATIVE_DTYPES[x.dtype]}
     bounds = torch.empty(chunks, 2, dtype=torch.float32)
-    native.range(chunks, _CHUNK, x.data_ptr(), bounds.data_ptr(), *sizes)
+    native.range(chunks, _CHUNK, RangeArguments(x=x.data_ptr(), bounds=bounds.data_ptr(), **sizes))
     scale, inverse, zero_point = _affine(bounds[:, 0].amin(), bounds[:, 1].amax())
     codes = torch.empty_like(x, dtype=torch.uint8)
-    addresses = (tensor.data_ptr() for tensor in (x, codes, inverse, zero_point))
-    native.quantize_affine(chunks, _CHUNK, *addresses, *sizes)
+    arguments = AffineArguments(
+        x=x.data_ptr(),
+        codes=codes.data_ptr(),
+        inverse=inverse.data_ptr(),
+        zero_point=zero_point.data_ptr(),
+        **sizes,
+    )
+    native.quantize_affine(chunks, _CHUNK, arguments)
     return codes, scale.view(1), zero_point.to(torch.int32).view(1)
 
 
@@ -138,7 +152,7 @@ def rescale_geglu(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias:
 
 
 def _rescale_rows(
-    loop: Loop,
+    loop: Loop[RescaleArguments],
     sums: Tensor,
     token_scale: Tensor,
     weight_scale: Tensor,
@@ -151,8 +165,16 @@ def _rescale_rows(
     rows, columns = sums.shape
     bias = torch.zeros(columns, dtype=torch.float32) if bias is None else bias.to(torch.float32).contiguous()
     weight_scale = weight_scale.contiguous()
-    addresses = (tensor.data_ptr() for tensor in (sums, token_scale, weight_scale, bias, out))
-    loop(rows, columns, *addresses, out.shape[1], NATIVE_DTYPES[out.dtype])
+    arguments = RescaleArguments(
+        sums=sums.data_ptr(),
+        token_scale=token_scale.data_ptr(),
+        weight_scale=weight_scale.data_ptr(),
+        bias=bias.data_ptr(),
+        out=out.data_ptr(),
+        columns=out.shape[1],
+        dtype=NATIVE_DTYPES[out.dtype],
+    )
+    loop(rows, columns, arguments)
     return out
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..native.arguments import AttentionArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .dispatch import why_no_bf16_attention
 from .forward_mode import in_forward_mode
@@ -59,11 +60,23 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     # The loop takes any strides but that of a head's entries.
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty(batch, tokens, heads, width, dtype=dtype).transpose(1, 2)
-    strides = torch.tensor([x.stride()[:3] for x in (query, key, value, out)])
     native = native_library()
-    assert native is not None
+    assert native is not None and native.attention is not None
     units, keys = batch * heads * -(-tokens // native.attention_queries), key.shape[2]
-    addresses = (x.data_ptr() for x in (query, key, value, out, strides))
-    sizes = heads, tokens, keys, width, NATIVE_DTYPES[dtype]
-    native.attention(units, native.attention_queries * keys, *addresses, *sizes)
+    arguments = AttentionArguments(
+        q=query.data_ptr(),
+        k=key.data_ptr(),
+        v=value.data_ptr(),
+        out=out.data_ptr(),
+        q_strides=query.stride()[:3],
+        k_strides=key.stride()[:3],
+        v_strides=value.stride()[:3],
+        out_strides=out.stride()[:3],
+        heads=heads,
+        queries=tokens,
+        keys=keys,
+        width=width,
+        dtype=NATIVE_DTYPES[dtype],
+    )
+    native.attention(units, native.attention_queries * keys, arguments)
     return out

@@ -15,7 +15,7 @@ from torch.nn.grad import conv2d_input
 
 from .activations import quantize_image
 from .decode import decode_channels_last, decode_to_scratch
-from .onednn_weights import lay_out, lay_out_in_place
+from .onednn_weights import is_current, lay_out, lay_out_in_place
 
 # Stride, padding, dilation, all as pairs, and groups.
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
@@ -73,11 +73,16 @@ def conv2d(
         )
     if x.numel() == 0:
         return _channels_last(F.conv2d(x, x.new_empty(shape), None, *geometry))
-    if int8_weight is None:
+    if int8_weight is None or not _is_current(int8_weight):
         int8_weight = int8_conv_weight(codes, scale, bits, shape, geometry, kept=False)
     multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
     y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape, geometry)
     return _channels_last(y.to(x.dtype))
+
+
+def _is_current(int8_weight: Tensor) -> bool:
+    """Whether a kept weight is in the form that is fastest now: on a CPU that depends on the number of threads."""
+    return int8_weight.device.type == "cuda" or is_current(int8_weight)
 
 
 def _multiply_on_cpu(

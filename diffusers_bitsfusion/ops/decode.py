@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codec.radix import code_planes
+from ..native.arguments import DecodeArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .dispatch import has_triton
 
@@ -54,9 +55,16 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
     if out.dtype not in _NATIVE_OUTPUTS:
         weights = torch.empty(out.shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are now
         return out.copy_(decode(codes, scale, bits, columns, weights))
-    addresses, sizes = (codes.data_ptr(), scale.data_ptr(), out.data_ptr()), (columns, codes.shape[1], bits)
-    row_bytes = columns * out.element_size()
-    native.decode(len(codes), row_bytes, *addresses, *sizes, NATIVE_DTYPES[out.dtype], per_thread=_BYTES_PER_THREAD)
+    arguments = DecodeArguments(
+        dense=codes.data_ptr(),
+        scale=scale.data_ptr(),
+        out=out.data_ptr(),
+        columns=columns,
+        row_bytes_in=codes.shape[1],
+        bits=bits,
+        kind=NATIVE_DTYPES[out.dtype],
+    )
+    native.decode(len(codes), columns * out.element_size(), arguments, per_thread=_BYTES_PER_THREAD)
     return out
 
 

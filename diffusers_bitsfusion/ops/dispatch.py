@@ -126,7 +126,7 @@ def why_no_bf16_attention(device: torch.device) -> str | None:
     native = native_library()
     if native is None:
         return "there is no C compiler"
-    return None if native.attention_queries else "this processor has no bf16 dot products (AVX-512 BF16)"
+    return None if native.attention is not None else "this processor has no bf16 dot products (AVX-512 BF16)"
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..native.arguments import ProductArguments
 from ..native.library import native_library
 
 # Products that are worth a thread; one makes some 40 a nanosecond.
@@ -43,6 +44,13 @@ def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
         return int_mm_reference(tokens, weight, sums)
     sums = sums[: len(tokens)]
     rows, columns = weight.shape
-    addresses = tokens.data_ptr(), weight.data_ptr(), sums.data_ptr()
-    native.multiply(len(tokens), weight.numel(), *addresses, columns, rows, bits, per_thread=_PRODUCTS_PER_THREAD)
+    arguments = ProductArguments(
+        tokens=tokens.data_ptr(),
+        weight=weight.data_ptr(),
+        sums=sums.data_ptr(),
+        columns=columns,
+        out=rows,
+        bits=bits,
+    )
+    native.multiply(len(tokens), weight.numel(), arguments, per_thread=_PRODUCTS_PER_THREAD)
     return sums

@@ -196,3 +196,65 @@ def test_columns_of_a_transposed_weight_are_read_in_their_own_order(quantize):
     expected_codes, expected_scale = quantize(weight.T.contiguous(), 3)
     assert torch.equal(codes, expected_codes)
     torch.testing.assert_close(scale, expected_scale)
+
+
+@both_ways
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_of_any_size_are_rounded_as_those_of_size_one(quantize, bits, balance):
+    weight = draw("normal", 1, 400, seed=8).expand(6, -1)
+    powers = torch.tensor([0.0, -100, -73, 60, 100, -41])  # of two: from 1e-30 to 1e30
+    scaled = torch.ldexp(weight, powers.int()[:, None])
+    codes, scale = quantize(scaled, bits, Rounding(balance=balance))
+    assert torch.equal(codes, codes[:1].expand(6, -1))
+    assert torch.equal(scale, torch.ldexp(scale[:1].expand(6), powers.int()))
+
+
+@both_ways
+@pytest.mark.parametrize("scale_init", ["alternating", "minmax"])
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38, 1e-30, 1e-22, 1e-7, 1e18, 1e30, 3e38])
+def test_scales_are_positive_normal_numbers_and_weights_finite(quantize, scale_init, size):
+    weight = draw("uniform", 5, 100, seed=9) * torch.tensor(size)
+    weight[1] = torch.tensor(size)
+    weight[2, 1:] = 0
+    for bits in range(1, 9):
+        codes, scale = quantize(weight, bits, Rounding(scale_init=scale_init))
+        assert (scale >= torch.finfo(torch.float32).tiny).all() and torch.isfinite(scale).all()
+        assert torch.isfinite(codes * scale[:, None]).all()
+        if size >= 1e-30:
+            error = (codes.double() * scale.double()[:, None] - weight.double()).norm() / weight.double().norm()
+            assert error < 0.6 / bits
+
+
+@both_ways
+@pytest.mark.parametrize("exponent", [-24, -14, 0, 14])
+def test_half_precision_weights_of_any_size_are_rounded(quantize, exponent):
+    weight = torch.tensor([[-1.0, 0.0, 1.0, 1.0]]).mul(2.0**exponent).half()
+    codes, scale = quantize(weight, 1)
+    assert torch.equal(codes * scale[:, None], weight.float())
+
+
+@both_ways
+def test_no_rows_give_none(quantize):
+    codes, scale = quantize(torch.empty(0, 7), 3)
+    assert codes.shape == (0, 7) and scale.shape == (0,)
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_compiled_and_plain_rounding_agree_to_the_bit(bits, balance):
+    generator, rounding = torch.Generator().manual_seed(bits), Rounding(balance=balance)
+    weights = [
+        torch.randn(40, 1501, generator=generator) * 0.02,
+        torch.rand(40, 333, generator=generator) - 0.5,
+        torch.randn(40, 64, generator=generator) ** 3,
+        torch.randn(40, 1, generator=generator),  # one column
+        torch.randn(40, 1, generator=generator).expand(-1, 30),  # rows of equal weights
+        torch.randint(-9, 10, (40, 45), generator=generator).float(),  # many ties
+        torch.randn(40, 77, generator=generator) * 1e-25,
+    ]
+    for weight in weights:
+        for found, expected in zip(
+            through_dense(weight, bits, rounding), quantize_rows(weight, bits, rounding), strict=True
+        ):
+            assert torch.equal(found, expected)

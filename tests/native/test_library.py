@@ -3,7 +3,9 @@ import itertools
 import platform
 import shutil
 import sys
+import tempfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from diffusers_bitsfusion.codec.repack import repack
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.scales import quantize_rows
 from diffusers_bitsfusion.native import library as native
+from diffusers_bitsfusion.native.arguments import DecodeArguments, ProductArguments
 from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_weight
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -137,7 +140,7 @@ def test_half_precision_weights_are_read_exactly(bits, dtype):
 
 def python_loop(function, parallel=True):
     """A loop that calls `function(arguments, start, stop)`; whoever keeps it keeps the callback alive."""
-    callback = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64), ctypes.c_int64, ctypes.c_int64)(function)
+    callback = ctypes.CFUNCTYPE(None, ctypes.POINTER(DecodeArguments), ctypes.c_int64, ctypes.c_int64)(function)
     compiled = native.native_library().decode
     address = ctypes.cast(callback, ctypes.c_void_p).value
     return callback, native.Loop(address, compiled._run, compiled._parallel if parallel else None)
@@ -169,10 +172,10 @@ def test_the_number_of_threads_changes_nothing(count, threads):
 def test_every_row_is_gone_over_once_with_the_arguments(rows, count, threads):
     threads(count)
     ranges = []
-    _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop, words[:3])))
-    loop(rows, 1 << 20, 3, -4, 1 << 40)
-    assert sorted(row for start, stop, _ in ranges for row in range(start, stop)) == list(range(rows))
-    assert {tuple(words) for *_, words in ranges} == {(3, -4, 1 << 40)}
+    _, loop = python_loop(lambda at, start, stop: ranges.append((start, stop, at[0].out, at[0].columns, at[0].bits)))
+    loop(rows, 1 << 20, DecodeArguments(out=3, columns=1 << 40, bits=-4))
+    assert sorted(row for start, stop, *_ in ranges for row in range(start, stop)) == list(range(rows))
+    assert all(arguments == [3, 1 << 40, -4] for _, _, *arguments in ranges)
 
 
 def test_ranges_run_at_the_same_time_where_that_is_worth_it(threads):
@@ -180,19 +183,19 @@ def test_ranges_run_at_the_same_time_where_that_is_worth_it(threads):
     meeting = threading.Barrier(2)
     met = []
     _, loop = python_loop(lambda words, start, stop: met.append(meeting.wait(timeout=60)))
-    loop(10, 1 << 20)
+    loop(10, 1 << 20, DecodeArguments())
     assert sorted(met) == [0, 1]
 
     ranges = []
     _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)))
-    loop(10, 1)
+    loop(10, 1, DecodeArguments())
     assert ranges == [(0, 10)]
 
 
 def test_without_threads_to_share_with_one_range_is_all():
     ranges = []
     _, loop = python_loop(lambda words, start, stop: ranges.append((start, stop)), parallel=False)
-    loop(10, 1 << 20)
+    loop(10, 1 << 20, DecodeArguments())
     assert ranges == [(0, 10)]
 
 
@@ -200,6 +203,7 @@ def test_without_threads_to_share_with_one_range_is_all():
 def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_path):
     source = tmp_path / "no_memory.c"
     source.write_text("void *__wrap_malloc(unsigned long size) { (void)size; return 0; }")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # other sources take the place of the usual ones in a cache
     monkeypatch.setattr(native, "_SOURCES", [*native._SOURCES, source])
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-Wl,--wrap=malloc"))
     with pytest.raises(MemoryError, match="not enough memory to work in"):
@@ -209,7 +213,8 @@ def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_
     if (multiply := native.native_library().multiply) is not None:
         tokens, weight, sums = torch.ones(3, 3, 3, dtype=torch.int32)
         with pytest.raises(MemoryError):
-            multiply(3, 3, *(operand.data_ptr() for operand in (tokens, weight, sums)), 3, 3, 2)
+            pointers = {"tokens": tokens.data_ptr(), "weight": weight.data_ptr(), "sums": sums.data_ptr()}
+            multiply(3, 3, ProductArguments(**pointers, columns=3, out=3, bits=2))
 
 
 def test_without_a_compiler_there_is_no_library(no_compiler):
@@ -245,20 +250,61 @@ def test_a_compiler_that_fails_is_like_none(fresh_library, monkeypatch, tmp_path
     assert list(tmp_path.rglob("*.so")) == []
 
 
-def test_a_cache_that_cannot_be_written_is_like_no_compiler(fresh_library, monkeypatch, tmp_path):
-    blocked = tmp_path / "a file"
-    blocked.write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+class Longer(ctypes.Structure):
+    _fields_ = [*DecodeArguments._fields_, ("more", ctypes.c_int64)]
+
+
+def test_a_library_that_takes_other_arguments_is_refused(fresh_library, monkeypatch, caplog):
+    monkeypatch.setitem(native.ARGUMENTS, "decode", Longer)
     assert native.native_library() is None
+    assert f"the loop decode takes {ctypes.sizeof(DecodeArguments)} bytes, not {ctypes.sizeof(Longer)}" in caplog.text
 
 
-def test_without_a_home_there_is_no_library(fresh_library, monkeypatch):
+@all_bits
+def test_a_library_of_another_dense_form_is_refused(fresh_library, monkeypatch, caplog, bits):
+    form = native.DENSE_FORMS[bits]
+    monkeypatch.setitem(native.DENSE_FORMS, bits, replace(form, word_bits=16 if form.word_bits < 16 else 8))
+    assert native.native_library() is None
+    assert f"codes of {bits} bits take" in caplog.text
+
+
+def test_a_missing_library_is_told_once_in_the_compilers_words(fresh_library, monkeypatch, tmp_path, caplog):
+    script = tmp_path / "cc"
+    script.write_text("#!/bin/sh\necho 'fatal error: all is lost' >&2\nexit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: str(script))
+    for _ in range(3):
+        assert native.native_library() is None
+    (record,) = [record for record in caplog.records if record.name.startswith("diffusers_bitsfusion")]
+    assert record.levelname == "WARNING"
+    assert "cc says: fatal error: all is lost" in record.getMessage()
+
+
+def test_without_a_cache_the_library_is_built_for_the_process(fresh_library, monkeypatch, tmp_path):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(native.Path, "home", nowhere)
     monkeypatch.setenv("XDG_CACHE_HOME", "")
-    assert native.native_library() is None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert native.native_library() is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_cut_library_is_not_loaded_but_built_anew(fresh_library, monkeypatch, tmp_path, run_python):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert native.native_library() is not None
+    (library,) = tmp_path.rglob("*.so")
+    content = library.read_bytes()
+    library.unlink()  # which this process has loaded
+    library.write_bytes(content[:5000])
+    # In a process of its own, which a damaged library would end.
+    code = "from diffusers_bitsfusion.native.library import native_library; print(native_library() is not None)"
+    process = run_python(code, environment={"XDG_CACHE_HOME": str(tmp_path)})
+    assert process.stdout == "True\n", process.stderr
+    (library,) = tmp_path.rglob("*.so")
+    assert len(library.read_bytes()) > 5000
 
 
 def test_the_library_is_built_once_and_then_found(fresh_library, monkeypatch, tmp_path):

@@ -10,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.native.library import native_library
+from diffusers_bitsfusion.nn.conv import BitsFusionConv2d
 from diffusers_bitsfusion.ops import onednn_weights
 from diffusers_bitsfusion.ops.dispatch import why_no_int8
 from diffusers_bitsfusion.ops.onednn_weights import lay_out, lay_out_by_onednn, lay_out_in_place
@@ -22,7 +24,7 @@ VNNI = CPUINFO.exists() and "avx512_vnni" in CPUINFO.read_text()
 
 
 def forget():
-    onednn_weights._block_of.clear()
+    onednn_weights._layouts.clear()
     onednn_weights._scratch.__dict__.clear()
     onednn_weights._kept.clear()
 
@@ -107,4 +109,55 @@ def test_weights_of_zeros_do_not_mislead_about_those_after_them(shape):
 def test_weights_of_one_shape_and_different_convolutions_are_kept_apart():
     for geometry in (([1, 1], [1, 1], [1, 1], 1), ([2, 2], [0, 0], [1, 1], 1)):
         assert_written_alike((64, 64, 3, 3), geometry)
-    assert len(onednn_weights._block_of) == (0 if native_library() is None else 2)
+    assert len(onednn_weights._layouts) == (0 if native_library() is None else 2)
+
+
+@pytest.fixture
+def threads():
+    """Sets how many threads torch computes with."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# oneDNN lays these out in other blocks at three threads than at two, the last in as many bytes.
+CHANGING = [(80, 96, 3, 3), (33, 5, 1, 1), (96, 80, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", CHANGING)
+def test_a_tensor_of_another_layout_is_never_written_over(monkeypatch, threads, shape):
+    monkeypatch.setattr(onednn_weights, "_settings", lambda: ())  # as if the choice depended on something unknown
+    for count in (2, 3, 64, 1, 2):
+        threads(count)
+        assert_written_right(shape)
+
+
+def assert_written_right(shape):
+    """Laid out so that oneDNN multiplies by the weights given, in whatever layout."""
+    geometry, image = ([1, 1], [0, 0], [1, 1], 1), weight((1, shape[1], 3, 3), 5).to(torch.uint8)
+    scale, zeros = torch.ones(shape[0]), torch.zeros(shape[0], dtype=torch.int32)
+    kept = []
+    for seed in range(3):
+        plain = weight(shape, seed)
+        expected = torch.nn.functional.conv2d(image.double(), plain.double()).float()
+        for arrange in (lay_out, lay_out_in_place):
+            kept.append(arrange(plain, scale, geometry))
+            found = torch.ops.onednn.qconv2d_pointwise.tensor(
+                *(image.contiguous(memory_format=torch.channels_last), torch.ones(1), zeros[:1], kept[-1], scale),
+                *(zeros, None, *geometry, 1.0, 0, torch.float32, "none", [], ""),
+            )
+            assert torch.equal(found, expected)
+
+
+def test_kept_weights_are_decoded_anew_where_the_number_of_threads_has_changed(threads, decodes):
+    layer = BitsFusionConv2d.from_float(torch.nn.Conv2d(80, 96, 3), 2, torch.float32)
+    layer.set_codes(*quantize_to_dense(torch.randn(96, 80 * 9), 2))
+    threads(2)
+    layer.set_compute("int8", "int8")
+    x, counted = torch.randn(1, 80, 5, 5), []
+    for count in (2, 3, 2):
+        threads(count)
+        decodes["call"] = 0
+        layer(x)
+        counted.append(decodes["call"])
+    assert counted == [0, 1, 0]

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...codec.grid import half_range, levels
-from ...codec.radix import digits_per_word
+from ...native.dense_form import DENSE_FORMS
 
 # What a program decodes: so many words, for each kernel position, of so many rows; 3 KB of fp16 weights and more.
 _ROWS, _WORDS = 8, 64
@@ -19,10 +19,10 @@ _SHIFT = 19
 
 
 @triton.jit
-def load_words(row, index, mask, last, width, BITS: tl.constexpr):
+def load_words(row, index, mask, last, width, WORD_BITS: tl.constexpr):
     """uint32 words of rows of the dense form (docs/ARCHITECTURE.md), which have `width` of them; `last` is the highest
     index that any of these words may have."""
-    if BITS == 2:  # seven bits each; the last eighth of the words lies in the top bits of the others
+    if WORD_BITS == 7:  # seven bits each; the last eighth of the words lies in the top bits of the others
         part = (width + 7) // 8
         words = tl.load(row + index, mask=mask & (index < 7 * part), other=0).to(tl.uint32) & 127
         if last >= 7 * part:
@@ -32,9 +32,9 @@ def load_words(row, index, mask, last, width, BITS: tl.constexpr):
                 words = words | ((byte >> 7) << bit)
     else:
         words = tl.load(row + index, mask=mask, other=0).to(tl.uint32)
-    if BITS == 3:
+    if WORD_BITS == 16:
         words = words | (tl.load(row + width + index, mask=mask, other=0).to(tl.uint32) << 8)
-    if BITS == 4:
+    if WORD_BITS == 9:
         part = (width + 7) // 8
         plane = tl.load(row + width + index % part, mask=mask, other=0).to(tl.uint32)
         words = words | (((plane >> (index // part).to(tl.uint32)) & 1) << 8)
@@ -56,7 +56,7 @@ def _decode(
     columns,
     width,
     row_bytes,
-    BITS: tl.constexpr,
+    WORD_BITS: tl.constexpr,
     BASE: tl.constexpr,
     HALF: tl.constexpr,
     PLANES: tl.constexpr,
@@ -81,7 +81,9 @@ def _decode(
     for position in range(POSITIONS):
         index = first_word + place * POSITIONS + position
         mask = inside_row & (index < width)
-        words = load_words(dense + row * row_bytes, index, mask, first_word + (WORDS * POSITIONS - 1), width, BITS)
+        words = load_words(
+            dense + row * row_bytes, index, mask, first_word + (WORDS * POSITIONS - 1), width, WORD_BITS
+        )
         for plane in tl.static_range(PLANES):
             digit, words = last_digit(words, BASE, RECIPROCAL, SHIFT)
             first = first_word + plane * width + position  # of these columns; the next is POSITIONS further
@@ -105,7 +107,7 @@ def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Te
 
     With `positions`, the columns (channel, position) of the codes become columns (position, channel) of `out`.
     """
-    width = -(-columns // digits_per_word(bits))
+    width = DENSE_FORMS[bits].words(columns)
     grid = triton.cdiv(len(codes), _ROWS), triton.cdiv(width, _WORDS * positions)
     aligned = all(size % _ALIGNED == 0 for size in (columns, width, codes.shape[1]))
     kernel = _decode_aligned if aligned else _decode_any
@@ -131,10 +133,10 @@ def dense_form(bits: int) -> dict[str, int]:
     """What kernels are told of the dense form."""
     base = levels(bits)
     return {
-        "BITS": bits,
+        "WORD_BITS": DENSE_FORMS[bits].word_bits,
         "BASE": base,
         "HALF": half_range(bits),
-        "PLANES": digits_per_word(bits),
+        "PLANES": DENSE_FORMS[bits].digits,
         "RECIPROCAL": (1 << _SHIFT) // base + 1,
         "SHIFT": _SHIFT,
     }

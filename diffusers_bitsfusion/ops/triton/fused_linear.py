@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...codec.radix import digits_per_word
+from ...native.dense_form import DENSE_FORMS
 from ..dispatch import FEW_TOKENS
 from .decode import dense_form, last_digit, load_words
 
@@ -31,7 +31,7 @@ def _linear_kernel(
     width,
     row_bytes,
     HAS_BIAS: tl.constexpr,
-    BITS: tl.constexpr,
+    WORD_BITS: tl.constexpr,
     BASE: tl.constexpr,
     HALF: tl.constexpr,
     PLANES: tl.constexpr,
@@ -49,7 +49,7 @@ def _linear_kernel(
     for first in range(0, width, WORDS):
         index = first + tl.arange(0, WORDS)[None, :]
         mask = (column[:, None] < outputs) & (index < width)
-        words = load_words(dense, index, mask, first + WORDS - 1, width, BITS)
+        words = load_words(dense, index, mask, first + WORDS - 1, width, WORD_BITS)
         for plane in tl.static_range(PLANES):
             digit, words = last_digit(words, BASE, RECIPROCAL, SHIFT)
             k = plane * width + index
@@ -89,7 +89,7 @@ def linear_fused(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, b
             tokens,
             outputs,
             columns,
-            -(-columns // digits_per_word(bits)),
+            DENSE_FORMS[bits].words(columns),
             codes.shape[1],
             HAS_BIAS=bias is not None,
             **dense_form(bits),
