@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..config.bitsfusion import BitsFusionConfig
-from ..nn.attention import set_attention
+from ..nn.attention import restore_attention
 from ..nn.conversion import float_twin, replace_module
 from ..nn.feed_forward import set_geglu
 from ..nn.packed import PackedWeight
@@ -191,7 +191,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             restore(model, dtype)  # first: it may refuse, and then nothing has changed
         for name, module in packed:
             replace_module(model, name, float_twin(module))
-        set_attention(model, bf16=False)
+        restore_attention(model)
         set_geglu(model, integers=False)
         as_plain_model(model)
         del model.quantization_method

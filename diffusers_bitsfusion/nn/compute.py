@@ -19,7 +19,8 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
 
     Args:
         model: a quantized model, or a part of one.
-        compute: "exact": weights are decoded into the input's dtype, and torch does the rest. "int8": activations are
+        compute: "exact": weights are decoded into the input's dtype, and torch does the rest, but for attention in
+            bf16 on processors with AVX-512 BF16, which is computed by bf16 dot products. "int8": activations are
             rounded to 8 bits in each call (a scale for each token of a linear layer, one scale and zero point for a
             convolution's input) and multiplied with the codes in integers, which is faster and changes outputs by
             about a percent; gradients stay those of the exact model. Layers whose input is not normalised
@@ -44,7 +45,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
         layer.way(compute, resident)
     for layer in layers.values():
         layer.set_compute(compute, resident)
-    set_attention(model, bf16=compute == "int8")
+    set_attention(model, any_dtype=compute == "int8")
     set_geglu(model, integers=compute == "int8")
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None:

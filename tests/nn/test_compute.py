@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.nn import attention as nn_attention
-from diffusers_bitsfusion.nn.attention import BFloat16AttnProcessor, set_attention
+from diffusers_bitsfusion.nn.attention import BFloat16Attention, restore_attention, set_attention
 from diffusers_bitsfusion.nn.compute import packed_layers
 from diffusers_bitsfusion.nn.feed_forward import IntegerGEGLU
 from diffusers_bitsfusion.ops import linear as linear_module
@@ -195,46 +195,77 @@ def processors(model):
     return {type(module.processor) for module in attentions(model)}
 
 
-def test_integers_bring_their_attention_and_exact_gives_diffusers_own_back(packed_unet):
-    set_compute(packed_unet, "int8")
-    assert processors(packed_unet) == {BFloat16AttnProcessor}
-    set_compute(packed_unet, "exact")
-    assert processors(packed_unet) == {AttnProcessor2_0}
-    set_compute(packed_unet, "int8")
-    assert processors(packed_unet.dequantize()) == {AttnProcessor2_0}
-
-
-def test_the_processors_of_others_stay(packed_unet):
-    own = AttnProcessor()
-    attentions(packed_unet)[0].set_processor(own)
-    for compute in ("int8", "exact"):
+def test_packed_models_bring_their_attention_and_dequantizing_gives_diffusers_own_back(packed_unet):
+    for compute in ("exact", "int8", "exact"):
         set_compute(packed_unet, compute)
-        assert attentions(packed_unet)[0].processor is own
+        assert {type(module) for module in attentions(packed_unet)} == {BFloat16Attention}
+        assert processors(packed_unet) == {AttnProcessor2_0}
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(packed_unet)))
+    assert {module.any_dtype for module in attentions(copied)} == {False}
+    plain = tiny_unet()
+    for module, own in zip(attentions(packed_unet.dequantize()), attentions(plain), strict=True):
+        assert type(module) is Attention and module.__dict__.keys() == own.__dict__.keys()
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_the_processors_of_others_compute(packed_unet, call_unet, compute):
+    class Zeros:
+        def __call__(self, attn, hidden_states, **kwargs):
+            return torch.zeros_like(hidden_states)
+
+    set_compute(packed_unet, compute)
+    before, own = call_unet(packed_unet), Zeros()
+    packed_unet.set_attn_processor(own)
+    assert not torch.allclose(call_unet(packed_unet), before)
+    assert set(map(id, packed_unet.attn_processors.values())) == {id(own)}
+    packed_unet.set_attn_processor(AttnProcessor())
+    assert size_report(packed_unet).attention_ways == {}
+    packed_unet.set_default_attn_processor()  # which refuses processors that it does not know
+    packed_unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(call_unet(packed_unet), before)
 
 
 @pytest.mark.parametrize(
     "more",
     [{"residual_connection": True}, {"norm_num_groups": 2}, {"rescale_output_factor": 2.0}, {"qk_norm": "layer_norm"}],
 )
-def test_attention_with_more_around_it_keeps_diffusers_processor(more):
+def test_attention_with_more_around_it_stays_diffusers_own(more):
     attn = Attention(query_dim=8, heads=2, dim_head=4, processor=AttnProcessor2_0(), **more)
-    set_attention(attn, bf16=True)
-    assert type(attn.processor) is AttnProcessor2_0
+    set_attention(attn, any_dtype=True)
+    assert type(attn) is Attention
 
 
 @pytest.mark.parametrize("states", [None, torch.linspace(-1, 1, 2 * 7 * 6).view(2, 7, 6)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_processor_computes_what_diffusers_own_does(states, masked):
+@pytest.mark.parametrize("case", ["float32", "bfloat16", "masked", "any dtype"])
+def test_the_module_computes_what_diffusers_own_does(states, case):
     torch.manual_seed(0)
     attn = Attention(query_dim=8, cross_attention_dim=None if states is None else 6, heads=2, dim_head=4, bias=True)
-    x = torch.randn(2, 5, 8)
-    mask = torch.zeros(2, 1, 5 if states is None else 7).index_fill(2, torch.tensor([1]), -1e4) if masked else None
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    attn, x, states = attn.to(dtype), torch.randn(2, 5, 8, dtype=dtype), states if states is None else states.to(dtype)
+    mask = torch.zeros(2, 1, 5 if states is None else 7).index_fill(2, torch.tensor([1]), -1e4)
+    mask = mask if case == "masked" else None
     with torch.no_grad():
         expected = attn(x, states, attention_mask=mask)
-        set_attention(attn, bf16=True)
+        set_attention(attn, any_dtype=case == "any dtype")
         found = attn(x, states, attention_mask=mask)
-    assert type(attn.processor) is BFloat16AttnProcessor
-    assert torch.equal(found, expected) if masked else relative_error(found, expected) < 2**-7
+        restore_attention(attn)
+        assert torch.equal(attn(x, states, attention_mask=mask), expected)
+    assert type(attn) is Attention and found.dtype == dtype
+    error = relative_error(found.float(), expected.float())
+    assert error < 2**-6 if case in ("bfloat16", "any dtype") else error == 0
+
+
+def test_exact_attention_rounds_no_more_than_torchs(monkeypatch):
+    """In bf16, beside double precision."""
+    torch.manual_seed(0)
+    attn = Attention(query_dim=64, heads=4, dim_head=16).bfloat16()
+    x = torch.randn(2, 300, 64).bfloat16()
+    with torch.no_grad():
+        theirs = attn(x)
+        expected = copy.deepcopy(attn).double()(x.double())
+        set_attention(attn, any_dtype=False)
+        ours = attn(x)
+    assert relative_error(ours.double(), expected) < 1.1 * relative_error(theirs.double(), expected)
 
 
 def test_layers_within_an_attention_learn_beside_it(packed_unet):
@@ -337,11 +368,14 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
 
 @pytest.mark.parametrize("reason", [None, "it may not"])
 def test_the_report_says_how_attention_computes_and_why(packed_unet, monkeypatch, reason):
-    assert size_report(packed_unet).attention_ways == {}
     monkeypatch.setattr(nn_attention, "why_no_bf16_attention", lambda device: reason)
+    exact = set(size_report(packed_unet).attention_ways.values())
+    loop = "by bf16 dot products in compiled C"
+    sometimes = f"{loop} where its inputs are bf16, else by torch: exact calls round no more than that"
+    assert exact == {"by torch: it may not" if reason else sometimes}
     set_compute(packed_unet, "int8")
     report = size_report(packed_unet)
-    how = "by torch: it may not" if reason else "by bf16 dot products in compiled C"
+    how = "by torch: it may not" if reason else loop
     assert report.to_dict()["attention_ways"] == dict.fromkeys(report.attention_ways, how)
     assert f"{len(attentions(packed_unet)):>6}  attention {how}" in str(report)
 
