@@ -81,6 +81,16 @@ class BlockArguments(Arguments):
     _fields_ = [*_pointers("plain", "blocked"), *_integers("outputs", "inputs", "taps", "block")]
 
 
+class DecodeBlockedArguments(Arguments):
+    """decode_blocked.c"""
+
+    _fields_ = [
+        *_pointers("dense", "scale", "blocked"),
+        *_integers("outputs", "inputs", "taps", "row_bytes_in", "bits", "kind", "block"),
+        *_FAILED,
+    ]
+
+
 class ProductArguments(Arguments):
     """products.c"""
 
@@ -114,6 +124,7 @@ ARGUMENTS: dict[str, type[Arguments]] = {
     "rescale": RescaleArguments,
     "rescale_geglu": RescaleArguments,
     "block_weight": BlockArguments,
+    "decode_blocked": DecodeBlockedArguments,
     "multiply": ProductArguments,
     "attention": AttentionArguments,
 }

@@ -1,5 +1,6 @@
 /* Dense form (codec/radix.py) to weights, one output channel after another. Digits of a row are planar, so every loop
  * runs over plain vectors. */
+#include "decode.h"
 #include "dense.h"
 
 #ifdef __AVX2__
@@ -160,13 +161,6 @@ INLINE void fill_digits(uint8_t digits[5][256], int base, int zero) {
     for (int place = 0, divisor = 1; place < 5; place++, divisor *= base)
         for (int word = 0; word < 256; word++) digits[place][word] = (uint8_t)(word / divisor % base - zero);
 }
-
-typedef struct {
-    const uint8_t *dense; /* [rows, row_bytes_in] */
-    const float *scale;   /* [rows] */
-    void *out;            /* [rows, columns] of `kind`, int8 being the codes */
-    int64_t columns, row_bytes_in, bits, kind;
-} DecodeArguments;
 
 TAKES(decode, DecodeArguments)
 

@@ -20,6 +20,7 @@ from .arguments import (
     AttentionArguments,
     BlockArguments,
     DecodeArguments,
+    DecodeBlockedArguments,
     ProductArguments,
     QuantizeArguments,
     RangeArguments,
@@ -87,6 +88,7 @@ class NativeLibrary:
     rescale: Loop[RescaleArguments]
     rescale_geglu: Loop[RescaleArguments]
     block_weight: Loop[BlockArguments]
+    decode_blocked: Loop[DecodeBlockedArguments]
     multiply: Loop[ProductArguments] | None  # where the processor has AVX2
     attention: Loop[AttentionArguments] | None  # where it has AVX-512 BF16
     attention_queries: int  # that a row of `attention` has
