@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from ..utils.private_names import TORCH_EXTENSION
 from . import targets
 from .arguments import (
     ARGUMENTS,
@@ -179,12 +180,23 @@ def _bound(library: ctypes.CDLL) -> NativeLibrary:
     run = library.bitsfusion_run
     run.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int)
     run.restype = None
-    # Looked for in what torch is linked with, so that its OpenMP runtime is found and not another library's.
-    parallel = _address_of(getattr(ctypes.CDLL(torch._C.__file__), "GOMP_parallel", None))
+    parallel = _parallel()
     loops: dict[str, Any] = dict.fromkeys(ARGUMENTS)
     for name in _loops_of(library):
         loops[name] = Loop(_address_of(library[f"bitsfusion_{name}"]), run, parallel)
     return NativeLibrary(**loops, attention_queries=library.bitsfusion_attention_queries())
+
+
+def _parallel() -> int | None:
+    """The address of GOMP_parallel, by which OpenMP runtimes run compiled code on threads; None where it is missing.
+
+    It is looked for in what torch is linked with, so that torch's runtime is found and not another library's.
+    """
+    extension = getattr(TORCH_EXTENSION.read(torch), "__file__", None)
+    if extension is None:
+        logger.warning("Compiled loops run on one thread: %s", TORCH_EXTENSION.missing())
+        return None
+    return _address_of(getattr(ctypes.CDLL(extension), "GOMP_parallel", None))
 
 
 def _address_of(function: Any) -> int | None:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.conv import conv2d, int8_conv_weight, wants_channels_last
+from ..ops.conv import conv2d, int8_conv_weight
+from ..ops.dispatch import wants_channels_last
 from ..ops.forward_mode import in_forward_mode, weight
 from .packed import PackedWeight, autocast
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..codec.radix import dense_width
 from ..codec.schema import branch_shapes
 from ..ops.decode import decode_weight
-from ..ops.dispatch import Way, choose_way
+from ..ops.dispatch import KernelSelection, select_for_layer
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
 
@@ -39,7 +39,7 @@ class PackedWeight(nn.Module):
         weight_shape (`tuple[int, ...]`): shape of the weight.
         weight_dtype (`torch.dtype`): dtype that reading `weight` gives; `forward` follows its input instead.
         compute, resident (`str`): as in `BitsFusionConfig`; changed by `set_compute`.
-        sensitive (`bool`): whether it stays exact beside layers that compute in integers; see `ops.select.choose_way`.
+        sensitive (`bool`): whether it stays exact beside layers that compute in integers; see `ops.dispatch`.
         computes_int8 (`bool`): whether `forward` multiplies in integers.
         int8_weight (`torch.Tensor | None`): the codes in the form that integer arithmetic takes, where they are kept.
             It follows the codes, and is neither a parameter nor saved.
@@ -126,14 +126,14 @@ class PackedWeight(nn.Module):
         delta = self.branch_up.float().flatten(1) @ self.branch_down.float().flatten(1)
         return (self.decode(torch.float32) + delta.view(self.weight_shape)).to(dtype)
 
-    def way(self, compute: str | None = None, resident: str | None = None) -> Way:
-        """How `forward` computes, or would with other settings; raises as `ops.select.choose_way`."""
+    def way(self, compute: str | None = None, resident: str | None = None) -> KernelSelection:
+        """How `forward` computes, or would with other settings; raises as `ops.dispatch.select_for_layer`."""
         assert self.bits is not None
         settings = compute or self.compute, resident or self.resident
-        return choose_way(*settings, self.bits, self.codes.device, self.sensitive, isinstance(self, nn.Linear))
+        return select_for_layer(*settings, self.bits, self.codes.device, self.sensitive, isinstance(self, nn.Linear))
 
     def set_compute(self, compute: str, resident: str) -> None:
-        """Change how `forward` computes; see `diffusers_bitsfusion.set_compute`, raises as `ops.select.choose_way`."""
+        """Change how `forward` computes; see `diffusers_bitsfusion.set_compute`, raises as `ops.dispatch`."""
         self.computes_int8 = self.way(compute, resident).arithmetic == "int8"
         self.compute, self.resident = compute, resident
         self._renew_int8_weight()

@@ -1,8 +1,8 @@
-"""Activations to eight bits and integer sums back to outputs: plain references, compiled ways, and the choice.
+"""Activations to eight bits and integer sums back to outputs: plain references and compiled loops.
 
-GPUs have `triton_activations`. All ways give the same codes and scales, bit for bit. NaN or infinite activations give
-NaN scales or outputs. Every buffer names its dtype: torch's default one may change meanwhile, since loading a model
-sets it for the whole process.
+GPUs have `triton/activations.py`. All of them give the same codes and scales, bit for bit. NaN or infinite activations
+give NaN scales or outputs. Every buffer names its dtype: torch's default one may change meanwhile, since loading a
+model sets it for the whole process.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..native.arguments import AffineArguments, RangeArguments, RescaleArguments, TokenArguments
 from ..native.library import NATIVE_DTYPES, Loop, NativeLibrary, native_library
+from .dispatch import ROUND_COMPILED
 
 # Smallest range of values that is told from zero; its reciprocal is finite.
 TINY = 1e-30
@@ -37,7 +38,7 @@ def quantize_tokens_reference(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """`quantize_tokens_reference` by the fastest way there is on a CPU."""
+    """`quantize_tokens_reference` by the fastest kernel on a CPU."""
     native = _native_for(x)
     if native is None:
         return quantize_tokens_reference(x)
@@ -74,7 +75,7 @@ def quantize_image_reference(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize_image_reference` by the fastest way there is on a CPU."""
+    """`quantize_image_reference` by the fastest kernel on a CPU."""
     native = _native_for(x)
     if native is None:
         return quantize_image_reference(x)
@@ -122,7 +123,7 @@ def rescale_reference(
 
 
 def rescale(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`rescale_reference` by the fastest way there is; the order of its products may differ in the last bit."""
+    """`rescale_reference` by the fastest kernel; the order of its products may differ in the last bit."""
     native = _native_for(sums)
     if native is None:
         return rescale_reference(sums, token_scale, weight_scale, bias, out)
@@ -144,7 +145,7 @@ def rescale_geglu_reference(
 
 
 def rescale_geglu(sums: Tensor, token_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """`rescale_geglu_reference` by the fastest way there is, to 1e-7 of the gate."""
+    """`rescale_geglu_reference` by the fastest kernel, to 1e-7 of the gate."""
     native = _native_for(sums)
     if native is None:
         return rescale_geglu_reference(sums, token_scale, weight_scale, bias, out)
@@ -179,7 +180,7 @@ def _rescale_rows(
 
 
 def _native_for(x: Tensor) -> NativeLibrary | None:
-    return native_library() if x.device.type == "cpu" else None
+    return native_library() if ROUND_COMPILED.why_not(x.device) is None else None
 
 
 def _loadable(x: Tensor) -> Tensor:

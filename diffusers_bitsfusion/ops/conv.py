@@ -15,6 +15,7 @@ from torch.nn.grad import conv2d_input
 
 from .activations import quantize_image
 from .decode import decode_channels_last, decode_to_scratch
+from .dispatch import wants_channels_last
 from .onednn_weights import is_current, lay_out, lay_out_in_place
 
 # Stride, padding, dilation, all as pairs, and groups.
@@ -197,11 +198,6 @@ def int8_conv_weight(
     plain = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
     arrange = lay_out if kept else lay_out_in_place
     return arrange(plain, scale.view(torch.float32), geometry)
-
-
-def wants_channels_last(x: Tensor, int8: bool) -> bool:
-    """Whether the layer computes in channels last: on a GPU, whose tensor cores take bytes and half precision so."""
-    return x.device.type == "cuda" and x.dim() == 4 and (int8 or x.dtype in (torch.float16, torch.bfloat16))
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Packed codes and scales to weights: the plain reference, the faster ways, and the choice between them."""
+"""Packed codes and scales to weights: the plain reference and the faster kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..codec.radix import code_planes
 from ..native.arguments import DecodeArguments
 from ..native.library import NATIVE_DTYPES, native_library
-from .dispatch import has_triton
+from .dispatch import DECODE_COMPILED, DECODE_TRITON, DECODING, select
 
 _NATIVE_OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
 
@@ -41,7 +41,7 @@ def decode_reference(codes: Tensor, scale: Tensor, bits: int, columns: int, out:
 
 
 def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -> Tensor:
-    """`decode_reference` by the fastest way there is for the device and dtype; same arguments, same bits."""
+    """`decode_reference` by the fastest kernel for the device and dtype; same arguments, same bits."""
     contiguous = codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
     if contiguous and _has_kernel(codes.device, out.dtype):
         from .triton.decode import decode_triton  # imports Triton, which takes a second and may be missing
@@ -49,7 +49,7 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
         return decode_triton(codes, scale, bits, columns, out)
     if codes.device.type != "cpu":
         return decode_reference(codes, scale, bits, columns, out)
-    native = native_library()
+    native = native_library() if select(DECODING, codes.device, out.dtype) is DECODE_COMPILED else None
     if native is None or not contiguous:
         return _decode_in_blocks(codes, scale, bits, columns, out)
     if out.dtype not in _NATIVE_OUTPUTS:
@@ -99,7 +99,7 @@ def decode_channels_last(
 
 
 def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
-    return device.type == "cuda" and dtype != torch.float64 and has_triton()
+    return select(DECODING, device, dtype) is DECODE_TRITON
 
 
 def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

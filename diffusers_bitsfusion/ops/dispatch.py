@@ -1,32 +1,138 @@
-"""The one place that decides how a packed layer computes."""
+"""The one place that decides which kernel computes: declarations of the kernels, and the choice among them."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import platform
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..native.library import native_library
-from .products import why_no_int_mm
+from ..utils.private_names import TORCH_AMX, TORCH_VNNI
 
 COMPUTES = ("auto", "exact", "int8")
 RESIDENTS = ("packed", "int8")
 
-# Of the GPUs whose tensor cores for int8 and bf16 Triton's compiler serves.
+# Compute capability of the oldest GPUs whose tensor cores for int8 and bf16 Triton's compiler serves.
 _CAPABILITY = (8, 0)
 
 # Rows of the smallest tile of a GPU's tensor cores.
 FEW_TOKENS = 16
 
-# Without VNNI, two products of a byte and a code are added in 16 bits, which codes of more bits overflow.
-_BITS_WITHOUT_VNNI = 7
+_HALVES = (torch.float16, torch.bfloat16)
+# An offloaded layer is judged as on a CPU.
+_ON_CPU = ("cpu", "meta")
+
+# Private operators of torch by which oneDNN lays out weights.
+_ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
+
+
+def _no_obstacle(device: torch.device) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
-class Way:
+class Kernel:
+    """An implementation of an operation, with what it can do.
+
+    Attributes:
+        name: for reports, after "by".
+        devices: types of devices; empty for every one.
+        dtypes: of what it computes in or writes; empty for every one.
+        max_bits: of the codes.
+        capability: compute capability of the oldest GPUs that it is for; None for all of them.
+        why_not_here: why this machine lacks what the kernel needs on a device, None where it does not.
+    """
+
+    name: str
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = ()
+    max_bits: int = 8
+    capability: tuple[int, int] | None = None
+    why_not_here: Callable[[torch.device], str | None] = _no_obstacle
+
+    def why_not(self, device: torch.device, dtype: torch.dtype | None = None, bits: int = 1) -> str | None:
+        """Why it cannot compute this, or None where it can; without a dtype, that is not looked at."""
+        if self.devices and device.type not in self.devices:
+            return f'{self.name} is not for the device type "{device.type}"'
+        if self.dtypes and dtype is not None and dtype not in self.dtypes:
+            return f"{self.name} is not for {dtype}"
+        if bits > self.max_bits:
+            return f"{self.name} is for codes of up to {self.max_bits} bits"
+        obstacle = self.why_not_here(device)
+        if obstacle is not None or self.capability is None:
+            return obstacle
+        if torch.cuda.get_device_capability(device) < self.capability:
+            return f"{self.name} is for GPUs from compute capability {'.'.join(map(str, self.capability))} on"
+        return None
+
+
+def select(
+    kernels: Sequence[Kernel], device: torch.device, dtype: torch.dtype | None = None, bits: int = 1
+) -> Kernel | None:
+    """The first kernel that can compute this, None where none can."""
+    return next((kernel for kernel in kernels if kernel.why_not(device, dtype, bits) is None), None)
+
+
+def _why_no_triton(device: torch.device) -> str | None:
+    return None if has_triton() else "Triton, in which the kernels for GPUs are written, is not installed"
+
+
+def _why_no_compiled_loops(device: torch.device) -> str | None:
+    return None if native_library() is not None else "there is no C compiler"
+
+
+def _why_no_vnni(device: torch.device) -> str | None:
+    return None if has_vnni() else "this processor lacks VNNI"
+
+
+def _why_no_avx2(device: torch.device) -> str | None:
+    native = native_library()
+    if native is None:
+        return "torch multiplies integers slowly on this processor, which lacks VNNI, and there is no C compiler"
+    return None if native.multiply is not None else "this processor has neither VNNI nor AVX2"
+
+
+def _why_no_bf16_loop(device: torch.device) -> str | None:
+    supported = TORCH_AMX.read(torch.cpu)
+    if supported is None:
+        return TORCH_AMX.missing()
+    if supported():
+        return "torch's uses the matrix instructions (AMX) of this processor"
+    native = native_library()
+    if native is None:
+        return "there is no C compiler"
+    return None if native.attention is not None else "this processor has no bf16 dot products (AVX-512 BF16)"
+
+
+DECODE_TRITON = Kernel("Triton", ("cuda",), (torch.float32, *_HALVES, torch.int8), why_not_here=_why_no_triton)
+DECODE_COMPILED = Kernel("compiled C", _ON_CPU, why_not_here=_why_no_compiled_loops)
+DECODE_TORCH = Kernel("plain torch")
+DECODING = (DECODE_TRITON, DECODE_COMPILED, DECODE_TORCH)
+
+# Decoding within the product: for few tokens a product waits for its weights alone, and reads them as codes.
+FUSED_LINEAR = Kernel("Triton", ("cuda",), _HALVES, capability=_CAPABILITY, why_not_here=_why_no_triton)
+
+# Integer products and convolutions on a GPU.
+INTEGERS_TRITON = Kernel("Triton", ("cuda",), capability=_CAPABILITY, why_not_here=_why_no_triton)
+
+# Integer products of tokens and codes on a CPU that are faster than those of fp32. Without VNNI, two products of a
+# byte and a code are added in 16 bits, which codes of more bits overflow.
+MULTIPLY_VNNI = Kernel("torch with VNNI", _ON_CPU, why_not_here=_why_no_vnni)
+MULTIPLY_COMPILED = Kernel("compiled C", _ON_CPU, max_bits=7, why_not_here=_why_no_avx2)
+INTEGER_PRODUCTS = (MULTIPLY_VNNI, MULTIPLY_COMPILED)
+
+# Activations to eight bits and back on a CPU.
+ROUND_COMPILED = Kernel("compiled C", ("cpu",), why_not_here=_why_no_compiled_loops)
+
+ATTENTION_BF16 = Kernel("bf16 dot products in compiled C", _ON_CPU, why_not_here=_why_no_bf16_loop)
+
+
+@dataclass(frozen=True)
+class KernelSelection:
     """How a layer computes.
 
     Attributes:
@@ -49,10 +155,10 @@ def check_settings(compute: str, resident: str) -> None:
         raise ValueError(f'resident="int8" is for compute="int8" only, got compute={compute!r}')
 
 
-def choose_way(
+def select_for_layer(
     compute: str, resident: str, bits: int, device: torch.device, sensitive: bool = False, linear: bool = False
-) -> Way:
-    """The way of a layer.
+) -> KernelSelection:
+    """How a layer computes.
 
     Args:
         compute: one of `COMPUTES`.
@@ -67,66 +173,80 @@ def choose_way(
     """
     if compute != "int8":
         reason = 'compute="auto" takes exact' if compute == "auto" else 'compute="exact"'
-        return Way("exact", _decoding(device, linear), reason)
+        return KernelSelection("exact", _decoding(device, linear), reason)
     obstacle = why_no_int8(device)
     if obstacle is not None:
         raise ValueError(f'compute="int8" is not possible here: {obstacle}. Use compute="exact".')
     if sensitive:
-        return Way("exact", _decoding(device, linear), "its input is not normalised: eight bits are too few for it")
-    if device.type in ("cpu", "meta") and bits > _BITS_WITHOUT_VNNI and not torch.cpu._is_vnni_supported():
-        reason = f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
-        return Way("exact", _decoding(device), reason)
-    if device.type in ("cpu", "meta") and linear and (slow := why_no_int_mm()) is not None:
-        return Way("exact", _decoding(device), slow)
+        return KernelSelection(
+            "exact", _decoding(device, linear), "its input is not normalised: eight bits are too few for it"
+        )
+    if device.type in _ON_CPU and (obstacle := _why_slow_integers(bits, device, linear)) is not None:
+        return KernelSelection("exact", _decoding(device), obstacle)
     if resident == "packed":
-        return Way("int8", _decoding(device), 'compute="int8"')
+        return KernelSelection("int8", _decoding(device), 'compute="int8"')
     if device.type == "meta":
         raise ValueError('resident="int8" keeps all weights in memory, but the model is offloaded. Use "packed".')
-    return Way("int8", "int8 codes kept in memory", 'compute="int8", resident="int8"')
+    return KernelSelection("int8", "int8 codes kept in memory", 'compute="int8", resident="int8"')
+
+
+def _why_slow_integers(bits: int, device: torch.device, linear: bool) -> str | None:
+    """Why a layer on a CPU gains nothing from integers, or None where it does; convolutions are oneDNN's."""
+    if bits > MULTIPLY_COMPILED.max_bits and not has_vnni():
+        return f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
+    return why_no_int_mm() if linear else None
+
+
+def why_no_int_mm() -> str | None:
+    """Why integer products are slower on a CPU than those of fp32, or None where they are not."""
+    device = torch.device("cpu")
+    return None if select(INTEGER_PRODUCTS, device) is not None else MULTIPLY_COMPILED.why_not(device)
 
 
 def fuses_decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether a linear layer decodes within its product rather than before it.
+    """Whether a linear layer decodes within its product rather than before it."""
+    return 0 < tokens <= FEW_TOKENS and FUSED_LINEAR.why_not(device, dtype) is None
 
-    So on a GPU, for few tokens in half precision: the product then waits for its weights alone, and reads them as
-    codes instead of writing and reading them decoded.
-    """
-    few = 0 < tokens <= FEW_TOKENS and dtype in (torch.float16, torch.bfloat16)
-    return few and device.type == "cuda" and has_triton() and torch.cuda.get_device_capability(device) >= _CAPABILITY
+
+def wants_channels_last(x: torch.Tensor, int8: bool) -> bool:
+    """Whether a convolution computes in channels last: on a GPU, whose tensor cores take bytes and halves so."""
+    return x.device.type == "cuda" and x.dim() == 4 and (int8 or x.dtype in _HALVES)
 
 
 def why_no_int8(device: torch.device) -> str | None:
     """Why a device cannot compute with int8 codes, or None where it can."""
     if device.type == "cuda":
-        return _why_no_int8_on_cuda(device)
-    if device.type not in ("cpu", "meta"):
+        return _why_no_int8_on_gpu(device)
+    if device.type not in _ON_CPU:
         return f'there is no integer arithmetic for the device type "{device.type}"'
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"torch has no fast int8 convolution for {platform.machine()} processors, only for x86"
     if not torch.backends.mkldnn.is_available():
         return "this build of torch lacks oneDNN"
-    return None
+    if TORCH_VNNI.read(torch.cpu) is None:
+        return TORCH_VNNI.missing()
+    gone = [name for name in _ONEDNN_OPERATORS if not hasattr(torch.ops.mkldnn, name)]
+    return f"torch {torch.__version__} has no operator mkldnn::{gone[0]}" if gone else None
 
 
-def _why_no_int8_on_cuda(device: torch.device) -> str | None:
-    if not has_triton():
-        return "Triton, in which the integer kernels are written, is not installed"
-    if torch.cuda.get_device_capability(device) < _CAPABILITY:
-        return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
-    return None
+def _why_no_int8_on_gpu(device: torch.device) -> str | None:
+    if not has_triton() or INTEGERS_TRITON.why_not(device) is None:
+        return _why_no_triton(device)
+    return f"{torch.cuda.get_device_name(device)} is older than compute capability 8.0"
 
 
 @functools.cache
 def why_no_bf16_attention(device: torch.device) -> str | None:
     """Why attention is torch's own, or None where it is by compiled bf16 dot products."""
-    if device.type not in ("cpu", "meta"):
+    if device.type not in _ON_CPU:
         return f'torch has its own for the device type "{device.type}"'
-    if torch.cpu._is_amx_tile_supported():
-        return "torch's uses the matrix instructions (AMX) of this processor"
-    native = native_library()
-    if native is None:
-        return "there is no C compiler"
-    return None if native.attention is not None else "this processor has no bf16 dot products (AVX-512 BF16)"
+    return ATTENTION_BF16.why_not(device)
+
+
+def has_vnni() -> bool:
+    """Whether the processor multiplies bytes and adds the products in 32 bits."""
+    supported = TORCH_VNNI.read(torch.cpu)
+    return supported is not None and supported()
 
 
 @functools.cache
@@ -136,9 +256,8 @@ def has_triton() -> bool:
 
 
 def _decoding(device: torch.device, may_fuse: bool = False) -> str:
-    if device.type == "cuda" and has_triton():
-        fused = f", within the product for up to {FEW_TOKENS} tokens in half precision"
-        return f"decoded in each call by Triton{fused if may_fuse else ''}"
-    if device.type in ("cpu", "meta") and native_library() is not None:
-        return "decoded in each call by compiled C"
-    return "decoded in each call by plain torch"
+    kernel = select(DECODING, device)
+    assert kernel is not None  # plain torch decodes everywhere
+    fused = may_fuse and kernel is DECODE_TRITON
+    within = f", within the product for up to {FEW_TOKENS} tokens in half precision" if fused else ""
+    return f"decoded in each call by {kernel.name}{within}"

@@ -1,4 +1,4 @@
-"""Integer products of tokens and codes on a CPU: a plain reference, the fast ways, and the choice."""
+"""Integer products of tokens and codes on a CPU: a plain reference and the fast kernels."""
 
 from __future__ import annotations
 
@@ -7,19 +7,10 @@ from torch import Tensor
 
 from ..native.arguments import ProductArguments
 from ..native.library import native_library
+from .dispatch import INTEGER_PRODUCTS, MULTIPLY_COMPILED, select
 
 # Products that are worth a thread; one makes some 40 a nanosecond.
 _PRODUCTS_PER_THREAD = 1 << 22
-
-
-def why_no_int_mm() -> str | None:
-    """Why integer products are slower here than those of fp32, or None where they are not."""
-    if torch.cpu._is_vnni_supported():
-        return None
-    native = native_library()
-    if native is None:
-        return "torch multiplies integers slowly on this processor, which lacks VNNI, and there is no C compiler"
-    return None if native.multiply is not None else "this processor has neither VNNI nor AVX2"
 
 
 def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
@@ -38,9 +29,10 @@ def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
 
 
 def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
-    """`int_mm_reference` by the fastest way there is; `weight`: codes of `bits`, without VNNI at most 7."""
-    native = native_library()
-    if torch.cpu._is_vnni_supported() or native is None or native.multiply is None:
+    """`int_mm_reference` by the fastest kernel; `weight`: codes of `bits`, without VNNI at most 7."""
+    compiled = select(INTEGER_PRODUCTS, tokens.device, bits=bits) is MULTIPLY_COMPILED
+    native = native_library() if compiled else None
+    if native is None or native.multiply is None:
         return int_mm_reference(tokens, weight, sums)
     sums = sums[: len(tokens)]
     rows, columns = weight.shape

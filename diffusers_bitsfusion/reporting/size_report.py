@@ -19,7 +19,7 @@ from ..codec.schema import CheckpointSchema
 from ..codec.weight_files import stem, weight_files
 from ..nn.attention import attention_ways
 from ..nn.compute import packed_layers
-from ..ops.dispatch import Way
+from ..ops.dispatch import KernelSelection
 from ..utils.adapters import split_adapters
 
 MB = 1e6
@@ -69,7 +69,7 @@ class SizeReport:
     weights: int
     original_parameters: int
     histogram: dict[int, tuple[int, int]]
-    ways: dict[str, Way] = field(default_factory=dict)
+    ways: dict[str, KernelSelection] = field(default_factory=dict)
     attention_ways: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -84,4 +84,7 @@ TORCH_BUFFERS = PrivateName(
 TORCH_PADDING = PrivateName(
     "torch.nn.modules.conv", "_reversed_padding_repeated_twice", "convolutions with padding of another kind than zeros"
 )
+TORCH_VNNI = PrivateName("torch.cpu", "_is_vnni_supported", 'compute="int8" on a CPU')
+TORCH_AMX = PrivateName("torch.cpu", "_is_amx_tile_supported", "attention by bf16 dot products")
+TORCH_EXTENSION = PrivateName("torch", "_C", "compiled loops on several threads")
 TORCH_FORWARD_LEVEL = PrivateName("torch.autograd.forward_ad", "_current_level", "forward-mode differentiation")

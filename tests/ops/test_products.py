@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from diffusers_bitsfusion.codec.grid import code_range
 from diffusers_bitsfusion.native import library as native
-from diffusers_bitsfusion.ops.products import int_mm, int_mm_reference, why_no_int_mm
+from diffusers_bitsfusion.ops.dispatch import why_no_int_mm
+from diffusers_bitsfusion.ops.products import int_mm, int_mm_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
