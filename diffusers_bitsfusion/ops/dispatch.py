@@ -108,6 +108,15 @@ def _why_no_bf16_loop(device: torch.device) -> str | None:
     return None if native.attention is not None else "this processor has no bf16 dot products (AVX-512 BF16)"
 
 
+def _why_no_prepacked_convolution(device: torch.device) -> str | None:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "torch computes without oneDNN"
+    if not hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight"):
+        return f"torch {torch.__version__} has no operator aten::mkldnn_reorder_conv2d_weight"
+    gone = [name for name in (*_ONEDNN_OPERATORS, "_convolution_pointwise") if not hasattr(torch.ops.mkldnn, name)]
+    return f"torch {torch.__version__} has no operator mkldnn::{gone[0]}" if gone else _why_no_compiled_loops(device)
+
+
 DECODE_TRITON = Kernel("Triton", ("cuda",), (torch.float32, *_HALVES, torch.int8), why_not_here=_why_no_triton)
 DECODE_COMPILED = Kernel("compiled C", _ON_CPU, why_not_here=_why_no_compiled_loops)
 DECODE_TORCH = Kernel("plain torch")
@@ -127,6 +136,11 @@ INTEGER_PRODUCTS = (MULTIPLY_VNNI, MULTIPLY_COMPILED)
 
 # Activations to eight bits and back on a CPU.
 ROUND_COMPILED = Kernel("compiled C", ("cpu",), why_not_here=_why_no_compiled_loops)
+
+# Convolutions whose weight is decoded into oneDNN's own layout.
+CONVOLVE_PREPACKED = Kernel(
+    "compiled C, into oneDNN's layout", ("cpu",), (torch.bfloat16,), why_not_here=_why_no_prepacked_convolution
+)
 
 ATTENTION_BF16 = Kernel("bf16 dot products in compiled C", _ON_CPU, why_not_here=_why_no_bf16_loop)
 
@@ -209,7 +223,12 @@ def fuses_decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> boo
 
 
 def wants_channels_last(x: torch.Tensor, int8: bool) -> bool:
-    """Whether a convolution computes in channels last: on a GPU, whose tensor cores take bytes and halves so."""
+    """Whether an exact convolution, or one in integers on a GPU, computes in channels last.
+
+    So in half precision on a GPU, whose tensor cores take it so, and in bf16 on a CPU, where oneDNN does.
+    """
+    if x.device.type == "cpu":
+        return x.dtype == torch.bfloat16 and x.dim() == 4 and not int8
     return x.device.type == "cuda" and x.dim() == 4 and (int8 or x.dtype in _HALVES)
 
 
