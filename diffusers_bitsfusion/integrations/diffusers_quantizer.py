@@ -18,6 +18,7 @@ from ..nn.feed_forward import set_geglu
 from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures
 from ..nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
+from ..nn.transformer import set_channels_last
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..utils.hooks import refuse_dispatched
 from ..utils.private_names import ACCELERATE_HOOK
@@ -192,7 +193,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         for name, module in packed:
             replace_module(model, name, float_twin(module))
         restore_attention(model)
-        set_geglu(model, integers=False)
+        set_geglu(model, fused=False)
+        set_channels_last(model, False)
         as_plain_model(model)
         del model.quantization_method
         return model

@@ -75,6 +75,12 @@ class RescaleArguments(Arguments):
     ]
 
 
+class GegluArguments(Arguments):
+    """activations.c"""
+
+    _fields_ = [*_pointers("x", "out"), *_integers("columns", "dtype")]
+
+
 class BlockArguments(Arguments):
     """blocked.c"""
 
@@ -123,6 +129,7 @@ ARGUMENTS: dict[str, type[Arguments]] = {
     "quantize_affine": AffineArguments,
     "rescale": RescaleArguments,
     "rescale_geglu": RescaleArguments,
+    "geglu": GegluArguments,
     "block_weight": BlockArguments,
     "decode_blocked": DecodeBlockedArguments,
     "multiply": ProductArguments,

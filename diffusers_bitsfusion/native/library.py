@@ -22,6 +22,7 @@ from .arguments import (
     BlockArguments,
     DecodeArguments,
     DecodeBlockedArguments,
+    GegluArguments,
     ProductArguments,
     QuantizeArguments,
     RangeArguments,
@@ -88,6 +89,7 @@ class NativeLibrary:
     quantize_affine: Loop[AffineArguments]
     rescale: Loop[RescaleArguments]
     rescale_geglu: Loop[RescaleArguments]
+    geglu: Loop[GegluArguments]
     block_weight: Loop[BlockArguments]
     decode_blocked: Loop[DecodeBlockedArguments]
     multiply: Loop[ProductArguments] | None  # where the processor has AVX2

@@ -18,14 +18,14 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
     """
 
     def forward(self, x: Tensor, geglu: bool = False) -> Tensor:
-        """y = x W^T + b, or `ops.linear.linear_geglu` of it, for which the layer must compute in integers."""
+        """y = x W^T + b, or `ops.linear.linear_geglu` of it."""
         if not self.is_packed:
             return super().forward(x)
         x = autocast(x)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         packed = self.codes, self.scale
         if geglu:
-            return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.int8_weight)
+            return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
         if in_forward_mode():
             y = F.linear(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias)
         else:

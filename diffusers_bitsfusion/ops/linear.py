@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import quantize_tokens, rescale, rescale_geglu
+from .activations import geglu, quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
 from .dispatch import fuses_decoding
 from .products import int_mm
@@ -87,7 +87,8 @@ def _tokens(x: Tensor, shape: Sequence[int]) -> Tensor:
     "bitsfusion::linear_geglu",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, SymInt[] shape, Tensor? int8_weight) -> Tensor"
+        "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, SymInt[] shape, bool int8, "
+        "Tensor? int8_weight) -> Tensor"
     ),
 )
 def linear_geglu(
@@ -97,9 +98,10 @@ def linear_geglu(
     bias: Tensor | None,
     bits: int,
     shape: Sequence[int],
+    int8: bool,
     int8_weight: Tensor | None,
 ) -> Tensor:
-    """hidden * gelu(gate), the halves of what `linear` gives with `int8` (arXiv 2002.05202); not differentiable.
+    """hidden * gelu(gate), the halves of what `linear` gives (arXiv 2002.05202); not differentiable.
 
     On a CPU the product is made of sums that are still in the processor's cache, and the halves are never written.
 
@@ -108,17 +110,38 @@ def linear_geglu(
     Returns:
         [..., out] in the dtype of `x`.
     """
-    if x.device.type == "cuda":
-        hidden, gate = linear(x, codes, scale, bias, bits, shape, True, int8_weight).chunk(2, dim=-1)
+    if x.device.type != "cpu":
+        hidden, gate = linear(x, codes, scale, bias, bits, shape, int8, int8_weight).chunk(2, dim=-1)
         return hidden * F.gelu(gate)
     tokens = _tokens(x, shape)
-    weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
-    y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
+    if int8:
+        weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
+        y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
+    else:
+        y = _gated(tokens, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
     return y.view(*x.shape[:-1], shape[0] // 2)
 
 
+def _gated(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_geglu` in the dtype of the tokens."""
+    out = torch.empty(len(tokens), len(weight) // 2, dtype=tokens.dtype)
+    block = max(_FEWEST_TOKENS, _SUMS // len(weight))
+    halves = torch.empty(min(block, len(tokens)), len(weight), dtype=tokens.dtype)
+    for start in range(0, len(tokens), block):
+        part = tokens[start : start + block]
+        product = halves[: len(part)]
+        if bias is None:
+            torch.mm(part, weight.T, out=product)
+        else:
+            torch.addmm(bias, part, weight.T, out=product)
+        geglu(product, out[start : start + block])
+    return out
+
+
 @linear_geglu.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, shape: Sequence[int], _: Any) -> Tensor:
+def _(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, shape: Sequence[int], int8: bool, _: Any
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0] // 2)
 
 

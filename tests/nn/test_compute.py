@@ -8,7 +8,7 @@ import platform
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from peft import LoraConfig
@@ -20,7 +20,8 @@ from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, 
 from diffusers_bitsfusion.nn import attention as nn_attention
 from diffusers_bitsfusion.nn.attention import BFloat16Attention, restore_attention, set_attention
 from diffusers_bitsfusion.nn.compute import packed_layers
-from diffusers_bitsfusion.nn.feed_forward import IntegerGEGLU
+from diffusers_bitsfusion.nn.feed_forward import FusedGEGLU
+from diffusers_bitsfusion.nn.transformer import set_channels_last
 from diffusers_bitsfusion.ops import linear as linear_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -285,34 +286,43 @@ def gates(model):
     return [module for module in model.modules() if isinstance(module, GEGLU)]
 
 
-def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(packed_unet, call_unet, monkeypatch):
+def test_gates_are_computed_with_their_projections(packed_unet, call_unet, monkeypatch):
     unet, calls = packed_unet, []
     rescale_geglu = linear_module.rescale_geglu
     monkeypatch.setattr(linear_module, "rescale_geglu", lambda *args: calls.append(1) or rescale_geglu(*args))
     set_compute(unet, "int8")
-    assert {type(gate) for gate in gates(unet)} == {IntegerGEGLU}
+    assert {type(gate) for gate in gates(unet)} == {FusedGEGLU}
     found = call_unet(unet)
     assert len(calls) == len(gates(unet)) > 0
     set_compute(unet, "exact")
-    assert {type(gate) for gate in gates(unet)} == {GEGLU}
+    call_unet(unet)
+    assert len(calls) == len(gates(unet))  # diffusers' own, in fp32
     set_compute(unet, "int8")
-    monkeypatch.setattr(IntegerGEGLU, "forward", GEGLU.forward)
+    monkeypatch.setattr(FusedGEGLU, "forward", GEGLU.forward)
     # In one operation with the projection or after it: the same but for rounding.
     assert relative_error(found, call_unet(unet)) < 1e-3
     assert len(calls) == len(gates(unet))
     assert {type(gate) for gate in gates(unet.dequantize())} == {GEGLU}
 
 
+@pytest.mark.parametrize("compute", ["int8", "exact"])
+@pytest.mark.parametrize("tokens", [0, 5, 300])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gate_is_its_projections_halves(packed_unet, dtype):
-    set_compute(packed_unet, "int8")
+def test_a_gate_is_its_projections_halves(packed_unet, monkeypatch, dtype, bias, tokens, compute):
+    monkeypatch.setattr(linear_module, "_FEWEST_TOKENS", 64)
+    monkeypatch.setattr(linear_module, "_SUMS", 1)
+    set_compute(packed_unet, compute)
     gate = gates(packed_unet)[0]
-    x = torch.randn(2, 5, gate.proj.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gate.proj.bias = gate.proj.bias if bias else None
+    x = torch.randn(2, tokens, gate.proj.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         hidden, opening = gate.proj(x).float().chunk(2, dim=-1)
         found = gate(x)
     assert found.dtype == dtype and found.shape == hidden.shape
-    assert relative_error(found.float(), hidden * nn.functional.gelu(opening)) < 8 * torch.finfo(dtype).eps
+    assert (
+        tokens == 0 or relative_error(found.float(), hidden * nn.functional.gelu(opening)) < 8 * torch.finfo(dtype).eps
+    )
 
 
 def test_gates_learn_and_adapters_within_them_count(packed_unet):
@@ -345,6 +355,26 @@ def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
     found = torch.func.jvp(draw, primals, tangents)
     packed_unet.dequantize()
     torch.testing.assert_close(found, torch.func.jvp(draw, primals, tangents), rtol=1e-3, atol=1e-3)
+
+
+# Memory formats.
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_transformers_keep_images_channels_last_and_compute_the_same(linear):
+    torch.manual_seed(0)
+    model = nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2, use_linear_projection=linear))
+    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model[0](x).sample
+        set_channels_last(model, True)
+        assert type(model[0]) is not Transformer2DModel and type(model[0]).__name__ == "Transformer2DModel"
+        found = model[0](x).sample
+        set_channels_last(model, False)
+        set_channels_last(model[0], True)  # as a model, whose file names its class
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert type(model[0]) is Transformer2DModel
 
 
 # The size report.
