@@ -135,7 +135,7 @@ def layer_ways(
     ways: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x), "half": lambda: halved(x_half)}
     for compute, resident in (("exact", "packed"), ("int8", "packed"), ("int8", "int8")):
         twin = packed_twin(layer, bits, torch.float32)
-        twin.set_codes(packed.codes.data, packed.scale.data.view(torch.float32))
+        twin.set_codes(packed.codes.data, packed.scale_bits.view(torch.float32))
         twin.set_compute(compute, resident)
         name = f"{compute} {'resident' if resident == 'int8' else ''}".strip()
         ways[f"{name} fp32"] = lambda twin=twin: twin(x)

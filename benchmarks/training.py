@@ -26,7 +26,7 @@ from benchmarks.measure import peak_rss
 from benchmarks.sd15_shape import random_unet
 from diffusers_bitsfusion import BitsFusionConfig, prepare_qat
 from diffusers_bitsfusion.codec.grid import half_range
-from diffusers_bitsfusion.qat import trainable_layers
+from diffusers_bitsfusion.qat import qat_layers
 from diffusers_bitsfusion.training.batches import Batch
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.measure import static_memory
@@ -73,7 +73,7 @@ def gradient_norms(student: Student, batch: Batch) -> dict[str, float]:
     """Norms over all layers of the gradients of latent weights and of scales, with LSQ's factor and without."""
     student.objective(student.model, batch).total.backward()
     squares = {"weights": 0.0, "scales": 0.0, "scales, not rescaled": 0.0}
-    for layer in trainable_layers(student.model).values():
+    for layer in qat_layers(student.model).values():
         of_scales = float(layer.scale.grad.square().sum())
         squares["weights"] += float(layer.weight.grad.square().sum())
         squares["scales"] += of_scales

@@ -1,4 +1,4 @@
-"""`prepare_qat` and `convert`: to trainable layers and from them to packed ones (paper, section 6)."""
+"""`prepare_qat` and `convert`: float layers to fake-quantized ones, and those to packed ones (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from .utils.private_names import DIFFUSERS_FP32
 
 @dataclass
 class QATState:
-    """What a model in training carries as `model.qat_state`, for `convert`.
+    """State of a model in training, its `qat_state`, for `convert`.
 
     Attributes:
-        config: what was asked for.
-        plan: what it means for this model.
+        config: requested config.
+        plan: plan of the model by this config.
     """
 
     config: BitsFusionConfig
     plan: Plan
 
 
-def trainable_layers(model: torch.nn.Module) -> dict[str, QATLinear | QATConv2d]:
-    """Layers in quantization-aware training, by name."""
+def qat_layers(model: torch.nn.Module) -> dict[str, QATLinear | QATConv2d]:
+    """Return the fake-quantized layers of a model in training, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, (QATLinear, QATConv2d))}
 
 
@@ -50,62 +50,57 @@ def prepare_qat(
     layers: Iterable[str] | None = None,
     calibration: Calibration | Mapping[str, Any] | bool | None = None,
 ) -> ModelMixin | DiffusionPipeline:
-    """Make the layers that `quantize_model` would pack trainable at their bits, in place.
+    """Prepare a model for quantization-aware training, in place (paper, section 6).
 
-    Each becomes a `QATLinear` or `QATConv2d`, an `nn.Linear` or `nn.Conv2d` with an fp32 latent `weight` and an fp32
-    `scale` [out], both requiring gradients, and rounds to the same codes and scales as post-training quantization.
-    Everything else stays as it is, time embedding included: `convert` replaces that by the look-up that the config
-    asks for. Load the model in fp32 and train under autocast.
+    Each layer that `quantize_model` would pack becomes a fake-quantized `QATLinear` or `QATConv2d`, an `nn.Linear` or
+    `nn.Conv2d` with an fp32 latent `weight` and an fp32 `scale` [out], both requiring gradients, and rounds to the
+    same codes and scales as post-training quantization. Everything else stays as it is, time embedding included:
+    `convert` replaces that by the look-up that the config requests. Load the model in fp32 and train under autocast.
 
     Args:
-        model: a diffusers model that is not quantized; with `calibration` the pipeline around it, of which the
-            component that `config.components` names is prepared (`convert` then takes that component).
+        model: diffusers model that is not quantized; with `calibration` the pipeline around it, of which the component
+            that `config.components` names is prepared (`convert` then expects that component).
         config: as for `quantize_model`; `BitsFusionConfig()` when left out.
-        layers: names of the layers to make trainable, the others staying in floating point; all when left out. To
-            study one layer alone: `prepare_qat(unet, BitsFusionConfig(recipe=2), layers=["conv_in"])`. The layer that
-            was there is not touched, and can be put back.
-        calibration: start from codes, scales and biases that suit the inputs which the layers see while the pipeline
-            draws: `True`, or a `Calibration` that says what to run. Each latent weight then moves as little as it must
+        layers: names of the layers to fake-quantize, while the others stay in floating point; all when left out. To
+            study one layer alone: `prepare_qat(unet, BitsFusionConfig(recipe=2), layers=["conv_in"])`. The replaced
+            layer is not changed, and can be put back.
+        calibration: `True`, or the settings of a calibration: training then starts from codes, scales and biases that
+            suit the inputs of the layers while the pipeline samples, and each latent weight moves as little as it must
             to round to its code. `config.calibration` when left out.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: it is quantized, prepared or offloaded already, holds NaN or infinite weights, the config does not
-            suit it, or `layers` names one that the config does not quantize; calibration is asked for and it is not a
-            pipeline that draws prompts and has one model to train, or is to tune, which training does itself.
+        ValueError: the model is quantized, prepared or offloaded already, holds NaN or infinite weights, or does not
+            suit the config; `layers` names a layer that the config does not quantize; calibration is requested, and
+            the object is not a pipeline that accepts prompts and has one model to train, or the calibration is to
+            tune, which training does itself.
     """
     config = copy.deepcopy(config or BitsFusionConfig())
-    asked = Calibration.of(config.calibration if calibration is None else calibration)
-    if asked is None:
+    settings = Calibration.of(config.calibration if calibration is None else calibration)
+    if settings is None:
         return _prepare(model, config, _plan(model, config, layers))
     check_pipeline(model)
     component = _only_component(model, config)
-    if asked.tuning_steps:
+    if settings.tuning_steps:
         raise ValueError("tuning_steps of the calibration tune a packed model; training trains more. Leave them 0.")
-    config.calibration = asked.summary()
+    config.calibration = settings.summary()
     plan = _plan(component, config, layers)
-    start = calibrate(
-        model,
-        component,
-        plan.bits,
-        asked,
-        config.rounding,
-    )
-    start_calibrated(_prepare(component, config, plan), start)
+    calibrated = calibrate(model, component, plan.bits, settings, config.rounding)
+    start_calibrated(_prepare(component, config, plan), calibrated)
     return model
 
 
 @torch.no_grad()
 def start_calibrated(model: ModelMixin, calibrated: Mapping[str, CalibratedLayer]) -> None:
-    """Let a prepared model start from calibrated layers, in place.
+    """Set the start of a prepared model to calibrated layers, in place.
 
     Args:
-        model: prepared by `prepare_qat`, not trained yet.
-        calibrated: by layer name, from `calibrate` with the same bits, grid and weights.
+        model: model that `prepare_qat` has prepared, not trained yet.
+        calibrated: layers by name, from `calibrate` with the same bits, grid and weights.
     """
-    layers = trainable_layers(model)
+    layers = qat_layers(model)
     for name, start in calibrated.items():
         layer = layers[name]
         codes = unpack_dense(start.codes, layer.bits, layer.weight[0].numel())
@@ -113,10 +108,11 @@ def start_calibrated(model: ModelMixin, calibrated: Mapping[str, CalibratedLayer
 
 
 def _only_component(pipeline: DiffusionPipeline, config: BitsFusionConfig) -> ModelMixin:
-    found = [part for name in config.components if isinstance(part := pipeline.components.get(name), ModelMixin)]
-    if len(found) != 1:
-        raise ValueError(f"Of {config.components} the pipeline has {len(found)} models to train; name one.")
-    return found[0]
+    """Return the one model that the config names of a pipeline."""
+    models = [part for name in config.components if isinstance(part := pipeline.components.get(name), ModelMixin)]
+    if len(models) != 1:
+        raise ValueError(f"Of {config.components} the pipeline has {len(models)} models to train; name one.")
+    return models[0]
 
 
 def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | None) -> Plan:
@@ -148,17 +144,17 @@ def _selected(bits: dict[str, int], layers: Iterable[str]) -> dict[str, int]:
 
 @torch.no_grad()
 def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
-    """Pack a model prepared by `prepare_qat`, in place: what it rounds to becomes what it is.
+    """Pack a model that `prepare_qat` has prepared, in place, with the codes and scales that it has learned.
 
     Args:
-        model: the trained model, unwrapped (`accelerator.unwrap_model`).
-        dtype: dtype of what stays in floating point (biases, norms); the model's own when left out.
+        model: trained model, unwrapped (`accelerator.unwrap_model`).
+        dtype: dtype of the parameters that stay in floating point (biases, norms); the model's own when left out.
 
     Returns:
-        The same object, as `quantize_model` gives it: it can be saved, reloaded, dequantized.
+        The same object, as `quantize_model` returns it: it can be saved, reloaded, dequantized.
 
     Raises:
-        ValueError: it was not prepared, is offloaded, or holds NaN or infinite values.
+        ValueError: the model was not prepared, is offloaded, or holds NaN or infinite values.
     """
     if not hasattr(model, "qat_state"):
         raise ValueError(f"This {type(model).__name__} is not in training. Call `prepare_qat()` on it first.")
@@ -167,9 +163,8 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     dtype = dtype or model.dtype
     config, plan = model.qat_state.config, model.qat_state.plan
     schema = plan.schema(model, config)
-    for name, layer in trainable_layers(model).items():
+    for name, layer in qat_layers(model).items():
         packed = packed_twin(layer, layer.bits, dtype)
-        del packed.balance  # a setting of the trainable layer, copied with stride and padding
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)
@@ -177,7 +172,9 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     _cast_floats(model, dtype)
     del model.qat_state
     resolved = config.resolved(schema, config.calibration)
-    finish(model, BitsFusionQuantizer(resolved, pre_quantized=True), resolved, dtype)
+    quantizer = BitsFusionQuantizer(resolved, pre_quantized=True)
+    quantizer.trained = True
+    finish(model, quantizer, resolved, dtype)
     return model.requires_grad_(False)
 
 
@@ -188,7 +185,7 @@ def _refuse_not_finite(model: ModelMixin) -> None:
 
 
 def _cast_floats(model: ModelMixin, dtype: torch.dtype) -> None:
-    """Cast what `from_pretrained(dtype=...)` would: floating parameters but those that the model keeps in fp32."""
+    """Cast floating parameters as `from_pretrained(dtype=...)` does, all but those that the model keeps in fp32."""
     kept = DIFFUSERS_FP32.read(model) or []
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not any(part in kept for part in name.split(".")):

@@ -1,4 +1,4 @@
-"""`quantize_model`: the same as quantizing while loading, on a model already in memory."""
+"""`quantize_model`: quantization of a model in memory, with the result of quantizing while loading."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .packing.packer import ModelPacker
+from .packing.plan import check_excluded
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
 
@@ -31,41 +32,58 @@ def quantize_model(
     progress: bool = True,
     calibration: Calibration | bool | dict[str, Any] | None = None,
 ) -> ModelMixin | PreTrainedModel | DiffusionPipeline:
-    """Quantize a model of diffusers, a text encoder, or the components of a pipeline that `config.components` names.
-
-    In place.
+    """Quantize a diffusers model, a text encoder or components of a pipeline, in place.
 
     Args:
-        model: the model or pipeline; its weights may have any floating dtype and device.
-        config: what to do; `BitsFusionConfig()` when left out.
+        model: model, or pipeline of which the components that `config.components` names are quantized; weights may
+            be fp64, fp32, fp16 or bf16, on any device.
+        config: config of the quantization; `BitsFusionConfig()` when left out.
         progress: whether to show progress bars.
-        calibration: run the pipeline on prompts first, and round for the inputs that its layers see: `True`, or a
-            `Calibration` that says what to run. `config.calibration` when left out. Text encoders are
-            rounded without it.
+        calibration: `True`, or the settings of a calibration: the pipeline first runs on prompts, and weights are
+            rounded for the inputs of its layers. `config.calibration` when left out. Text encoders are rounded
+            without it.
 
     Returns:
         The same object.
 
     Raises:
-        ValueError: it is quantized already or offloaded, holds NaN or infinite weights, or the config does not suit
-            it; calibration is asked for and it is not a pipeline that draws prompts. A model that failed half way is
-            not usable; one whose calibration failed or was interrupted is as before.
+        ValueError: the model is quantized already or offloaded, holds NaN or infinite weights, or does not suit the
+            config; calibration is requested, and the object is not a pipeline that accepts prompts. A model that
+            failed half way is not usable; one whose calibration failed or was interrupted is unchanged.
     """
     config = config or BitsFusionConfig()
-    asked = Calibration.of(config.calibration if calibration is None else calibration)
-    if asked is not None:
-        check_pipeline(model, tunes=asked.tuning_steps > 0)
+    settings = Calibration.of(config.calibration if calibration is None else calibration)
+    if settings is not None:
+        check_pipeline(model, tunes=settings.tuning_steps > 0)
     if not isinstance(model, DiffusionPipeline):
         _check_kind(model, "this")
         return _quantize(model, config, progress)
-    components = {name: part for name in config.components if (part := model.components.get(name)) is not None}
-    if not components:
-        raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
+    components = _requested_components(model, config)
     for name, component in components.items():
         _check_kind(component, name)
+    check_excluded(list(components.values()), config)
     for name, component in components.items():
-        _quantize(component, config, progress, model, _for_component(asked, name))
+        _quantize(component, config, progress, model, _for_component(settings, name))
     return model
+
+
+def _requested_components(pipeline: DiffusionPipeline, config: BitsFusionConfig) -> dict[str, Any]:
+    """Return the components to quantize by name; the default names are alternatives, others must all be there.
+
+    Raises:
+        ValueError: the pipeline lacks a component that was asked for.
+    """
+    found = {name: part for name in config.components if (part := pipeline.components.get(name)) is not None}
+    missing = [name for name in config.components_to_quantize or [] if name not in found]
+    if not found:
+        raise ValueError(f"The pipeline has none of the components {config.components} to quantize.")
+    if missing:
+        modules = [name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
+        raise ValueError(
+            f"This {type(pipeline).__name__} has no component {', '.join(missing)} to quantize; "
+            f"it has {', '.join(modules)}."
+        )
+    return found
 
 
 def _quantize(
@@ -86,17 +104,10 @@ def _quantize(
     calls: list[Call] = []
     timesteps = packer.plan.timesteps if packer.plan.time_embedding == "cache" else None
     if calibration is not None:
-        calibrated = calibrate(
-            pipeline,
-            model,
-            packer.plan.bits,
-            calibration,
-            config.rounding,
-            progress,
-        )
+        calibrated = calibrate(pipeline, model, packer.plan.bits, calibration, config.rounding, progress)
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
-    for name, parameter in list(model.named_parameters()):
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
         layer = name.removesuffix(".weight")
         if layer in calibrated:
             packer.take_calibrated(layer, calibrated[layer], parameter.device)
@@ -104,14 +115,14 @@ def _quantize(
             packer.take(name, parameter, parameter.device)
     packed = packer.finish(None if calibration is None else calibration.summary())
     finish(model, BitsFusionQuantizer(packed, pre_quantized=True), packed, dtype)
-    warn_untrained()
+    warn_untrained(model, packed)
     if calibration is not None and calls:
         tune_packed(model, calls, calibration, timesteps, progress)
     return model
 
 
 def _check_kind(model: Any, name: str) -> None:
-    # Several ControlNets in one have no config that could say that they are packed.
+    """Refuse an object that is no model with a config, such as several ControlNets in one."""
     if not isinstance(model, (ConfigMixin, PreTrainedModel)):
         raise ValueError(
             f"Cannot quantize {name}: {type(model).__name__} is no single model of diffusers or transformers. "
@@ -120,7 +131,7 @@ def _check_kind(model: Any, name: str) -> None:
 
 
 def _for_component(calibration: Calibration | None, name: str) -> Calibration | None:
-    """With a cache folder of its own for each component of a pipeline."""
+    """Return the calibration with a cache folder of its own for the component `name` of a pipeline."""
     if calibration is None or calibration.cache_dir is None:
         return calibration
     return replace(calibration, cache_dir=Path(calibration.cache_dir) / name)

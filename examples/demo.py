@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 import diffusers_bitsfusion
 from diffusers_bitsfusion import BitsFusionConfig, size_report
+from diffusers_bitsfusion.evaluation import image_grid
+from diffusers_bitsfusion.reporting.size_report import MB, SizeReport
 
 PROMPTS = [
     "a red circle",
@@ -46,14 +48,14 @@ def draw(path: Path, target: Path, steps: int, unet: Path | None = None) -> None
     strip.resize((SCALE * strip.width, SCALE * strip.height), Image.Resampling.NEAREST).save(target)
 
 
-def stack(strips: Sequence[Path], target: Path) -> None:
-    """One picture of several of equal size, each above the next."""
-    images = [Image.open(strip) for strip in strips]
-    step = images[0].height + 6
-    joined = Image.new("RGB", (images[0].width, step * len(images) - 6), "white")
-    for i, image in enumerate(images):
-        joined.paste(image, (0, i * step))
-    joined.save(target)
+def pictures(strip: Path) -> np.ndarray:
+    """(prompts, height, width, 3) uint8: what `draw` put side by side."""
+    return np.stack(np.split(np.asarray(Image.open(strip)), len(PROMPTS), axis=1))
+
+
+def label(name: str, report: SizeReport) -> str:
+    """What stands above the pictures of a UNet in a file."""
+    return f"{name}: {report.average_bits.layers:.2f} bits, {report.total_bytes / MB:.2f} MB"
 
 
 def main() -> None:
@@ -78,16 +80,19 @@ def main() -> None:
     print(size_report(out / "packed"))
 
     draw(source, out / "full.png", arguments.steps)
-    rows = {"full precision": out / "full.png"}
+    packed = size_report(out / "packed" / "unet")
+    columns = {f"full precision: 16 bits, {packed.fp16_bytes / MB:.2f} MB": out / "full.png"}
     if source.resolve() == SHAPES.resolve():
         draw(source, out / "trained.png", arguments.steps, TRAINED)
-        rows["trained in about 2 bits"] = out / "trained.png"
-        print(f"\nThe UNet in {TRAINED}, trained in this precision:\n{size_report(TRAINED)}")
+        report = size_report(TRAINED)
+        columns[label("trained", report)] = out / "trained.png"
+        print(f"\nThe UNet in {TRAINED}, trained in this precision:\n{report}")
     command = [sys.executable, __file__, "--out", str(out), "--draw", str(out / "packed")]
     subprocess.run([*command, "--steps", str(arguments.steps)], check=True)
-    rows["rounded only, packed and reloaded"] = out / "packed.png"
-    stack(list(rows.values()), out / "side_by_side.png")
-    print(f"From above: {'; '.join(rows)}: {out / 'side_by_side.png'}")
+    columns[label("rounded only, packed and reloaded", packed)] = out / "packed.png"
+    drawn = [pictures(strip) for strip in columns.values()]
+    image_grid(drawn, list(columns), PROMPTS).save(out / "side_by_side.png")
+    print(f"From the left: {'; '.join(columns)}: {out / 'side_by_side.png'}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.native.library import native_library
 from diffusers_bitsfusion.nn import packed
-from diffusers_bitsfusion.ops import conv, linear
+from diffusers_bitsfusion.ops import conv, forward_mode, linear
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -162,10 +162,11 @@ def uploads(monkeypatch) -> list[tuple[str, dict[str, bytes]]]:
 
 @pytest.fixture
 def decodes(monkeypatch) -> dict[str, int]:
-    """Counts of the decodings of weights: by reading one, and by calls of layers."""
+    """Counts of the decodings of weights: by using `weight`, and by calls of layers."""
     counts = {"read": 0, "call": 0}
     for module, name, kind in (
         (packed, "decode_weight", "read"),
+        (forward_mode, "decode_weight", "read"),
         (linear, "decode_to_scratch", "call"),
         (conv, "decode_to_scratch", "call"),
     ):

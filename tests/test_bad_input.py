@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 import shutil
@@ -139,11 +138,21 @@ def test_a_target_that_no_assignment_reaches_is_named_with_what_can_be(target):
             quantize_model(tiny_unet(), BitsFusionConfig(target_bits=beyond), progress=False)
 
 
-def test_a_module_left_alone_that_is_not_there_is_said(make_config, caplog):
-    with caplog.at_level(logging.WARNING, logger="diffusers_bitsfusion"):
-        quantize_model(tiny_unet(), make_config(modules_to_not_convert=["conv_inn", "attn2.to_k"]), progress=False)
-    said = [message for message in caplog.messages if "modules_to_not_convert" in message]
-    assert said == ["modules_to_not_convert: UNet2DConditionModel has no conv_inn."]
+def test_a_module_left_alone_that_is_not_there_is_refused_untouched(make_config, call_unet):
+    unet = tiny_unet()
+    before = call_unet(unet)
+    with pytest.raises(ValueError, match="UNet2DConditionModel has no conv_inn. Did you mean conv_in"):
+        quantize_model(unet, make_config(modules_to_not_convert=["conv_inn", "attn2.to_k"]), progress=False)
+    assert torch.equal(call_unet(unet), before)
+
+
+def test_of_several_components_one_must_have_the_module_left_alone(source_folder):
+    config = BitsFusionConfig(recipe=4, components=["unet", "text_encoder"], modules_to_not_convert=["conv_in", "fc1"])
+    pipe = quantize_model(StableDiffusionPipeline.from_pretrained(source_folder), config, progress=False)
+    assert pipe.unet.conv_in.weight.is_floating_point() and type(pipe.unet.conv_in) is torch.nn.Conv2d
+    config.modules_to_not_convert = ["conv_in", "fc3"]
+    with pytest.raises(ValueError, match="has no fc3"):
+        quantize_model(StableDiffusionPipeline.from_pretrained(source_folder), config, progress=False)
 
 
 def test_a_refused_recipe_or_target_leaves_the_model_untouched(recipe, call_unet):
@@ -421,10 +430,10 @@ def test_another_number_of_steps_than_cached_names_the_first_missing_one(packed_
         pipe("ab", num_inference_steps=7, height=16, width=16)
 
 
-@pytest.mark.parametrize("timestep", [-1, 1000, 999.5])
+@pytest.mark.parametrize("timestep", [-1, 1001, 1000.5])
 def test_a_timestep_beyond_the_table_is_named_with_its_ends(packed_folders, call_unet, timestep):
     unet = UNet2DConditionModel.from_pretrained(packed_folders["table"], subfolder="unet")
-    with pytest.raises(ValueError, match=rf"Timestep {timestep}: .*0 to 999"):
+    with pytest.raises(ValueError, match=rf"Timestep {timestep}: .*0 to 1000"):
         call_unet(unet, timestep=timestep)
 
 

@@ -12,10 +12,9 @@ import pytest
 import torch
 from accelerate import Accelerator, cpu_offload
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from helpers import all_packed_layers
 from tiny import tiny_lora
-from torch import Tensor, nn
-
-from diffusers_bitsfusion.nn import PackedWeight
+from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,10 +37,6 @@ def draw(pipe: StableDiffusionPipeline) -> Tensor:
     return pipe("ab", generator=torch.Generator().manual_seed(1), **arguments).images
 
 
-def layers(model: nn.Module) -> list[PackedWeight]:
-    return [module for module in model.modules() if isinstance(module, PackedWeight)]
-
-
 @pytest.fixture
 def expected(folder) -> Tensor:
     return draw(load(folder))
@@ -50,11 +45,14 @@ def expected(folder) -> Tensor:
 # Offloading.
 
 
-def test_model_cpu_offload(folder, expected):
+def test_images_are_the_same_under_the_hooks_of_model_cpu_offload(folder, expected):
+    """On a CPU the hooks move nothing; that they move packed layers as well is shown in test_cuda.py."""
     pipe = load(folder)
     pipe.enable_model_cpu_offload(device="cpu")
+    assert all(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae, pipe.text_encoder))
     assert torch.equal(draw(pipe), expected)
     pipe.remove_all_hooks()
+    assert not hasattr(pipe.unet, "_hf_hook")
     assert torch.equal(draw(pipe), expected)
 
 
@@ -123,7 +121,7 @@ def test_an_automatic_device_map_spills_a_packed_model_to_the_disk(folder, expec
     limits = {"max_memory": {"cpu": "200KB"}, "offload_folder": tmp_path}
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", device_map="auto", **limits)
     assert "disk" in unet.hf_device_map.values()
-    assert any(layer.codes.is_meta for layer in layers(unet))
+    assert any(layer.codes.is_meta for layer in list(all_packed_layers(unet).values()))
     assert torch.equal(draw(load(folder, unet=unet)), expected)
 
 

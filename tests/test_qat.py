@@ -7,7 +7,7 @@ from tiny import tiny_unet
 from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, convert, prepare_qat, quantize_model, size_report
-from diffusers_bitsfusion.qat import trainable_layers
+from diffusers_bitsfusion.qat import qat_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -104,7 +104,7 @@ def test_one_layer_alone(call_unet):
     unet = tiny_unet().requires_grad_(False)
     original, plain = unet.get_submodule(name), call_unet(unet)
     prepare_qat(unet, BitsFusionConfig(recipe=1), layers=[name])
-    assert list(trainable_layers(unet)) == [name] and unet.get_submodule(name).bits == 1
+    assert list(qat_layers(unet)) == [name] and unet.get_submodule(name).bits == 1
     assert {n for n, p in unet.named_parameters() if p.requires_grad} == {f"{name}.weight", f"{name}.scale"}
     assert not torch.equal(call_unet(unet), plain)
     trained_layer = trained(unet).get_submodule(name)
@@ -116,7 +116,7 @@ def test_one_layer_alone(call_unet):
 def test_recipe_and_grid_are_those_of_the_config():
     recipe = Recipe({"conv_in": 5} | {name: 3 for name, m in tiny_unet().named_modules() if _is_ordinary(name, m)})
     unet = prepare_qat(tiny_unet(), BitsFusionConfig(recipe=recipe, balance=False))
-    layers = trainable_layers(unet)
+    layers = qat_layers(unet)
     assert layers["conv_in"].bits == 5 and layers["mid_block.resnets.0.conv1"].bits == 3
     assert layers["conv_out"].bits == 8
     assert not any(layer.balance for layer in layers.values())

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from ..codec.grid import cost_in_bits
 
-# First and last layers of diffusers' UNets, ControlNets and transformers: outside recipes, at `in_out_bits`.
+# Names of the first and last layers of diffusers' UNets, ControlNets and transformers. No recipe covers them; they are
+# quantized to `in_out_bits`.
 IN_OUT_LAYERS = (
     "conv_in", "conv_out", "pos_embed.proj", "patch_embed.proj", "x_embedder", "img_in", "proj_in", "proj_out"
 )  # fmt: skip
 
-# The timesteps that 50 steps of PNDM visit on a Stable Diffusion model, the paper's sampling.
+# Timesteps that 50 steps of PNDM visit on a Stable Diffusion model, the sampling of the paper (section 5).
 PAPER_TIMESTEPS = tuple(range(1, 1000, 20))
 
 
@@ -24,7 +25,7 @@ class AverageBits:
         paper: log2(levels) of every layer plus 16 bits a cached time feature, over all Linear and Conv2d weights of
             the original model, removed ones included. A table of all timesteps counts as the paper's 50 cached
             steps, to compare recipes; its real cost shows in the file's bytes.
-        layers: log2(levels) over the packed layers, first and last aside.
+        layers: log2(levels) averaged over the weights of the packed layers, without the first and the last one.
     """
 
     paper: float
@@ -32,7 +33,7 @@ class AverageBits:
 
 
 def cached_bits(features: int, timesteps: int) -> float:
-    """Bits of cached time features in the paper's formula: 16 each."""
+    """Return the bits of cached time features in the paper's formula (section 5), 16 each."""
     return 16.0 * features * timesteps
 
 
@@ -44,13 +45,13 @@ def average_bits(
     removed_weights: int = 0,
     cached: float = 0.0,
 ) -> AverageBits:
-    """The paper's formula.
+    """Return the average bits a weight by the paper's formula (section 5).
 
     Args:
-        layers: (bits, number of weights) by name of each packed layer.
+        layers: (bits, number of weights) of each packed layer, by its name.
         balance: whether the grids are balanced.
-        other_weights: Linear and Conv2d weights left in 16 bits.
-        removed_weights: weights of the time embedding, where it was replaced by features.
+        other_weights: number of Linear and Conv2d weights that stay in 16 bits.
+        removed_weights: number of weights of the time embedding, where features replace it.
         cached: bits of those features, see `cached_bits`.
     """
     cost = {name: cost_in_bits(bits, balance) * count for name, (bits, count) in layers.items()}

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-# Size exponent; percentiles of the CLIP drop above which a layer gets one bit more each (paper, section 5).
+# Exponent of a layer's size in its sensitivity score (paper, section 5).
 ETA = 0.3
+# Percentiles of the CLIP drop over layers, above each of which a layer gets one bit more (paper, section 5).
 CLIP_PERCENTILES = (90, 95, 98)
-
-_WITHOUT = 4  # bits of a layer that is too sensitive at all measured ones
+# Bits of a layer whose score is too high at 1, 2 and 3 bits (paper, section 5).
+_FALLBACK_BITS = 4
 
 
 def paper_rule(
-    damage: Mapping[int, Mapping[str, float]],
+    sensitivity: Mapping[int, Mapping[str, float]],
     sizes: Mapping[str, int],
     cost: Mapping[str, Sequence[float]],
     budget: float,
@@ -22,50 +23,52 @@ def paper_rule(
     eta: float = ETA,
     clip_drop: Mapping[str, float] | None = None,
 ) -> dict[str, int]:
-    """Bits per layer by threshold: the smallest b in {1, 2, 3} whose S = M * N^-eta is below S_o, else 4.
+    """Return bits per layer by threshold: the smallest b in {1, 2, 3} whose S = M * N^-eta is below S_o, else 4.
 
     A layer whose CLIP score drops by more than the 90th percentile over layers gets one bit more, above the 95th
-    another, above the 98th a third. S_o, open in the paper, is the largest demand that the budget allows.
+    another, above the 98th a third (paper, section 5). The paper leaves S_o open; here it is the strictest threshold
+    that the budget allows.
 
     Args:
-        damage: M, by bits (1, 2, 3) and layer; the paper's is the MSE of the pictures.
-        sizes: N, weights by layer.
-        cost: of each layer at 1 to 7 bits, in the unit of `budget`.
-        budget: that all layers may take together.
+        sensitivity: M, by bits (1, 2, 3) and layer name; the paper takes the MSE of the images.
+        sizes: N, number of weights by layer name.
+        cost: cost of each layer at 1, 2, ... 7 bits, in the unit of `budget`.
+        budget: cost of all layers together.
         eta: exponent of the size.
-        clip_drop: drop of the CLIP score at 3 bits, by layer; when left out, the threshold alone decides. A score that
-            did not drop is never a reason for more bits.
+        clip_drop: drop of the CLIP score at 3 bits, by layer name; when left out, the threshold alone decides. A score
+            that did not drop is never a reason for more bits.
 
     Returns:
-        Bits, 1 to 7, by layer.
+        Bits, 1 to 7, by layer name.
 
     Raises:
-        ValueError: the budget is below what the lowest demand takes or above what the highest does.
+        ValueError: the budget is below the cost of the most lenient threshold or above that of the strictest.
     """
-    scores = {name: [damage[bits][name] * size**-eta for bits in (1, 2, 3)] for name, size in sizes.items()}
+    scores = {name: [sensitivity[bits][name] * size**-eta for bits in (1, 2, 3)] for name, size in sizes.items()}
     extra = _extra_bits(clip_drop, sizes)
 
     def assign(threshold: float) -> dict[str, int]:
         return {
-            name: next((b for b, score in enumerate(by_bits, start=1) if score < threshold), _WITHOUT) + extra[name]
+            name: extra[name]
+            + next((b for b, score in enumerate(by_bits, start=1) if score < threshold), _FALLBACK_BITS)
             for name, by_bits in scores.items()
         }
 
     def spent(threshold: float) -> float:
         return sum(cost[name][bits - 1] for name, bits in assign(threshold).items())
 
-    # From the most lenient threshold to the strictest, between which the assignment changes; cost rises on the way.
-    # No threshold is 0, so that a layer which never changes anything passes at 1 bit.
+    # Thresholds from the most lenient to the strictest, between which the assignment changes; the cost rises along
+    # them. No threshold is 0, so that a layer which never changes anything passes at 1 bit.
     positive = {score for by_bits in scores.values() for score in by_bits if score > 0}
     thresholds = [np.inf, *sorted(positive, reverse=True)]
-    least, most = spent(thresholds[0]), spent(thresholds[-1])
-    if not least <= budget <= most:
+    min_cost, max_cost = spent(thresholds[0]), spent(thresholds[-1])
+    if not min_cost <= budget <= max_cost:
         total = sum(sizes.values())
         raise ValueError(
             f"no threshold of the paper's rule spends {budget / total:.3f} a weight over {len(sizes)} layers: it "
-            f"spends {least / total:.3f} to {most / total:.3f}"
+            f"spends {min_cost / total:.3f} to {max_cost / total:.3f}"
         )
-    low, high = 0, len(thresholds) - 1  # the first fits
+    low, high = 0, len(thresholds) - 1  # Threshold 0 is within the budget.
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if spent(thresholds[middle]) <= budget else (low, middle - 1)

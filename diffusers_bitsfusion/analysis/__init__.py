@@ -1,1 +1,1 @@
-"""How many bits each layer gets (paper, sections 4 and 5)."""
+"""Sensitivity of each layer, and the allocation of bits by it (paper, sections 4 and 5)."""

@@ -1,4 +1,4 @@
-"""From an analysis to a recipe, by any of the rules."""
+"""Allocation of bits for an analysed model, by any of the rules."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .results import Analysis
 RULES = ("knapsack", "paper", "data-free")
 
 
-def predicted_damage(analysis: Analysis) -> dict[str, list[float]]:
-    """Damage of each layer at 1 to 7 bits.
+def predicted_sensitivity(analysis: Analysis) -> dict[str, list[float]]:
+    """Return the sensitivity of each layer at 1 to 7 bits, by layer name.
 
-    Above the measured bits it falls as the layer's squared weight error does: small changes of a weight change what
-    comes out in proportion, so that the squared change of the picture follows the squared error.
+    Above the measured bits it falls as the layer's squared weight error does: small changes of a weight change the
+    output in proportion, so that the squared change of the image follows the squared error.
     """
     measured = {bits: analysis.damage(bits) for bits in analysis.header.bits}
     last = max(measured)
@@ -37,37 +37,38 @@ def predicted_damage(analysis: Analysis) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Totals:
-    """What a recipe costs, by every way of counting.
+    """Bits, bytes and predicted sensitivity of a recipe.
 
     Attributes:
-        paper_bits: the paper's average bits a weight, first and last layer and time embedding included.
-        layer_bits: log2(levels) averaged over the recipe's layers.
-        bytes: of the recipe's layers in the file, entropy coded, scales included.
-        damage: predicted, summed over the layers.
+        paper_bits: the paper's average bits a weight (section 5), first and last layer and time embedding included.
+        layer_bits: log2(levels) averaged over the weights of the recipe's layers.
+        bytes: bytes of the recipe's layers in the file, entropy coded, scales included.
+        sensitivity: predicted sensitivity, summed over the layers.
     """
 
     paper_bits: float
     layer_bits: float
     bytes: int
-    damage: float
+    sensitivity: float
 
     def __str__(self) -> str:
         return (
-            f"bits a weight     {self.layer_bits:.4f} over these layers, {self.paper_bits:.4f} by the formula\n"
-            f"bytes in the file {self.bytes:,}\n"
-            f"predicted damage  {self.damage:.4g}"
+            f"bits a weight         {self.layer_bits:.4f} over these layers, {self.paper_bits:.4f} by the formula\n"
+            f"bytes in the file     {self.bytes:,}\n"
+            f"predicted sensitivity {self.sensitivity:.4g}"
         )
 
     @classmethod
     def of(cls, recipe: Mapping[str, int], analysis: Analysis) -> Totals:
+        """Return the totals of a recipe for an analysed model."""
         header = analysis.header
         bits = sum(cost_in_bits(n) * header.layers[name].weights for name, n in recipe.items())
-        damage = predicted_damage(analysis)
+        sensitivity = predicted_sensitivity(analysis)
         return cls(
             paper_bits=(bits + header.fixed_bits) / header.weights,
             layer_bits=bits / sum(analysis.sizes.values()),
             bytes=sum(header.layers[name].bytes[n - 1] for name, n in recipe.items()),
-            damage=sum(damage[name][n - 1] for name, n in recipe.items()),
+            sensitivity=sum(sensitivity[name][n - 1] for name, n in recipe.items()),
         )
 
 
@@ -79,20 +80,20 @@ def allocate(
     max_bytes: int | None = None,
     eta: float = ETA,
 ) -> Recipe:
-    """The recipe that a rule finds for an analysed model.
+    """Allocate bits to the layers of an analysed model.
 
     Args:
-        analysis: of any method; `analysis.by(metric)` to have another of its metrics stand for damage.
+        analysis: analysis by any method; `analysis.by(metric)` to use another of its metrics as sensitivity.
         target_bits: average bits a weight by the paper's formula, as in `BitsFusionConfig`.
-        rule: "knapsack": the smallest total damage whose layers take no more bytes in the file, entropy coded, than
-            those of the data-free allocation to the target; "paper": threshold and CLIP percentiles (paper, section
-            5), the latter where the analysis has CLIP scores; "data-free": sizes alone.
-        max_bytes: instead of `target_bits`, bytes that the recipe's layers may take in the file, entropy coded and
-            with their scales.
-        eta: exponent of the paper's rule.
+        rule: "knapsack" for the smallest total sensitivity whose layers have no more bytes in the file, entropy coded,
+            than those of the data-free allocation to the target; "paper" for threshold and CLIP percentiles (paper,
+            section 5), the latter where the analysis has CLIP scores; "data-free" for sizes alone.
+        max_bytes: upper bound of the bytes of the recipe's layers in the file, entropy coded and with their scales,
+            instead of `target_bits`.
+        eta: exponent of the size in the paper's rule.
 
     Raises:
-        ValueError: an unknown rule, or a target that no assignment reaches.
+        ValueError: the rule is unknown, or no assignment reaches the target.
     """
     if rule not in RULES:
         raise ValueError(f"rule must be one of {', '.join(RULES)}; got {rule!r}.")
@@ -105,9 +106,9 @@ def allocate(
         bits = _bits(analysis, target_bits, rule, max_bytes, eta)
     except ValueError as error:
         raise ValueError(f"{target} cannot be reached for this model: {error}.") from error
-    asked = f"target_bits={target_bits}" if max_bytes is None else f"max_bytes={max_bytes}"
+    budget = f"target_bits={target_bits}" if max_bytes is None else f"max_bytes={max_bytes}"
     header = analysis.header
-    source = f"{rule} rule, {asked}, {header.method} analysis of {header.model['class']} by {header.metrics[0]}"
+    source = f"{rule} rule, {budget}, {header.method} analysis of {header.model['class']} by {header.metrics[0]}"
     return Recipe(bits, source=source, shapes=analysis.shapes)
 
 
@@ -122,12 +123,12 @@ def _bits(analysis: Analysis, target_bits: float, rule: str, max_bytes: int | No
         cost = {name: [cost_in_bits(n) * size for n in WIDTHS] for name, size in sizes.items()}
         budget = target_bits * header.weights - header.fixed_bits
     if rule == "paper":
-        damage = {n: analysis.damage(n) for n in header.bits}
-        return paper_rule(damage, sizes, cost, budget, eta=eta, clip_drop=analysis.clip_drop(max(header.bits)))
+        measured = {n: analysis.damage(n) for n in header.bits}
+        return paper_rule(measured, sizes, cost, budget, eta=eta, clip_drop=analysis.clip_drop(max(header.bits)))
     if rule == "knapsack":
         if max_bytes is None:
             max_bytes = _bytes_of(allocate_data_free(sizes, budget), file_bytes)
-        return knapsack(predicted_damage(analysis), file_bytes, max_bytes)
+        return knapsack(predicted_sensitivity(analysis), file_bytes, max_bytes)
     if max_bytes is None:
         return allocate_data_free(sizes, budget)
     return _data_free_within(max_bytes, sizes, file_bytes)
@@ -140,20 +141,20 @@ def _bytes_of(bits: Mapping[str, int], file_bytes: Mapping[str, Sequence[int]]) 
 def _data_free_within(
     max_bytes: int, sizes: Mapping[str, int], file_bytes: Mapping[str, Sequence[int]]
 ) -> dict[str, int]:
-    """The data-free allocation of the most bits whose result takes no more than `max_bytes`, by bisection.
+    """Return the data-free allocation with the most bits that fits into `max_bytes`, by bisection.
 
     Raises:
-        ValueError: even 1 bit everywhere takes more.
+        ValueError: even 1 bit everywhere does not fit.
     """
     low, high = (cost_in_bits(n) * sum(sizes.values()) for n in (WIDTHS[0], WIDTHS[-1]))
     best = allocate_data_free(sizes, low)
     if _bytes_of(best, file_bytes) > max_bytes:
         raise ValueError(f"1 bit everywhere takes {_bytes_of(best, file_bytes)} bytes")
-    for _ in range(40):  # halves the interval to less than a bit
+    for _ in range(40):  # 40 halvings make the interval smaller than a bit.
         middle = (low + high) / 2
-        found = allocate_data_free(sizes, middle)
-        if _bytes_of(found, file_bytes) <= max_bytes:
-            best, low = found, middle
+        candidate = allocate_data_free(sizes, middle)
+        if _bytes_of(candidate, file_bytes) <= max_bytes:
+            best, low = candidate, middle
         else:
             high = middle
     return best

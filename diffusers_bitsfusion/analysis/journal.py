@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .results import RESULT_FILE, Analysis, Header, Item, check_record, format_record
+from ..utils.files import write_atomically
+from ..utils.json_files import changed_keys, read_json
+from .results import RESULT_FILE, Analysis, Header, Item, check_record, format_record, parse_line
 
 _MANIFEST = "manifest.json"
 _PARTS = "parts"
@@ -30,8 +32,7 @@ def open_journal(folder: Path, header: Header) -> None:
     if found.run == header.run:
         return
     changed = [key for key in ("method", "model", "metrics") if getattr(found, key) != getattr(header, key)]
-    keys = sorted(found.settings.keys() | header.settings.keys())
-    changed += [key for key in keys if found.settings.get(key) != header.settings.get(key)]
+    changed += changed_keys(found.settings, json.loads(json.dumps(header.settings)))
     raise ValueError(
         f"{folder} holds another analysis (other {', '.join(changed)}); go on with the same arguments, delete it or "
         "choose another folder."
@@ -45,11 +46,8 @@ def read_manifest(folder: Path) -> Header:
         ValueError: the manifest is damaged.
     """
     manifest = folder / _MANIFEST
-    try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{manifest} is damaged: {error}.") from error
-    return Header.from_dict(content, str(manifest))
+    remedy = "Delete the folder, or choose another one."
+    return Header.from_dict(read_json(manifest, remedy=remedy), str(manifest))
 
 
 def read_records(folder: Path, header: Header) -> dict[Item, dict[str, float | None]]:
@@ -111,16 +109,6 @@ def finish(folder: Path, header: Header) -> Analysis:
     return analysis
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is either there and complete, or not there."""
-    scratch = path.with_name(f".{path.name}")
-    with scratch.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(scratch, path)
-
-
 def _whole_lines(file: Path) -> tuple[list[Any], int]:
     """(parsed lines but for a last one cut short, their length in bytes).
 
@@ -134,10 +122,10 @@ def _whole_lines(file: Path) -> tuple[list[Any], int]:
         try:
             if not line.endswith(b"\n"):
                 break
-            lines.append(json.loads(line))
-        except ValueError as error:
+            lines.append(parse_line(line, f"{file}, line {number}"))
+        except ValueError:
             if is_last:
                 break
-            raise ValueError(f"{file}, line {number} is damaged: {error}.") from error
+            raise
         whole += len(line)
     return lines, whole

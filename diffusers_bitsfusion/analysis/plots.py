@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -42,19 +42,35 @@ def block_of(layer: str) -> str:
     return f"{stem} {rest[0]}" if first.endswith("_blocks") and rest[:1] and stem in ("down", "up") else stem
 
 
-def sensitivity_by_layer(analysis: Analysis) -> Figure:
-    """The damage of every layer at every number of bits, in the model's order; blocks as bands."""
+def in_order_of_computing(layers: Iterable[str]) -> list[str]:
+    """Layer names with the mid block between down and up, where a UNet's modules list it last."""
+    places = {"down": 1, "mid": 2, "up": 3}
+    return sorted(layers, key=lambda name: places.get(block_of(name).split()[0], 0))
+
+
+def sensitivity_by_layer(analysis: Analysis) -> tuple[Figure, dict[str, str]]:
+    """The damage of every layer at every number of bits, in the order of computing; blocks as bands.
+
+    Returns:
+        (figure, what each point is by its id in the picture).
+    """
     figure, axes = _plot(4.2)
-    _blocks(axes, list(analysis.header.layers))
+    layers = in_order_of_computing(analysis.header.layers)
+    _blocks(axes, layers)
+    points = {}
     for bits, colour in zip(analysis.header.bits, _WIDTH_COLOURS, strict=False):
-        damage = np.array(list(analysis.damage(bits).values()))
-        damage[damage == 0] = np.nan  # off the logarithmic axis
-        axes.plot(damage, "o", ms=4, c=colour, label=f"n = {bits}")
+        damage = analysis.damage(bits)
+        axes.plot([], "o", ms=4, c=colour, label=f"n = {bits}")
+        for place, name in enumerate(layers):
+            if damage[name] > 0:  # what is not is off the logarithmic axis
+                point = f"point-{bits}-{place}"
+                axes.plot([place], [damage[name]], "o", ms=4, c=colour, gid=point)
+                points[point] = f"{name}, n = {bits}: {damage[name]:.3g}"
     first = analysis.header.metrics[0]
     title = "MSE, geometric mean" if first == "psnr" else _title(first)
-    axes.set(yscale="log", ylabel=title, xlabel="layer, in the model's order")
+    axes.set(yscale="log", ylabel=title, xlabel="layer, in the order of computing")
     axes.legend(ncols=3, loc="upper left", bbox_to_anchor=(0, -0.1), frameon=False, borderpad=0)
-    return figure
+    return figure, points
 
 
 def sensitivity_by_kind(analysis: Analysis) -> Figure:
@@ -77,15 +93,15 @@ def sensitivity_by_kind(analysis: Analysis) -> Figure:
 
 
 def bits_by_layer(recipes: Mapping[str, Mapping[str, int]]) -> Figure:
-    """The bits that each rule gives each layer, in the model's order."""
-    layers = list(next(iter(recipes.values())))
+    """The bits that each rule gives each layer, in the order of computing."""
+    layers = in_order_of_computing(next(iter(recipes.values())))
     grid = np.array([[bits[name] for name in layers] for bits in recipes.values()])
     figure, axes = _plot(1.1 + 0.5 * len(recipes))
     colours = colormaps["YlGnBu"].resampled(7)
     image = axes.imshow(
         grid, aspect="auto", cmap=colours, norm=BoundaryNorm(np.arange(0.5, 8), 7), interpolation="none"
     )
-    axes.set(yticks=range(len(recipes)), yticklabels=list(recipes), xlabel="layer, in the model's order")
+    axes.set(yticks=range(len(recipes)), yticklabels=list(recipes), xlabel="layer, in the order of computing")
     axes.set_yticks(np.arange(0.5, len(recipes) - 1), minor=True)
     axes.grid(which="minor", axis="y", color="white", lw=3)
     axes.tick_params(which="minor", length=0)

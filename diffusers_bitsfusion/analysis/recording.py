@@ -1,8 +1,7 @@
-"""What the full-precision model does while it draws: calls to learn from and pictures to compare with."""
+"""Recording of the full-precision model while it samples: calls to learn from, and images to compare with."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,18 @@ from torch import nn
 
 from ..calibration.calls import Call
 from ..evaluation import Sampling, generate_images
+from ..utils.errors import DamagedFileError
+from ..utils.files import replacing_file
+from ..utils.torch_files import is_finite_tensor, read_torch
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the full-precision model did.
+    """Images and calls of the full-precision model.
 
     Attributes:
-        images: its pictures, (n, height, width, 3) uint8.
-        calls: some of its denoiser's calls.
+        images: generated images, uint8 [images, height, width, 3].
+        calls: some of the denoiser's calls.
     """
 
     images: np.ndarray
@@ -31,25 +33,58 @@ class Reference:
 
     @classmethod
     def empty(cls) -> Reference:
-        """Of a model that has drawn nothing."""
+        """Return a reference without images and calls."""
         return cls(np.empty((0, 0, 0, 3), np.uint8), [])
 
     def save(self, path: Path) -> None:
-        """Write to a file that is either there and complete, or not there."""
-        scratch = path.with_name(f".{path.name}")
+        """Write the reference to a file, which is complete or does not exist at any time."""
         calls = [(call.args, call.kwargs, call.output) for call in self.calls]
-        torch.save({"images": torch.from_numpy(self.images), "calls": calls}, scratch)
-        os.replace(scratch, path)
+        with replacing_file(path) as partial:
+            torch.save({"images": torch.from_numpy(self.images), "calls": calls}, partial)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> Reference:
-        """Inverse of `save`, with the calls on `device`."""
-        content = torch.load(path, weights_only=True)
+        """Read a reference that `save` has written, with the calls on `device`.
+
+        Raises:
+            DamagedFileError: the file is damaged, or holds values that are not finite.
+        """
+        remedy = "Delete it: the images are then generated again."
+        content = read_torch(path, remedy)
+        if not (
+            isinstance(content, dict)
+            and content.keys() == {"images", "calls"}
+            and is_finite_tensor(content["images"], torch.uint8)
+            and content["images"].dim() == 4
+            and isinstance(content["calls"], list)
+            and all(_is_call(call) for call in content["calls"])
+        ):
+            raise DamagedFileError(path, "is damaged: it does not hold images and finite calls", remedy)
         return cls(content["images"].numpy(), [Call(*call).to(device) for call in content["calls"]])
 
 
+def _is_call(call: Any) -> bool:
+    """Return whether `call` has the arguments and the finite output of a saved call."""
+    return (
+        isinstance(call, tuple)
+        and len(call) == 3
+        and isinstance(call[0], tuple)
+        and isinstance(call[1], dict)
+        and all(isinstance(name, str) for name in call[1])
+        and is_finite_tensor(call[2])
+    )
+
+
 class _Recorder:
-    """Keeps `count` of the calls it sees, each as likely as any other, without holding them all at once."""
+    """Forward hook that keeps `count` calls, each with the same probability, without holding all (reservoir sampling).
+
+    Args:
+        count: number of calls to keep.
+        seed: seed of the choice.
+
+    Attributes:
+        calls: kept calls, on the CPU.
+    """
 
     def __init__(self, count: int, seed: int) -> None:
         self.calls: list[Call] = []
@@ -72,14 +107,14 @@ def record(
     calls: int,
     progress: bool = True,
 ) -> Reference:
-    """Draw a picture a caption and keep some of the denoiser's calls.
+    """Generate an image for each caption, and keep some of the denoiser's calls.
 
     Args:
-        pipeline: in full precision.
-        model: its denoiser.
-        captions: what to draw.
-        sampling: how; its seed also chooses the calls.
-        calls: how many to keep, at random over all pictures and steps; fewer where sampling makes fewer.
+        pipeline: pipeline in full precision.
+        model: denoiser of the pipeline.
+        captions: prompts.
+        sampling: settings of sampling; its seed also chooses the calls.
+        calls: number of calls to keep, at random over all images and steps; fewer where sampling makes fewer.
         progress: whether to show a progress bar.
     """
     recorder = _Recorder(calls, sampling.seed)

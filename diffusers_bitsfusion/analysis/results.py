@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..utils.errors import DamagedFileError, shown
+from ..utils.json_files import is_count, is_list_of, is_number, parse_json
+
 FORMAT = "bitsfusion-analysis"
 VERSION = 1
 RESULT_FILE = "analysis.jsonl"
+
+_REMEDY = "Run `bitsfusion analyze` again."
 
 Item = tuple[str, int]
 
@@ -84,21 +90,22 @@ class Header:
         """
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{where} is not an analysis: it does not begin with the header of {FORMAT}.")
-        if content["version"] > VERSION:
+        version = content.get("version")
+        if isinstance(version, int) and version > VERSION:
             raise ValueError(
-                f"{where} has version {content['version']}, newer than the {VERSION} that this diffusers_bitsfusion "
-                "reads. Upgrade with `pip install -U diffusers_bitsfusion`."
+                f"{where} has version {version}, newer than the {VERSION} that this diffusers_bitsfusion reads. "
+                "Upgrade with `pip install -U diffusers_bitsfusion`."
             )
-        fields: dict[str, Any] = {key: value for key, value in content.items() if key not in ("format", "version")}
-        try:
-            fields |= {key: tuple(fields[key]) for key in ("metrics", "bits")}
-            fields["layers"] = {
-                name: LayerCost(tuple(cost["shape"]), tuple(cost["bytes"]), tuple(cost["weight_error"]))
-                for name, cost in fields["layers"].items()
-            }
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"The header of {where} is damaged: {error}.") from error
+        values: dict[str, Any] = {key: value for key, value in content.items() if key not in ("format", "version")}
+        problem = _problem_of_header(values) if version == VERSION else f"version is {shown(version)}"
+        if problem is not None:
+            raise DamagedFileError(f"The header of {where}", f"is damaged: {problem}", _REMEDY)
+        values |= {key: tuple(values[key]) for key in ("metrics", "bits")}
+        values["layers"] = {
+            name: LayerCost(tuple(cost["shape"]), tuple(cost["bytes"]), tuple(cost["weight_error"]))
+            for name, cost in values["layers"].items()
+        }
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -129,12 +136,12 @@ class Analysis:
                     f"{path} holds no {RESULT_FILE}: the analysis there is not finished, or there is none. "
                     "`bitsfusion analyze` with the same arguments goes on where it stopped."
                 )
-        lines = file.read_text(encoding="utf-8").splitlines() or [""]
-        header = Header.from_dict(_parse(lines[0], f"{file}, line 1"), str(file))
+        lines = file.read_bytes().removesuffix(b"\n").split(b"\n")
+        header = Header.from_dict(parse_line(lines[0], f"{file}, line 1"), str(file))
         records: dict[Item, Mapping[str, float | None]] = {}
         for number, line in enumerate(lines[1:], start=2):
             where = f"{file}, line {number}"
-            item, metrics = check_record(_parse(line, where), header, where)
+            item, metrics = check_record(parse_line(line, where), header, where)
             if item in records:
                 raise ValueError(f"{where}: {item[0]} at {item[1]} bits is there twice.")
             records[item] = metrics
@@ -229,22 +236,72 @@ def check_record(content: Any, header: Header, where: str) -> tuple[Item, dict[s
         raise ValueError(f"{where} is not of this analysis, but of another model or other settings.")
     layer: Any = content.get("layer")
     bits: Any = content.get("bits")
-    if layer not in header.layers or bits not in header.bits:
-        raise ValueError(f"{where}: the analysis has no layer {layer!r} at {bits!r} bits.")
+    if not isinstance(layer, str) or layer not in header.layers or not is_count(bits) or bits not in header.bits:
+        raise ValueError(f"{where}: the analysis has no layer {shown(layer)} at {shown(bits)} bits.")
     metrics = {name: content[name] for name in (*header.metrics, "seconds") if name in content}
     if missing := [name for name in header.metrics if name not in metrics]:
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
     for name, value in metrics.items():
-        if not (isinstance(value, (int, float)) and np.isfinite(value) or value is None and name == "psnr"):
-            raise ValueError(f"{where}: {name} is {value!r}, not a number.")
+        if not (is_number(value) or value is None and name == "psnr"):
+            raise ValueError(f"{where}: {name} is {shown(value)}, not a number.")
     return (layer, bits), metrics
 
 
-def _parse(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is damaged: {error}.") from error
+def parse_line(line: bytes, where: str) -> Any:
+    """Return what a line holds.
+
+    Raises:
+        DamagedFileError: it is not one JSON document; the message begins with `where`.
+    """
+    return parse_json(line, where, object, non_finite=True, remedy=_REMEDY)
+
+
+def _problem_of_header(values: Mapping[str, Any]) -> str | None:
+    """What is wrong with the fields of a `Header` as they were read; None where nothing is."""
+    names = [field.name for field in fields(Header)]
+    if missing := [name for name in names if name not in values]:
+        return f"{missing[0]!r} is missing"
+    if unknown := [name for name in values if name not in names]:
+        return f"{shown(unknown[0])} is unknown"
+    checks = {
+        "method": lambda value: isinstance(value, str),
+        "run": lambda value: isinstance(value, str),
+        "metrics": lambda value: is_list_of(value, str) and value and len(set(value)) == len(value),
+        "bits": lambda value: (
+            is_list_of(value, int) and value and all(is_count(n, 1) and n <= 7 for n in value) and _increases(value)
+        ),
+        "model": lambda value: _is_texts(value) and value.keys() >= {"class", "fingerprint"},
+        "layers": lambda value: isinstance(value, dict) and value and all(map(_is_cost, value.values())),
+        "fixed_bits": lambda value: is_number(value) and value >= 0,
+        "weights": lambda value: is_count(value, 1),
+        "settings": lambda value: isinstance(value, dict),
+        "versions": _is_texts,
+    }
+    wrong = next((name for name, check in checks.items() if not check(values[name])), None)
+    return None if wrong is None else f"{wrong} is {shown(values[wrong])}"
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and is_list_of(list(value.values()), str)
+
+
+def _increases(values: Sequence[int]) -> bool:
+    return list(values) == sorted(set(values))
+
+
+def _is_cost(value: Any) -> bool:
+    """Whether it is a `LayerCost` as it was read."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == {"shape", "bytes", "weight_error"}
+        and all(isinstance(part, (list, tuple)) for part in value.values())
+        and bool(value["shape"])
+        and all(is_count(size, 1) for size in value["shape"])
+        and math.prod(value["shape"]) < 1 << 40
+        and len(value["bytes"]) == len(value["weight_error"]) == 7
+        and all(is_count(size, 1) for size in value["bytes"])
+        and all(is_number(error) and error >= 0 for error in value["weight_error"])
+    )
 
 
 def _some(names: Iterable[str]) -> str:

@@ -1,9 +1,7 @@
-"""Sensitivity analysis: how much it hurts to round each layer alone (paper, section 4), and cheaper estimates."""
+"""Sensitivity analysis: the effect of rounding each layer alone (paper, section 4), and cheaper estimates."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,42 +12,41 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from diffusers import ModelMixin
 from tqdm.auto import tqdm
 
-from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.images import require_image_metrics
-from ..packing.plan import fixed_bits, make_plan
-from ..utils.private_names import DIFFUSERS_FP32
+from ..utils.fingerprints import hash_of_settings, hash_of_weights
 from ..utils.processes import process_state
 from . import estimates, single_layer
 from .journal import Journal, finish, open_journal, read_manifest, read_records
 from .layer_cost import layer_cost
 from .recording import Reference, record
 from .results import Analysis, Header, Item
-from .study import Record, Settings, Study, analysed_layers, denoiser
+from .study import Record, Settings, Study, analysed_layers, denoiser, undecided_bits
 
-# Numbers of bits that every layer is measured at; the paper's.
+# Numbers of bits that every layer is measured at (paper, section 4).
 BITS = (1, 2, 3)
 
+# Name of the file of reference images and calls.
 _REFERENCE = "reference.pt"
+# Names of the packages whose versions an analysis records.
 _PACKAGES = ("diffusers_bitsfusion", "torch", "diffusers", "transformers")
 
-# Processes wait for each other's shares, which no time-out of a training step fits.
-_PATIENCE = timedelta(days=7)
+# Time-out of processes that wait for each other's shares, which may take days.
+_TIMEOUT = timedelta(days=7)
 
 DEFAULT_SETTINGS = Settings()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way to measure sensitivity.
+    """A method of measuring sensitivity.
 
     Attributes:
-        measure: yields a record for each of the given (layer, bits).
-        metrics: what a record holds, the one that stands for damage first.
-        settings: names of the `Settings` that it depends on.
+        measure: function that yields a record for each of the given (layer, bits).
+        metrics: names of a record's metrics; the first one is the sensitivity.
+        settings: names of the `Settings` that the result depends on.
     """
 
     measure: Callable[[Study, Iterable[Item]], Iterator[Record]]
@@ -57,8 +54,8 @@ class Method:
     settings: tuple[str, ...]
 
     @property
-    def draws(self) -> bool:
-        """Whether it looks at the full-precision model drawing."""
+    def needs_sampling(self) -> bool:
+        """True if the method needs images or calls of the full-precision model."""
         return "sampling" in self.settings
 
 
@@ -84,31 +81,31 @@ def analyze(
 ) -> Analysis:
     """Measure every layer whose bits a recipe decides, at 1, 2 and 3 bits.
 
-    Killed at any moment, it goes on where it stopped when called again with the same arguments. Under `accelerate
-    launch` the processes share the work; `out` must then be a folder that all of them see. The result is the same,
-    however many they are.
+    An analysis that was killed at any moment continues when it is called again with the same arguments. Under
+    `accelerate launch` the processes share the work; `out` must then be a folder that all of them can read. The result
+    does not depend on their number.
 
     Args:
         source: folder or Hub id of a pipeline in full precision.
-        out: folder for the result, `analysis.jsonl`, and what is needed to go on.
-        captions: what to draw; not needed for "weight".
-        method: "full": round the layer, train it, draw and compare, as the paper does. "calibrated": change of the
+        out: folder for the result, `analysis.jsonl`, and for the files that continuing needs.
+        captions: prompts; not needed for "weight".
+        method: "full": round the layer, train it, sample and compare, as the paper does. "calibrated": change of the
             predicted noise with the layer calibrated, for models that will be. Estimates for any other, from good to
             cheap: "prediction": change of the predicted noise with the layer rounded; "gradient": the same to second
             order, for all layers at once; "output": change of the layer's own output; "weight": of its weight.
-        settings: numbers of pictures, steps and so on.
-        clip: folder or Hub id of a CLIP for the full analysis; when left out, the folder `clip/` of the pipeline,
-            and without one the CLIP score is not measured.
+        settings: settings of the measurement.
+        clip: folder or Hub id of a CLIP for the full analysis; when left out, the folder `clip/` of the pipeline.
+            Without either the CLIP score is not measured.
         progress: whether to show progress bars with the time left.
 
     Raises:
-        ImportError: the full analysis needs a package of the extra `eval`.
-        OSError: the pipeline cannot be read, or the result not written.
-        ValueError: `out` holds an analysis of another model or other settings, the pipeline is quantized already, an
-            unknown method, there are no captions, or "calibrated" has a single call to look at.
+        ImportError: a package of the extra `eval`, which the full analysis needs, is not installed.
+        OSError: the pipeline cannot be read, or the result cannot be written.
+        ValueError: `out` holds an analysis of another model or other settings, the pipeline is quantized already, the
+            method is unknown, there are no captions, or "calibrated" has a single call.
     """
-    way = _method(method, captions, settings)
-    state = process_state(timeout=_PATIENCE)
+    chosen = _method(method, captions, settings)
+    state = process_state(timeout=_TIMEOUT)
     progress = progress and state.is_local_main_process
     pipeline = load_pipeline(source, settings.sampling.scheduler, torch.float32)
     denoiser(pipeline).requires_grad_(False)
@@ -118,16 +115,16 @@ def analyze(
     folder = Path(out)
     if state.is_main_process:
         open_journal(folder, _header(study, method, progress))
-        if way.draws and not (folder / _REFERENCE).is_file():
+        if chosen.needs_sampling and not (folder / _REFERENCE).is_file():
             calls = settings.qat_steps if method == "full" else settings.calls
             record(pipeline, study.model, captions, settings.sampling, calls, progress).save(folder / _REFERENCE)
     state.wait_for_everyone()
     header = read_manifest(folder)
-    if way.draws:
+    if chosen.needs_sampling:
         study.reference = Reference.load(folder / _REFERENCE, study.model.device)
     done = read_records(folder, header)
-    state.wait_for_everyone()  # nobody adds to the lines before everyone has read them
-    _measure_share(study, way, folder, header, done.keys(), state, progress)
+    state.wait_for_everyone()  # No process adds lines before every process has read them.
+    _measure_share(study, chosen, folder, header, done.keys(), state, progress)
     state.wait_for_everyone()
     if state.is_main_process:
         finish(folder, header)
@@ -136,11 +133,11 @@ def analyze(
 
 
 def _method(name: str, captions: Sequence[str], settings: Settings) -> Method:
-    """Everything that can be refused before hours of work."""
+    """Return the method of a name, and refuse before hours of work what cannot be measured."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}.")
-    if METHODS[name].draws and not captions:
-        raise ValueError(f"The method {name!r} draws pictures, but there are no prompts.")
+    if METHODS[name].needs_sampling and not captions:
+        raise ValueError(f"The method {name!r} generates images, but there are no prompts.")
     if name == "full":
         require_image_metrics(settings.lpips)
     return METHODS[name]
@@ -155,40 +152,38 @@ def _load_clip(source: str | os.PathLike[str], clip: str | os.PathLike[str] | No
 
 def _measure_share(
     study: Study,
-    way: Method,
+    method: Method,
     folder: Path,
     header: Header,
     done: Container[Item],
     state: PartialState,
     progress: bool,
 ) -> None:
-    """Measure what is not done, as far as it falls to this process."""
+    """Measure this process's share of what is not done."""
     left = [item for item in header.items if item not in done]
     share = left[state.process_index :: state.num_processes]
     journal = Journal(folder, header, state.process_index)
     total = len(header.items)
     with tqdm(total=total, initial=total - len(left), desc="layers × bits", disable=not progress) as bar:
-        for item, metrics in way.measure(study, share):
+        for item, metrics in method.measure(study, share):
             journal.append(item, metrics)
-            bar.update(min(state.num_processes, total - bar.n))  # the others are as far as this one
+            bar.update(min(state.num_processes, total - bar.n))  # Other processes have done about as much.
     journal.close()
 
 
 def _header(study: Study, method: str, progress: bool) -> Header:
+    """Return the header of an analysis, with the cost of every layer."""
     model = study.model
-    way = METHODS[method]
-    plan = make_plan(model, BitsFusionConfig(recipe=1), DIFFUSERS_FP32.read(model) or [])
     layers = analysed_layers(model)
-    special = {name: bits for name, bits in plan.bits.items() if name not in layers}
-    fixed, weights = fixed_bits(model, plan, special, DIFFUSERS_FP32.read(model) or [])
+    fixed, weights = undecided_bits(model)
     bar = tqdm(layers.items(), desc="packing layers", disable=not progress)
-    described = {"class": type(model).__name__, "fingerprint": fingerprint(model)}
+    described = {"class": type(model).__name__, "fingerprint": hash_of_weights(model)}
     settings = _settings(study, method)
-    metrics = way.metrics
+    metrics = METHODS[method].metrics
     if method == "full":
         metrics += ("lpips",) if study.settings.lpips else ()
         metrics += ("clip_drop",) if study.clip is not None else ()
-    identity = json.dumps([method, described, settings, metrics], sort_keys=True)
+    identity = [method, described, settings, metrics]
     return Header(
         method=method,
         metrics=metrics,
@@ -199,24 +194,15 @@ def _header(study: Study, method: str, progress: bool) -> Header:
         weights=weights,
         settings=settings,
         versions={name: version(name) for name in _PACKAGES},
-        run=hashlib.sha256(identity.encode()).hexdigest()[:12],
+        run=hash_of_settings(identity)[:12],
     )
 
 
 def _settings(study: Study, method: str) -> dict[str, Any]:
-    """What the numbers depend on besides the model, JSON-safe."""
-    way = METHODS[method]
-    settings = {name: value for name, value in asdict(study.settings).items() if name in way.settings}
-    if way.draws:
+    """Return what the numbers depend on besides the model, JSON-safe."""
+    chosen = METHODS[method]
+    settings = {name: value for name, value in asdict(study.settings).items() if name in chosen.settings}
+    if chosen.needs_sampling:
         sampling = settings.pop("sampling") | {"scheduler": type(study.pipeline.scheduler).__name__}
         settings |= sampling | {"prompts": list(study.captions)}
     return settings
-
-
-def fingerprint(model: ModelMixin) -> str:
-    """SHA-256 of all weights and their names."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.cpu().contiguous().numpy().data)
-    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The paper's analysis of one layer: rounded alone, trained, drawn with and compared (paper, section 4)."""
+"""The paper's analysis of one layer: round it alone, train it, sample with it and compare (paper, section 4)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import clip_score, generate_images, image_metrics
 from ..nn.conversion import replace_module
 from ..qat import prepare_qat
-from .layer_cost import holding
+from .layer_cost import temporary_weight
 from .results import Item
 from .study import Record, Study
 
@@ -25,19 +25,19 @@ from .study import Record, Study
 def trained_weight(
     model: ModelMixin, name: str, bits: int, calls: Sequence[Call], steps: int, learning_rate: float
 ) -> Tensor:
-    """A layer's rounded weight after training it alone towards the full-precision model's predicted noise.
+    """Return a layer's rounded weight after training it alone towards the full-precision model's predicted noise.
 
-    Latent weight and scales are trained by AdamW without weight decay, a recorded call a step, in turn. The model is
-    as before afterwards.
+    AdamW without weight decay trains latent weight and scales, on one recorded call a step, in turn. The model is
+    unchanged afterwards.
 
     Args:
-        model: the full-precision model; takes no gradients.
-        name: of the layer.
-        bits: of its balanced grid.
-        calls: of the full-precision model, on its device.
-        steps: of training; 0 for the weight as rounding gives it.
-        learning_rate: of AdamW, as a fraction of the weights' root mean square: AdamW's steps are as long for small
-            weights as for large ones.
+        model: full-precision model, whose parameters do not require gradients.
+        name: name of the layer.
+        bits: number of bits of its balanced grid.
+        calls: calls of the full-precision model, on its device.
+        steps: number of training steps; 0 for the weight as rounding gives it.
+        learning_rate: learning rate of AdamW, as a fraction of the weights' root mean square, since the steps of AdamW
+            do not depend on the size of the weights.
 
     Returns:
         fp32, of the weight's shape.
@@ -54,18 +54,19 @@ def trained_weight(
                 optimizer.step()
                 optimizer.zero_grad()
         codes, scale = layer.codes_and_scale()
-        return (codes * scale.unsqueeze(1)).view_as(layer.weight)
+        weight: Tensor = (codes * scale.unsqueeze(1)).view_as(layer.weight)
+        return weight
     finally:
         replace_module(model, name, original)
         del model.qat_state
 
 
 def measure(study: Study, items: Iterable[Item]) -> Iterator[Record]:
-    """Train, draw and compare, one (layer, bits) after the other.
+    """Train, sample and compare, one (layer, bits) after the other.
 
     Yields:
-        Means over the pictures: MSE, PSNR, SSIM and where asked for LPIPS against the full-precision pictures on
-        pixels in [0, 1], `clip_drop` in points of the CLIP score (100 times the cosine), and the seconds taken.
+        Means over the images: MSE, PSNR, SSIM and where requested LPIPS against the full-precision images on pixels in
+        [0, 1], `clip_drop` in points of the CLIP score (100 times the cosine), and the seconds of the measurement.
     """
     settings, reference = study.settings, study.reference
     if study.clip is not None:
@@ -74,7 +75,7 @@ def measure(study: Study, items: Iterable[Item]) -> Iterator[Record]:
     for name, bits in items:
         start = time.perf_counter()
         weight = trained_weight(study.model, name, bits, reference.calls, settings.qat_steps, settings.learning_rate)
-        with holding(study.layers[name], weight):
+        with temporary_weight(study.layers[name], weight):
             images = generate_images(study.pipeline, study.captions, settings.sampling, progress=False)
         metrics = image_metrics(images, reference.images, settings.lpips)
         if study.clip is not None:
@@ -84,6 +85,6 @@ def measure(study: Study, items: Iterable[Item]) -> Iterator[Record]:
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """None where a PSNR is infinite, which JSON cannot hold."""
+    """Return the mean, or None where a PSNR is infinite, which JSON cannot hold."""
     mean = float(values.mean())
     return mean if np.isfinite(mean) else None

@@ -1,4 +1,4 @@
-"""How metrics, numbers of bits and ways of measuring agree over the layers (paper, section 4, Tables 1 and 2)."""
+"""Correlation of metrics, of numbers of bits and of methods over the layers (paper, section 4, Tables 1 and 2)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from .results import Analysis
 
 
 def metric_correlations(analysis: Analysis, bits: int) -> tuple[list[str], np.ndarray]:
-    """|Pearson| between the metrics over the layers at one number of bits (paper, Table 1).
+    """Return |Pearson| between the metrics over the layers at one number of bits (paper, Table 1).
 
     Returns:
-        names of the m metrics, matrix (m, m); NaN where a metric does not vary. Layers whose PSNR is infinite are
+        (names of the m metrics; float64 [m, m], NaN where a metric does not vary). Layers whose PSNR is infinite are
         left out.
     """
     names = list(analysis.header.metrics)
@@ -19,15 +19,19 @@ def metric_correlations(analysis: Analysis, bits: int) -> tuple[list[str], np.nd
 
 
 def width_correlations(analysis: Analysis, metric: str) -> np.ndarray:
-    """|Pearson| of one metric between the measured numbers of bits (paper, Table 2): (widths, widths)."""
+    """Return |Pearson| of one metric between the numbers of bits, float64 [widths, widths] (paper, Table 2)."""
     return _pearson([analysis.metric(metric, bits) for bits in analysis.header.bits])
 
 
 def rank_correlations(analysis: Analysis, other: Analysis) -> dict[str, float]:
-    """Spearman's rank correlation of two analyses' damage over the layers, as of an estimate and the full analysis.
+    """Return Spearman's rank correlation of two analyses' sensitivities over the layers.
+
+    Args:
+        analysis: an analysis, such as the full one.
+        other: another analysis of the same model, such as an estimate.
 
     Returns:
-        by number of bits ("1", "2", "3"), and of all (layer, bits) together as "all".
+        Correlation by number of bits ("1", "2", "3"), and over all (layer, bits) as "all".
 
     Raises:
         ValueError: the analyses are of different models or numbers of bits.
@@ -38,8 +42,8 @@ def rank_correlations(analysis: Analysis, other: Analysis) -> dict[str, float]:
     order = list(analysis.header.layers)
     columns = {}
     for bits in analysis.header.bits:
-        damages = analysis.damage(bits), other.damage(bits)
-        columns[str(bits)] = [np.array([damage[name] for name in order]) for damage in damages]
+        pair = analysis.damage(bits), other.damage(bits)
+        columns[str(bits)] = [np.array([sensitivity[name] for name in order]) for sensitivity in pair]
     columns["all"] = [np.concatenate(parts) for parts in zip(*columns.values(), strict=True)]
     return {name: _spearman(*pair) for name, pair in columns.items()}
 
@@ -48,7 +52,8 @@ def _pearson(columns: list[np.ndarray]) -> np.ndarray:
     stacked = np.stack(columns)
     finite = stacked[:, np.isfinite(stacked).all(axis=0)]
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.abs(np.atleast_2d(np.corrcoef(finite)))
+        correlations: np.ndarray = np.abs(np.atleast_2d(np.corrcoef(finite)))
+    return correlations
 
 
 def _spearman(a: np.ndarray, b: np.ndarray) -> float:
@@ -57,6 +62,6 @@ def _spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0, equal values sharing the mean of theirs."""
+    """Return ranks from 0; equal values share the mean of their ranks."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts + 1) / 2)[group]

@@ -1,1 +1,1 @@
-"""Rounding for a model's own inputs, measured along the denoising (not from the BitsFusion paper)."""
+"""Rounding for a model's own inputs, measured while denoising (not from the BitsFusion paper)."""

@@ -1,4 +1,4 @@
-"""Calls of a model by its pipeline, kept with what it answered, to be repeated by a quantized one."""
+"""Calls of a model by its pipeline, recorded with the prediction, to be repeated by a quantized model."""
 
 from __future__ import annotations
 
@@ -12,20 +12,23 @@ from accelerate.utils import convert_to_fp32, send_to_device
 from accelerate.utils.operations import recursively_apply
 from torch import Tensor, nn
 
-# Errors below are none: the logarithm of a prediction without any error must have no slope, its inverse an end.
-_LEAST_ERROR = 1e-12
+# Smallest mean square error that counts, in squared units of the prediction: below it the logarithm of the error must
+# have no slope, and its inverse an upper bound.
+_MIN_ERROR = 1e-12
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the denoiser, as during sampling; of both halves, with and without the prompt, where it is guided.
+    """One call of the denoiser during sampling; under classifier-free guidance the call of both halves.
 
     Attributes:
-        args, kwargs: its arguments, as the pipeline gave them.
-        output: the predicted noise (or velocity), floating [rows, ...].
-        guidance: what the text adds to `output`, floating [rows, ...], 0 in rows without; None where unknown.
-        shared: further arguments by name, which other calls have as well: for as many rows, of which `rows` are taken.
-        rows: int64 [rows]; None without `shared`.
+        args: positional arguments, as the pipeline passed them.
+        kwargs: keyword arguments, as the pipeline passed them.
+        output: predicted noise (or velocity), floating [rows, ...].
+        guidance: difference that the text makes to `output`, floating [rows, ...], 0 in unconditional rows; None where
+            it is unknown.
+        shared: further keyword arguments by name, which several calls share; this call uses their rows `rows`.
+        rows: int64 [rows], indices into the rows of `shared`; None without `shared`.
     """
 
     args: tuple[Any, ...]
@@ -36,35 +39,37 @@ class Call:
     rows: Tensor | None = None
 
     def repeat(self, model: nn.Module) -> Tensor:
-        """The prediction of `model` for the same arguments."""
-        return model(*self.args, **self.kwargs, **self._taken())[0]
+        """Return the prediction of `model` for the same arguments, floating [rows, ...]."""
+        prediction: Tensor = model(*self.args, **self.kwargs, **self._shared_rows())[0]
+        return prediction
 
     def to(self, device: torch.device) -> Call:
-        """The call on a device, with arguments of its own."""
-        kwargs = {**self.kwargs, **self._taken()}
+        """Return the call on a device, without shared arguments."""
+        kwargs = {**self.kwargs, **self._shared_rows()}
         return Call(*send_to_device((self.args, kwargs, self.output, self.guidance), device))
 
     def float(self) -> Call:
-        """The call with half precision as fp32."""
+        """Return the call with its half-precision tensors in fp32."""
         return Call(*convert_to_fp32(self.parts))
 
     @property
     def parts(self) -> tuple[Any, ...]:
-        """What `Call` is made of, in order."""
+        """Values of all attributes, in the order of `Call`'s arguments."""
         return self.args, self.kwargs, self.output, self.guidance, self.shared, self.rows
 
-    def _taken(self) -> Mapping[str, Any]:
-        """Of `shared`, the rows of this call."""
-        return recursively_apply(
+    def _shared_rows(self) -> Mapping[str, Any]:
+        """Return the rows of `shared` that this call uses."""
+        rows: Mapping[str, Any] = recursively_apply(
             lambda tensor: tensor[self.rows],
             self.shared,
             test_type=lambda value: isinstance(value, Tensor) and value.shape[:1] == self.output.shape[:1],
         )
+        return rows
 
 
 @contextmanager
 def recording(model: nn.Module) -> Iterator[list[Call]]:
-    """Every call of `model` within the block, on the CPU."""
+    """Record every call of `model` within the block, on the CPU."""
     calls: list[Call] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -78,5 +83,5 @@ def recording(model: nn.Module) -> Iterator[list[Call]]:
 
 
 def square_errors(predicted: Tensor, target: Tensor) -> Tensor:
-    """Mean square error of each row, floating [rows]; never 0."""
-    return (predicted - target).square().flatten(1).mean(dim=1).clamp_min(_LEAST_ERROR)
+    """Return the mean square error of each row, floating [rows], at least `_MIN_ERROR`."""
+    return (predicted - target).square().flatten(1).mean(dim=1).clamp_min(_MIN_ERROR)

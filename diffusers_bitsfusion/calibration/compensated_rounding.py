@@ -1,10 +1,10 @@
-"""Rounding that makes up for its own errors, in the sense of a layer's output instead of its weights.
+"""Rounding that compensates its own errors in a layer's output instead of its weights.
 
 For inputs x with second moment H = E[x xᵀ], rounding a row w to s·k changes the output by (w − s·k)ᵀ H (w − s·k) in
-the mean square. The columns are rounded one after another, and each error is made up for, as well as possible, by the
-columns still to be rounded (OBQ, arXiv 2208.11580; GPTQ, arXiv 2210.17323). Written with the Cholesky factor H = Rᵀ R,
-R upper triangular, that is rounding the unknowns of ||R (w − s·k)||² from the last to the first, each given those
-after it (Babai's nearest plane, arXiv 2507.18553): the same codes without inverting H. Not from the BitsFusion paper.
+the mean square. The columns are rounded one after another, and the columns still to be rounded compensate each error
+as well as possible (OBQ, arXiv 2208.11580; GPTQ, arXiv 2210.17323). With the Cholesky factor H = Rᵀ R, R upper
+triangular, this is rounding the unknowns of ||R (w − s·k)||² from the last to the first, each given those after it
+(Babai's nearest plane, arXiv 2507.18553): the same codes without inverting H. The BitsFusion paper does not have it.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from torch import Tensor
 
 from ..codec.grid import code_range
 
-# Added to the diagonal, as a share of its mean: directions that the samples hardly show must not take up the errors of
-# the others. 0.03 was the best of 0.0001 to 0.1 (docs/METHOD.md).
+# Damping that is added to the diagonal, as a share of its mean, so that directions which the samples hardly show do
+# not absorb the errors of the others. 0.03 was the best of 0.0001 to 0.1 (docs/METHOD.md).
 DAMPING = 0.03
 
-# Columns rounded between two matrix products that carry their errors to the rest.
+# Number of columns that are rounded between two matrix products that carry their errors to the rest.
 _BLOCK = 128
 
 
 @dataclass(frozen=True)
 class Factor:
-    """Damped second moment of the columns `start` … `start + size`, factorized in the order of rounding.
+    """Damped second moment of the columns `start` … `start + size - 1`, factorized in the order of rounding.
 
     Attributes:
         upper: fp32 [size, size], R with Rᵀ R = H[order][:, order] + damping.
         order: int64 [size]; columns are rounded from the last of this list to the first.
-        start: first column.
+        start: first column of the weight that the factor covers.
     """
 
     upper: Tensor
@@ -41,17 +41,22 @@ class Factor:
 
     @property
     def columns(self) -> slice:
+        """Columns of the weight that the factor covers."""
         return slice(self.start, self.start + len(self.order))
 
 
 def factorize(second_moment: Tensor, start: int = 0, damping: float = DAMPING) -> Factor:
-    """Factor of a second moment, ordered so that columns with strong inputs are rounded first.
+    """Factorize a second moment, ordered so that columns with strong inputs are rounded first.
 
     Args:
-        second_moment: fp32 [size, size], symmetric and positive semidefinite up to rounding errors. All zeros is
-            taken as the identity: nothing is known of such inputs, and rounding becomes plain.
+        second_moment: fp32 [size, size], symmetric and positive semidefinite up to rounding errors. All zeros count as
+            the identity: nothing is known of such inputs, and rounding becomes plain.
         start: column of the weight that its first row and column belong to.
-        damping: added to the diagonal, as a share of its mean; tenfold more while that is not positive definite.
+        damping: share of the diagonal's mean that is added to the diagonal; ten times more while the result is not
+            positive definite.
+
+    Returns:
+        The factor of the damped second moment.
     """
     diagonal = second_moment.diagonal()
     order, level = diagonal.argsort(), float(diagonal.mean())
@@ -69,14 +74,14 @@ def factorize(second_moment: Tensor, start: int = 0, damping: float = DAMPING) -
 def round_with_compensation(
     weight: Tensor, factors: Sequence[Factor], scale: Tensor, bits: int, *, balance: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Codes at given scales, every column's error compensated in the columns that are rounded after it.
+    """Round to codes at given scales, each column's error compensated in the columns that are rounded after it.
 
     Args:
         weight: fp32 [rows, columns], one row per output channel.
-        factors: of blocks that cover the columns; blocks do not compensate for each other.
+        factors: factors of blocks that together cover the columns; blocks do not compensate each other's errors.
         scale: fp32 [rows], positive.
-        bits: 1 to 8.
-        balance: 2**bits + 1 symmetric levels; `False` for the plain grid of 2**bits.
+        bits: number of bits, 1 to 8.
+        balance: whether the grid has 2**bits + 1 symmetric levels; `False` for the plain grid of 2**bits.
 
     Returns:
         codes int8 [rows, columns]; residual fp32 [rows, columns] in the factors' order, R (w − s·k), whose squares add
@@ -92,17 +97,17 @@ def round_with_compensation(
 
 
 def _round_block(weight: Tensor, factor: Factor, scale: Tensor, bits: int, balance: bool) -> tuple[Tensor, Tensor]:
-    """Codes and residual of columns that stand in the factor's order."""
+    """Return codes and residual of columns that stand in the factor's order."""
     low, high = code_range(bits, balance)
     inverse, diagonal = scale.reciprocal(), factor.upper.diagonal()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     residual = torch.empty_like(weight)
-    error = torch.zeros_like(weight)  # w − s·k of the columns done
+    error = torch.zeros_like(weight)  # w − s·k of the rounded columns
     for stop in range(weight.shape[1], 0, -_BLOCK):
         part = slice(max(0, stop - _BLOCK), stop)
         shares = factor.upper[part] / diagonal[part].unsqueeze(1)
-        # The value of each column that would leave no residual, given the errors of the columns done; columns as rows,
-        # so that each lies together in memory.
+        # Values of the columns that would leave no residual, given the errors of the rounded columns. They are
+        # transposed, so that each column is contiguous in memory.
         ideal = (weight[:, part] + error[:, stop:] @ shares[:, stop:].T).T.contiguous()
         exact, rounded, inner = weight[:, part].T.contiguous(), torch.empty_like(ideal), shares[:, part].T.contiguous()
         for column in range(len(ideal) - 1, -1, -1):
@@ -115,7 +120,12 @@ def _round_block(weight: Tensor, factor: Factor, scale: Tensor, bits: int, balan
 
 
 def project(weight: Tensor, factors: Sequence[Factor]) -> Tensor:
-    """R w of each row, fp32 [rows, columns] in the factors' order; arguments as in `round_with_compensation`."""
+    """Return R w of each row, fp32 [rows, columns] in the factors' order.
+
+    Args:
+        weight: fp32 [rows, columns].
+        factors: as in `round_with_compensation`.
+    """
     projected = torch.empty_like(weight)
     for factor in factors:
         columns = factor.columns

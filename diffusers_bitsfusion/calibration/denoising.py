@@ -1,4 +1,4 @@
-"""Running the pipeline on the calibration prompts, and gathering moments along the way."""
+"""Sampling of the pipeline on the calibration prompts, which gathers moments of the layers' inputs."""
 
 from __future__ import annotations
 
@@ -14,29 +14,31 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..config.calibration import Calibration, default_prompts
+from ..utils.seeds import cpu_generator, derived_seed
 from .calls import Call, recording
 from .moments import InputMoments, sample_inputs
-from .noising import Noising, check_scheduler
+from .noisy_calls import NoisyCalls, check_scheduler
 
-# Positions of a picture that count in each call: neighbours see nearly the same.
+# Number of positions of an image that count in each call; neighbouring positions see nearly the same.
 _POSITIONS = 64
 
-# Arguments of pipelines that start from a picture.
-_PICTURES = {"strength", "mask_image", "image_guidance_scale", "controlnet_conditioning_scale"}
+# Names of the arguments by which a pipeline that starts from an image is known.
+_IMAGE_ARGUMENTS = {"strength", "mask_image", "image_guidance_scale", "controlnet_conditioning_scale"}
 
+# Streams of random numbers, one for each use of the calibration's seed.
 _NOISE_STREAM, _POSITION_STREAM, _PROMPT_STREAM, _TUNING_STREAM = range(4)
 
 
 def check_pipeline(pipeline: Any, tunes: bool = False) -> None:
-    """Refuse what cannot be run on prompts.
+    """Refuse a pipeline that cannot be run on prompts.
 
     Args:
-        pipeline: what a user gave.
-        tunes: whether its pictures are to be noised anew as well.
+        pipeline: the object that a user passed.
+        tunes: whether its images are to be used for tuning, with noise added.
 
     Raises:
-        ValueError: not a pipeline; one that takes no prompt, or pictures as well; to be tuned, and its scheduler
-            has no noise schedule.
+        ValueError: it is no pipeline, it accepts no prompt, it starts from images, or it is to be tuned and its
+            scheduler has no noise schedule.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(
@@ -44,11 +46,11 @@ def check_pipeline(pipeline: Any, tunes: bool = False) -> None:
             "pipeline that it belongs to, as in quantize_model(pipeline, config, calibration=...)."
         )
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
-        raise ValueError(f"Calibration draws prompts, and {type(pipeline).__name__} takes none.")
-    if pictures := sorted(_PICTURES & inspect.signature(pipeline.__call__).parameters.keys()):
+        raise ValueError(f"Calibration runs on prompts, and {type(pipeline).__name__} takes none.")
+    if image_arguments := sorted(_IMAGE_ARGUMENTS & inspect.signature(pipeline.__call__).parameters.keys()):
         raise ValueError(
-            f"Calibration draws prompts alone, and {type(pipeline).__name__} starts from pictures (it takes "
-            f"{', '.join(pictures)}). Calibrate the text-to-image pipeline of this model: "
+            f"Calibration runs on prompts alone, and {type(pipeline).__name__} starts from images (it takes "
+            f"{', '.join(image_arguments)}). Calibrate the text-to-image pipeline of this model: "
             "AutoPipelineForText2Image.from_pipe(pipeline)."
         )
     if tunes:
@@ -56,15 +58,15 @@ def check_pipeline(pipeline: Any, tunes: bool = False) -> None:
 
 
 class Denoising:
-    """The calibration run of a pipeline, batch by batch; a batch's inputs depend on its number alone.
+    """The calibration run of a pipeline, batch by batch; a batch's inputs depend on its index alone.
 
     Args:
-        pipeline: as the user has set it up: device, dtype, scheduler.
-        model: its component to watch.
-        calibration: what to run.
+        pipeline: pipeline with the device, dtype and scheduler that the user has set.
+        model: component of the pipeline whose inputs are observed.
+        calibration: settings of the run.
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, model: ModelMixin, calibration: Calibration):
+    def __init__(self, pipeline: DiffusionPipeline, model: ModelMixin, calibration: Calibration) -> None:
         self.pipeline = pipeline
         self.model = model
         self.calibration = calibration
@@ -72,98 +74,103 @@ class Denoising:
 
     @property
     def num_batches(self) -> int:
+        """Number of batches that all images make."""
         return -(-len(self._prompts) // self.calibration.batch_size)
 
     def gather(self, batch: int, moments: Mapping[str, InputMoments], on_call: Callable[[], Any]) -> None:
-        """Draw the pictures of a batch and count the inputs of the layers named in `moments` in.
+        """Sample the images of a batch and add the inputs of the layers named in `moments` to them.
 
-        `on_call` is called after each call of the model.
+        Args:
+            batch: index of the batch.
+            moments: moments by layer name, changed in place.
+            on_call: called after each call of the model.
 
         Raises:
             ValueError: a layer's input holds NaN or infinite values; the message names the first such layer.
         """
-        generator = torch.Generator().manual_seed(_seed(self.calibration.seed, batch, _POSITION_STREAM))
+        generator = cpu_generator(derived_seed(self.calibration.seed, batch, _POSITION_STREAM))
         called: dict[str, InputMoments] = {}  # in the order of execution
 
-        def watching(name: str) -> Callable[..., None]:
-            def watch(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
+        def input_hook(name: str) -> Callable[..., None]:
+            def hook(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
                 called[name] = moments[name]
                 moments[name].add(sample_inputs(layer, inputs[0], _POSITIONS, generator))
 
-            return watch
+            return hook
 
         def after_call(*_: Any) -> None:
             _check_finite(called)
             on_call()
 
-        hooks = [self.model.get_submodule(name).register_forward_pre_hook(watching(name)) for name in moments]
+        hooks = [self.model.get_submodule(name).register_forward_pre_hook(input_hook(name)) for name in moments]
         hooks.append(self.model.register_forward_hook(after_call))
         try:
             with _quiet(self.pipeline), _without_half(self.pipeline):
-                self._draw(batch)
+                self._sample(batch)
         finally:
             for hook in hooks:
                 hook.remove()
 
     @torch.no_grad()
     def record(self, batch: int, count: int, timesteps: Sequence[float] | None = None) -> list[Call]:
-        """Draw the pictures of a batch, noise them anew `count` times, and let the model predict.
+        """Sample the images of a batch, add noise to them `count` times, and let the model predict.
 
-        Each row of a call gets noise and a timestep of its own, one of `timesteps` if given; text and guidance stay as
-        the pipeline gave them in its calls, one after another.
+        Each row of a call has its own noise and timestep. Text and guidance are those of the pipeline's own calls, one
+        after another.
+
+        Args:
+            batch: index of the batch.
+            count: number of calls to return.
+            timesteps: timesteps to choose from; None for all of the scheduler's.
 
         Raises:
-            ValueError: the model does not take the latents alone.
+            ValueError: the model does not accept the latents alone.
         """
-        noising = Noising(self.pipeline.scheduler, _seed(self.calibration.seed, batch, _TUNING_STREAM), timesteps)
+        seed = derived_seed(self.calibration.seed, batch, _TUNING_STREAM)
+        noisy = NoisyCalls(self.pipeline.scheduler, seed, timesteps)
         with _quiet(self.pipeline), _without_half(self.pipeline):
             with recording(self.model) as calls:
-                latents = self._draw(batch)
-            return [noising.repeat(call, latents, self.model) for call in islice(cycle(calls), count)]
+                latents = self._sample(batch)
+            return [noisy.repeat(call, latents, self.model) for call in islice(cycle(calls), count)]
 
-    def _draw(self, batch: int) -> Tensor:
-        """Final latents [pictures, ...] of a batch."""
+    def _sample(self, batch: int) -> Tensor:
+        """Return the final latents [images, ...] of a batch."""
         calibration = self.calibration
         first = batch * calibration.batch_size
         prompts = self._prompts[first : first + calibration.batch_size]
-        seeds = [_seed(calibration.seed, first + i, _NOISE_STREAM) for i in range(len(prompts))]
+        seeds = [derived_seed(calibration.seed, first + i, _NOISE_STREAM) for i in range(len(prompts))]
         guidance = {} if calibration.guidance_scale is None else {"guidance_scale": calibration.guidance_scale}
-        return self.pipeline(
+        latents: Tensor = self.pipeline(
             prompt=prompts,
             num_inference_steps=calibration.num_inference_steps,
-            # On the CPU, so that the noise is the same on every device.
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            generator=[cpu_generator(seed) for seed in seeds],
             output_type="latent",
             return_dict=False,
             **guidance,
         )[0]
+        return latents
 
 
 def _check_finite(called: Mapping[str, InputMoments]) -> None:
-    """After each call: before NaN reaches the next call's input, and with it every layer."""
+    """Refuse inputs that are not finite after each call, before the next call passes them on to every layer."""
     for name, moments in called.items():
         if not moments.is_finite:
             raise ValueError(
-                f"The input of {name} holds NaN or infinite values while the pipeline draws. Calibrate in a dtype "
+                f"The input of {name} holds NaN or infinite values while the pipeline samples. Calibrate in a dtype "
                 "that the model can run in; torch.float32 is the safest."
             )
 
 
 def _choose_prompts(calibration: Calibration) -> list[str]:
-    """A prompt for each sample, in random order, since lists are often sorted; again only when all have been used."""
+    """Choose a prompt for each sample in random order, since lists are often sorted; repeat only when all are used."""
     prompts = default_prompts() if calibration.prompts is None else calibration.prompts
-    order = np.random.default_rng(_seed(calibration.seed, 0, _PROMPT_STREAM)).permutation(len(prompts))
+    order = np.random.default_rng(derived_seed(calibration.seed, 0, _PROMPT_STREAM)).permutation(len(prompts))
     return [prompts[order[i % len(prompts)]] for i in range(calibration.num_samples)]
-
-
-def _seed(seed: int, index: int, stream: int) -> int:
-    # A hash, not a sum: with `seed + index`, neighbouring seeds would share most of their noise.
-    return int(np.random.SeedSequence((seed, index, stream)).generate_state(1, np.uint32)[0])
 
 
 @contextmanager
 def _quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """The pipeline without its own progress bars."""
+    """Hide the pipeline's own progress bars within the block."""
     shown = getattr(pipeline, "_progress_bar_config", {})
     pipeline.set_progress_bar_config(**shown | {"disable": True})
     try:
@@ -174,7 +181,7 @@ def _quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
 
 @contextmanager
 def _without_half(pipeline: DiffusionPipeline) -> Iterator[None]:
-    """fp16 on a CPU, which is slow or lacks operations there, as fp32 for the while."""
+    """Compute in fp32 within the block where a module is in fp16 on a CPU, which is slow or lacks operations there."""
     modules = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     halves = [(t, t.data) for t in tensors if t.dtype == torch.float16 and t.device.type == "cpu"]

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from ..codec.radix import dense_width
+from ..utils.errors import DamagedFileError
+from ..utils.files import claim_folder, refuse_foreign_files, replacing_file
+from ..utils.json_files import is_count, is_number
+from ..utils.locks import FolderLock
+from ..utils.torch_files import is_finite_tensor, read_torch
 from .calls import Call
 from .layers import CalibratedLayer
 from .moments import InputMoments
 
-_SETTINGS = "settings.json"
+_KIND, _CLASH, _OTHER = "calibration", "holds a calibration with other {}", "choose another cache_dir"
+
+
+@contextmanager
+def using_alone(folder: str | os.PathLike[str] | None, process: int) -> Iterator[None]:
+    """Keep a second calibration out of the folder; processes of one calibration have a lock each.
+
+    Args:
+        folder: of the calibration, made where it is missing; None where there is none.
+        process: number of this process.
+
+    Raises:
+        ValueError: the folder holds other files.
+        FolderInUseError: another calibration is using it.
+    """
+    if folder is None:
+        yield
+        return
+    refuse_foreign_files(Path(folder), _KIND, _OTHER)
+    lock = FolderLock(Path(folder) / f".{process}.lock", f"Wait until it is done, or {_OTHER}.")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class CalibrationFolder:
@@ -36,34 +66,38 @@ class CalibrationFolder:
     def __init__(self, folder: str | os.PathLike[str], settings: Mapping[str, Any], process: int):
         self._folder = Path(folder)
         self._process = process
-        self._folder.mkdir(parents=True, exist_ok=True)
-        note = self._path(_SETTINGS)
-        if note.is_file():
-            found = json.loads(note.read_text(encoding="utf-8"))
-            changed = sorted(key for key in found.keys() | settings.keys() if found.get(key) != settings.get(key))
-            if changed:
-                raise ValueError(
-                    f"{self._folder} holds a calibration with other {', '.join(changed)}; delete it, or choose "
-                    "another cache_dir."
-                )
-        elif any(self._folder.iterdir()) and not any(self._folder.glob(f"*{_SETTINGS}*")):
-            raise ValueError(f"{self._folder} is not empty and holds no calibration; choose another cache_dir.")
-        else:
-            partial = note.with_name(note.name + ".part")
-            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, note)
+        claim_folder(self._folder, settings, kind=_KIND, clash=_CLASH, other=_OTHER, prefix=f"{process}-")
 
     def save_moments(self, index: int, batches: int, moments: Mapping[str, InputMoments]) -> None:
         """Keep what pass `index` has gathered in its first `batches` batches, in place of what it had kept before."""
         states = {name: moment.state_dict() for name, moment in moments.items()}
-        self._save(f"pass{index}.pt", {"batches": batches, "moments": states})
+        _save(self._path(f"pass{index}.pt"), {"batches": batches, "moments": states})
 
-    def load_moments(self, index: int, moments: Mapping[str, InputMoments]) -> int:
-        """Fill `moments` with what pass `index` has kept; the number of batches in it, 0 where it has kept nothing."""
+    def load_moments(self, index: int, moments: Mapping[str, InputMoments], most: int) -> int:
+        """Fill `moments` with what pass `index` has kept; the number of batches in it, 0 where it has kept nothing.
+
+        Args:
+            index: of the pass.
+            moments: by layer; changed only where all that is kept is sound.
+            most: batches that there are.
+
+        Raises:
+            DamagedFileError: what is kept is damaged, not finite, or of other layers.
+        """
         path = self._path(f"pass{index}.pt")
         if not path.is_file():
             return 0
-        saved = torch.load(path, weights_only=True, mmap=True)
+        remedy = "Delete it: its pass is then run again."
+        saved = read_torch(path, remedy, mmap=True)
+        if not (isinstance(saved, dict) and saved.keys() == {"batches", "moments"} and is_count(saved["batches"])):
+            raise DamagedFileError(path, "is damaged: it does not hold batches and moments", remedy)
+        if saved["batches"] > most or not isinstance(saved["moments"], dict):
+            raise DamagedFileError(path, f"is damaged: it counts {saved['batches']} batches of {most}", remedy)
+        for name, moment in moments.items():
+            if not moment.is_state(saved["moments"].get(name)):
+                raise DamagedFileError(
+                    path, f"is damaged: the moments of {name} are missing, of other shapes or not finite", remedy
+                )
         for name, moment in moments.items():
             moment.load_state_dict(saved["moments"][name])
         return saved["batches"]
@@ -73,15 +107,32 @@ class CalibrationFolder:
         self._path(f"pass{index}.pt").unlink(missing_ok=True)
 
     def save_layer(self, name: str, layer: CalibratedLayer) -> None:
-        self._save(f"{name}.layer.pt", asdict(layer))
+        """Keep a finished layer."""
+        _save(self._path(f"{name}.layer.pt"), asdict(layer))
 
-    def load_layer(self, name: str) -> CalibratedLayer | None:
-        """The finished layer, on the CPU, or None."""
+    def load_layer(self, name: str, layer: nn.Linear | nn.Conv2d, bits: int) -> CalibratedLayer | None:
+        """Return the finished layer in place of `layer`, on the CPU, or None.
+
+        Raises:
+            DamagedFileError: the file is damaged, or of a layer of another shape.
+        """
         path = self._path(f"{name}.layer.pt")
-        return CalibratedLayer(**torch.load(path, weights_only=True, map_location="cpu")) if path.is_file() else None
-
-    def _save(self, name: str, content: Mapping[str, Any]) -> None:
-        _save(self._path(name), content)
+        if not path.is_file():
+            return None
+        remedy = "Delete it: the layer is then rounded again."
+        saved = read_torch(path, remedy)
+        rows, columns = layer.weight.shape[0], layer.weight[0].numel()
+        if not (
+            isinstance(saved, dict)
+            and saved.keys() == {"codes", "scale", "bias"}
+            and is_finite_tensor(saved["codes"], torch.uint8, (rows, dense_width(columns, bits)))
+            and is_finite_tensor(saved["scale"], torch.float32, (rows,))
+            and bool((saved["scale"] > 0).all())
+            and (saved["bias"] is None) == (layer.bias is None)
+            and (saved["bias"] is None or is_finite_tensor(saved["bias"], torch.float32, (rows,)))
+        ):
+            raise DamagedFileError(path, f"is damaged: it does not hold {name} at {bits} bits", remedy)
+        return CalibratedLayer(**saved)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{self._process}-{name}"
@@ -101,26 +152,87 @@ class TuningFolder:
         self._folder = Path(folder) / f"tuning{steps}{known}"
         self._folder.mkdir(exist_ok=True)
         self._state = self._folder / "state.pt"
+        self._steps = steps
 
     def save_calls(self, batch: int, calls: Sequence[Call]) -> None:
+        """Keep the calls of a batch."""
         _save(self._calls(batch), [call.parts for call in calls])
 
     def load_calls(self, batch: int) -> list[Call] | None:
-        """The calls of a batch, or None where it has not been drawn."""
+        """Return the calls of a batch, or None where it has not been drawn.
+
+        Raises:
+            DamagedFileError: the file is damaged, or holds values that are not finite.
+        """
         path = self._calls(batch)
-        return [Call(*call) for call in torch.load(path, weights_only=True)] if path.is_file() else None
+        if not path.is_file():
+            return None
+        remedy = "Delete it: its batch is then drawn again."
+        saved = read_torch(path, remedy)
+        if not (isinstance(saved, list) and saved and all(_is_call(call) for call in saved)):
+            raise DamagedFileError(path, "is damaged: it does not hold finite calls of a model", remedy)
+        return [Call(*call) for call in saved]
 
     def save_state(self, state: Mapping[str, Any]) -> None:
+        """Keep the state of tuning, in place of an earlier one."""
         _save(self._state, state)
 
     def load_state(self) -> Mapping[str, Any] | None:
-        return torch.load(self._state, weights_only=True) if self._state.is_file() else None
+        """Return the state of tuning, or None where there is none.
+
+        Raises:
+            DamagedFileError: the file is damaged, or holds values that are not finite.
+        """
+        if not self._state.is_file():
+            return None
+        remedy = "Delete it: tuning then begins again."
+        state = read_torch(self._state, remedy)
+        if not (isinstance(state, dict) and _is_tuning_state(state, self._steps)):
+            raise DamagedFileError(self._state, f"is damaged: it is no state of {self._steps} steps of tuning", remedy)
+        return state
 
     def _calls(self, batch: int) -> Path:
         return self._folder / f"calls{batch}.pt"
 
 
 def _save(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".part")
-    torch.save(content, partial)
-    os.replace(partial, path)
+    with replacing_file(path) as partial:
+        torch.save(content, partial)
+
+
+def _is_call(call: Any) -> bool:
+    """Whether it is `Call.parts`, all of it finite."""
+    if not isinstance(call, tuple) or len(call) != 6:
+        return False
+    args, kwargs, output, guidance, shared, rows = call
+    return (
+        isinstance(args, tuple)
+        and all(isinstance(named, dict) and all(isinstance(name, str) for name in named) for named in (kwargs, shared))
+        and is_finite_tensor(output)
+        and (guidance is None or is_finite_tensor(guidance))
+        and (rows is None or is_finite_tensor(rows, torch.int64, output.shape[:1]))
+        and not any(bool(torch.isnan(tensor).any()) for tensor in _tensors((args, kwargs, shared)))
+    )
+
+
+def _is_tuning_state(state: Mapping[str, Any], steps: int) -> bool:
+    return (
+        state.keys() == {"step", "spreads", "values", "optimizer", "surplus"}
+        and is_count(state["step"])
+        and state["step"] <= steps
+        and isinstance(state["spreads"], list)
+        and all(spread is None or is_number(spread) for spread in state["spreads"])
+        and isinstance(state["values"], list)
+        and all(is_finite_tensor(value, torch.float32) for value in state["values"])
+        and isinstance(state["optimizer"], dict)
+        and state["optimizer"].keys() == {"state", "param_groups"}
+        and all(is_finite_tensor(tensor) for tensor in _tensors((state["optimizer"], state["surplus"])))
+    )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """All tensors within nested dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return [tensor for part in parts for tensor in _tensors(part)]

@@ -1,7 +1,7 @@
-"""Keeping classifier-free guidance while tuning.
+"""Targets of tuning that preserve classifier-free guidance.
 
-Predictions of least error shrink what they cannot predict, and what the text adds to a prediction is a part of that.
-The pipeline multiplies this part by the guidance scale, so what is lost of it is lost several times over.
+A prediction of minimal error shrinks what it cannot predict, and the difference that the text makes is part of that.
+The pipeline multiplies this difference by the guidance scale, and so multiplies its loss.
 """
 
 from __future__ import annotations
@@ -10,19 +10,20 @@ from torch import Tensor
 
 from .calls import Call, square_errors
 
-# Of the lost share, by which targets are corrected after a step: slower than tuning itself, faster than its schedule.
+# Share of the lost guidance by which targets are corrected after a step. It must be slower than tuning itself and
+# faster than its schedule.
 _RATE = 0.05
 
 
 class Guidance:
-    """Targets with more of what the text adds, by as much as a model's predictions lack of it.
+    """Targets with as much additional guidance as a model's predictions lack.
 
-    After each step the share grows by a twentieth of what they lacked in it, or falls where they had too much. A row
-    counts by the inverse of its error: with little noise the error is many times what the text adds, and says nothing
-    about it.
+    After each step the surplus grows by a twentieth of what the predictions lacked in it, or falls where they had too
+    much. A row counts by the inverse of its error: at little noise the error is many times the difference that the
+    text makes, and says nothing about it.
 
     Attributes:
-        surplus: share of the text's part that targets have beside it.
+        surplus: share of `Call.guidance` that targets have in addition to it.
     """
 
     def __init__(self) -> None:
@@ -30,11 +31,11 @@ class Guidance:
         self._along = self._square = 0.0
 
     def target(self, call: Call) -> Tensor:
-        """What to predict in the call, floating [rows, ...]."""
+        """Return the target of a call's prediction, floating [rows, ...]."""
         return call.output if call.guidance is None else call.output + self.surplus * call.guidance
 
-    def note(self, predicted: Tensor, call: Call) -> None:
-        """Look at a prediction [rows, ...]."""
+    def observe(self, predicted: Tensor, call: Call) -> None:
+        """Measure how much guidance a prediction, floating [rows, ...], lacks."""
         if call.guidance is None:
             return
         predicted, added = predicted.detach(), call.guidance.flatten(1)
@@ -43,7 +44,7 @@ class Guidance:
         self._square += float(weights @ added.square().sum(dim=1))
 
     def step(self) -> None:
-        """Correct by what has been noted since the last step."""
+        """Correct the surplus by what has been observed since the last step."""
         if self._square > 0:
             self.surplus -= _RATE * self._along / self._square
         self._along = self._square = 0.0

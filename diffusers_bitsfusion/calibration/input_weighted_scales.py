@@ -1,4 +1,4 @@
-"""Scales that keep the error of a layer's output and the bytes of its codes small, beside those codes."""
+"""Codes and scales that keep the error of a layer's output and the bytes of its codes small."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ from ..codec.rounding import Rounding
 from ..codec.scales import quantize_rows
 from .compensated_rounding import Factor, project, round_with_compensation
 
-# Multiples of the weights' own best scale to start from, and rounds of codes given scale, scale given codes.
+# Multiples of the scale of least weight error that the search starts from.
 _STARTS = (1.0, 0.9, 1.1, 1.25, 1.45)
+# Number of rounds of the alternation: codes for the scale, then the scale for the codes.
 _ROUNDS = 2
 
-# What a bit of entropy counts, a factor of 4 in the squared error counting 1. At 1 the two would be exchanged as they
-# are on fine grids, where no scale is better than another; below it, fine grids keep the scale of least error.
+# Weight of a bit of entropy, where a factor of 4 in the squared error weighs 1. At a weight of 1 the two would be
+# exchanged as they are on fine grids, where no scale is better than another; below it, fine grids keep the scale of
+# least error.
 RATE = 0.75
 
 
@@ -28,17 +30,18 @@ def quantize_rows_for_inputs(
     bits: int,
     rounding: Rounding = Rounding(),
 ) -> tuple[Tensor, Tensor]:
-    """Codes and scale of each row, small in the mean square error of the output and in the entropy of the codes.
+    """Quantize rows with little mean square error of the output and little entropy of the codes.
 
-    As in the paper's alternation (section 3.2), codes are found for a scale and the scale for codes, here with
-    compensated codes and ||R (w − s·k)||² in place of ||w − s·k||². The file codes entropy, and a scale above the one
-    of least error spends fewer bytes: each row keeps the candidate of least ½ log₂ error + `RATE` × entropy, in bits a
-    weight. Plain rounding is among the candidates.
+    As in the paper's alternation (section 3.2), codes are computed for a scale and the scale for codes, here with
+    compensated codes and ||R (w − s·k)||² in place of ||w − s·k||². The file is entropy coded, so a scale above the
+    one of least error spends fewer bytes: each row keeps the candidate of least ½ log₂ error + `RATE` × entropy, in
+    bits a weight. Plain rounding is among the candidates.
 
     Args:
         weight: fp32 [rows, columns].
-        factors: of the inputs' second moment, see `rounding.round_with_compensation`.
-        bits, rounding: as in `codec.scales.quantize_rows`, which gives the first scale.
+        factors: factors of the inputs' second moment, see `compensated_rounding.round_with_compensation`.
+        bits: number of bits, 1 to 8.
+        rounding: settings of `codec.scales.quantize_rows`, which gives the first scale.
 
     Returns:
         codes int8 [rows, columns], scale fp32 [rows].
@@ -66,7 +69,7 @@ def quantize_rows_for_inputs(
 
 
 def _refit(target: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The best scale [rows] for codes already found, and its error [rows]."""
+    """Return the best scale fp32 [rows] for given codes, and its squared error fp32 [rows]."""
     reached = target - residual  # R (s·k)
     dot, norm = torch.linalg.vecdot(target, reached), torch.linalg.vecdot(reached, reached)
     ratio = torch.where(dot > 0, dot / norm, 1.0)
@@ -74,18 +77,25 @@ def _refit(target: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, Ten
 
 
 def _cost(error: Tensor, codes: Tensor, levels: tuple[int, int]) -> Tensor:
-    """What rows are chosen by [rows], bits a weight; of their squared error [rows] and their codes' entropy."""
+    """Return the cost of each row, fp32 [rows] in bits a weight, from its squared error [rows] and its codes' entropy.
+
+    Args:
+        error: fp32 [rows].
+        codes: int8 [rows, columns].
+        levels: (lowest, highest) code of the grid.
+    """
     low, high = levels
     rows, count = len(codes), high - low + 1
     offsets = count * torch.arange(rows, device=codes.device).unsqueeze(1) - low
     shares = torch.bincount((codes + offsets).flatten(), minlength=rows * count).view(rows, count) / codes.shape[1]
-    return error.log2() / 2 + RATE * torch.special.entr(shares).sum(dim=1) / math.log(2)
+    entropy: Tensor = torch.special.entr(shares).sum(dim=1) / math.log(2)
+    return error.log2() / 2 + RATE * entropy
 
 
 def _better(
     best: tuple[Tensor, Tensor, Tensor], other: tuple[Tensor, Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of two (codes, scale, cost), each row's with the smaller cost."""
+    """Return (codes, scale, cost) with each row from the candidate of the smaller cost."""
     wins = other[2] < best[2]
     codes = torch.where(wins.unsqueeze(1), other[0], best[0])
     return codes, torch.where(wins, other[1], best[1]), torch.where(wins, other[2], best[2])

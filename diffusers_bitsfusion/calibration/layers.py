@@ -1,4 +1,4 @@
-"""One layer, calibrated: codes and scales for its inputs, and the bias that makes up for the mean error."""
+"""Calibration of one layer: codes and scales for its inputs, and the bias that compensates the mean error."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from .compensated_rounding import Factor, factorize
 from .input_weighted_scales import quantize_rows_for_inputs
 from .moments import InputMoments, column_blocks
 
-# Bounds the memory of rounding: some ten numbers a weight.
+# Number of weights that are rounded at once, which bounds the memory of rounding.
 _WEIGHTS_AT_ONCE = 1 << 23
+# Bytes of rounding for each weight that is rounded at once: about ten fp32 numbers and as many bytes of codes.
 _BYTES_PER_WEIGHT = 48
 
 
 @dataclass(frozen=True)
 class CalibratedLayer:
-    """What packing takes of a calibrated layer.
+    """Codes, scale and bias of a calibrated layer, as packing needs them.
 
     Attributes:
         codes: uint8 [out, dense_width(columns, bits)], the dense form of `codec.radix`.
@@ -35,7 +36,7 @@ class CalibratedLayer:
     bias: Tensor | None
 
     def to(self, device: torch.device | str | int) -> CalibratedLayer:
-        """The same on another device."""
+        """Return the layer on another device."""
         bias = None if self.bias is None else self.bias.to(device)
         return CalibratedLayer(self.codes.to(device), self.scale.to(device), bias)
 
@@ -44,10 +45,16 @@ class CalibratedLayer:
 def quantize_layer(
     layer: nn.Linear | nn.Conv2d, moments: InputMoments, bits: int, rounding: Rounding = Rounding()
 ) -> CalibratedLayer:
-    """Round a layer's weight for the inputs that `moments` has seen.
+    """Round a layer's weight for the inputs that `moments` has counted.
 
-    The error of the output has a mean, which a bias can take, so that with a bias only the inputs' covariance counts.
-    Where `moments` has seen nothing, each weight goes to its nearest level.
+    A bias compensates the mean of the output's error, so that with a bias only the inputs' covariance counts. Where
+    `moments` has counted nothing, each weight is rounded to its nearest level.
+
+    Args:
+        layer: float layer.
+        moments: moments of the layer's inputs.
+        bits: number of bits, 1 to 8.
+        rounding: how scales are computed, and on which grid.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.
@@ -58,14 +65,14 @@ def quantize_layer(
     codes, scales = [], []
     for group, rows in enumerate(weight.chunk(groups)):
         blocks = range(group * blocks_per_group, (group + 1) * blocks_per_group)
-        round_rows = quantize_rows  # of a layer that was never called
+        round_rows = quantize_rows  # Rounding of a layer that was never called.
         if moments.count:
             factors = _factors(moments, blocks, centred=layer.bias is not None)
             round_rows = partial(quantize_rows_for_inputs, factors=factors)
         for part in rows.split(max(1, _WEIGHTS_AT_ONCE // rows.shape[1])):
-            found = round_rows(part, bits=bits, rounding=rounding)
-            codes.append(found[0])
-            scales.append(found[1])
+            part_codes, part_scale = round_rows(part, bits=bits, rounding=rounding)
+            codes.append(part_codes)
+            scales.append(part_scale)
     code, scale = torch.cat(codes), torch.cat(scales)
     bias = None
     if layer.bias is not None:
@@ -83,11 +90,16 @@ def _factors(moments: InputMoments, blocks: range, centred: bool) -> list[Factor
     ]
 
 
-def rounding_bytes(layer: nn.Linear | nn.Conv2d, most_columns: int) -> int:
-    """Bytes that `quantize_layer` takes at most beside the weight and its moments."""
-    sizes = [stop - start for start, stop in column_blocks(layer, most_columns)]
+def rounding_bytes(layer: nn.Linear | nn.Conv2d, max_columns: int) -> int:
+    """Return an upper bound of the bytes that `quantize_layer` needs beside the weight and its moments.
+
+    Args:
+        layer: float layer.
+        max_columns: upper bound of the columns of a block of second moments.
+    """
+    sizes = [stop - start for start, stop in column_blocks(layer, max_columns)]
     weights = layer.weight.numel()
     at_once = min(weights, max(_WEIGHTS_AT_ONCE, layer.weight[0].numel()))
-    factors = sum(size**2 for size in sizes) // getattr(layer, "groups", 1)  # of one group
+    factors = sum(size**2 for size in sizes) // getattr(layer, "groups", 1)  # Elements of the factors of one group.
     # At most three copies of a block while it is factorized.
     return 4 * factors + 3 * 4 * max(sizes) ** 2 + _BYTES_PER_WEIGHT * at_once + 10 * weights

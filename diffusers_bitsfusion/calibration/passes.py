@@ -1,4 +1,4 @@
-"""Which layers are looked at together, so that their moments fit the memory."""
+"""Spread of the layers over runs of the pipeline, so that their moments fit the memory."""
 
 from __future__ import annotations
 
@@ -11,72 +11,79 @@ from torch import nn
 from .layers import rounding_bytes
 from .moments import moment_bytes
 
-# Wider second moments are cut into blocks of this many columns at most: 640 channels of a 3×3 convolution. Whole,
-# those of Stable Diffusion 1.5's widest layers would take sixteen times the arithmetic and several more runs.
-MOST_COLUMNS = 5760
+# Number of columns that a block of second moments has at most: 640 channels of a 3×3 convolution. In one block, the
+# second moments of Stable Diffusion 1.5's widest layers would need sixteen times the arithmetic and several more runs.
+MAX_COLUMNS = 5760
 
 
 @dataclass(frozen=True)
 class Passes:
-    """How layers are spread over runs of the pipeline.
+    """Spread of layers over runs of the pipeline.
 
     Attributes:
-        groups: layer names of each run, in the order to round them in.
-        most_columns: columns of a block of second moments at most.
+        groups: layer names of each run, in the order of rounding.
+        max_columns: upper bound of the columns of a block of second moments.
     """
 
     groups: list[list[str]]
-    most_columns: int
+    max_columns: int
 
 
 def plan_passes(layers: Mapping[str, nn.Linear | nn.Conv2d], memory: float) -> Passes:
-    """As few runs of the pipeline as the memory allows.
+    """Spread layers over as few runs of the pipeline as the memory allows.
 
-    While a layer is rounded, the moments of those after it wait: together they stay within the memory. The layers that
-    take most to round come last, when fewer wait. Where a single layer does not fit, blocks become smaller.
+    While a layer is rounded, the moments of the layers after it wait; together they stay within the memory. The layers
+    whose rounding needs the most memory come last, when fewer layers wait. Where a single layer does not fit, blocks
+    become smaller.
 
     Args:
-        layers: what to calibrate, by name.
-        memory: bytes that moments and rounding may take.
+        layers: layers to calibrate, by name.
+        memory: upper bound of the bytes of moments and rounding.
 
     Raises:
         ValueError: the memory does not suffice for the largest layer even without correlations between channels.
     """
-    most_columns = MOST_COLUMNS
-    needs = _needs(layers, most_columns)
-    while (most := max(_most([need]) for need in needs.values())) > memory:
-        if most_columns == 1:
+    max_columns = MAX_COLUMNS
+    needs = _needs(layers, max_columns)
+    while (largest := max(_peak([need]) for need in needs.values())) > memory:
+        if max_columns == 1:
             raise ValueError(
-                f"memory_gb={memory / 1e9:g} is too little for calibration: the largest layer needs {most / 1e9:.2g}."
+                f"memory_gb={memory / 1e9:g} is too little for calibration: the largest layer needs "
+                f"{largest / 1e9:.2g}."
             )
-        most_columns //= 2
-        needs = _needs(layers, most_columns)
+        max_columns //= 2
+        needs = _needs(layers, max_columns)
     groups: list[list[str]] = [[]]
     for name in layers:
         together = sorted([*groups[-1], name], key=lambda name: needs[name].rounding)
-        if _most([needs[name] for name in together]) > memory:
+        if _peak([needs[name] for name in together]) > memory:
             groups.append([name])
         else:
             groups[-1] = together
-    return Passes(groups, most_columns)
+    return Passes(groups, max_columns)
 
 
 @dataclass(frozen=True)
 class _Needs:
-    """Bytes of a layer: its moments, and what rounding takes beside them."""
+    """Bytes that a layer needs.
+
+    Attributes:
+        moments: bytes of its moments.
+        rounding: bytes of rounding beside them.
+    """
 
     moments: int
     rounding: int
 
 
-def _needs(layers: Mapping[str, nn.Linear | nn.Conv2d], most_columns: int) -> dict[str, _Needs]:
+def _needs(layers: Mapping[str, nn.Linear | nn.Conv2d], max_columns: int) -> dict[str, _Needs]:
     return {
-        name: _Needs(moment_bytes(layer, most_columns), rounding_bytes(layer, most_columns))
+        name: _Needs(moment_bytes(layer, max_columns), rounding_bytes(layer, max_columns))
         for name, layer in layers.items()
     }
 
 
-def _most(needs: Sequence[_Needs]) -> int:
-    """Bytes at the worst moment, of layers that are rounded in this order."""
-    waiting = list(accumulate(need.moments for need in reversed(needs)))[::-1]  # a layer's own among them
+def _peak(needs: Sequence[_Needs]) -> int:
+    """Return the peak memory, in bytes, of layers that are rounded in this order."""
+    waiting = list(accumulate(need.moments for need in reversed(needs)))[::-1]  # Includes a layer's own moments.
     return max(moments + need.rounding for moments, need in zip(waiting, needs, strict=True))

@@ -1,8 +1,7 @@
-"""Calibrating a model: runs of the pipeline, rounding, and keeping what is done."""
+"""Calibration of a model: runs of the pipeline, rounding, and a cache of what is done."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,6 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
@@ -18,22 +16,20 @@ from tqdm.auto import tqdm
 
 from ..codec.rounding import Rounding
 from ..config.calibration import Calibration
+from ..utils.fingerprints import hash_of_sums
 from ..utils.processes import process_state
 from .calls import Call
 from .denoising import Denoising
-from .folder import CalibrationFolder, TuningFolder
+from .folder import CalibrationFolder, TuningFolder, using_alone
 from .layers import CalibratedLayer, quantize_layer
 from .moments import InputMoments
 from .passes import plan_passes
 from .tuning import CALLS, tune
 
-# Seconds of drawing that an interruption may cost; moments are large, so they are not written after every batch, and
-# where writing is slow it may take a tenth of the time.
+# Seconds of sampling that an interruption may cost; moments are large, so they are not written after every batch.
 _SAVE_EVERY = 120.0
+# Share of the time that writing moments may take where the disk is slow.
 _SAVE_SHARE = 0.1
-
-# By bytes of an element.
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def calibrate(
@@ -44,17 +40,17 @@ def calibrate(
     rounding: Rounding = Rounding(),
     progress: bool = True,
 ) -> dict[str, CalibratedLayer]:
-    """Codes, scales and biases of a model's layers for the inputs that they see while the pipeline draws.
+    """Quantize a model's layers for the inputs that they have while the pipeline samples.
 
-    The model is not changed. Under `accelerate launch` the prompts, and then the layers, are shared out among the
-    processes; each must hold the same pipeline, on its own device, and each returns all layers.
+    The model is not changed. Under `accelerate launch` the processes split the prompts, and then the layers; each must
+    hold the same pipeline, on its own device, and each returns all layers.
 
     Args:
-        pipeline: in full precision, on the device to use.
-        model: the component of it to calibrate.
-        bits: bits by layer name; only these layers are looked at.
-        calibration: what to run.
-        rounding: how scales are found, on which grid.
+        pipeline: pipeline in full precision, on the device to use.
+        model: component of the pipeline to calibrate.
+        bits: bits by layer name; only these layers are calibrated.
+        calibration: settings of the run.
+        rounding: how scales are computed, and on which grid.
         progress: whether to show progress bars.
 
     Returns:
@@ -63,7 +59,20 @@ def calibrate(
     Raises:
         ValueError: an input or a weight holds NaN or infinite values, the memory does not suffice, or the cache folder
             belongs to another calibration.
+        FolderInUseError: another calibration is using the cache folder.
     """
+    with using_alone(calibration.cache_dir, process_state().process_index):
+        return _calibrate(pipeline, model, bits, calibration, rounding, progress)
+
+
+def _calibrate(
+    pipeline: DiffusionPipeline,
+    model: ModelMixin,
+    bits: Mapping[str, int],
+    calibration: Calibration,
+    rounding: Rounding,
+    progress: bool,
+) -> dict[str, CalibratedLayer]:
     layers = {name: model.get_submodule(name) for name in bits}
     passes = plan_passes(layers, calibration.memory_gb * 1e9)
     state = process_state()
@@ -76,11 +85,12 @@ def calibrate(
     for index, names in enumerate(passes.groups):
         own = names[state.process_index :: state.num_processes]
         if folder is not None:
-            done |= {name: layer for name in own if (layer := folder.load_layer(name)) is not None}
+            found = {name: folder.load_layer(name, layers[name], bits[name]) for name in own}
+            done |= {name: layer for name, layer in found.items() if layer is not None}
         missing = [name for name in own if name not in done]
         if not _any(bool(missing)):
             continue
-        moments = {name: InputMoments(layers[name], passes.most_columns) for name in names}
+        moments = {name: InputMoments(layers[name], passes.max_columns) for name in names}
         title = f"pass {index + 1} of {len(passes.groups)}"
         _gather(Denoising(pipeline, model, calibration), moments, folder, index, title, progress)
         moments = _summed(moments, missing)
@@ -100,32 +110,47 @@ def record_calls(
     timesteps: Sequence[float] | None = None,
     progress: bool = True,
 ) -> list[Call]:
-    """What the model predicts on its own pictures, noised anew until each step of tuning has calls of its own.
+    """Record predictions of the model on noisy latents of its own images, enough for each step of tuning.
 
-    Called after `calibrate`, if with a cache. Under `accelerate launch` batches are shared out, and every process gets
-    all calls.
+    With a cache folder, `calibrate` must have been called before. Under `accelerate launch` the processes split the
+    batches, and each returns all calls.
 
     Args:
-        pipeline, model, calibration, progress: as for `calibrate`.
-        timesteps: those that the quantized model will know; None for all.
+        pipeline: pipeline in full precision, on the device to use.
+        model: component of the pipeline that is calibrated.
+        calibration: settings of the run.
+        timesteps: timesteps that the quantized model will know; None for all.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The calls, on the CPU.
 
     Raises:
-        ValueError: the model does not take the latents alone.
+        ValueError: the model does not accept the latents alone.
     """
     denoising, state = Denoising(pipeline, model, calibration), process_state()
-    folder = _tuning_folder(calibration, timesteps)
+    with using_alone(calibration.cache_dir, state.process_index):
+        own = _record_batches(denoising, _tuning_folder(calibration, timesteps), timesteps, progress)
+    everyones = {batch: calls for part in gather_object([own]) for batch, calls in part.items()}
+    return [call for batch in sorted(everyones) for call in everyones[batch]]
+
+
+def _record_batches(
+    denoising: Denoising, folder: TuningFolder | None, timesteps: Sequence[float] | None, progress: bool
+) -> dict[int, list[Call]]:
+    """Record this process's share of the batches, without those that the folder has already."""
+    calibration, state = denoising.calibration, process_state()
     count = -(-calibration.tuning_steps * CALLS // denoising.num_batches)
     own: dict[int, list[Call]] = {}
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
-    for batch in tqdm(batches, desc="Drawing, to tune on", disable=not _shows(progress)):
+    for batch in tqdm(batches, desc="Sampling, to tune on", disable=not _shows(progress)):
         calls = None if folder is None else folder.load_calls(batch)
         if calls is None:
             calls = denoising.record(batch, count, timesteps)
             if folder is not None:
                 folder.save_calls(batch, calls)
         own[batch] = calls
-    everyones = {batch: calls for part in gather_object([own]) for batch, calls in part.items()}
-    return [call for batch in sorted(everyones) for call in everyones[batch]]
+    return own
 
 
 def tune_packed(
@@ -135,9 +160,19 @@ def tune_packed(
     timesteps: Sequence[float] | None = None,
     progress: bool = True,
 ) -> None:
-    """Tune a packed model on calls of `record_calls` with the same timesteps; see `tuning.tune`.
+    """Tune a packed model in place on calls of `record_calls`; see `tuning.tune`.
 
-    Under `accelerate launch` every process does the same, and the first one keeps the state.
+    Under `accelerate launch` every process computes the same, and the first one saves the state.
+
+    Args:
+        model: packed model, on the device to use.
+        calls: calls that `record_calls` has returned for the same timesteps.
+        calibration: settings of the run.
+        timesteps: timesteps that the packed model knows; None for all.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: see `tuning.tune`.
     """
     folder, state = _tuning_folder(calibration, timesteps), process_state()
     saved = time.monotonic()
@@ -149,16 +184,17 @@ def tune_packed(
             folder.save_state(reached)
             saved = time.monotonic()
 
-    tune(
-        model,
-        calls,
-        calibration.tuning_steps,
-        seed=calibration.seed,
-        memory=calibration.memory_gb * 1e9,
-        state=None if folder is None else folder.load_state(),
-        save=save,
-        progress=_shows(progress),
-    )
+    with using_alone(calibration.cache_dir, state.process_index):
+        tune(
+            model,
+            calls,
+            calibration.tuning_steps,
+            seed=calibration.seed,
+            memory=calibration.memory_gb * 1e9,
+            state=None if folder is None else folder.load_state(),
+            save=save,
+            progress=_shows(progress),
+        )
 
 
 def _tuning_folder(calibration: Calibration, timesteps: Sequence[float] | None) -> TuningFolder | None:
@@ -175,14 +211,14 @@ def _gather(
     title: str,
     progress: bool,
 ) -> None:
-    """This process's share of the batches, without those that the folder has from an interrupted run."""
+    """Gather moments over this process's share of the batches, without those that the folder has already."""
     state = process_state()
     batches = range(state.process_index, denoising.num_batches, state.num_processes)
-    start = 0 if folder is None else folder.load_moments(index, moments)
+    start = 0 if folder is None else folder.load_moments(index, moments, len(batches))
     steps = denoising.calibration.num_inference_steps
     pause, saved = _SAVE_EVERY, time.monotonic()
     with tqdm(
-        total=len(batches) * steps, initial=start * steps, desc=f"Drawing, {title}", disable=not _shows(progress)
+        total=len(batches) * steps, initial=start * steps, desc=f"Sampling, {title}", disable=not _shows(progress)
     ) as bar:
         for count, batch in enumerate(batches[start:], start=start + 1):
             denoising.gather(batch, moments, on_call=partial(_advance, bar, count * steps))
@@ -196,12 +232,12 @@ def _gather(
 
 
 def _advance(bar: tqdm, goal: int) -> None:
-    """A step, but not past `goal`: a scheduler may call the model more often than it makes steps."""
+    """Advance by a step, but not past `goal`: a scheduler may call the model more often than it has steps."""
     bar.update(min(1, goal - bar.n))
 
 
 def _summed(moments: Mapping[str, InputMoments], names: Sequence[str]) -> dict[str, InputMoments]:
-    """What all processes have seen, of the layers that this one rounds."""
+    """Return the moments over all processes, of the layers that this one rounds."""
     for moment in moments.values():
         moment.sum_over_processes()
     return {name: moments[name] for name in names}
@@ -217,11 +253,12 @@ def _round(
 
 
 def _any(here: bool) -> bool:
-    """Whether it holds in any process."""
+    """Return whether `here` is true in any process."""
     return any(gather_object([here]))
 
 
 def _of_all_processes(done: dict[str, CalibratedLayer]) -> dict[str, CalibratedLayer]:
+    """Return the layers that all processes have calibrated."""
     return {name: layer for part in gather_object([done]) for name, layer in part.items()}
 
 
@@ -230,26 +267,14 @@ def _shows(progress: bool) -> bool:
 
 
 def _settings(pipeline: DiffusionPipeline, bits: Mapping[str, int], calibration: Calibration) -> dict[str, Any]:
-    """All that the results depend on, JSON-safe."""
-    asked = {key: value for key, value in calibration.to_dict().items() if key not in ("cache_dir", "tuning_steps")}
+    """Return all settings that the results depend on, JSON-safe."""
+    settings = {key: value for key, value in calibration.to_dict().items() if key not in ("cache_dir", "tuning_steps")}
     modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    return asked | {
+    return settings | {
         "pipeline": type(pipeline).__name__,
         "scheduler": json.loads(pipeline.scheduler.to_json_string()),
         "dtype": str(pipeline.dtype),
         "processes": process_state().num_processes,
-        "weights": {name: _checksum(part) for name, part in modules.items()},
+        "weights": {name: hash_of_sums(part) for name, part in modules.items()},
         "bits": dict(bits),
     }
-
-
-def _checksum(model: nn.Module) -> str:
-    """Tells models apart by their parameters: names, shapes, and sums of the bits as integers."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        total = None  # of what is offloaded
-        if not parameter.is_meta:
-            bits = parameter.detach().contiguous().flatten().view(_INTEGERS[parameter.element_size()])
-            total = int(bits.sum(dtype=torch.int64))
-        digest.update(f"{name} {tuple(parameter.shape)} {total}\n".encode())
-    return digest.hexdigest()

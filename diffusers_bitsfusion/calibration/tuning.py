@@ -1,9 +1,9 @@
-"""Tuning of what stays in floating point, so that a packed model predicts what it did in full precision.
+"""Tuning of the floating-point parameters of a packed model towards the full-precision model's predictions.
 
 Codes stay as they are. Every packed layer and every norm gets a gain and an offset for each of its channels,
 y' = gain · y + offset; both are trained on recorded calls of the full-precision model and then folded into scales,
-biases and norms, exactly. Layers that were rounded one by one learn to work together, in the memory of the packed
-model: no latent weights, and a backward pass without gradients of weights. Not from the BitsFusion paper.
+biases and norms, exactly. So layers that were rounded one by one learn to compensate each other's errors, in the
+memory of the packed model: without latent weights or gradients of weights. The BitsFusion paper does not have it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
@@ -24,30 +25,33 @@ from ..nn.packed import PackedWeight, float_bits
 from .calls import Call, square_errors
 from .guidance import Guidance
 
-# Of Adam: relative to a channel's own scale for gains, to the spread of a layer's output for offsets.
+# Learning rate of Adam, relative to a channel's own scale for gains, to the spread of a layer's output for offsets.
 LEARNING_RATE = 0.01
+# Decay rates of Adam's first and second moments.
 _BETAS = (0.9, 0.99)
+# Number of steps over which the learning rate rises.
 _WARM_UP = 20
 
-# Of a step: what suits one picture and timestep harms another.
+# Number of calls a step: gradients of a single image and timestep would harm others.
 CALLS = 4
 
+# Classes of norms with a weight per channel.
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 class Channels:
-    """Gain and offset of a module's output channels, in effect while tuning.
+    """Gain and offset of a module's output channels, a forward hook while tuning.
 
     Args:
-        module: a packed layer or a norm with weights.
+        module: packed layer, or norm with weights.
 
     Attributes:
-        gain: fp32 [channels], a parameter.
-        offset: fp32 [channels], a parameter, in units of `spread`; None for a module without a bias.
-        spread: standard deviation of the output in the first call.
+        gain: parameter, fp32 [channels].
+        offset: parameter, fp32 [channels] in units of `spread`; None for a module without a bias.
+        spread: standard deviation of the output in the first call; None before it.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
         weight = cast(Tensor, module.scale if isinstance(module, PackedWeight) else module.weight)
         self.gain = nn.Parameter(torch.ones(weight.shape[0], dtype=torch.float32, device=weight.device))
@@ -57,23 +61,25 @@ class Channels:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
+        """Parameters to train."""
         return [self.gain] if self.offset is None else [self.gain, self.offset]
 
     def __call__(self, module: nn.Module, inputs: Any, y: Tensor) -> Tensor:
-        """A forward hook."""
+        """Return the module's output `y` with gain and offset applied, as a forward hook does."""
         if self.spread is None:
             self.spread = float(y.detach().float().std(correction=0))
         shape = [1] * y.dim()
         shape[self._axis] = -1
         shift = torch.zeros_like(self.gain) if self.offset is None else self.offset * self.spread
-        return _Scaled.apply(y, self.gain.view(shape), shift.view(shape))
+        scaled: Tensor = _Scaled.apply(y, self.gain.view(shape), shift.view(shape))  # type: ignore[no-untyped-call]
+        return scaled
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Make the module itself compute what it does with gain and offset."""
+        """Fold gain and offset into the module's own scale or weight and its bias."""
         module: Any = self.module
         if isinstance(module, PackedWeight):
-            module.scale = float_bits(module.scale.view(torch.float32) * self.gain)
+            module.scale = float_bits(module.scale_bits.view(torch.float32) * self.gain)
         else:
             module.weight.mul_(self.gain)
         if self.offset is not None:
@@ -82,7 +88,7 @@ class Channels:
 
 
 class _Scaled(torch.autograd.Function):
-    """gain · y + offset in fp32, given and kept in the dtype of y."""
+    """gain · y + offset, computed in fp32, with input, output and saved tensors in the dtype of y."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gain: Tensor, offset: Tensor) -> Tensor:
@@ -110,43 +116,31 @@ def tune(
 ) -> None:
     """Tune a packed model in place: Adam on the logarithm of its predictions' mean square error.
 
-    Steps that see much noise make small errors, which decide what is drawn; by logarithms each call counts by what its
-    error changes in proportion. What predictions lack of guidance is added to their targets (`guidance.py`). A step
-    takes four calls; calls come in random order, all before any comes again. The rate rises for 20 steps and falls to
-    zero as a cosine.
+    At high noise errors are small, but decide on the image's content; by logarithms each call counts by the relative
+    change of its error. The guidance that predictions lack is added to their targets (`guidance.py`). A step has four
+    calls; calls come in random order, and repeat only when all have been used. The learning rate rises for 20 steps
+    and falls to zero as a cosine.
 
     Args:
-        model: packed, on the device to use; half precision computes in bf16, and comes back in its own dtype.
-        calls: of the full-precision model.
-        steps: of Adam.
-        seed: of the order.
-        memory: bytes that activations may take. Where those of a call take more, the model checkpoints its gradients.
-        state: of an interrupted run, to go on from.
+        model: packed model, on the device to use. Where it has half-precision parameters it computes in bf16, and its
+            parameters have their own dtype again in the end.
+        calls: recorded calls of the full-precision model.
+        steps: number of steps of Adam.
+        seed: seed of the order of calls.
+        memory: upper bound of the bytes of activations. Where a call needs more, gradient checkpointing is used.
+        state: state of an interrupted run, to continue from.
         save: called with the state after each step.
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: a loss is NaN or infinite, or the model would have to checkpoint its gradients and cannot.
+        ValueError: a loss is NaN or infinite, or the model needs gradient checkpointing and does not support it.
     """
-    device = next(model.parameters()).device
     dtypes = _to_fp32(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
+    frozen = _freeze(model)
     half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
-    channels = _channels(model)
-    guidance = Guidance()
-    order = _order(len(calls), steps * CALLS, seed)
-
-    def predict(index: int) -> tuple[Tensor, Call]:
-        call = calls[order[index]].to(device).float()
-        with torch.autocast(device.type, half, enabled=half is not None):
-            return call.repeat(model).float(), call
-
-    def log_error(predicted: Tensor, call: Call) -> Tensor:
-        return square_errors(predicted, guidance.target(call)).log().mean()
-
-    with _hooked(channels), _bounded(model, memory, lambda: log_error(*predict(0))), torch.enable_grad():
+    channels, guidance = _channels(model), Guidance()
+    loss = _Loss(model, [calls[index] for index in _order(len(calls), steps * CALLS, seed)], guidance, half)
+    with _hooked(channels), _bounded(model, memory, lambda: loss(0)), torch.enable_grad():
         parameters = [parameter for channel in channels for parameter in channel.parameters]
         optimizer = torch.optim.Adam(parameters, betas=_BETAS)
         start = _load(state, channels, optimizer, guidance)
@@ -154,19 +148,9 @@ def tune(
         for step in range(start, steps):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * _schedule(step, steps)
-            optimizer.zero_grad()
-            total = 0.0
-            for index in range(step * CALLS, (step + 1) * CALLS):
-                predicted, call = predict(index)
-                loss = log_error(predicted, call) / CALLS
-                loss.backward()
-                guidance.note(predicted, call)
-                total += float(loss.detach())
-            if not math.isfinite(total):
-                raise ValueError(f"The loss is {total} in step {step + 1} of tuning. Calibrate in torch.float32.")
-            optimizer.step()
+            value = _train_step(loss, optimizer, step)
             guidance.step()
-            bar.set_postfix(mse=f"{math.exp(total):.3g}", refresh=False)
+            bar.set_postfix(mse=f"{math.exp(value):.3g}", refresh=False)
             bar.update()
             if save is not None:
                 save(_state(step + 1, channels, optimizer, guidance))
@@ -175,19 +159,74 @@ def tune(
         channel.fold()
     for parameter, dtype in dtypes.items():
         parameter.data = parameter.data.to(dtype)
-    for parameter in trainable:
+    for parameter in frozen:
         parameter.requires_grad_(True)
 
 
+@dataclass(frozen=True)
+class _Loss:
+    """Logarithm of the mean square error of a packed model's predictions on recorded calls.
+
+    Attributes:
+        model: packed model.
+        calls: calls in the order of use, four a step.
+        guidance: targets, which observe the predictions.
+        half: dtype of autocast; None where the model computes in fp32.
+    """
+
+    model: nn.Module
+    calls: Sequence[Call]
+    guidance: Guidance
+    half: torch.dtype | None
+
+    def __call__(self, index: int) -> Tensor:
+        """Return the loss of a call, a scalar."""
+        return self._log_error(*self._predict(index))
+
+    def backward(self, index: int) -> float:
+        """Add the gradients of a call's share of a step's loss, and return this share."""
+        predicted, call = self._predict(index)
+        loss = self._log_error(predicted, call) / CALLS
+        loss.backward()
+        self.guidance.observe(predicted, call)
+        return float(loss.detach())
+
+    def _predict(self, index: int) -> tuple[Tensor, Call]:
+        device = next(self.model.parameters()).device
+        call = self.calls[index].to(device).float()
+        with torch.autocast(device.type, self.half, enabled=self.half is not None):
+            return call.repeat(self.model).float(), call
+
+    def _log_error(self, predicted: Tensor, call: Call) -> Tensor:
+        return square_errors(predicted, self.guidance.target(call)).log().mean()
+
+
+def _train_step(loss: _Loss, optimizer: torch.optim.Optimizer, step: int) -> float:
+    """Make a step of the optimizer on the step's calls, and return its loss."""
+    optimizer.zero_grad()
+    value = sum(loss.backward(index) for index in range(step * CALLS, (step + 1) * CALLS))
+    if not math.isfinite(value):
+        raise ValueError(f"The loss is {value} in step {step + 1} of tuning. Calibrate in torch.float32.")
+    optimizer.step()
+    return value
+
+
+def _freeze(model: nn.Module) -> list[nn.Parameter]:
+    """Freeze all parameters, and return those that required gradients."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return parameters
+
+
 def _channels(model: nn.Module) -> list[Channels]:
-    """Of the layers that compute with scales or weights per output channel."""
-    found = []
+    """Return gains and offsets of all modules that have a scale or weight per output channel."""
+    channels = []
     for module in model.modules():
-        if isinstance(module, PackedWeight) and module.is_packed:
-            found.append(Channels(module))
-        elif isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1:
-            found.append(Channels(module))
-    return found
+        is_norm = isinstance(module, _NORMS) and module.weight is not None and module.weight.dim() == 1
+        if is_norm or isinstance(module, PackedWeight):
+            channels.append(Channels(module))
+    return channels
 
 
 def _order(count: int, length: int, seed: int) -> np.ndarray:
@@ -200,7 +239,7 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _to_fp32(model: nn.Module) -> dict[nn.Parameter, torch.dtype]:
-    """Make all floating parameters fp32, which steps of Adam need; the dtypes they had."""
+    """Cast all floating parameters to fp32, which steps of Adam need, and return the dtypes that they had."""
     dtypes = {p: p.dtype for p in model.parameters() if p.is_floating_point()}
     for parameter in dtypes:
         parameter.data = parameter.data.float()
@@ -219,7 +258,7 @@ def _hooked(channels: Sequence[Channels]) -> Iterator[None]:
 
 @contextmanager
 def _bounded(model: Any, memory: float, forward: Callable[[], Tensor]) -> Iterator[None]:
-    """Gradient checkpointing where the activations of `forward` take more than `memory` bytes without it."""
+    """Use gradient checkpointing within the block where the activations of `forward` need more than `memory` bytes."""
     need = _saved_bytes(model, forward)
     if need <= memory:
         yield
@@ -239,16 +278,16 @@ def _bounded(model: Any, memory: float, forward: Callable[[], Tensor]) -> Iterat
 
 
 def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Bytes that a backward pass would need of a forward pass, parameters aside; without keeping them."""
+    """Return the bytes that a forward pass would save for the backward pass, parameters aside, without saving them."""
     total = 0
     seen: dict[int, StorageWeakRef] = {parameter.data_ptr(): _storage(parameter) for parameter in model.parameters()}
 
     def note(tensor: Tensor) -> Any:
         nonlocal total
-        # Several operations keep the same tensor; another one may lie where a tensor was that is gone.
-        place = tensor.untyped_storage().data_ptr()
-        if place not in seen or seen[place].expired():
-            seen[place] = _storage(tensor)
+        # Several operations save the same tensor, and a new tensor may have the address of a freed one.
+        address = tensor.untyped_storage().data_ptr()
+        if address not in seen or seen[address].expired():
+            seen[address] = _storage(tensor)
             total += tensor.untyped_storage().nbytes()
 
     with torch.enable_grad(), saved_tensors_hooks(note, lambda nothing: nothing):
@@ -279,13 +318,18 @@ def _load(
     optimizer: torch.optim.Optimizer,
     guidance: Guidance,
 ) -> int:
-    """Go on from `state`; the number of steps done."""
+    """Continue from `state`, and return the number of steps done."""
     if state is None:
         return 0
+    parameters = optimizer.param_groups[0]["params"]
+    shapes = [tuple(value.shape) for value in state["values"]]
+    if len(state["spreads"]) != len(channels) or shapes != [tuple(parameter.shape) for parameter in parameters]:
+        raise ValueError("The kept state of tuning is of another model. Delete the calibration's folder.")
     for channel, spread in zip(channels, state["spreads"], strict=True):
         channel.spread = spread
-    for parameter, value in zip(optimizer.param_groups[0]["params"], state["values"], strict=True):
+    for parameter, value in zip(parameters, state["values"], strict=True):
         parameter.copy_(value)
     optimizer.load_state_dict(state["optimizer"])
     guidance.surplus = state["surplus"]
-    return state["step"]
+    steps: int = state["step"]
+    return steps

@@ -22,14 +22,16 @@ def decompress(frame: Tensor, size: int) -> Tensor:
     """Inverse of `compress` for a frame that must hold exactly `size` bytes; uint8 [size].
 
     Raises:
-        ValueError: the frame is damaged, cut short, or of another size. The claimed size is checked before anything
-            is allocated.
+        ValueError: the frame is damaged, cut short, without its checksum, or of another size. The claimed size is
+            checked before anything is allocated.
     """
     data = frame.numpy().data
     try:
         claimed = zstandard.frame_content_size(data)
         if claimed != size:
             raise ValueError(f"holds {claimed} bytes where {size} are expected")
+        if not zstandard.get_frame_parameters(data).has_checksum:
+            raise ValueError("is damaged: it is a zstd frame without the checksum that every one of the format has")
         raw = zstandard.ZstdDecompressor().decompress(data, max_output_size=size, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ValueError(f"is damaged or cut short ({error})") from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
+from ..utils.json_files import is_number
 from .grid import check_bits
 
 # Version of the file's layout, raised when older readers could not read it.
@@ -226,7 +227,7 @@ def check_time_features(content: Mapping[str, Any]) -> str:
     if kind == "cache" and not (
         isinstance(timesteps, (list, tuple))
         and timesteps
-        and all(_is_number(t) for t in timesteps)
+        and all(is_number(t) for t in timesteps)
         and len(set(timesteps)) == len(timesteps)
     ):
         raise ValueError(
@@ -267,7 +268,3 @@ def branch_shapes(weight_shape: Sequence[int], rank: int) -> tuple[tuple[int, ..
 def is_count(value: Any) -> TypeGuard[int]:
     """Return whether a value is an integer from 0 on."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -13,8 +13,9 @@ from ..utils.adapters import split_adapters
 from .entropy import compress, decompress
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
-from .schema import CheckpointSchema, LayerSchema, branch_shapes
+from .schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, branch_shapes
 from .time_table import decode_table, encode_table
+from .values import check_values
 
 
 def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
@@ -29,6 +30,8 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         key = f"{name}.codes"
         packed = bytes_from_dense(encoded[key].cpu(), layer.bits, layer.columns)
         encoded[key] = compress(packed) if schema.compression == "zstd" else packed
+    for key in _float_bits(schema):
+        encoded[key] = encoded[key].view(-1)
     if schema.time_features.kind == "table":
         encoded["time_proj.codes"] = encode_table(encoded["time_proj.codes"].cpu())
     return encoded
@@ -36,6 +39,8 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
 
 def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
     """Inverse of `encode_state_dict`, for all of a file or one shard of it.
+
+    Tensors that are the bits of floats have one dimension in the file and two in memory, see `nn.packed.float_bits`.
 
     Raises:
         ValueError: a tensor is damaged or of the wrong dtype or shape; the message names it.
@@ -46,28 +51,42 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         key = f"{name}.codes"
         return key, _decode_codes(key, state_dict[key], schema.layers[name], schema.compression)
 
+    for name, layer in schema.layers.items():
+        _check(state_dict, f"{name}.scale", torch.int32, (layer.rows,))
+        _check_branch(state_dict, name, layer)
+    _check_time_features(state_dict, schema.time_features)
+    check_values(state_dict, schema)
     # Decompressing and the compiled loops release the interpreter's lock.
     threads = torch.get_num_threads() if native_library() else 1
     with ThreadPoolExecutor(threads) as pool:
         decoded.update(pool.map(decode_codes, [name for name in schema.layers if f"{name}.codes" in state_dict]))
-    for name, layer in schema.layers.items():
-        _check(decoded, f"{name}.scale", torch.int32, (layer.rows,))
-        _check_branch(decoded, name, layer)
-    time = schema.time_features
-    if time.kind == "keep":
-        return decoded
-    if time.kind == "cache":
-        _check(decoded, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
-        _check(decoded, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
-        return decoded
-    _check(decoded, "time_proj.scale", torch.int32, (time.num_features,))
-    if "time_proj.codes" in decoded:
+    _decode_time_table(decoded, schema.time_features)
+    for key in _float_bits(schema) & decoded.keys():
+        decoded[key] = decoded[key].view(-1, 1)
+    return decoded
+
+
+def _float_bits(schema: CheckpointSchema) -> set[str]:
+    """Names of the tensors that are the bits of fp32 values."""
+    time = {"keep": set(), "cache": {"time_proj.timesteps"}, "table": {"time_proj.scale"}}
+    return {f"{name}.scale" for name in schema.layers} | time[schema.time_features.kind]
+
+
+def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
+    if time.kind == "table" and "time_proj.codes" in decoded:
         frame = _frame("time_proj.codes", decoded["time_proj.codes"])
         try:
             decoded["time_proj.codes"] = decode_table(frame, time.num_timesteps + 2, time.num_features)
         except ValueError as error:
             raise ValueError(f"time_proj.codes {error}.") from error
-    return decoded
+
+
+def _check_time_features(state_dict: Mapping[str, Tensor], time: TimeFeaturesSchema) -> None:
+    if time.kind == "cache":
+        _check(state_dict, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
+        _check(state_dict, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
+    elif time.kind == "table":
+        _check(state_dict, "time_proj.scale", torch.int32, (time.num_features,))
 
 
 def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str | None) -> Tensor:

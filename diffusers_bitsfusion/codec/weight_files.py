@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..utils.errors import DamagedFileError, shown
+from ..utils.json_files import read_json
+from ..utils.safetensors_files import SafetensorsHeader, read_header
+
 _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}(?P<end>\.(safetensors|bin))")
 _ENDS = (".safetensors", ".bin")
 _STEMS = ("diffusion_pytorch_model", "model")  # of diffusers' models and of transformers'
@@ -31,6 +35,55 @@ def weight_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no .safetensors file of a model ({', '.join(_STEMS)}).")
     first = min((str(stem(file.name)) for file in files), key=len)
     return [file for file in files if stem(file.name) == first]
+
+
+def index_files(folder: Path) -> list[Path]:
+    """The index of the model in `folder`, where it is sharded; as a list, which is empty where there is none.
+
+    Raises:
+        FileNotFoundError: there is no weight file.
+    """
+    first = stem(weight_files(folder)[0].name)
+    return [file for file in sorted(folder.glob("*.index.json")) if stem(file.name) == first]
+
+
+def read_headers(folder: Path) -> dict[Path, SafetensorsHeader]:
+    """The headers of all weight files of the model in `folder`, compared with its index where it has one.
+
+    Raises:
+        FileNotFoundError: there is no weight file.
+        DamagedFileError: a file is damaged, or index and files do not hold the same tensors.
+    """
+    headers = {file: read_header(file) for file in weight_files(folder)}
+    where: dict[str, str] = {}
+    for file, header in headers.items():
+        for name in header.tensors:
+            if name in where:
+                raise DamagedFileError(file, f"holds {name}, which {where[name]} holds as well")
+            where[name] = file.name
+    for index in index_files(folder):
+        mapped = read_index(index)
+        for name, file_name in mapped.items():
+            if where.get(name) != file_name:
+                raise DamagedFileError(index, f"says that {file_name} holds {shown(name)}, which it does not")
+        if extra := sorted(where.keys() - mapped.keys()):
+            raise DamagedFileError(index, f"does not name {extra[0]}, which {where[extra[0]]} holds")
+    return headers
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Names of files by names of tensors, from a `*.index.json`.
+
+    Raises:
+        DamagedFileError: it has no `weight_map`, or names something else than a file beside it.
+    """
+    mapped = read_json(file, non_finite=True).get("weight_map")
+    if not isinstance(mapped, dict) or not mapped:
+        raise DamagedFileError(file, 'has no "weight_map" from tensors to files')
+    for name, file_name in mapped.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name or stem(file_name) is None:
+            raise DamagedFileError(file, f"says that {shown(name)} is in {shown(file_name)}, no name of a weight file")
+    return mapped
 
 
 def _is_of_a_model(stem: str) -> bool:

@@ -1,1 +1,1 @@
-"""What a user writes, as plain data: the config, recipes of bits, and what to calibrate with."""
+"""Settings that a user writes, as plain data: the config, recipes of bits, and the settings of calibration."""

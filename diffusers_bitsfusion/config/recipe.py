@@ -19,7 +19,10 @@ from ..codec.grid import check_bits
 from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures
 from ..nn.time_path import TimePath
+from ..utils.errors import DamagedFileError, shown
+from ..utils.files import write_atomically
 from ..utils.hub import explaining_refusals
+from ..utils.json_files import is_count, parse_json, read_bounded
 
 RECIPE_FILE = "recipe.json"
 PUBLISHED = "stable-diffusion-v1-5"
@@ -114,11 +117,11 @@ class Recipe(Mapping[str, int]):
         if path.is_dir():
             path = path / RECIPE_FILE
         if path.is_file():
-            content = path.read_bytes()
+            content = read_bounded(path)
         elif shipped.is_file():
             content = shipped.read_bytes()
         elif str(name_or_path).count("/") == 1 and path.suffix != ".json":
-            content = Path(hf_hub_download(str(name_or_path), RECIPE_FILE, token=token)).read_bytes()
+            content = read_bounded(Path(hf_hub_download(str(name_or_path), RECIPE_FILE, token=token)))
         else:
             raise FileNotFoundError(
                 f"No recipe {str(name_or_path)!r}: it is neither a shipped name ({PUBLISHED!r}), nor an existing JSON "
@@ -128,23 +131,28 @@ class Recipe(Mapping[str, int]):
 
     @classmethod
     def _from_json(cls, content: bytes, where: str) -> Recipe:
-        try:
-            data = json.loads(content)
-        except ValueError as error:  # neither JSON nor, before that, UTF-8
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(data, dict) or not isinstance(data.get("layers"), dict):
-            raise ValueError(f'{where} is not a recipe: it needs a "layers" object of module name to bits')
+        data = parse_json(content, where)
+        if not isinstance(data.get("layers"), dict):
+            raise DamagedFileError(where, 'is not a recipe: it needs a "layers" object of module name to bits')
         shapes = data.get("shapes", {})
-        if not isinstance(shapes, dict) or not all(isinstance(shape, list) for shape in shapes.values()):
-            raise ValueError(f'{where} is not a recipe: "shapes" must be an object of module name to a list of sizes')
-        return cls(data["layers"], source=data.get("source"), shapes=data.get("shapes"))
+        if not isinstance(shapes, dict) or not all(_is_shape(shape) for shape in shapes.values()):
+            raise DamagedFileError(
+                where, 'is not a recipe: "shapes" must be an object of module name to a list of sizes'
+            )
+        source = data.get("source")
+        if not isinstance(source, (str, type(None))):
+            raise DamagedFileError(where, f'is not a recipe: "source" must be a text, not {shown(source)}')
+        try:
+            return cls(data["layers"], source=source, shapes=shapes)
+        except ValueError as error:
+            raise DamagedFileError(where, f"is not a recipe: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe as JSON; into a folder, as recipe.json."""
         target = Path(path)
         if target.is_dir():
             target = target / RECIPE_FILE
-        target.write_text(self._to_json(), encoding="utf-8")
+        write_atomically(target, self._to_json())
 
     def push_to_hub(
         self,
@@ -186,8 +194,12 @@ class Recipe(Mapping[str, int]):
         return json.dumps({k: v for k, v in data.items() if v}, indent=1) + "\n"
 
 
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(is_count(size, 1) for size in value)
+
+
 def _num_weights(layer: nn.Linear | nn.Conv2d) -> int:
     """Weights of a layer, without decoding a packed one."""
-    if isinstance(layer, PackedWeight) and layer.is_packed:
+    if isinstance(layer, PackedWeight):
         return math.prod(layer.weight_shape)
     return layer.weight.numel()

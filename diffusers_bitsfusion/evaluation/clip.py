@@ -1,4 +1,4 @@
-"""CLIP: how well a picture fits its prompt, and features of pictures."""
+"""CLIP: how well an image fits its prompt, and features of images."""
 
 from __future__ import annotations
 
@@ -30,8 +30,12 @@ class Clip:
         self.tokenizer = tokenizer
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str]) -> Clip:
+    def from_pretrained(cls, path: str | os.PathLike[str], processors: str | os.PathLike[str] | None = None) -> Clip:
         """Load from a folder or the Hub, in float32 on the default device.
+
+        Args:
+            path: of the model.
+            processors: of the image processor and tokenizer; `path` when left out.
 
         Raises:
             OSError: nothing to load there.
@@ -41,11 +45,12 @@ class Clip:
         if kind != "clip":
             raise ValueError(f"{path} holds a model of type {kind!r}, not a CLIP.")
         model = CLIPModel.from_pretrained(path).float().to(default_device())
-        return cls(model, CLIPImageProcessor.from_pretrained(path), CLIPTokenizer.from_pretrained(path))
+        processors = processors or path
+        return cls(model, CLIPImageProcessor.from_pretrained(processors), CLIPTokenizer.from_pretrained(processors))
 
     @torch.no_grad()
-    def image_features(self, images: np.ndarray) -> np.ndarray:
-        """Projected embeddings, not normalized: (n, height, width, 3) uint8 to (n, d) float32."""
+    def image_features(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
+        """Return projected embeddings, not normalized: n of (height, width, 3) uint8 to (n, d) float32."""
         features = []
         for start in range(0, len(images), _BATCH):
             pixels = self.image_processor(list(images[start : start + _BATCH]), return_tensors="pt").pixel_values
@@ -55,7 +60,7 @@ class Clip:
 
     @torch.no_grad()
     def text_features(self, captions: Sequence[str]) -> np.ndarray:
-        """Projected embeddings, not normalized: n captions to (n, d) float32. Longer captions are cut."""
+        """Return projected embeddings, not normalized: n captions, truncated where too long, to (n, d) float32."""
         length = self.model.config.text_config.max_position_embeddings
         features = []
         for start in range(0, len(captions), _BATCH):
@@ -72,9 +77,14 @@ class Clip:
 
 
 def clip_score(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
-    """100 × cosine similarity of each picture with its caption, at least 0: two times (n, d) to (n,) float64."""
+    """Return 100 × cosine similarity of image and caption, at least 0: two times (n, d) to (n,) float64."""
+    return (100 * cosine(image_features, text_features)).clip(min=0)
+
+
+def cosine(image_features: np.ndarray, text_features: np.ndarray) -> np.ndarray:
+    """Return the cosine similarity of each image and its caption: two times (n, d) to (n,) float64."""
     images, texts = (F.normalize(torch.from_numpy(x).double(), dim=-1) for x in (image_features, text_features))
-    return (100 * (images * texts).sum(-1)).clamp(min=0).numpy()
+    return (images * texts).sum(-1).numpy()
 
 
 def _array(parts: list[Tensor]) -> np.ndarray:

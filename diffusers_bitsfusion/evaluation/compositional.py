@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from .plugins import load_function
+
 Scorer = Callable[[Sequence[np.ndarray], Sequence[Any]], Sequence[float]]
 
 OVERALL = "overall"
 _CONFIDENCE = 0.95
 _RESAMPLES = 2000
-_BLOCK = 2**22  # random draws held at once
+_BLOCK = 2**18  # random draws held at once
 
 
 @dataclass(frozen=True)
-class Estimate:
+class ConfidenceInterval:
     """A mean and the bounds of its 95 % interval."""
 
     value: float
@@ -29,7 +28,9 @@ class Estimate:
 
 
 def load_scorer(name: str) -> Scorer:
-    """The function that `name`, written MODULE:FUNCTION, stands for; modules in the working directory are found.
+    """Return the function that `name`, written MODULE:FUNCTION, stands for.
+
+    Modules in the working directory are found.
 
     It takes n images (height, width, 3) uint8 and the n specifications from the prompts file, and returns n numbers,
     0 or False for an image that misses its prompt, 1 or True for one that fits.
@@ -37,23 +38,11 @@ def load_scorer(name: str) -> Scorer:
     Raises:
         ValueError: no such module or function, or `name` is not written so.
     """
-    module, _, function = name.partition(":")
-    if not module or not function:
-        raise ValueError(f"The scorer {name!r} is not written MODULE:FUNCTION.")
-    # An installed command, or a script in another folder, lacks the working directory, where a scorer usually lies.
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), function, None)
-    except ImportError as error:
-        raise ValueError(f"The scorer {name!r} cannot be imported: {error}") from error
-    if not callable(found):
-        raise ValueError(f"The module {module} has no function {function!r}.")
-    return found
+    return load_function(name, "scorer")
 
 
 def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarray:
-    """The scorer's verdicts on (n, height, width, 3) uint8 images, as (n,) float64.
+    """Return the scorer's verdicts on (n, height, width, 3) uint8 images, as (n,) float64.
 
     Raises:
         ValueError: it did not return n finite numbers.
@@ -64,13 +53,15 @@ def judge(scorer: Scorer, images: np.ndarray, specs: Sequence[Any]) -> np.ndarra
     return scores
 
 
-def bootstrap_mean(values: np.ndarray, seed: int = 0) -> Estimate:
-    """The mean of (n,) values with a percentile bootstrap interval; infinite where a value is."""
-    return _estimate(values, _resampled_means(values, np.random.default_rng(seed)))
+def bootstrap_mean(values: np.ndarray, seed: int = 0) -> ConfidenceInterval:
+    """Return the mean of (n,) values with a percentile bootstrap interval; infinite where a value is."""
+    return _interval(values, _resampled_means(values, np.random.default_rng(seed)))
 
 
-def bootstrap_scores(scores: np.ndarray, categories: Sequence[str | None], seed: int = 0) -> dict[str, Estimate]:
-    """Mean scores by category and overall, with percentile bootstrap intervals.
+def bootstrap_scores(
+    scores: np.ndarray, categories: Sequence[str | None], seed: int = 0
+) -> dict[str, ConfidenceInterval]:
+    """Return mean scores by category and overall, with percentile bootstrap intervals.
 
     Overall is the mean over the categories, each counting the same, as in GenEval. Prompts are drawn again within
     their category. Where all scores of a category are equal, its interval has no width.
@@ -97,23 +88,23 @@ def bootstrap_scores(scores: np.ndarray, categories: Sequence[str | None], seed:
     groups = [scores[labels == index] for index in range(len(names))]
     resampled = [_resampled_means(group, rng) for group in groups]
     means = np.array([group.mean() for group in groups])
-    overall = {OVERALL: _estimate(means, np.mean(resampled, axis=0))}
+    overall = {OVERALL: _interval(means, np.mean(resampled, axis=0))}
     return overall | {
-        name: _estimate(group, drawn)
+        name: _interval(group, drawn)
         for name, group, drawn in zip(names, groups, resampled, strict=True)
         if name is not None
     }
 
 
 def _resampled_means(values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """(`_RESAMPLES`,) means of as many values, drawn with replacement."""
+    """Return (`_RESAMPLES`,) means of as many values, sampled with replacement."""
     rows = max(1, _BLOCK // len(values))
     blocks = [min(rows, _RESAMPLES - start) for start in range(0, _RESAMPLES, rows)]
     return np.concatenate([values[rng.integers(len(values), size=(n, len(values)))].mean(axis=1) for n in blocks])
 
 
-def _estimate(values: np.ndarray, resampled: np.ndarray) -> Estimate:
+def _interval(values: np.ndarray, resampled: np.ndarray) -> ConfidenceInterval:
     # "lower" and "higher" take means that occurred, so that infinite ones are not interpolated to NaN.
     low = np.quantile(resampled, (1 - _CONFIDENCE) / 2, method="lower")
     high = np.quantile(resampled, (1 + _CONFIDENCE) / 2, method="higher")
-    return Estimate(float(values.mean()), float(low), float(high))
+    return ConfidenceInterval(float(values.mean()), float(low), float(high))

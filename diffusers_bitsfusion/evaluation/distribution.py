@@ -1,4 +1,7 @@
-"""Distances between two sets of feature vectors. Which picture belongs to which prompt does not enter."""
+"""Distances between two sets of feature vectors, whatever image belongs to which prompt.
+
+The features may be arrays mapped from files: a block of rows is in memory at a time.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ _ROWS = 1024
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of the Gaussians fitted to two sets; on image features, the FID.
+    """Return the Fréchet distance of the Gaussians fitted to two sets; on image features, the FID.
 
     |μa − μb|² + tr(Ca + Cb − 2 (Ca Cb)^½), covariances with n − 1. Sets of few vectors make it too large: compare
     only figures of equal n.
@@ -32,7 +35,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> float:
-    """CMMD (arXiv 2401.09603): 1000 × the squared maximum mean discrepancy of normalized CLIP features.
+    """Return the CMMD: 1000 × the squared maximum mean discrepancy of normalized CLIP features (arXiv 2401.09603).
 
     Gaussian kernel of bandwidth `sigma`; the mean over all pairs, a vector with itself included, as published.
 
@@ -40,18 +43,33 @@ def cmmd(a: np.ndarray, b: np.ndarray, sigma: float = 10.0) -> float:
         a: (n, d) features.
         b: (m, d) features.
     """
-    a, b = (x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
     return 1000 * (_mean_kernel(a, a, sigma) + _mean_kernel(b, b, sigma) - 2 * _mean_kernel(a, b, sigma))
 
 
 def _gaussian(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean (d,), and R (min(n, d), d) such that R'R is the covariance."""
-    features = features.astype(np.float64)
-    mean = features.mean(axis=0)
-    return mean, np.linalg.qr(features - mean, mode="r") / np.sqrt(len(features) - 1)
+    """Return the mean (d,), and R (min(n, d), d) such that R'R is the covariance.
+
+    A block of rows at a time, since features may lie on disk: the triangle of all rows so far is the triangle of the
+    last one with the next rows below it.
+    """
+    blocks = range(0, len(features), _ROWS)
+    mean = sum(features[i : i + _ROWS].sum(axis=0, dtype=np.float64) for i in blocks) / len(features)
+    triangle = np.empty((0, features.shape[1]))
+    for i in blocks:
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, features[i : i + _ROWS] - mean]), mode="r"))
+    return mean, triangle / np.sqrt(len(features) - 1)
 
 
 def _mean_kernel(a: np.ndarray, b: np.ndarray, sigma: float) -> float:
-    """The mean of the kernel over all pairs of unit vectors, a block of rows at a time."""
-    total = sum(np.exp((a[i : i + _ROWS] @ b.T - 1) / sigma**2).sum() for i in range(0, len(a), _ROWS))
+    """Return the mean of the kernel over all pairs of normalized vectors, two blocks of rows at a time."""
+    total = 0.0
+    for i in range(0, len(a), _ROWS):
+        rows = _normalized(a[i : i + _ROWS])
+        for j in range(0, len(b), _ROWS):
+            total += np.exp((rows @ _normalized(b[j : j + _ROWS]).T - 1) / sigma**2).sum()
     return float(total) / (len(a) * len(b))
+
+
+def _normalized(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)

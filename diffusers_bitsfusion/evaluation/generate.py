@@ -1,4 +1,4 @@
-"""Pictures for prompts, each from a seed of its own."""
+"""Images for prompts, each from a seed of its own."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..utils.processes import process_state
+from ..utils.seeds import cpu_generator, derived_seed
 from .image_folder import ImageFolder
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How pictures are drawn.
+    """The settings by which images are sampled.
 
     Attributes:
         steps: inference steps.
@@ -51,7 +52,7 @@ def generate_images(
     folder: ImageFolder | None = None,
     progress: bool = True,
 ) -> np.ndarray:
-    """Draw one picture a caption.
+    """Generate one image a caption, and hold all of them in memory; `draw_images` holds a batch.
 
     Args:
         pipeline: any text-to-image pipeline; its scheduler is used as it is.
@@ -66,37 +67,70 @@ def generate_images(
     Raises:
         ValueError: the pipeline takes no prompt, or draws NaN.
     """
+    if folder is not None:
+        draw_images(pipeline, captions, sampling, folder, progress)
+        return folder.block(range(len(captions)))
+    _check_takes_prompts(pipeline)
+    images = []
+    with tqdm(total=len(captions), desc="images", disable=not progress) as bar:
+        for batch in _batches(range(len(captions)), sampling.batch_size):
+            images.append(_draw(pipeline, captions, batch, sampling))
+            bar.update(len(batch))
+    return np.concatenate(images)
+
+
+def draw_images(
+    pipeline: DiffusionPipeline,
+    captions: Sequence[str],
+    sampling: Sampling,
+    folder: ImageFolder,
+    progress: bool = True,
+) -> None:
+    """Generate one image a caption into a folder, a batch in memory at a time, except those that it holds.
+
+    Under `accelerate launch` the processes share the batches out, on a folder that all of them see; all of them come
+    back when all pictures are there.
+
+    Args:
+        pipeline, captions, sampling, progress: as of `generate_images`.
+        folder: gets the pictures.
+
+    Raises:
+        ValueError: the pipeline takes no prompt, or draws NaN.
+    """
+    _check_takes_prompts(pipeline)
+    state = process_state()
+    missing = folder.missing(len(captions))
+    state.wait_for_everyone()  # nobody draws before everyone has looked
+    batches = _batches(missing, sampling.batch_size)
+    own = batches[state.process_index :: state.num_processes]
+    done, total = len(captions) - len(missing), len(captions) - len(missing) + sum(map(len, own))
+    with tqdm(total=total, initial=done, desc="images", disable=not (progress and state.is_main_process)) as bar:
+        for batch in own:
+            for index, image in zip(batch, _draw(pipeline, captions, batch, sampling), strict=True):
+                folder.save(index, image)
+            bar.update(len(batch))
+    state.wait_for_everyone()
+
+
+def _check_takes_prompts(pipeline: DiffusionPipeline) -> None:
     if "prompt" not in inspect.signature(pipeline.__call__).parameters:
         raise ValueError(f"{type(pipeline).__name__} takes no prompt.")
-    images = {i: image for i in range(len(captions)) if folder and (image := folder.load(i)) is not None}
-    missing = [index for index in range(len(captions)) if index not in images]
-    with tqdm(total=len(captions), initial=len(images), desc="images", disable=not progress) as bar:
-        for start in range(0, len(missing), sampling.batch_size):
-            batch = missing[start : start + sampling.batch_size]
-            for index, image in zip(batch, _draw(pipeline, captions, batch, sampling), strict=True):
-                images[index] = image
-                if folder is not None:
-                    folder.save(index, image)
-            bar.update(len(batch))
-    return np.stack([images[index] for index in range(len(captions))])
+
+
+def _batches(indices: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
 def _draw(pipeline, captions, indices, sampling):
-    """(len(indices), height, width, 3) uint8."""
+    """Return the images of some captions, (len(indices), height, width, 3) uint8."""
     images = pipeline(
         prompt=[captions[index] for index in indices],
         num_inference_steps=sampling.steps,
         guidance_scale=sampling.guidance_scale,
-        generator=[_generator(sampling.seed, index) for index in indices],
+        generator=[cpu_generator(derived_seed(sampling.seed, index)) for index in indices],
         output_type="np",
     ).images
     if not np.isfinite(images).all():
         raise ValueError(f"The pipeline drew NaN for one of the prompts {[captions[index] for index in indices]}.")
     return (images * 255).round().astype(np.uint8)
-
-
-def _generator(seed, index):
-    # A hash, not a sum: with `seed + index`, neighbouring base seeds would share most of their noise. On the CPU,
-    # so that the noise is the same on every device; its generator takes 32 bits.
-    state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]))

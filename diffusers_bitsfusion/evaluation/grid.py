@@ -1,4 +1,4 @@
-"""A labelled grid of pictures: rows are prompts, columns are models."""
+"""A labelled grid of images: rows are prompts, columns are models."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def image_grid(columns: Sequence[np.ndarray], column_labels: Sequence[str], row_labels: Sequence[str]) -> Image.Image:
-    """Put pictures side by side under the names of their models and beside their prompts.
+    """Put images side by side under the names of their models and beside their prompts.
 
     Args:
         columns: for each model (rows, height, width, 3) uint8; sizes may differ between models.
@@ -50,7 +50,7 @@ def image_grid(columns: Sequence[np.ndarray], column_labels: Sequence[str], row_
 
 
 def distinct_labels(paths: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """Return the last parts of the paths, as many as tell them apart."""
     parts = [Path(path).parts or (path,) for path in paths]
     for count in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-count:]) for part in parts]
@@ -66,7 +66,7 @@ def _enlarged(image: np.ndarray) -> Image.Image:
 
 
 def _wrap(text: str, font: Font, width: int) -> list[str]:
-    """Lines no wider than `width`, broken at spaces, and within a word that is wider than a line."""
+    """Return lines no wider than `width`, broken at spaces, and within a word that is wider than a line."""
     lines = []
     while text:
         end = 1

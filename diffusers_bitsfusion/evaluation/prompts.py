@@ -1,4 +1,4 @@
-"""Prompt sets as tab-separated files, in the layout of PartiPrompts."""
+"""Prompt sets: text files with a prompt a line, or tab-separated ones in the layout of PartiPrompts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 
@@ -27,7 +30,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """Read a tab-separated UTF-8 file whose header has `Prompt` and optionally `Category` and `Spec` (JSON).
 
     Column names are compared without case, other columns are ignored. Fields need no quotes; a field that is quoted
-    as in CSV, inner quotes doubled, is unquoted.
+    as in CSV, inner quotes doubled, is unquoted. A file of one column without such a header, and not
+    named *.tsv, is read as a prompt a line, empty lines left out.
 
     Raises:
         OSError: the file cannot be read.
@@ -35,6 +39,8 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Prompt]:
     """
     lines = _lines(path)
     header = _header(lines)
+    if "prompt" not in header and len(header) < 2 and Path(path).suffix != ".tsv":
+        return [Prompt(caption) for caption in _plain_lines(path, lines)]
     if header and "prompt" not in header:
         raise ValueError(f"{path} has no column 'Prompt'; its first line names {', '.join(map(repr, header))}.")
     prompts = [
@@ -56,13 +62,17 @@ def read_captions(path: str | os.PathLike[str]) -> list[str]:
     lines = _lines(path)
     if "prompt" in _header(lines):
         return [prompt.caption for prompt in read_prompts(path)]
+    return _plain_lines(path, lines)
+
+
+def _plain_lines(path: str | os.PathLike[str], lines: Sequence[str]) -> list[str]:
     captions = [line.strip() for line in lines if line.strip()]
     if not captions:
         raise ValueError(f"{path} holds no prompts.")
     return captions
 
 
-def sample_prompts(prompts: Sequence[Prompt], count: int | None) -> list[Prompt]:
+def sample_prompts(prompts: Sequence[T], count: int | None) -> list[T]:
     """`count` of the prompts in their order, always the same ones; all of them where `count` is None.
 
     Drawn at random, because files are often sorted by category.

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import gather_object
 
+from ..utils.processes import process_state
+from .blocks import own_blocks
 from .clip import Clip, clip_score
 from .compositional import Scorer, bootstrap_mean, bootstrap_scores, judge
 from .distribution import cmmd, frechet_distance
-from .generate import DEFAULT_SAMPLING, Sampling, generate_images
+from .generate import DEFAULT_SAMPLING, Sampling
 from .image_folder import ImageFolder
 from .images import image_metrics, require_image_metrics
-from .pipeline import default_device, fingerprint, load_pipeline
+from .pictures import draw_pictures, picture_root
 from .prompts import Prompt
 from .report_table import as_figures
 
-
-@dataclass(frozen=True)
-class _Pictures:
-    """One pipeline's pictures of all prompts, (n, height, width, 3) uint8 for each guidance scale."""
-
-    scheduler: str
-    by_scale: list[np.ndarray]
+# Processes wait for each other's pictures, which no time-out of a training step fits.
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,12 @@ def evaluate(
     lpips: bool = False,
     images: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """Draw a picture for every prompt and measure the pictures.
+
+    Pictures go to the disk and are read a block at a time. Under `accelerate launch` the processes share the work, and
+    all of them get the report.
 
     Args:
         path: folder or Hub id of the pipeline, packed or in full precision.
@@ -66,6 +68,7 @@ def evaluate(
         images: folder that keeps the pictures, of as many pipelines and settings as one likes; those that it holds,
             of an interrupted run or of a reference evaluated before, are not drawn again.
         progress: whether to show progress bars.
+        dtype: of the pipelines, as of `load_pipeline`.
 
     Returns:
         JSON-safe. `"compositional"` (`"overall"`, the mean over categories, and each category), `"clip_score"`, and
@@ -82,25 +85,29 @@ def evaluate(
     """
     path = os.fspath(path)
     reference = None if reference is None else os.fspath(reference)
-    clip = _clip_folder(path, reference) if clip is None else os.fspath(clip)
+    clip = clip_beside(path, reference) if clip is None else os.fspath(clip)
     _check(prompts, scorer, clip, reference, lpips)
+    process_state(timeout=PATIENCE)
     model = None if clip is None else Clip.from_pretrained(clip)
     samplings = [replace(sampling, guidance_scale=scale) for scale in dict.fromkeys(guidance_scales)] or [sampling]
 
-    drawn = _draw(path, prompts, samplings, images, progress)
-    others = None if reference is None else _draw(reference, prompts, samplings, images, progress)
     reports = {}
-    for index, chosen in enumerate(samplings):
-        references = None if others is None else others.by_scale[index]
-        report = _report(prompts, scorer, model, drawn.by_scale[index], references, lpips)
-        used = asdict(chosen) | {"scheduler": drawn.scheduler}
-        inputs = {"pipeline": path, "reference": reference, "clip": clip, "images": len(prompts)}
-        reports[str(chosen.guidance_scale)] = report | {"settings": inputs | used}
+    with picture_root(images) as root:
+        captions = [prompt.caption for prompt in prompts]
+        drawn = draw_pictures(path, [captions], samplings, root, dtype, progress)
+        others = None if reference is None else draw_pictures(reference, [captions], samplings, root, dtype, progress)
+        for index, chosen in enumerate(samplings):
+            references = None if others is None else others.folders[0][index]
+            report = _report(prompts, scorer, model, drawn.folders[0][index], references, lpips)
+            used = asdict(chosen) | {"scheduler": drawn.scheduler}
+            inputs = {"pipeline": path, "reference": reference, "clip": clip, "images": len(prompts)}
+            reports[str(chosen.guidance_scale)] = report | {"settings": inputs | used}
     first = next(iter(reports.values()))
     return first if len(reports) == 1 else first | {"by_guidance_scale": reports}
 
 
-def _clip_folder(path: str, reference: str | None) -> str | None:
+def clip_beside(path: str, reference: str | None) -> str | None:
+    """Return the folder `clip/` of the pipeline or of the reference, None where neither has one."""
     folders = [Path(place) / "clip" for place in (path, reference) if place is not None]
     return next((str(folder) for folder in folders if folder.is_dir()), None)
 
@@ -122,70 +129,56 @@ def _check(
         require_image_metrics(lpips)
 
 
-def _draw(
-    path: str,
-    prompts: Sequence[Prompt],
-    samplings: Sequence[Sampling],
-    images: str | os.PathLike[str] | None,
-    progress: bool,
-) -> _Pictures:
-    pipeline = load_pipeline(path, samplings[0].scheduler)
-    scheduler = type(pipeline.scheduler).__name__
-    captions = [prompt.caption for prompt in prompts]
-    by_scale = []
-    for sampling in samplings:
-        folder = None
-        if images is not None:
-            settings = {
-                "files": fingerprint(path),
-                "prompts": hashlib.sha256("\n".join(captions).encode()).hexdigest(),
-                "scheduler": scheduler,
-                "steps": sampling.steps,
-                "guidance_scale": sampling.guidance_scale,
-                "seed": sampling.seed,
-                "device": default_device().type,
-            }
-            folder = ImageFolder(Path(images) / f"{Path(path).name}-{_short_hash(settings)}", settings)
-        by_scale.append(generate_images(pipeline, captions, sampling, folder, progress))
-    return _Pictures(scheduler, by_scale)
-
-
-def _short_hash(settings: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
 def _report(
     prompts: Sequence[Prompt],
     scorer: Scorer | None,
     clip: Clip | None,
-    images: np.ndarray,
-    references: np.ndarray | None,
+    images: ImageFolder,
+    references: ImageFolder | None,
     lpips: bool,
 ) -> dict[str, Any]:
     scores = _scores(prompts, scorer, clip, images)
-    estimates = _estimates(prompts, scores)
+    intervals = _intervals(prompts, scores)
     if references is None:
-        return as_figures(estimates)
+        return as_figures(intervals)
     other = _scores(prompts, scorer, clip, references)
-    metrics = image_metrics(images, references, lpips)
-    estimates |= {name: bootstrap_mean(values) for name, values in metrics.items()}
+    metrics = _gathered(
+        len(prompts),
+        lambda block: image_metrics(images.block(block), references.block(block), lpips),
+    )
+    intervals |= {name: bootstrap_mean(values) for name, values in metrics.items()}
     if scores.features is not None and other.features is not None:
-        if len(images) > 1:
-            estimates["clip_fid"] = frechet_distance(scores.features, other.features)
-        estimates["cmmd"] = cmmd(scores.features, other.features)
-    return as_figures(estimates) | {
-        "reference": as_figures(_estimates(prompts, other)),
-        "difference": as_figures(_estimates(prompts, _difference(scores, other))),
+        if len(prompts) > 1:
+            intervals["clip_fid"] = frechet_distance(scores.features, other.features)
+        intervals["cmmd"] = cmmd(scores.features, other.features)
+    return as_figures(intervals) | {
+        "reference": as_figures(_intervals(prompts, other)),
+        "difference": as_figures(_intervals(prompts, _difference(scores, other))),
     }
 
 
-def _scores(prompts: Sequence[Prompt], scorer: Scorer | None, clip: Clip | None, images: np.ndarray) -> _Scores:
-    compositional = None if scorer is None else judge(scorer, images, [prompt.spec for prompt in prompts])
-    if clip is None:
-        return _Scores(compositional)
-    features = clip.image_features(images)
-    text_features = clip.text_features([prompt.caption for prompt in prompts])
-    return _Scores(compositional, clip_score(features, text_features), features)
+def _scores(prompts: Sequence[Prompt], scorer: Scorer | None, clip: Clip | None, folder: ImageFolder) -> _Scores:
+    def measure(block: range) -> dict[str, np.ndarray]:
+        images, asked = folder.block(block), [prompts[index] for index in block]
+        values = {}
+        if scorer is not None:
+            values["compositional"] = judge(scorer, images, [prompt.spec for prompt in asked])
+        if clip is not None:
+            values["features"] = clip.image_features(images)
+            values["clip_score"] = clip_score(
+                values["features"], clip.text_features([prompt.caption for prompt in asked])
+            )
+        return values
+
+    return _Scores(**_gathered(len(prompts), measure))
+
+
+def _gathered(count: int, measure: Callable[[range], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `measure` gives for the blocks of all processes, in their order, arrays joined by name."""
+    own = {block.start: measure(block) for block in own_blocks(count)}
+    blocks = {start: values for part in gather_object([own]) for start, values in part.items()}
+    ordered = [blocks[start] for start in sorted(blocks)]
+    return {name: np.concatenate([values[name] for values in ordered]) for name in ordered[0]}
 
 
 def _difference(a: _Scores, b: _Scores) -> _Scores:
@@ -196,11 +189,11 @@ def _difference(a: _Scores, b: _Scores) -> _Scores:
     )
 
 
-def _estimates(prompts: Sequence[Prompt], scores: _Scores) -> dict[str, Any]:
-    """An `Estimate` by name, and for the compositional score one by category."""
-    estimates: dict[str, Any] = {}
+def _intervals(prompts: Sequence[Prompt], scores: _Scores) -> dict[str, Any]:
+    """A `ConfidenceInterval` by name, and for the compositional score one by category."""
+    intervals: dict[str, Any] = {}
     if scores.compositional is not None:
-        estimates["compositional"] = bootstrap_scores(scores.compositional, [prompt.category for prompt in prompts])
+        intervals["compositional"] = bootstrap_scores(scores.compositional, [prompt.category for prompt in prompts])
     if scores.clip_score is not None:
-        estimates["clip_score"] = bootstrap_mean(scores.clip_score)
-    return estimates
+        intervals["clip_score"] = bootstrap_mean(scores.clip_score)
+    return intervals

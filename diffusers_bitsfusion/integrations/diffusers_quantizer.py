@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from diffusers import ModelMixin
 from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
+from ..codec.checksums import checksums_metadata, verify_files
+from ..codec.schema import TimeFeaturesSchema
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import restore_attention
@@ -39,6 +42,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         self._dtype = torch.float32
         self._packer: ModelPacker | None = None
         self._leave_alone = False
+        self._files: list[Path] = []
+        self.trained = False  # set by `qat.convert`: the card says so, and a checkpoint's config cannot
 
     # Before loading.
 
@@ -106,7 +111,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         """
         schema = self.quantization_config.schema
         install_packed_layers(model, schema, lambda name: self._dtype)
-        time = schema.time_features
+        self._prepare_time_features(model, schema.time_features)
+        if self._files:
+            verify_files(self._files, schema)
+
+    def _prepare_time_features(self, model: ModelMixin, time: TimeFeaturesSchema) -> None:
         if time.kind == "keep":
             return
         path = TimePath.find(model)
@@ -124,6 +133,10 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     def supports_parallel_loading(self) -> bool:
         """Not while quantizing: threads would replace layers under each other's hands."""
         return self.pre_quantized
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        self._files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+        return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         if self._leave_alone or not self.pre_quantized or not self.quantization_config.is_resolved:
@@ -171,7 +184,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         if self._packer is not None:
             config = self._packer.finish()
             self._packer = None
-            warn_untrained()
+            warn_untrained(model, config)
         finish(model, self, config)
         return model
 
@@ -182,11 +195,13 @@ class BitsFusionQuantizer(DiffusersQuantizer):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self._leave_alone:
             return state_dict, {}
-        return encode_state_dict(state_dict, self.quantization_config.schema), {}
+        schema = self.quantization_config.schema
+        encoded = encode_state_dict(state_dict, schema)
+        return encoded, checksums_metadata(encoded, schema)
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
         refuse_dispatched(model, "dequantize")
-        packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed]
+        packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight)]
         dtype = packed[-1][1].weight_dtype if packed else self._dtype
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
             restore(model, dtype)  # first: it may refuse, and then nothing has changed

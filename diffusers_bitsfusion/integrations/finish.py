@@ -11,8 +11,10 @@ from diffusers.utils import logging
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
+from ..allocation.average_bits import average_bits
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.compute import set_compute
+from ..reporting.model_card import NOISY_BITS, predicts_noise
 from .saving import as_quantized_model
 
 logger = logging.get_logger(__name__)
@@ -55,10 +57,23 @@ def _own_memory(model: ModelMixin, decoded: bool) -> None:
             parameter.data = parameter.data.clone()
 
 
+def warn_untrained(model: ModelMixin, config: BitsFusionConfig) -> None:
+    """Say once that images will be noise, where they will be, and diffusers' verbosity lets warnings through.
+
+    Args:
+        model: that was quantized.
+        config: of the packed checkpoint.
+    """
+    layers = {name: (layer.bits, layer.num_weights) for name, layer in config.schema.layers.items()}
+    is_coarse = average_bits(layers, balance=config.balance).layers < NOISY_BITS
+    if is_coarse and predicts_noise(model) and not config.calibration and logging.get_verbosity() <= logging.WARNING:
+        _warn_once()
+
+
 @functools.cache
-def warn_untrained() -> None:
-    """Say once that layers rounded after training need training."""
+def _warn_once() -> None:
     logger.warning(
         "Layers were rounded after training. At about 2 bits a Stable Diffusion model then draws noise until it is "
-        "trained in this precision (quantization-aware training); see the README of diffusers_bitsfusion."
+        "calibrated (`quantize_model(pipeline, config, calibration=True)`) or trained in this precision "
+        "(quantization-aware training); see the README of diffusers_bitsfusion."
     )

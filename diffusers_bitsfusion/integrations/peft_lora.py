@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -14,22 +15,42 @@ from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight
-from ..nn.time_features import TimeFeatureSlice
+from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight, QATConv2d
+from ..nn.packed import without_weight
 from ..utils.private_names import PEFT_ADAPTERS
 
 logger = logging.get_logger(__name__)
 
-# Initialisations of PEFT that take their share out of the base weight.
-_REWRITING_INITS = ("pissa", "corda", "olora", "loftq", "lora_ga")
+# Initialisations of PEFT that take the product of the halves out of the base weight, which a branch can do.
+_SUBTRACTING_INITS = ("pissa", "olora")
+
+# Those that change it in other ways, or need what was computed on it before.
+_REWRITING_INITS = ("corda", "loftq", "lora_ga")
 
 
-class PackedLoraLayer(LoraLayer):
+class ShownLayer(LoraLayer):
+    """A LoRA layer that can show PEFT another layer than its own, while PEFT makes an adapter."""
+
+    _shown: nn.Module | None = None
+
+    def get_base_layer(self) -> nn.Module:
+        return super().get_base_layer() if self._shown is None else self._shown
+
+    @contextmanager
+    def _showing(self, layer: nn.Module) -> Iterator[None]:
+        self.__dict__["_shown"] = layer  # not as a module of this one
+        try:
+            yield
+        finally:
+            self.__dict__["_shown"] = None
+
+
+class PackedLoraLayer(ShownLayer):
     """What LoRA layers on packed weights do otherwise than PEFT's.
 
-    PEFT merges by adding to `base_layer.weight.data`; a computed weight would lose that without a word. Here merging
-    extends the low-rank branch of the packed layer, and unmerging cuts it back. Device, dtype and sizes of the base
-    layer are answered without decoding it. Around a layer that is not packed (any more), all is PEFT's.
+    PEFT merges by adding to `base_layer.weight.data`, which a decoded weight refuses. Here merging extends the
+    low-rank branch of the packed layer, and unmerging cuts it back. Around a layer that is not packed (any more), all
+    is PEFT's.
     """
 
     _unmerged_rank = 0
@@ -52,11 +73,9 @@ class PackedLoraLayer(LoraLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        self.check_foldable(names)
+        self.check_foldable(names, finite=safe_merge)
         downs = torch.cat([self.lora_A[name].weight for name in names])
         ups = torch.cat([self._scaled_up(name) for name in names], dim=1)
-        if safe_merge and not (torch.isfinite(downs).all() and torch.isfinite(ups).all()):
-            raise ValueError(f"The adapters {', '.join(names)} hold NaN or infinite values; they were not merged.")
         if not self.merged:
             self._unmerged_rank = base.branch_rank
         base.extend_branch(downs, ups)
@@ -73,12 +92,16 @@ class PackedLoraLayer(LoraLayer):
             base.shrink_branch(self._unmerged_rank)
             self.merged_adapters.clear()
 
-    def check_foldable(self, adapter_names: Iterable[str]) -> None:
+    def check_foldable(self, adapter_names: Iterable[str], finite: bool = False) -> None:
         """Refuse adapters that are more than a low-rank addition to the weight.
 
+        Args:
+            adapter_names: adapters that this layer need not have.
+            finite: refuse those with NaN or infinite values, too.
+
         Raises:
-            ValueError: one is a DoRA or another variant of LoRA, or has a bias; the convolution has groups; or the
-                weights are offloaded.
+            ValueError: one is a DoRA or another variant of LoRA, or has a bias; the convolution has groups; the
+                weights are offloaded; or values are not finite.
         """
         base = self.get_base_layer()
         for name in adapter_names:
@@ -92,6 +115,8 @@ class PackedLoraLayer(LoraLayer):
                 reason = f"a convolution of {base.groups} groups has no low-rank branch"
             elif base.codes.is_meta or self.lora_A[name].weight.is_meta:
                 reason = "the weights are offloaded; fuse before offloading"
+            elif finite and not all(torch.isfinite(half[name].weight).all() for half in (self.lora_A, self.lora_B)):
+                raise ValueError(f"The adapters {name} hold NaN or infinite values; they were not merged.")
             else:
                 continue
             raise ValueError(
@@ -102,21 +127,29 @@ class PackedLoraLayer(LoraLayer):
     def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does.
 
+        What PiSSA and OLoRA take out of the base weight is a branch here, since it is of the adapter's rank.
+
         Raises:
-            ValueError: the config asks for an initialisation that changes the base weight.
+            ValueError: the config asks for an initialisation that changes the base weight otherwise; or for one of
+                those two while adapters are merged.
         """
-        init = config.init_lora_weights
-        if _is_packed(self.get_base_layer()) and isinstance(init, str) and init.startswith(_REWRITING_INITS):
+        base, init = self.get_base_layer(), config.init_lora_weights
+        if not _is_packed(base) or not isinstance(init, str):
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+            return
+        if init.startswith(_REWRITING_INITS):
             raise ValueError(
                 f"init_lora_weights={init!r} changes the base weight, which packed weights cannot take. "
-                'Use True or "gaussian".'
+                'Use True, "gaussian", "pissa" or "olora".'
             )
-        super().update_layer(adapter_name, *args, config=config, **kwargs)
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of the base layer."""
-        return self.get_base_layer().weight
+        if not init.startswith(_SUBTRACTING_INITS):
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+            return
+        if self.merged:
+            raise ValueError(f"init_lora_weights={init!r} changes the base weight: unmerge the other adapters first.")
+        with self._showing(_dense_layer(base)):
+            super().update_layer(adapter_name, *args, config=config, **kwargs)
+        base.extend_branch(self.lora_A[adapter_name].weight, -self._scaled_up(adapter_name))
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], Any]:
@@ -126,27 +159,47 @@ class PackedLoraLayer(LoraLayer):
     def _scaled_up(self, name: str) -> Tensor:
         return self.lora_B[name].weight.float() * self.scaling[name]
 
-    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        if isinstance(module, BitsFusionLinear):
-            return module.in_features, module.out_features
-        return super()._get_in_out_features(module)
-
-    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
-        if _is_packed(base_layer):
-            return base_layer.codes.device, base_layer.weight_dtype
-        return super()._get_base_layer_device_and_dtype(base_layer)
-
 
 class PackedLoraLinear(PackedLoraLayer, Linear):
     """PEFT's LoRA layer around a `BitsFusionLinear`."""
 
 
-class PackedLoraConv2d(PackedLoraLayer, Conv2d):
+class LoraConv2dOfPlainHalves(ShownLayer, Conv2d):
+    """PEFT's LoRA layer around a convolution whose class has no constructor.
+
+    PEFT makes the two halves of an adapter by `type(base_layer)(...)`. While it does, this layer shows it an
+    `nn.Conv2d` of the same geometry and weight instead.
+    """
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter, as PEFT does."""
+        base = self.get_base_layer()
+        shown = without_weight(nn.Conv2d, base)
+        shown.__dict__["weight"] = base.weight
+        with self._showing(shown):
+            super().update_layer(*args, **kwargs)
+
+
+class PackedLoraConv2d(PackedLoraLayer, LoraConv2dOfPlainHalves):
     """PEFT's LoRA layer around a `BitsFusionConv2d`."""
 
 
+def _dense_layer(layer: PackedWeight) -> nn.Linear:
+    """An `nn.Linear` on a copy of the decoded weight."""
+    dense = without_weight(nn.Linear, layer)
+    dense.weight = nn.Parameter(layer.dense_weight(layer.weight_dtype), requires_grad=False)
+    return dense
+
+
+_LORA_LAYERS: dict[type[nn.Module], Any] = {
+    BitsFusionLinear: PackedLoraLinear,
+    BitsFusionConv2d: PackedLoraConv2d,
+    QATConv2d: LoraConv2dOfPlainHalves,
+}
+
+
 def _is_packed(layer: nn.Module) -> TypeGuard[PackedWeight]:
-    return isinstance(layer, PackedWeight) and layer.is_packed
+    return isinstance(layer, PackedWeight)
 
 
 def creating_lora_layer(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -157,47 +210,21 @@ def creating_lora_layer(original: Callable[..., nn.Module]) -> Callable[..., nn.
 
     @functools.wraps(original)
     def create_new_module(lora_config: LoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
-        if isinstance(target, TimeFeatureSlice):
-            raise ValueError(
-                f"LoRA cannot adapt {kwargs.get('target_name')}: this model's time embedding was replaced by its "
-                'features. Quantize with time_embedding="keep", or leave out what the adapter has for it.'
-            )
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not _is_packed(base) or kwargs.get("parameter_name") is not None:
+        kind = next((kind for packed, kind in _LORA_LAYERS.items() if isinstance(base, packed)), None)
+        if kind is None or kwargs.get("parameter_name") is not None:
             return original(lora_config, adapter_name, target, **kwargs)
         kwargs.pop("parameter_name", None)
-        kind = PackedLoraConv2d if isinstance(base, BitsFusionConv2d) else PackedLoraLinear
         return kind(target, adapter_name, config=lora_config, **kwargs)
 
     return create_new_module
-
-
-def check_fusable(model: Any, adapter_names: list[str] | None) -> None:
-    """Refuse fusing while some adapter on a packed layer could not be.
-
-    Args:
-        model: a packed model with PEFT adapters.
-        adapter_names: adapters to fuse; the active ones when None.
-
-    Raises:
-        ValueError: see `PackedLoraLayer.check_foldable`; or an adapter is no LoRA (LoKr and the like).
-    """
-    for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not _is_packed(module.get_base_layer()):
-            continue
-        if not isinstance(module, PackedLoraLayer):
-            raise ValueError(
-                f"The adapter on {name} ({type(module).__module__}) is no LoRA and cannot be fused into packed "
-                "weights. It works unfused, and can be fused after `dequantize()`."
-            )
-        module.check_foldable(module.active_adapters if adapter_names is None else adapter_names)
 
 
 def prepare_saving(model: Any) -> None:
     """Put the ranks of all branches into a packed model's config; say which adapters will not be saved."""
     ranks, unfused = {}, set()
     for name, module in model.named_modules():
-        if isinstance(module, PackedWeight) and module.is_packed:
+        if isinstance(module, PackedWeight):
             ranks[name.replace(".base_layer", "")] = module.branch_rank
         elif isinstance(module, BaseTunerLayer):
             here = set(PEFT_ADAPTERS.require(module)())

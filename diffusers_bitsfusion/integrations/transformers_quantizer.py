@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
 
+from ..codec.checksums import checksums_metadata, verify_files
 from ..codec.state_dict import decode_state_dict, encode_state_dict
+from ..codec.values import check_file_values
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import float_twin, replace_module
 from ..nn.packed import PackedWeight
@@ -66,6 +69,10 @@ class BitsFusionTextQuantizer(HfQuantizer):
         install_packed_layers(
             model, self.quantization_config.schema, lambda name: _weight_dtype(model, name, self._dtype)
         )
+        files = [Path(file) for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
+        if files:
+            check_file_values(files, self.quantization_config.schema)
+            verify_files(files, self.quantization_config.schema)
         # transformers initialises what a file lacks, and for that reads weights, before the codes have been decoded.
         for module in model.modules():
             if any(isinstance(part, PackedWeight) for part in module.modules()):
@@ -74,8 +81,11 @@ class BitsFusionTextQuantizer(HfQuantizer):
     # While loading.
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        """Whether what the file holds has another shape than the model: codes, which are decoded at the end."""
-        return self.pre_quantized and param_name.endswith(".codes")
+        """Whether what the file holds has another shape than the model: codes and scales, decoded at the end."""
+        owner, _, kind = param_name.rpartition(".")
+        return (
+            self.pre_quantized and kind in ("codes", "scale") and isinstance(model.get_submodule(owner), PackedWeight)
+        )
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
         return param.element_size()
@@ -102,7 +112,9 @@ class BitsFusionTextQuantizer(HfQuantizer):
             raise_missing(model, missing)
         decoded = decode_state_dict(found, schema)
         for name, layer in packed.items():
-            layer.codes = nn.Parameter(decoded[f"{name}.codes"].to(layer.codes.device), requires_grad=False)
+            for kind in ("codes", "scale"):
+                tensor = decoded[f"{name}.{kind}"].to(layer.codes.device)
+                setattr(layer, kind, nn.Parameter(tensor, requires_grad=False))
         for module in model.modules():  # what no file holds, and was not initialised before: see above
             if TORCH_BUFFERS.read(module):
                 TRANSFORMERS_INIT.require(model)(module)
@@ -120,7 +132,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
         packer = ModelPacker(model, config, model.dtype, tied, progress)
-        for name, parameter in list(model.named_parameters()):
+        for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
             if packer.wants(name):
                 packer.take(name, parameter, parameter.device)
         for name in packer.plan.bits:
@@ -132,12 +144,14 @@ class BitsFusionTextQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         refuse_offloaded_to_disk(model)
         prepare_saving(model)
-        return encode_state_dict(model.state_dict(), self.quantization_config.schema), {}
+        schema = self.quantization_config.schema
+        encoded = encode_state_dict(model.state_dict(), schema)
+        return encoded, checksums_metadata(encoded, schema)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         refuse_dispatched(model, "dequantize")
         for name, module in list(model.named_modules()):
-            if isinstance(module, PackedWeight) and module.is_packed:
+            if isinstance(module, PackedWeight):
                 replace_module(model, name, float_twin(module))
         return model
 

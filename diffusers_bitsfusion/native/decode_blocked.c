@@ -4,14 +4,11 @@
  * are decoded, and 16 of them at a time transposed in words of four bytes, of which the layout's own are put together:
  * loads and stores are of whole vectors throughout. */
 #include "decode.h"
+#include "transpose.h"
 
 #include <stdlib.h>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-enum { LANES = 16, WORDS = 16 }; /* outputs written side by side: a cache line; words of a tile of rows */
+enum { LANES = TILE, WORDS = TILE }; /* outputs written side by side: a cache line; words of a tile of rows */
 
 typedef struct {
     const uint8_t *dense; /* [outputs, row_bytes_in] */
@@ -25,37 +22,7 @@ typedef struct {
 
 TAKES(decode_blocked, DecodeBlockedArguments)
 
-/* to[w][r] = word w of row r, of rows `stride` bytes apart. */
-INLINE void transpose(const char *from, int64_t stride, uint32_t (*to)[LANES]) {
-#ifdef __AVX512F__
-    __m512i rows[LANES], pairs[LANES];
-    for (int r = 0; r < LANES; r++) rows[r] = _mm512_loadu_si512(from + r * stride);
-    for (int r = 0; r < LANES; r += 2) {
-        pairs[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);
-        pairs[r + 1] = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
-    }
-    for (int r = 0; r < LANES; r += 4)
-        for (int h = 0; h < 2; h++) { /* rows[r + 2h + i]: words 2h + i of each quarter, of four rows */
-            rows[r + 2 * h] = _mm512_unpacklo_epi64(pairs[r + h], pairs[r + 2 + h]);
-            rows[r + 2 * h + 1] = _mm512_unpackhi_epi64(pairs[r + h], pairs[r + 2 + h]);
-        }
-    for (int w = 0; w < 4; w++) {
-        const __m512i low = _mm512_shuffle_i32x4(rows[w], rows[4 + w], 0x44);
-        const __m512i high = _mm512_shuffle_i32x4(rows[w], rows[4 + w], 0xee);
-        const __m512i next_low = _mm512_shuffle_i32x4(rows[8 + w], rows[12 + w], 0x44);
-        const __m512i next_high = _mm512_shuffle_i32x4(rows[8 + w], rows[12 + w], 0xee);
-        _mm512_storeu_si512(to[w], _mm512_shuffle_i32x4(low, next_low, 0x88));
-        _mm512_storeu_si512(to[4 + w], _mm512_shuffle_i32x4(low, next_low, 0xdd));
-        _mm512_storeu_si512(to[8 + w], _mm512_shuffle_i32x4(high, next_high, 0x88));
-        _mm512_storeu_si512(to[12 + w], _mm512_shuffle_i32x4(high, next_high, 0xdd));
-    }
-#else
-    for (int w = 0; w < WORDS; w++)
-        for (int r = 0; r < LANES; r++) memcpy(to[w] + r, from + r * stride + w * 4, 4);
-#endif
-}
-
-/* The same of rows that are not whole words, fewer, or shorter: what is missing is zero. */
+/* The same of rows that may be fewer, or shorter: what is missing is zero. */
 static void transpose_part(const char *from, int64_t stride, int64_t lanes, int64_t bytes, uint32_t (*to)[LANES]) {
     uint32_t tile[LANES][WORDS] = {{0}};
     for (int64_t r = 0; r < lanes; r++) memcpy(tile[r], from + r * stride, (size_t)bytes);

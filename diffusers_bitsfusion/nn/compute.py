@@ -56,4 +56,4 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
     """Packed layers of a model by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed}
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}

@@ -15,20 +15,18 @@ from .packed import PackedWeight, autocast
 class BitsFusionConv2d(PackedWeight, nn.Conv2d):
     """`torch.nn.Conv2d` whose weight is kept as packed codes and per-output-channel scales.
 
-    Built by `quantize_model` or `from_pretrained`; constructed directly it is an ordinary float layer. Attributes:
+    Built by `quantize_model`, `from_pretrained` or `from_float`. Attributes:
     see `PackedWeight`, and `bias` as in `nn.Conv2d`. Every stride, dilation, group count and padding mode works.
     Differentiable in its input and bias, not in codes or scales.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.is_packed:
-            return super().forward(x)
-        if x.dim() == 3:  # an image without a batch, as nn.Conv2d takes
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x, padding = self._pad(x)
-        packed, geometry = (self.codes, self.scale), (self.stride, padding, self.dilation, self.groups)
+        packed, geometry = (self.codes, self.scale_bits), (self.stride, padding, self.dilation, self.groups)
         if in_forward_mode():
             y = F.conv2d(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias, *geometry)
         else:
@@ -38,10 +36,9 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
         return y + self._branch(x, padding) if self.branch_rank else y
 
     def _make_int8_weight(self) -> Tensor:
-        assert self.bits is not None
         padding = self._zero_padding or (0, 0)
         geometry = self.stride, padding, self.dilation, self.groups
-        return int8_conv_weight(self.codes, self.scale, self.bits, self.weight_shape, geometry)
+        return int8_conv_weight(self.codes, self.scale_bits, self.bits, self.weight_shape, geometry)
 
     def _branch(self, x: Tensor, padding: tuple[int, ...]) -> Tensor:
         hidden = F.conv2d(x, self.branch_down.to(x.dtype), None, self.stride, padding, self.dilation)

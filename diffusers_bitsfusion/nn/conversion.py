@@ -9,7 +9,9 @@ from ..codec.quantize_dense import quantize_to_dense
 from ..codec.rounding import Rounding
 from .conv import BitsFusionConv2d
 from .linear import BitsFusionLinear
-from .packed import PackedWeight
+from .packed import PackedWeight, without_weight
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -17,6 +19,23 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
     new.train(model.get_submodule(name).training)
     setattr(model.get_submodule(parent), attribute, new)
+
+
+def why_not_packable(layer: nn.Linear | nn.Conv2d) -> str | None:
+    """Why a Linear or Conv2d cannot be replaced by the packed layer, or None where it can: it is more than that."""
+    kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    own = [name for name in ("forward", "_conv_forward") if name in layer.__dict__ or _differs(layer, kind, name)]
+    if own:
+        return f"{type(layer).__name__} computes otherwise than nn.{kind.__name__}"
+    if not isinstance(layer._parameters.get("weight"), nn.Parameter):
+        return "its weight is computed from other parameters"
+    if any(getattr(layer, hooks) for hooks in _HOOKS):
+        return "it has hooks, which replacing it would lose"
+    return None
+
+
+def _differs(layer: nn.Module, kind: type[nn.Module], name: str) -> bool:
+    return getattr(type(layer), name, None) is not getattr(kind, name, None)
 
 
 def packed_twin(layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0) -> PackedWeight:
@@ -31,7 +50,6 @@ def pack_weight(packed: PackedWeight, weight: Tensor, rounding: Rounding) -> Pac
     Raises:
         ValueError: the weight holds NaN or infinite values.
     """
-    assert packed.bits is not None
     rows = weight.detach().reshape(packed.weight_shape[0], packed.columns)
     dense, scale = quantize_to_dense(rows, packed.bits, rounding)
     packed.set_codes(dense, scale)
@@ -41,10 +59,6 @@ def pack_weight(packed: PackedWeight, weight: Tensor, rounding: Rounding) -> Pac
 def float_twin(packed: PackedWeight) -> nn.Linear | nn.Conv2d:
     """Ordinary layer with the weight in `packed.weight_dtype`, branch folded in, sharing the bias."""
     kind: type[nn.Linear | nn.Conv2d] = nn.Conv2d if isinstance(packed, BitsFusionConv2d) else nn.Linear
-    layer: nn.Linear | nn.Conv2d = kind.__new__(kind)
-    nn.Module.__init__(layer)
-    own = PackedWeight.__annotations__
-    layer.__dict__.update({k: v for k, v in packed.__dict__.items() if k not in layer.__dict__ and k not in own})
+    layer = without_weight(kind, packed)
     layer.weight = nn.Parameter(packed.dense_weight(packed.weight_dtype))
-    layer.register_parameter("bias", packed.bias)
     return layer

@@ -13,7 +13,7 @@ from ..codec.grid import code_range, half_range
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.rounding import Rounding
 from ..codec.scales import round_to_codes
-from .packed import autocast
+from .packed import autocast, without_weight
 
 LayerT = TypeVar("LayerT", bound="TrainableWeight")
 
@@ -45,6 +45,13 @@ class TrainableWeight(nn.Module):
     bias: Any
     scale: nn.Parameter
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} has no constructor: it is made from a layer with weights. Call prepare_qat(model, config) on a "
+            f"model, or {name}.from_float(layer, bits) on a single layer."
+        )
+
     @classmethod
     def from_float(
         cls: type[LayerT],
@@ -57,9 +64,7 @@ class TrainableWeight(nn.Module):
         Raises:
             ValueError: the weight holds NaN or infinite values.
         """
-        twin = cls.__new__(cls)
-        nn.Module.__init__(twin)
-        twin.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in twin.__dict__})
+        twin = without_weight(cls, layer)
         twin.bits, twin.balance = bits, rounding.balance
         weight = layer.weight.detach()
         _, scale = quantize_to_dense(weight.flatten(1), bits, rounding)
@@ -162,8 +167,8 @@ class _RoundedLinear(torch.autograd.Function):
 class QATLinear(TrainableWeight, nn.Linear):
     """`torch.nn.Linear` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return _RoundedLinear.apply(x, self.weight, self.scale, bias, self.bits, self.balance)
 
@@ -214,10 +219,10 @@ class _RoundedConv2d(torch.autograd.Function):
 class QATConv2d(TrainableWeight, nn.Conv2d):
     """`torch.nn.Conv2d` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:  # an image without a batch, as nn.Conv2d takes
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        x = autocast(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+            return self.forward(input.unsqueeze(0)).squeeze(0)
+        x = autocast(input)
         padding = self.padding
         if self.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode

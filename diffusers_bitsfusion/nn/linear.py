@@ -13,17 +13,15 @@ from .packed import PackedWeight, autocast
 class BitsFusionLinear(PackedWeight, nn.Linear):
     """`torch.nn.Linear` whose weight is kept as packed codes and per-output-channel scales.
 
-    Built by `quantize_model` or `from_pretrained`; constructed directly it is an ordinary float layer. Attributes:
+    Built by `quantize_model`, `from_pretrained` or `from_float`. Attributes:
     see `PackedWeight`, and `bias` as in `nn.Linear`. Differentiable in its input and bias, not in codes or scales.
     """
 
-    def forward(self, x: Tensor, geglu: bool = False) -> Tensor:
-        """y = x W^T + b, or `ops.linear.linear_geglu` of it."""
-        if not self.is_packed:
-            return super().forward(x)
-        x = autocast(x)
+    def forward(self, input: Tensor, geglu: bool = False) -> Tensor:
+        """y = input W^T + b, or `ops.linear.linear_geglu` of it."""
+        x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        packed = self.codes, self.scale
+        packed = self.codes, self.scale_bits
         if geglu:
             return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
         if in_forward_mode():
@@ -33,8 +31,7 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
         return y + self._branch(x) if self.branch_rank else y
 
     def _make_int8_weight(self) -> Tensor:
-        assert self.bits is not None
-        return int8_linear_weight(self.codes, self.scale, self.bits, self.weight_shape)
+        return int8_linear_weight(self.codes, self.scale_bits, self.bits, self.weight_shape)
 
     def _branch(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.branch_down.to(x.dtype)), self.branch_up.to(x.dtype))

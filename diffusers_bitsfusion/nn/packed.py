@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,27 +13,71 @@ from ..codec.radix import dense_width
 from ..codec.schema import branch_shapes
 from ..ops.decode import decode_weight
 from ..ops.dispatch import KernelSelection, select_for_layer
+from ..ops.forward_mode import weight
+from .lazy_weight import LazyWeight, refuse_writing
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
+AnyLayerT = TypeVar("AnyLayerT", bound=nn.Module)
 
 
 def float_bits(values: Tensor) -> nn.Parameter:
-    """fp32 values as a parameter of their bits (int32), which no loader or `.to(dtype)` casts."""
-    return nn.Parameter(values.to(torch.float32).contiguous().view(torch.int32), requires_grad=False)
+    """fp32 values [n] as a parameter of their bits, int32 [n, 1].
+
+    No loader and no `.to(dtype)` casts integers; of two dimensions, because many recipes for training cast whatever
+    parameters have one (biases, norms) to fp32, without asking for their dtype.
+    """
+    bits = values.to(torch.float32).contiguous().view(torch.int32)
+    return nn.Parameter(bits.view(-1, 1), requires_grad=False)
+
+
+# The arguments of the constructors, beside `bias`, that say what a layer computes; attributes of the same names.
+_ARGUMENTS = {
+    nn.Linear: ("in_features", "out_features"),
+    nn.Conv2d: (
+        "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode",
+    ),
+}  # fmt: skip
+
+
+def refuse_gradients(name: str) -> NoReturn:
+    """Refuse to train the codes of what is called `name`.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(
+        f"{name} cannot be trained whole: packed weights are integers, and only tensors of floating point can require "
+        "gradients. Train an adapter on it (`add_adapter`), or the full-precision model by `prepare_qat`."
+    )
+
+
+def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
+    """Make a layer of the geometry and bias of another, with no weight yet.
+
+    Args:
+        kind: `nn.Linear`, `nn.Conv2d` or a class that extends one of them; its own constructor is not called.
+        layer: of the same one of the two.
+    """
+    base: Any = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
+    made: Any = kind.__new__(kind)
+    base.__init__(made, **{name: getattr(layer, name) for name in _ARGUMENTS[base]}, bias=False, device="meta")
+    del made.weight
+    made.bias = layer.bias
+    return made
 
 
 class PackedWeight(nn.Module):
-    """Mixin before `nn.Linear` or `nn.Conv2d`: an ordinary float layer until it is given codes.
+    """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is kept as codes and scales, made by `from_float`.
 
-    With codes, `weight` is no longer stored but computed on every read. Integer parameters rather than buffers or
-    floats: offloading moves them, and no cast touches them. A layer may also hold a low-rank branch, whose product
-    up @ down is added to the decoded weight: fused LoRAs, which rounding to the grid would lose.
+    `weight` is not stored but decoded where it is used, see `LazyWeight`. Codes and scales are integer parameters
+    rather than buffers or floats: offloading moves them, and no cast touches them. A layer may also hold a low-rank
+    branch, whose product up @ down is added to the decoded weight: fused LoRAs, which rounding to the grid would lose.
 
     In forward-mode differentiation the layer computes exactly, whatever `compute` says.
 
-    Attributes (when packed):
+    Attributes:
         codes (`nn.Parameter`): uint8 [out, dense_width(in * kernel, bits)], the dense form of `codec.radix`.
-        scale (`nn.Parameter`): int32 [out], the bits of the fp32 scales.
+        scale (`nn.Parameter`): int32 [out, 1], the bits of the fp32 scales.
         branch_down (`nn.Parameter | None`): `weight_dtype` [rank, in] or [rank, in, height, width].
         branch_up (`nn.Parameter | None`): `weight_dtype` [out, rank] or [out, rank, 1, 1].
         bits (`int`): 1 to 8.
@@ -45,7 +90,7 @@ class PackedWeight(nn.Module):
             It follows the codes, and is neither a parameter nor saved.
     """
 
-    bits: int | None = None
+    bits: int
     weight_shape: tuple[int, ...]
     weight_dtype: torch.dtype
     compute: str = "auto"
@@ -56,15 +101,29 @@ class PackedWeight(nn.Module):
 
     _make_int8_weight: Callable[[], Tensor]  # of each kind of layer
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        name = type(self).__name__
+        raise TypeError(
+            f"{name} has no constructor: it is made from a layer with weights. Call quantize_model(model, config) on "
+            f"a model, or {name}.from_float(layer, bits, dtype) and `nn.conversion.pack_weight` on a single layer."
+        )
+
     @classmethod
     def from_float(
         cls: type[LayerT], layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0
     ) -> LayerT:
-        """Packed twin of a Linear or Conv2d, with codes and branch on the meta device and the layer's own bias."""
-        packed = cls.__new__(cls)
-        nn.Module.__init__(packed)
-        # Every setting of the float layer (stride, padding, ...) and its bias, without its weight.
-        packed.__dict__.update({key: value for key, value in layer.__dict__.items() if key not in packed.__dict__})
+        """Make the packed layer for a Linear or Conv2d, without codes yet.
+
+        Args:
+            layer: whose geometry it takes, and whose bias it shares; its weight may be on the meta device.
+            bits: 1 to 8.
+            dtype: that reading `weight` gives.
+            branch_rank: of the low-rank branch; 0 for none.
+
+        Returns:
+            The layer, with codes, scale and branch on the meta device.
+        """
+        packed = without_weight(cls, layer)
         packed.bits = bits
         packed.weight_shape = tuple(layer.weight.shape)
         packed.weight_dtype = dtype
@@ -74,7 +133,6 @@ class PackedWeight(nn.Module):
                 torch.empty(rows, dense_width(columns, bits), dtype=torch.uint8), requires_grad=False
             )
             packed.scale = float_bits(torch.empty(rows))
-        packed.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
         down, up = branch_shapes(packed.weight_shape, branch_rank)
         with torch.device("meta"):
             packed._set_branch(torch.empty(down, dtype=dtype), torch.empty(up, dtype=dtype))
@@ -85,14 +143,15 @@ class PackedWeight(nn.Module):
         """Weights an output channel has."""
         return torch.Size(self.weight_shape[1:]).numel()
 
-    @property
-    def is_packed(self) -> bool:
-        return self.bits is not None
-
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes uint8 [out, dense_width(columns, bits)] and scale fp32 [out]."""
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = float_bits(scale)
+
+    @property
+    def scale_bits(self) -> Tensor:
+        """The scales as operators take them: the bits of fp32, int32 [out]."""
+        return self.scale.view(-1)
 
     @property
     def branch_rank(self) -> int:
@@ -116,19 +175,23 @@ class PackedWeight(nn.Module):
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """The weight of the codes in `dtype`, a new tensor."""
-        assert self.bits is not None
-        return decode_weight(self.codes, self.scale.view(torch.float32), self.bits, self.weight_shape, dtype)
+        return decode_weight(self.codes, self.scale_bits.view(torch.float32), self.bits, self.weight_shape, dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """The weight that the layer applies, branch included, rounded once to `dtype`; a new tensor."""
-        if not self.branch_rank:
-            return self.decode(dtype)
-        delta = self.branch_up.float().flatten(1) @ self.branch_down.float().flatten(1)
-        return (self.decode(torch.float32) + delta.view(self.weight_shape)).to(dtype)
+        return _dense_weight(self.decode, self.branch_down, self.branch_up, dtype)
+
+    def _lazy_weight(self) -> Tensor:
+        """`dense_weight` in `weight_dtype`, decoded where it is used."""
+        decode = functools.partial(weight, self.codes, self.scale_bits, self.bits, self.weight_shape)
+        dense = functools.partial(_dense_weight, decode, self.branch_down, self.branch_up, self.weight_dtype)
+        if torch.compiler.is_compiling():  # operators in the graph, which go where only metadata are asked for
+            return dense()
+        like = torch.empty(self.weight_shape, dtype=self.weight_dtype, device="meta")
+        return LazyWeight(dense, like, self.codes.device)
 
     def way(self, compute: str | None = None, resident: str | None = None) -> KernelSelection:
         """How `forward` computes, or would with other settings; raises as `ops.dispatch.select_for_layer`."""
-        assert self.bits is not None
         settings = compute or self.compute, resident or self.resident
         return select_for_layer(*settings, self.bits, self.codes.device, self.sensitive, isinstance(self, nn.Linear))
 
@@ -143,11 +206,21 @@ class PackedWeight(nn.Module):
         self.int8_weight = self._make_int8_weight() if keep else None
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
-        before = self.codes.device if self.is_packed else None
+        before = self.codes.device
         super()._apply(fn, recurse)
-        if self.is_packed and self.codes.device != before and not self.codes.is_meta:
+        if self.codes.device != before and not self.codes.is_meta:
             self.set_compute(self.compute, self.resident)
         return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`.
+
+        Raises:
+            RuntimeError: gradients are asked for; nothing has changed then.
+        """
+        if requires_grad:
+            refuse_gradients(type(self).__name__)
+        return super().requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -164,15 +237,27 @@ class PackedWeight(nn.Module):
             self.set_compute(self.compute, self.resident)
 
     def __getattr__(self, name: str) -> Any:
-        # Not a property of the class: nn.Linear's constructor assigns `weight`, and a layer without codes keeps it.
+        # Not a property of the class: the constructor of nn.Linear assigns `weight`.
         if name == "weight" and "codes" in self._parameters:
-            return self.dense_weight(self.weight_dtype)
-        if name == "qweight" and "codes" in self._parameters:
-            return self.codes  # PEFT looks there first for the layer's device, many times for each adapter
+            return self._lazy_weight()
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and "codes" in self.__dict__.get("_parameters", ()):
+            refuse_writing()
+        super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def _dense_weight(
+    decode: Callable[[torch.dtype], Tensor], down: Tensor | None, up: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    if down is None or up is None:
+        return decode(dtype)
+    bare = decode(torch.float32)
+    return (bare + (up.detach().float().flatten(1) @ down.detach().float().flatten(1)).view_as(bare)).to(dtype)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class TimeFeatureCache(TimeFeatures):
 
     Attributes:
         values (`nn.Parameter`): int16 [timesteps, features], the bits of the fp16 features.
-        timesteps (`nn.Parameter`): int32 [timesteps], the bits of the fp32 timesteps.
+        timesteps (`nn.Parameter`): int32 [timesteps, 1], the bits of the fp32 timesteps.
         known_timesteps (`list[float]`): the same, for messages.
     """
 
@@ -46,10 +46,10 @@ class TimeFeatureCache(TimeFeatures):
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept."""
-        return self.timesteps.view(torch.float32), self.values.view(torch.float16).float()
+        return self.timesteps.view(torch.float32).view(-1), self.values.view(torch.float16).float()
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        match = timesteps.to(torch.float32).unsqueeze(1) == self.timesteps.view(torch.float32)
+        match = timesteps.to(torch.float32).unsqueeze(1) == self.timesteps.view(torch.float32).view(-1)
         have = ", ".join(f"{t:g}" for t in self.known_timesteps)
         self._require(
             match.any(dim=1),
@@ -63,9 +63,12 @@ class TimeFeatureCache(TimeFeatures):
 class TimeFeatureTable(TimeFeatures):
     """Features of every training timestep as integers, with cubic interpolation between them.
 
+    It reaches one further than training does, to `num_timesteps`: there flow matching starts, and leading spacing with
+    an offset of 1.
+
     Attributes:
         codes (`nn.Parameter`): int16 [num_timesteps + 2, features]; row i is timestep i - 1.
-        scale (`nn.Parameter`): int32 [features], the bits of the fp32 scales.
+        scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
     """
 
     def __init__(self, num_timesteps: int, features: int):
@@ -79,26 +82,32 @@ class TimeFeatureTable(TimeFeatures):
         """Timesteps of the rows, -1 to num_timesteps."""
         return torch.arange(-1, self.num_timesteps + 1)
 
+    @property
+    def _scale(self) -> Tensor:
+        """fp32 [features], in the memory of `scale`."""
+        return self.scale.view(torch.float32).view(-1)
+
     def set_codes(self, codes: Tensor, scale: Tensor, start: int = 0) -> None:
         """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
         part = slice(start, start + len(scale))
         self.codes[:, part] = codes
-        self.scale.view(torch.float32)[part] = scale
+        self._scale[part] = scale
 
     def features(self) -> tuple[Tensor, Tensor]:
-        """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps - 1."""
-        rows = slice(1, -1)
-        return self.rows[rows].float(), self.codes[rows].float() * self.scale.view(torch.float32)
+        """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps."""
+        rows = slice(1, None)
+        return self.rows[rows].float(), self.codes[rows].float() * self._scale
 
     def forward(self, timesteps: Tensor) -> Tensor:
         t = timesteps.to(torch.float32)
-        last = self.num_timesteps - 1
+        last = self.num_timesteps
         self._require(
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
-        whole = t.floor()
+        # Lagrange's cubic through the rows at -1, 0, 1 and 2 from the whole step, or near the end from an earlier one,
+        # where there are such rows; exact on whole steps.
+        whole = t.floor().clamp(max=last - 2)
         f = (t - whole).unsqueeze(1)
-        # Lagrange's cubic through the rows at -1, 0, 1 and 2 from the whole step; exact on whole steps.
         weights = torch.stack(
             [
                 -f * (f - 1) * (f - 2) / 6,
@@ -110,14 +119,14 @@ class TimeFeatureTable(TimeFeatures):
         )
         neighbours = whole.to(torch.int64).unsqueeze(1) + torch.arange(4, device=t.device)
         rows = self.codes[neighbours.clamp(0, self.num_timesteps + 1)]
-        return (rows * weights).sum(dim=1) * self.scale.view(torch.float32)
+        return (rows * weights).sum(dim=1) * self._scale
 
 
 class TimeFeaturePassThrough(nn.Module):
     """Stands where `time_embedding` was: the looked-up features need no MLP."""
 
-    def forward(self, features: Tensor, condition: None = None) -> Tensor:
-        return features
+    def forward(self, sample: Tensor, condition: None = None) -> Tensor:
+        return sample
 
 
 class TimeFeatureSlice(nn.Module):
@@ -127,8 +136,8 @@ class TimeFeatureSlice(nn.Module):
         super().__init__()
         self.start, self.stop = start, stop
 
-    def forward(self, features: Tensor) -> Tensor:
-        return features[:, self.start : self.stop]
+    def forward(self, input: Tensor) -> Tensor:
+        return input[:, self.start : self.stop]
 
     def extra_repr(self) -> str:
         return f"{self.start}, {self.stop}"

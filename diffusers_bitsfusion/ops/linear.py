@@ -61,9 +61,10 @@ def linear(
         from .triton.fused_linear import linear_fused  # imports Triton, which takes a second and may be missing
 
         y = linear_fused(_tokens(x, shape), codes, scale.view(torch.float32), bias, bits)
-        return y.view(*x.shape[:-1], shape[0])
+        return _shaped(y, (*x.shape[:-1], shape[0]))
     if not int8:
-        return F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
+        y = F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
+        return _shaped(y, y.shape)
     tokens = _tokens(x, shape)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
     float_scale = scale.view(torch.float32)
@@ -71,7 +72,12 @@ def linear(
         y = _multiply_on_gpu(tokens, weight, float_scale, bias)
     else:
         y = _multiply_on_cpu(tokens, weight, bits, float_scale, bias)
-    return y.view(*x.shape[:-1], shape[0])
+    return _shaped(y, (*x.shape[:-1], shape[0]))
+
+
+def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
+    """The contiguous `y` in another shape, to autograd no view: it lets nobody change an operator's views in place."""
+    return torch.ops.aten._unsafe_view(y, list(shape))
 
 
 def _tokens(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -119,7 +125,7 @@ def linear_geglu(
         y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
     else:
         y = _gated(tokens, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
-    return y.view(*x.shape[:-1], shape[0] // 2)
+    return _shaped(y, (*x.shape[:-1], shape[0] // 2))
 
 
 def _gated(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,1 +1,1 @@
-"""From a float model to a packed one: which layers get which bits, and replacing them."""
+"""Packing of a float model: the plan of its layers' bits, and the replacement of its layers."""

@@ -1,4 +1,4 @@
-"""Quantizing one model, a parameter at a time: what the loader and `quantize_model` share."""
+"""Quantization of one model, a parameter at a time, by the loader and by `quantize_model`."""
 
 from __future__ import annotations
 
@@ -19,18 +19,29 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import pack_weight, packed_twin, replace_module
 from ..nn.time_features import TimeFeatureCache
 from ..nn.time_path import empty_lookup, install
+from ..utils.errors import printable
 from .plan import Plan, make_plan
 
 
+# Floating dtypes that layers of torch compute in; fp8, for example, only stores.
+_COMPUTING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 class ModelPacker:
-    """Replaces the layers of an unquantized model, in place, as their weights come in.
+    """Packer that replaces the layers of an unquantized model, in place, as their weights come in.
 
     Args:
-        model: a diffusers model, with its parameters real or on the meta device.
-        config: what is asked for; not changed.
-        dtype: dtype of the float parameters that stay.
-        exclude: module names to leave alone.
+        model: diffusers model, whose parameters may be on the meta device.
+        config: requested config, which is not changed.
+        dtype: dtype of the parameters that stay in floating point.
+        exclude: names of modules that are not quantized.
         progress: whether to show a progress bar.
+
+    Attributes:
+        model: the model.
+        dtype: the dtype.
+        plan: plan of the model.
+        schema: schema of the checkpoint.
 
     Raises:
         ValueError: see `plan.make_plan`.
@@ -43,7 +54,12 @@ class ModelPacker:
         dtype: torch.dtype,
         exclude: Iterable[str] = (),
         progress: bool = True,
-    ):
+    ) -> None:
+        if dtype not in _COMPUTING_DTYPES:
+            raise ValueError(
+                f"Cannot quantize a {type(model).__name__} in {dtype}: norms and biases, which stay in floating point, "
+                "do not compute in it. Cast the model first, for example by `.to(torch.bfloat16)`."
+            )
         self.model = model
         self.dtype = dtype
         self.plan = make_plan(model, config, exclude)
@@ -58,22 +74,24 @@ class ModelPacker:
 
     @functools.cached_property
     def _bar(self) -> Any:
-        """Shown from the first layer on: calibration, which may take long, comes before."""
+        """Progress bar, shown from the first layer on, since a long calibration may come before."""
         return logging.tqdm(total=len(self.plan.bits), desc="Quantizing layers", disable=not self._progress)
 
     def wants(self, parameter: str) -> bool:
-        """Whether `take` must be given this parameter instead of the model."""
-        return (
-            parameter.removesuffix(".weight") in self.plan.bits
-            and parameter.endswith(".weight")
-            or (parameter in self._time_parameters)
-        )
+        """Return whether `take` must receive this parameter instead of the model."""
+        is_packed_weight = parameter.endswith(".weight") and parameter.removesuffix(".weight") in self.plan.bits
+        return is_packed_weight or parameter in self._time_parameters
 
     def take(self, parameter: str, value: Tensor, device: torch.device | str | int) -> None:
-        """Quantize the weight of a layer, or keep a parameter of the time path until the path is complete.
+        """Quantize the weight of a layer, or set a parameter of the time path until the path is complete.
+
+        Args:
+            parameter: name of a parameter that `wants` is true for.
+            value: value of the parameter, of any floating dtype and device.
+            device: device of the packed layer or of the parameter.
 
         Raises:
-            ValueError: the values are not finite.
+            ValueError: the value holds NaN or infinite numbers.
         """
         if parameter in self._time_parameters:
             if not torch.isfinite(value).all():
@@ -93,7 +111,7 @@ class ModelPacker:
         self._bar.update()
 
     def take_calibrated(self, name: str, layer: CalibratedLayer, device: torch.device) -> None:
-        """Pack a layer with codes, scale and bias that calibration has found for it."""
+        """Pack a layer with the codes, scale and bias of its calibration."""
         packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
         packed.set_codes(layer.codes.to(device), layer.scale.to(device))
         if layer.bias is not None:
@@ -105,7 +123,7 @@ class ModelPacker:
         """Close the progress bar, and return the config that describes the packed model.
 
         Args:
-            calibration: what was run, see `Calibration.summary`.
+            calibration: summary of the calibration that was run, see `Calibration.summary`.
 
         Raises:
             ValueError: a parameter that was not quantized holds NaN or infinite values.
@@ -121,9 +139,9 @@ def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSch
     """Replace the time path of `model`, whose weights are complete, by the look-up that `plan` asks for, if any.
 
     Args:
-        model: that the plan was made for.
-        plan: what becomes of its time embedding.
-        schema: what the checkpoint will say of it.
+        model: model that the plan was made for.
+        plan: plan of the model.
+        schema: schema of the time features in the checkpoint.
     """
     path = plan.replaced_path
     if path is None:
@@ -144,12 +162,12 @@ def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSch
 def install_packed_layers(
     model: nn.Module, schema: CheckpointSchema, weight_dtype: Callable[[str], torch.dtype]
 ) -> None:
-    """Give a model on the meta device the packed layers that a checkpoint describes, still empty.
+    """Replace the float layers of a model on the meta device by the packed layers of a checkpoint, still empty.
 
     Args:
-        model: of the class that the checkpoint is of, with float layers.
-        schema: of the checkpoint.
-        weight_dtype: dtype that the weight of a layer would have, by its name.
+        model: model of the checkpoint's class, with float layers.
+        schema: schema of the checkpoint.
+        weight_dtype: function from the name of a layer to the dtype of its weight.
 
     Raises:
         ValueError: the checkpoint does not fit the model.
@@ -158,10 +176,12 @@ def install_packed_layers(
     for name, layer in schema.layers.items():
         module = modules.get(name)
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
-            raise ValueError(f"The checkpoint's config packs {name}, which {type(model).__name__} does not have.")
+            raise ValueError(
+                f"The checkpoint's config packs {printable(name)}, which {type(model).__name__} does not have."
+            )
         if tuple(module.weight.shape) != layer.shape:
             raise ValueError(
-                f"The checkpoint's config gives {name} the shape {list(layer.shape)}; "
+                f"The checkpoint's config gives {printable(name)} the shape {list(layer.shape)}; "
                 f"{type(model).__name__} has {list(module.weight.shape)}."
             )
         packed = packed_twin(module, layer.bits, weight_dtype(name), layer.branch_rank)

@@ -1,9 +1,10 @@
-"""Which modules of a model are packed, with how many bits, and what becomes of its time embedding."""
+"""Plan of quantizing a model: its packed layers, their bits, and the form of its time embedding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from math import ceil, floor
 from typing import Any
 
@@ -18,29 +19,33 @@ from ..codec.grid import cost_in_bits
 from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
+from ..nn.conversion import why_not_packable
 from ..nn.fake_quantized import TrainableWeight
 from ..nn.packed import PackedWeight
 from ..nn.time_path import TimePath, why_not_cacheable
 
 logger = logging.get_logger(__name__)
 
-# A table of 1002 timesteps takes about 5.4 bits an entry in the file, a projection of the time embedding in_out_bits
-# a weight: the table is smaller where the embedding is wider than this many bits over in_out_bits.
+# Bits of a table of 1002 timesteps in the file for each time feature, about 5.4 an entry (docs/METHOD.md). A layer of
+# the time embedding costs in_out_bits a weight, so the table is smaller where the embedding is wider than this number
+# over in_out_bits.
 TABLE_BITS_PER_FEATURE = 5.4 * 1002
 
+# Number of training timesteps of Stable Diffusion and of most diffusers schedulers.
 _NUM_TIMESTEPS = 1000
 
 
 @dataclass
 class Plan:
-    """What quantizing a model will do.
+    """Plan of quantizing a model.
 
     Attributes:
         bits: bits by name of every layer to pack.
         time_embedding: "table", "cache" or "keep".
-        timesteps: the timesteps to cache, for "cache".
-        time_path: where the features of each ResBlock come from, if from the timestep alone.
-        num_timesteps: training timesteps, for "table".
+        timesteps: timesteps to cache, for "cache".
+        time_path: path from the timestep to the features of each ResBlock; None where they depend on more than it.
+        num_timesteps: number of training timesteps, for "table".
+        left_alone: reason of each layer that stays in floating point since it cannot be replaced, by name.
     """
 
     bits: dict[str, int]
@@ -48,18 +53,19 @@ class Plan:
     timesteps: list[float]
     time_path: TimePath | None
     num_timesteps: int = _NUM_TIMESTEPS
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     @property
     def replaced_path(self) -> TimePath | None:
-        """The time path, where a look-up of its features takes its place."""
+        """Time path that a look-up of its features replaces; None where it is kept."""
         return None if self.time_embedding == "keep" else self.time_path
 
     def schema(self, model: nn.Module, config: BitsFusionConfig) -> CheckpointSchema:
-        """Return what the checkpoint will hold.
+        """Return the schema of the checkpoint.
 
         Args:
-            model: with its float layers, which may be on the meta device.
-            config: what was asked for.
+            model: model with its float layers, which may be on the meta device.
+            config: requested config.
         """
         return CheckpointSchema(
             layers={name: LayerSchema(bits, _weight_shape(model, name)) for name, bits in self.bits.items()},
@@ -94,35 +100,42 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Linear and Conv2d layers by name, those matching `exclude` left out."""
+    """Linear and Conv2d layers by name; those matching `exclude` and those that compute otherwise are left out."""
     patterns = list(exclude)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns)
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns) and not why_not_packable(module)
     }
 
 
+def unpackable_layers(model: nn.Module) -> dict[str, str]:
+    """Return the reason of each subclass of Linear or Conv2d that stays in floating point, by name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    return {name: reason for name, layer in layers.items() if (reason := why_not_packable(layer)) is not None}
+
+
 def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Layers whose bits a recipe decides: neither first, last nor of the time embedding."""
+    """Return the layers whose bits a recipe decides, by name: all but the first, the last and the time embedding's."""
     layers = quantizable_layers(model, exclude)
     special = {*IN_OUT_LAYERS, *_time_names(TimePath.find(model), layers)}
     return {name: layer for name, layer in layers.items() if name not in special}
 
 
 def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str] = ()) -> Plan:
-    """Decide on every layer of an unquantized model; its parameters may be on the meta device.
+    """Plan the quantization of an unquantized model.
 
     Args:
-        model: a diffusers model.
-        config: what is asked for.
-        exclude: further module names to leave alone (those kept in fp32).
+        model: diffusers model, whose parameters may be on the meta device.
+        config: requested config.
+        exclude: further names of modules that are not quantized, such as those that stay in fp32.
 
     Raises:
-        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize; the
-            recipe does not match it, or the target cannot be reached.
+        ValueError: the model is quantized or prepared for training already, has adapters, or nothing to quantize;
+            `modules_to_not_convert` names what it lacks, the recipe does not match it, or the target cannot be
+            reached.
     """
-    if any(isinstance(module, PackedWeight) and module.is_packed for module in model.modules()):
+    if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
     if any(isinstance(module, TrainableWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")
@@ -131,14 +144,14 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
             f"This {type(model).__name__} has adapters. Call `unload_lora_weights()` before, after `fuse_lora()` if "
             "they are to stay in the weights; or load them afterwards."
         )
-    names = [name for name, _ in model.named_modules()]
-    for pattern in config.modules_to_not_convert:
-        if not any(matches(name, [pattern]) for name in names):
-            logger.warning("modules_to_not_convert: %s has no %s.", type(model).__name__, pattern)
+    if len(config.components_to_quantize or []) < 2:  # else another component may have what this one lacks
+        check_excluded([model], config)
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     path = TimePath.find(model)
-    plan = Plan({}, *_plan_time(model, path, config), path)
+    plan = Plan({}, *_plan_time(model, path, config), path, left_alone=unpackable_layers(model))
+    for name, reason in plan.left_alone.items():
+        logger.warning("%s stays in floating point: %s.", name, reason)
     time_layers = _time_names(path, layers)
     if plan.replaced_path is not None:
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}
@@ -154,22 +167,38 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     return plan
 
 
+def check_excluded(models: Sequence[nn.Module], config: BitsFusionConfig) -> None:
+    """Refuse `modules_to_not_convert` that none of the models to quantize has, which would silently do nothing.
+
+    Raises:
+        ValueError: a name is neither the name of a module nor a part of one.
+    """
+    names = [name for model in models for name, _ in model.named_modules()]
+    unknown = [pattern for pattern in config.modules_to_not_convert if not matches_any(names, [pattern])]
+    if unknown:
+        parts = {part for name in names for part in (name, *name.split("."))}
+        close = get_close_matches(unknown[0], sorted(parts), 3)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        owners = " and ".join(type(model).__name__ for model in models)
+        raise ValueError(f"modules_to_not_convert: {owners} has no {', '.join(unknown)}.{hint}")
+
+
 def _time_names(path: TimePath | None, layers: Iterable[str]) -> set[str]:
-    """Layers of the time embedding; of one that must stay, by the names that diffusers gives them."""
+    """Return the names of the time embedding's layers; without a path, by the names that diffusers gives them."""
     if path is not None:
         return set(path.layers)
     return {name for name in layers if matches(name, ("time_embedding", "time_emb_proj", "add_embedding"))}
 
 
 def _plan_time(model: ModelMixin, path: TimePath | None, config: BitsFusionConfig) -> tuple[str, list[float]]:
-    """(what becomes of the time embedding, timesteps to cache)."""
-    asked = config.time_embedding
-    kind = asked["type"] if isinstance(asked, dict) else asked
-    timesteps = list(asked["timesteps"] if isinstance(asked, dict) and kind == "cache" else PAPER_TIMESTEPS)
+    """Return (form of the time embedding, timesteps to cache), as in `Plan`."""
+    requested = config.time_embedding
+    kind = requested["type"] if isinstance(requested, dict) else requested
+    timesteps = list(requested["timesteps"] if isinstance(requested, dict) and kind == "cache" else PAPER_TIMESTEPS)
     obstacle = why_not_cacheable(model) if path is None else None
     if path is not None and matches_any(path.layers, config.modules_to_not_convert):
         obstacle = "modules_to_not_convert names a part of it"
-        kind = "table" if kind == "auto" else kind  # what it would have been: worth a word
+        kind = "table" if kind == "auto" else kind  # "auto" would have been a table, which deserves the warning.
     if path is None or obstacle is not None:
         if kind in ("table", "cache"):
             logger.warning('The time embedding is kept, not replaced by a "%s": %s.', kind, obstacle)
@@ -181,7 +210,7 @@ def _plan_time(model: ModelMixin, path: TimePath | None, config: BitsFusionConfi
 
 
 def matches_any(names: Iterable[str], patterns: Iterable[str]) -> bool:
-    """Whether any of `names` matches any of `patterns`."""
+    """Return whether any of `names` matches any of `patterns`."""
     patterns = list(patterns)
     return any(matches(name, patterns) for name in names)
 
@@ -194,7 +223,16 @@ def _ordinary_bits(
     shapes: dict[str, tuple[int, ...]],
     exclude: Iterable[str],
 ) -> dict[str, int]:
-    """Bits of all layers that are neither first, last nor time embedding; a recipe may name those too."""
+    """Return the bits of the layers that a recipe decides, and of any others that the recipe names.
+
+    Args:
+        model: model to quantize.
+        config: requested config.
+        plan: plan with the bits of the first, the last and the time embedding's layers.
+        sizes: number of weights of the layers that a recipe decides, by name.
+        shapes: weight shapes of all layers, by name.
+        exclude: names of modules that are not quantized.
+    """
     if config.recipe == "auto":
         published = Recipe.load(PUBLISHED)
         default_target = config.target_bits == BitsFusionConfig().target_bits
@@ -211,6 +249,7 @@ def _ordinary_bits(
 
 
 def _check_recipe(recipe: Recipe, model: nn.Module, sizes: dict[str, int], shapes: dict[str, Any]) -> None:
+    """Refuse a recipe that does not match the model."""
     modules = dict(model.named_modules())
     unknown = [name for name in recipe if not isinstance(modules.get(name), (nn.Linear, nn.Conv2d))]
     missing = [name for name in sizes if name not in recipe]
@@ -228,13 +267,14 @@ def _check_recipe(recipe: Recipe, model: nn.Module, sizes: dict[str, int], shape
 def _allocate(
     model: ModelMixin, config: BitsFusionConfig, plan: Plan, sizes: dict[str, int], exclude: Iterable[str]
 ) -> dict[str, int]:
+    """Allocate bits to the layers of `sizes` for the target, without an analysis."""
     fixed, weights = fixed_bits(model, plan, plan.bits, exclude)
     try:
         return allocate_data_free(sizes, config.target_bits * weights - fixed, balance=config.balance)
     except ValueError as error:
         total = sum(sizes.values())
-        least, most = ((fixed + cost_in_bits(bits, config.balance) * total) / weights for bits in (1, 7))
-        reach = f"With these settings target_bits goes from {ceil(100 * least) / 100} to {floor(100 * most) / 100}"
+        low, high = ((fixed + cost_in_bits(bits, config.balance) * total) / weights for bits in (1, 7))
+        reach = f"With these settings target_bits goes from {ceil(100 * low) / 100} to {floor(100 * high) / 100}"
         if plan.time_embedding == "keep" and plan.time_path is not None:
             reach += '; time_embedding="table" takes fewer bits than layers of in_out_bits'
         raise ValueError(
@@ -245,16 +285,16 @@ def _allocate(
 def fixed_bits(
     model: ModelMixin, plan: Plan, special: Mapping[str, int], exclude: Iterable[str] = ()
 ) -> tuple[float, int]:
-    """What a recipe does not decide of the paper's average bits.
+    """Return the part of the paper's average bits that a recipe does not decide.
 
     Args:
-        model: the unquantized model.
-        plan: what becomes of its time embedding.
+        model: unquantized model.
+        plan: plan of the model.
         special: bits of the first, the last and the time embedding's layers, by name.
-        exclude: module names that are left alone.
+        exclude: names of modules that are not quantized.
 
     Returns:
-        (bits of `special` and of the time features, all weights that the average is over).
+        (bits of `special` and of the time features, number of weights that the average is over).
     """
     layers = quantizable_layers(model, exclude)
     fixed: float = sum(cost_in_bits(bits) * layers[name].weight.numel() for name, bits in special.items())

@@ -1,4 +1,4 @@
-"""Fused LoRAs rounded into the codes, for the layers of many levels that can hold them."""
+"""Requantization of fused LoRAs into the codes of layers with enough levels."""
 
 from __future__ import annotations
 
@@ -13,33 +13,36 @@ from ..codec.rounding import Rounding
 from ..nn import PackedWeight
 from ..nn.compute import packed_layers
 
-MIN_BITS = 6  # below, the change of a usual LoRA is small against a step, and rounding loses it
+# Number of bits from which layers are requantized: with fewer, a step is large against the change by a usual LoRA, and
+# rounding loses it (docs/METHOD.md).
+MIN_BITS = 6
+# Share of a branch's change that requantizing must preserve.
 MIN_KEPT = 0.99
 
 
 @torch.no_grad()
 def requantize_branches(model: Any) -> dict[str, float]:
-    """Round fused LoRAs into the codes where a layer's levels are fine enough, so that their branches go.
+    """Round fused LoRAs into the codes where a layer's levels are fine enough, which removes their branches.
 
-    A layer of at least 6 bits is quantized anew, branch included. It stays so if that keeps at least 99 % of what the
-    branch does to the weight; else it keeps its branch, as layers of fewer bits do. This cannot be undone.
+    A layer of at least 6 bits is quantized again, branch included. It stays so if that preserves at least 99 % of the
+    branch's change of the weight; else it keeps its branch, as layers of fewer bits do. This cannot be undone.
 
     Args:
-        model: a quantized model with branches from `fuse_lora`. Adapters must have been unloaded
-            (`unload_lora_weights`), since `unfuse_lora` would have nothing left to take out.
+        model: quantized model with branches from `fuse_lora`. Adapters must have been unloaded
+            (`unload_lora_weights`), since `unfuse_lora` would have nothing left to remove.
 
     Returns:
-        by layer of at least 6 bits with a branch, the share kept: <C, B> / <B, B>, where B is the branch's product
-        and C the change of the rounded weight.
+        Preserved share of the change, by name of each layer of at least 6 bits with a branch: <C, B> / <B, B>, where B
+        is the branch's product and C the change of the rounded weight.
 
     Raises:
         ValueError: the model has no packed layers, an adapter is still fused by PEFT, or the weights are offloaded;
-            nothing has changed then.
+            the model is unchanged then.
     """
     packed = packed_layers(model)
     if not packed:
         raise ValueError(f"This {type(model).__name__} has no layers quantized by diffusers_bitsfusion.")
-    layers = {name: layer for name, layer in packed.items() if layer.branch_rank and (layer.bits or 0) >= MIN_BITS}
+    layers = {name: layer for name, layer in packed.items() if layer.branch_rank and layer.bits >= MIN_BITS}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer) and module.merged:
             raise ValueError(
@@ -53,7 +56,6 @@ def requantize_branches(model: Any) -> dict[str, float]:
 
 
 def _requantize(layer: PackedWeight, balance: bool) -> float:
-    assert layer.bits is not None
     rows, columns = layer.weight_shape[0], layer.columns
     before = layer.decode(torch.float32).view(rows, columns)
     target = layer.dense_weight(torch.float32).view(rows, columns)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +38,29 @@ from diffusers import {kind}
 {variable} = {kind}.from_pretrained("{title}", {variant}dtype={dtype})
 ```
 
-The weights were rounded to this precision. Unless they were also trained in it (quantization-aware training), a model
-of about 2 bits a weight draws noise.
+{made}
 
 ## Size
 
 {figures}
 """
 
+
+_TRAINED = "trained in this precision"
+_MADE = {
+    "trained": f"The weights were {_TRAINED} (quantization-aware training).",
+    "tuned": "The weights were rounded for the inputs that their layers see ({run}); then scales, biases and norms "
+    "were tuned in {tuning_steps} steps.",
+    "calibrated": "The weights were rounded for the inputs that their layers see ({run}).",
+    "rounded": "The weights were rounded, without looking at what the model draws.",
+}
+_RUN = "{num_samples} pictures of {num_inference_steps} steps, prompts: {prompts}, seed {seed}"
+# Average bits over the quantized layers below which a rounded model of Stable Diffusion draws noise.
+NOISY_BITS = 3.0
+_NOISE = (
+    " At about 2 bits a weight a model of Stable Diffusion then draws noise, until it is calibrated or trained in "
+    "quantized form."
+)
 
 # In a card that diffusers or this package generated, and in no card of a user's own.
 _OURS = "as implemented in `diffusers_bitsfusion`"
@@ -88,6 +105,7 @@ def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -
         variant=f'variant="{variant}", ' if variant else "",
         dtype=saved.dtype,
         variable="pipe" if isinstance(report, PipelineSizeReport) else "model",
+        made=_made(saved, reports),
         figures="\n\n".join(_figures(name, part) for name, part in reports.items()),
     )
     for name, part in reports.items():
@@ -96,6 +114,32 @@ def write_card(folder: Path, saved: Any, title: str, token: str | None = None) -
     data = ModelCardData(library_name="diffusers", **_lineage(str(saved.config.get("_name_or_path") or ""), token))
     data.tags = [_TAG, "quantized", "diffusers_bitsfusion"]
     ModelCard(f"---\n{data.to_yaml()}\n---\n{body}").save(folder / _CARD_FILE)
+
+
+def origin(folder: Path) -> str:
+    """What was done to the quantized weights saved in a folder: "trained", "tuned", "calibrated" or "rounded".
+
+    Args:
+        folder: of a pipeline or model that this package saved.
+    """
+    card = folder / _CARD_FILE
+    if card.is_file() and _says_trained(card):
+        return "trained"
+    configs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("**/config.json"))]
+    said = [(config.get("quantization_config") or {}).get("calibration") for config in configs]
+    calibration = next((entry for entry in said if entry), None)
+    return _origin(calibration)
+
+
+def _says_trained(card: Path) -> bool:
+    text = _read(card)
+    return _OURS in text and _TRAINED in text.lower()
+
+
+def _origin(calibration: Mapping[str, Any] | None) -> str:
+    if not calibration:
+        return "rounded"
+    return "tuned" if calibration.get("tuning_steps") else "calibrated"
 
 
 def check_card(folder: Path) -> None:
@@ -122,6 +166,26 @@ def add_section(folder: Path, title: str, text: str) -> None:
     sections = re.split(r"\n(?=## )", card.read_text(encoding="utf-8").rstrip() + "\n")
     kept = [section for section in sections if not section.startswith(f"## {title}\n")]
     card.write_text("\n".join([*kept, f"## {title}\n\n{text}\n"]), encoding="utf-8")
+
+
+def predicts_noise(model: Any) -> bool:
+    """Whether a model is neither an autoencoder nor a text encoder, which bear rounding better."""
+    module = type(model).__module__
+    return ".autoencoders." not in module and not module.startswith("transformers.")
+
+
+def _made(saved: Any, reports: Mapping[str, SizeReport]) -> str:
+    """What the card says of how the weights became what they are: of the denoiser's, where it is among them."""
+    models = {name: getattr(saved, name, saved) for name in reports}
+    name = next((name for name, model in models.items() if predicts_noise(model)), next(iter(models)))
+    quantizer, source = models[name].hf_quantizer, _local_card(str(saved.config.get("_name_or_path") or ""))
+    if getattr(quantizer, "trained", False) or (source is not None and _says_trained(source)):
+        return _MADE["trained"]
+    calibration = quantizer.quantization_config.calibration
+    if calibration:
+        return _MADE[_origin(calibration)].format(run=_RUN.format(**calibration), **calibration)
+    is_noise = predicts_noise(models[name]) and reports[name].average_bits.layers < NOISY_BITS
+    return _MADE["rounded"] + (_NOISE if is_noise else "")
 
 
 def _lineage(name_or_path: str, token: str | None) -> dict[str, Any]:

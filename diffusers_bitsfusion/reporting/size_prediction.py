@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import diffusers
 import torch
 from diffusers import ModelMixin
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from ..codec.checksums import METADATA_KEY
 from ..codec.entropy import compress
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import byte_width, bytes_from_dense
@@ -19,11 +23,17 @@ from ..codec.rounding import Rounding
 from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..packing.plan import TABLE_BITS_PER_FEATURE, Plan, make_plan
+from ..utils.errors import DamagedFileError, shown
+from ..utils.json_files import is_number, read_json
 from ..utils.private_names import DIFFUSERS_FP32
 from .size_report import SizeReport, TensorSize, report_of_tensors
 
 _SAMPLE = (128, 2880)  # a quarter of a 320-channel 3×3 convolution: enough for the third digit
 _SEED = 0
+
+# A DiT of 100 blocks has some 10,000 modules; the largest numbers are of vocabularies and positions.
+_MOST_MODULES = 100_000
+_LARGEST_NUMBER = 1 << 24
 
 
 def model_from_config(path: str | Path) -> ModelMixin:
@@ -36,12 +46,42 @@ def model_from_config(path: str | Path) -> ModelMixin:
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file: give the config.json of a diffusers model.")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file, non_finite=True)
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
-        raise ValueError(f"{file} names no diffusers model (_class_name is {config.get('_class_name')!r}).")
-    with torch.device("meta"):
-        return cast(Any, kind).from_config(config)
+        raise ValueError(f"{file} names no diffusers model (_class_name is {shown(config.get('_class_name'))}).")
+    if (size := _largest_number(config)) > _LARGEST_NUMBER:
+        raise DamagedFileError(file, f"holds the number {shown(size)}, which no model has")
+    try:
+        with torch.device("meta"), _bounding_modules():
+            return cast(Any, kind).from_config(config)
+    except Exception as error:  # whatever a model's constructor meets in values that it does not check
+        raise DamagedFileError(
+            file, f"describes no {kind.__name__} that can be built ({type(error).__name__}: {shown(str(error))})"
+        ) from error
+
+
+def _largest_number(value: Any) -> float:
+    """Largest absolute value within nested JSON; 0 where there is no finite number."""
+    if isinstance(value, (dict, list)):
+        return max(map(_largest_number, value.values() if isinstance(value, dict) else value), default=0)
+    return abs(value) if is_number(value) else 0
+
+
+@contextmanager
+def _bounding_modules() -> Iterator[None]:
+    """Within it, building a model of more modules than any has is an error, not a matter of hours."""
+    count = itertools.count(1)
+
+    def check(*_: Any) -> None:
+        if next(count) > _MOST_MODULES:
+            raise ValueError(f"it would have more than {_MOST_MODULES} modules")
+
+    hook = register_module_module_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def predict_size(
@@ -66,7 +106,8 @@ def predict_size(
     schema = plan.schema(model, config)
     tensors = [*_packed(schema), *_time_features(schema.time_features), *_others(model, plan, dtype)]
     texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**8, 10**8]} for name, shape, _ in tensors}
-    overhead = len(json.dumps(texts)) + len(
+    checksums = {METADATA_KEY: json.dumps({"tensors": dict.fromkeys(texts, "0" * 8)})}
+    overhead = len(json.dumps(texts | checksums)) + len(
         json.dumps(dict(model.config) | {"quantization_config": config.resolved(schema).to_dict()}, indent=2)
     )
     return report_of_tensors("predicted file", tensors, schema, overhead)

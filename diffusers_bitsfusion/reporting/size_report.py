@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import nn
 
 from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits, cached_bits
+from ..codec.checksums import METADATA_KEY
 from ..codec.grid import levels
 from ..codec.schema import CheckpointSchema
-from ..codec.weight_files import stem, weight_files
+from ..codec.weight_files import index_files, read_headers
+from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import attention_ways
 from ..nn.compute import packed_layers
 from ..ops.dispatch import KernelSelection
 from ..utils.adapters import split_adapters
+from ..utils.errors import DamagedFileError, UnfinishedSaveError
+from ..utils.json_files import read_json
 
 MB = 1e6
 
@@ -61,6 +65,7 @@ class SizeReport:
         histogram: bits to (layers, weights).
         ways: how each packed layer of a model in memory computes, and why; empty for files.
         attention_ways: the same of its attention, where `set_compute` chose it.
+        checksums: whether a file has a checksum of every tensor; None of what is no file.
     """
 
     where: str
@@ -71,6 +76,7 @@ class SizeReport:
     histogram: dict[int, tuple[int, int]]
     ways: dict[str, KernelSelection] = field(default_factory=dict)
     attention_ways: dict[str, str] = field(default_factory=dict)
+    checksums: bool | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -107,6 +113,7 @@ class SizeReport:
             "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
             "ways": {name: asdict(way) for name, way in self.ways.items()},
             "attention_ways": self.attention_ways,
+            "checksums": self.checksums,
         }
 
     def __str__(self) -> str:
@@ -133,33 +140,45 @@ class SizeReport:
             lines.append(f"{count:>6}  {way.arithmetic}, weights {way.weights}: {way.reason}")
         for how, count in Counter(self.attention_ways.values()).most_common():
             lines.append(f"{count:>6}  attention {how}")
+        if self.checksums is not None:
+            lines += ["", f"checksums: {'of every tensor' if self.checksums else 'none, save again to add them'}"]
         return "\n".join(lines)
 
 
 @dataclass(frozen=True)
 class PipelineSizeReport:
-    """Bytes of a saved pipeline: a `SizeReport` for each quantized component, plain bytes for the others."""
+    """Bytes of a pipeline: a `SizeReport` for each quantized component, plain bytes for the others."""
 
     quantized: dict[str, SizeReport]
     others: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def total_bytes(self) -> int:
+        return sum(report.total_bytes for report in self.quantized.values()) + sum(self.others.values())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe content."""
-        return {"quantized": {k: v.to_dict() for k, v in self.quantized.items()}, "others": self.others}
+        parts = {name: report.to_dict() for name, report in self.quantized.items()}
+        return {"quantized": parts, "others": self.others, "total_bytes": self.total_bytes}
 
     def __str__(self) -> str:
         blocks = [f"== {name} ==\n{report}" for name, report in self.quantized.items()]
-        total = sum(report.total_bytes for report in self.quantized.values()) + sum(self.others.values())
-        rows = [f"{name:<32}{size / MB:>10.3f}" for name, size in self.others.items()]
-        blocks.append("\n".join(["== other components, MB ==", *rows, f"{'whole pipeline':<32}{total / MB:>10.3f}"]))
+        sizes = {name: report.total_bytes for name, report in self.quantized.items()} | self.others
+        rows = [
+            f"{name:<32}{size / MB:>10.3f}" for name, size in (*sizes.items(), ("whole pipeline", self.total_bytes))
+        ]
+        blocks.append("\n".join(["== components, MB ==", *rows]))
         return "\n\n".join(blocks)
 
 
-def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport | PipelineSizeReport:
+def size_report(
+    model_or_path: nn.Module | DiffusionPipeline | str | os.PathLike[str],
+) -> SizeReport | PipelineSizeReport:
     """Bytes by part, bits a weight by each convention, ratio to fp16 and histogram of bits.
 
     Args:
-        model_or_path: a quantized model in memory, or a folder written by `save_pretrained`, of a model or a pipeline.
+        model_or_path: a quantized model in memory, a pipeline that has one, or a folder written by `save_pretrained`,
+            of either.
 
     Raises:
         FileNotFoundError: the folder does not exist or holds no model.
@@ -167,6 +186,8 @@ def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport
     """
     if isinstance(model_or_path, nn.Module):
         return _memory_report(model_or_path)
+    if isinstance(model_or_path, DiffusionPipeline):
+        return _pipeline_memory_report(model_or_path)
     path = Path(model_or_path)
     if (path / "config.json").is_file():
         return _file_report(path)
@@ -175,12 +196,29 @@ def size_report(model_or_path: nn.Module | str | os.PathLike[str]) -> SizeReport
     raise FileNotFoundError(f"{path} holds neither a model (config.json) nor a pipeline (model_index.json).")
 
 
+def _pipeline_memory_report(pipeline: DiffusionPipeline) -> PipelineSizeReport:
+    quantized, others = {}, {}
+    for name, part in sorted(pipeline.components.items()):
+        if isinstance(part, nn.Module) and _quantization_config(part) is not None:
+            quantized[name] = _memory_report(part)
+        elif isinstance(part, nn.Module):
+            others[name] = sum(tensor.nbytes for tensor in part.state_dict().values())
+    if not quantized:
+        raise ValueError(f"No component of this {type(pipeline).__name__} is quantized by diffusers_bitsfusion.")
+    return PipelineSizeReport(quantized, others)
+
+
+def _quantization_config(model: nn.Module) -> Any:
+    """The config that quantizing by this package has left on a model in memory, else None."""
+    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    return config if getattr(config, "is_resolved", False) else None
+
+
 def _pipeline_report(path: Path) -> PipelineSizeReport:
     quantized, others = {}, {}
-    index = json.loads((path / "model_index.json").read_text(encoding="utf-8"))
+    index = read_json(path / "model_index.json", non_finite=True)
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name in index):
-        config = folder / "config.json"
-        if config.is_file() and _is_ours(json.loads(config.read_text(encoding="utf-8"))):
+        if is_packed_model(folder):
             quantized[folder.name] = _file_report(folder)
         else:
             others[folder.name] = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -189,40 +227,57 @@ def _pipeline_report(path: Path) -> PipelineSizeReport:
     return PipelineSizeReport(quantized, others)
 
 
+def is_packed_model(folder: Path) -> bool:
+    """Whether the config.json in a folder, where there is one, says that this package packed the model.
+
+    Raises:
+        DamagedFileError: the config.json cannot be read.
+    """
+    config = folder / "config.json"
+    return config.is_file() and _is_ours(read_json(config, non_finite=True))
+
+
 def _is_ours(config: Mapping[str, Any]) -> bool:
-    return (config.get("quantization_config") or {}).get("quant_method") == "bitsfusion"
+    quantization = config.get("quantization_config")
+    return isinstance(quantization, dict) and quantization.get("quant_method") == "bitsfusion"
 
 
 def _file_report(path: Path) -> SizeReport:
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    if not _is_ours(config):
-        raise ValueError(f"The model in {path} is not quantized by diffusers_bitsfusion.")
-    try:
-        schema = CheckpointSchema.from_json(config["quantization_config"])
-    except ValueError as error:
-        raise ValueError(f"{path / 'config.json'}: {error}") from error
-    files = weight_files(path)
-    tensors = [tensor for file in files for tensor in _read_header(file)]
-    overhead = sum(file.stat().st_size for file in files) - sum(size for _, _, size in tensors)
-    indices = [file for file in path.glob("*.index.json") if stem(file.name) == stem(files[0].name)]
-    overhead += sum(file.stat().st_size for file in [path / "config.json", *indices])
-    return report_of_tensors("file", tensors, schema, overhead)
-
-
-def _read_header(file: Path) -> list[TensorSize]:
-    """Every tensor of a safetensors file, from its header alone."""
-    with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
-    header.pop("__metadata__", None)
-    return [
-        (name, tuple(entry["shape"]), entry["data_offsets"][1] - entry["data_offsets"][0])
-        for name, entry in header.items()
+    schema = read_schema(path)
+    headers = read_headers(path)
+    tensors = [
+        (name, entry.shape, entry.num_bytes) for header in headers.values() for name, entry in header.tensors.items()
     ]
+    overhead = sum(file.stat().st_size for file in headers) - sum(size for _, _, size in tensors)
+    overhead += sum(file.stat().st_size for file in [path / "config.json", *index_files(path)])
+    report = report_of_tensors("file", tensors, schema, overhead)
+    return replace(report, checksums=all(METADATA_KEY in header.metadata for header in headers.values()))
+
+
+def read_schema(folder: Path) -> CheckpointSchema:
+    """What the config.json of a packed model's folder says of its file, after every check.
+
+    Raises:
+        DamagedFileError: it is damaged.
+        UnfinishedSaveError: the save into the folder was killed before its end.
+        ValueError: the model is not quantized by this package.
+        FileNotFoundError: there is no config.json.
+    """
+    file = folder / "config.json"
+    config = read_json(file, non_finite=True)
+    if not _is_ours(config):
+        raise ValueError(f"The model in {folder} is not quantized by diffusers_bitsfusion.")
+    try:
+        return BitsFusionConfig.from_dict(config["quantization_config"]).schema
+    except UnfinishedSaveError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise DamagedFileError(f"{file}:", str(error)) from error
 
 
 def _memory_report(model: nn.Module) -> SizeReport:
-    config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if config is None or not getattr(config, "is_resolved", False):
+    config = _quantization_config(model)
+    if config is None:
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
     plain, adapters = split_adapters(model.state_dict())
     tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]

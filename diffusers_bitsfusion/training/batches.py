@@ -1,8 +1,8 @@
-"""Batches of noisy latents, each sample drawn from its position in the run alone.
+"""Batches of noisy latents, each sample a function of its position in the run alone.
 
-Position p = step * global batch + place in it decides on the image, its crop, the noise, the timestep and whether the
-text is dropped. So a run is the same whatever the number of processes that share its batches, and continues exactly
-from any step without any generator's state.
+Position p = step * global batch + place in the batch decides on the image, its crop, the noise, the timestep and
+whether the text is dropped. So a run does not depend on the number of processes that share its batches, and continues
+exactly from any step without the state of any generator.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ from diffusers import AutoencoderKL, SchedulerMixin
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..utils.seeds import cpu_generator, derived_seed
 from ..utils.timesteps import TimestepDistribution
 from .images import TrainingImages
 from .prompt_embeddings import TextEncoder
 
-# Streams of random numbers that must not meet: every use of a position has its own.
-STREAM_IMAGE, STREAM_NOISE, STREAM_DRAWING, STREAM_ORDER = range(4)
+# Streams of random numbers, one for each use of a position, so that no two uses get the same numbers.
+STREAM_IMAGE, STREAM_NOISE, STREAM_SAMPLING, STREAM_ORDER = range(4)
 
 
 @dataclass
 class Batch:
-    """What one call of the model gets.
+    """Inputs and target of one call of the model.
 
     Attributes:
-        positions: where in the run each sample is.
-        captions: texts before any was dropped.
-        noisy: fp32 [batch, channels, height, width] latents.
+        positions: position of each sample in the run.
+        captions: caption of each sample, dropped ones included.
+        noisy: noisy latents, fp32 [batch, channels, height, width].
         timesteps: int64 [batch].
-        states: [batch, tokens, width] text states, those of the empty text where it was dropped.
-        target: as `noisy`, what the model should predict.
+        states: prompt embeddings, floating [batch, tokens, width], those of the empty text where it was dropped.
+        target: target of the prediction, fp32 [batch, channels, height, width].
     """
 
     positions: list[int]
@@ -53,13 +54,13 @@ class Batch:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How a step's batch is shared out.
+    """Distribution of a step's batch over processes and forward passes.
 
     Attributes:
-        batch_size: samples of one process in one forward pass.
-        accumulation: forward passes a step.
+        batch_size: number of samples of one process in one forward pass.
+        accumulation: number of forward passes a step.
         processes: number of processes.
-        index: this process's.
+        index: index of this process.
     """
 
     batch_size: int
@@ -69,19 +70,18 @@ class Sharing:
 
     @property
     def total(self) -> int:
-        """Samples a step."""
+        """Number of samples a step."""
         return self.batch_size * self.accumulation * self.processes
 
     def places(self, micro: int) -> range:
-        """Places within the step's batch of this process's samples in forward pass `micro`."""
+        """Return the places within the step's batch of this process's samples in forward pass `micro`."""
         start = (micro * self.processes + self.index) * self.batch_size
         return range(start, start + self.batch_size)
 
 
 def generator_of(seed: int, stream: int, position: int) -> torch.Generator:
-    """The random numbers of one position, on the CPU so that they are the same on every device."""
-    state = np.random.SeedSequence((seed, stream, position)).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state[0] >> np.uint64(1)))
+    """Return the generator of one position, on the CPU so that its numbers are the same on every device."""
+    return cpu_generator(derived_seed(seed, stream, position, bits=63))
 
 
 @lru_cache(maxsize=2)
@@ -90,26 +90,26 @@ def _order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def sample_at(seed: int, position: int, count: int) -> int:
-    """Which of `count` samples a position takes: every one once an epoch, each epoch in another order."""
+    """Return the index of a position's sample of `count`: each once an epoch, each epoch in another order."""
     epoch, place = divmod(position, count)
     return int(_order(seed, epoch, count)[place])
 
 
 class Batches(ABC):
-    """Latents of pictures with noise added.
+    """Batches of noisy latents of images.
 
     Args:
-        text: encodes captions.
-        scheduler: gives the noise schedule and what the model predicts.
-        distribution: of timesteps.
-        sharing: how batches are shared out.
+        text: text encoder for the captions.
+        scheduler: scheduler with the noise schedule and the prediction type of the model.
+        distribution: distribution of timesteps.
+        sharing: distribution of batches over processes.
         text_dropout: probability that a caption is replaced by the empty text.
-        seed: of everything random.
-        device: where batches go.
+        seed: seed of all random numbers.
+        device: device of the batches.
 
     Attributes:
-        skipped: indices of images that did not decode.
-        renewed_every: `start` prepares the samples of so many steps; None where it prepares those of all.
+        skipped: indices of images that could not be decoded.
+        renewed_every: number of steps whose samples `start` prepares; None where it prepares those of all steps.
     """
 
     renewed_every: int | None = None
@@ -124,7 +124,7 @@ class Batches(ABC):
         text_dropout: float = 0.1,
         seed: int = 0,
         device: torch.device | str = "cpu",
-    ):
+    ) -> None:
         self.text, self.scheduler, self.distribution, self.sharing = text, scheduler, distribution, sharing
         self.text_dropout, self.seed, self.device = text_dropout, seed, device
         self.skipped: set[int] = set()
@@ -134,7 +134,7 @@ class Batches(ABC):
         """Let `next` continue from the first forward pass of `step`."""
 
     def next(self) -> Batch:
-        """The next batch of this process."""
+        """Return the next batch of this process."""
         samples = self._samples()
         positions = [sample["position"] for sample in samples]
         captions = [sample["caption"] for sample in samples]
@@ -154,27 +154,36 @@ class Batches(ABC):
 
     @abstractmethod
     def _samples(self) -> list[dict[str, Any]]:
-        """Samples of the next batch, each with its `position` and `caption`."""
+        """Return the samples of the next batch, each with its `position` and `caption`."""
 
     @abstractmethod
     def _latents(self, samples: list[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
-        """Their clean latents, fp32 [batch, channels, height, width]; what is random from each one's generator."""
+        """Return the clean latents of samples, fp32 [batch, channels, height, width].
+
+        Args:
+            samples: samples of a batch.
+            generators: generator of each sample, for all its random numbers.
+        """
 
     def _target(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         kind = self.scheduler.config.prediction_type
         if kind == "v_prediction":
-            return self.scheduler.get_velocity(clean, noise, timesteps)
+            velocity: Tensor = self.scheduler.get_velocity(clean, noise, timesteps)
+            return velocity
         return {"epsilon": noise, "sample": clean}[kind]
 
 
 class ImageBatches(Batches):
-    """Batches from captioned images, encoded by the VAE.
+    """Batches from captioned images, which the VAE encodes.
 
     Args:
-        images: the data.
-        vae: encodes them; its dtype is used.
-        text, scheduler, distribution, sharing: see `Batches`.
-        num_workers: processes that read and decode images.
+        images: captioned images.
+        vae: VAE that encodes them, in its own dtype.
+        text: see `Batches`.
+        scheduler: see `Batches`.
+        distribution: see `Batches`.
+        sharing: see `Batches`.
+        num_workers: number of processes that read and decode images.
         **options: see `Batches`.
     """
 
@@ -189,12 +198,13 @@ class ImageBatches(Batches):
         *,
         num_workers: int = 0,
         **options: Any,
-    ):
+    ) -> None:
         super().__init__(text, scheduler, distribution, sharing, **options)
         self.images, self.vae, self.num_workers = images, vae, num_workers
         self._loaded: Iterator[Any] = iter(())
 
     def start(self, step: int) -> None:
+        """Let `next` continue from the first forward pass of `step`."""
         loader = DataLoader(
             _Positioned(self.images, self.seed),
             batch_sampler=_Positions(self.sharing, step),
@@ -204,7 +214,7 @@ class ImageBatches(Batches):
         self._loaded = iter(loader)
 
     def _samples(self) -> list[dict[str, Any]]:
-        samples = next(self._loaded)
+        samples: list[dict[str, Any]] = next(self._loaded)
         self.skipped.update(index for sample in samples for index in sample["skipped"])
         return samples
 
@@ -212,20 +222,20 @@ class ImageBatches(Batches):
     def _latents(self, samples: list[dict[str, Any]], generators: list[torch.Generator]) -> Tensor:
         pixels = torch.stack([sample["pixels"] for sample in samples])
         distribution = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        latents = distribution.mean + distribution.std * _normal_like(distribution.mean, generators)
-        return latents.float() * self.vae.config.scaling_factor
+        latents: Tensor = distribution.mean + distribution.std * _normal_like(distribution.mean, generators)
+        return latents.float() * float(self.vae.config.scaling_factor)
 
 
 def _normal_like(tensor: Tensor, generators: list[torch.Generator]) -> Tensor:
-    """Unit normal numbers like `tensor` [batch, ...], each sample's from its own generator."""
+    """Return unit normal numbers like `tensor` [batch, ...], each sample's from its own generator."""
     rows = [torch.randn(tensor.shape[1:], generator=generator) for generator in generators]
     return torch.stack(rows).to(tensor.device, tensor.dtype)
 
 
 class _Positions:
-    """Batch sampler: positions of this process's batches from `step` on, without end."""
+    """Batch sampler of the positions of this process's batches from `step` on, without end."""
 
-    def __init__(self, sharing: Sharing, step: int):
+    def __init__(self, sharing: Sharing, step: int) -> None:
         self.sharing, self.step = sharing, step
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -236,10 +246,10 @@ class _Positions:
             step += 1
 
 
-class _Positioned(torch.utils.data.Dataset):
-    """The images by position in the run; runs in the loader's workers."""
+class _Positioned(torch.utils.data.Dataset[dict[str, Any]]):
+    """Images by position in the run, which the loader's workers read."""
 
-    def __init__(self, images: TrainingImages, seed: int):
+    def __init__(self, images: TrainingImages, seed: int) -> None:
         self.images, self.seed = images, seed
 
     def __getitem__(self, position: int) -> dict[str, Any]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -21,11 +19,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..qat import trainable_layers
+from ..qat import qat_layers
+from ..utils.errors import DamagedFileError, shown
+from ..utils.files import file_checksum, flush_folder, flush_tree
+from ..utils.fingerprints import hash_of_first_values, hash_of_settings
+from ..utils.json_files import is_count, read_json
+from ..utils.safetensors_files import read_header
+from ..utils.torch_files import check_archive, read_torch
 from .sharding import gathered, load_whole
 
 _RUN_FILE = "run.json"
 _STATE_FILE = "run.pt"
+_REMEDY = "Continue from an earlier checkpoint."
+_STAGE = re.compile(r"stage\d")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -35,19 +41,14 @@ def fingerprint(student: ModelMixin) -> str:
     To be taken before training, when the values are still those of the original model. Scales are computed, in their
     last bits by each machine its own way: of them counts how.
     """
-    digest = hashlib.sha256()
-    layers = trainable_layers(student)
-    digest.update(json.dumps({name: (layer.bits, layer.balance) for name, layer in layers.items()}).encode())
+    layers = qat_layers(student)
+    beginning = json.dumps({name: (layer.bits, layer.balance) for name, layer in layers.items()})
     if layers:
         config = student.qat_state.config
-        digest.update(f"{config.scale_init} {config.scale_iterations}".encode())
+        beginning += f"{config.scale_init} {config.scale_iterations}"
     scales = {f"{name}.scale" for name in layers}
-    for name, parameter in student.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if name in scales:
-            continue
-        digest.update(parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    parameters = student.named_parameters()
+    return hash_of_first_values(beginning, ((name, tensor, name not in scales) for name, tensor in parameters))
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -72,23 +73,28 @@ def save_checkpoint(
         step: steps taken.
         state: further tensors and numbers, the same on all processes.
         settings: what a run that continues must agree in; JSON-safe.
-        total_limit: keep so many checkpoints, deleting the oldest.
+        total_limit: keep so many checkpoints, deleting the oldest; None or a number below 1 keeps all.
 
     Raises:
         OSError: it cannot be written, for example to a full disk; earlier checkpoints are untouched.
     """
     target, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
+        for leftover in folder.glob(".checkpoint-*.partial"):  # of runs that were killed while they saved
+            shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
         with _unwrapped_weights(accelerator):
             accelerator.save_state(str(partial))
+        accelerator.wait_for_everyone()  # each has its own file of random states
         if accelerator.is_main_process:
             torch.save(state, partial / _STATE_FILE)
-            (partial / _RUN_FILE).write_text(json.dumps({"step": step, "settings": settings}, indent=2) + "\n")
-            _flush(partial)
+            checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir()) if file.is_file()}
+            run = {"step": step, "settings": settings, "files": checksums}
+            run["checksum"] = hash_of_settings(run)
+            (partial / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+            flush_tree(partial)
     except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         earlier = checkpoints(folder)
@@ -98,7 +104,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-        for old in checkpoints(folder)[:-total_limit] if total_limit else []:
+        flush_folder(folder)
+        for old in checkpoints(folder)[:-total_limit] if total_limit is not None and total_limit > 0 else []:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
@@ -135,32 +142,49 @@ def _unwrapped_weights(accelerator: Accelerator) -> Iterator[None]:
             hook.remove()
 
 
-def _flush(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
-
-
 def find_checkpoint(folder: Path, which: str | None) -> Path | None:
-    """The checkpoint to continue from: the newest in `folder` for "latest" (None where there is none), or a path.
+    """The checkpoint to continue from.
+
+    Args:
+        folder: of a run, or of one of its stages.
+        which: "latest", the newest in `folder`; a path; or the name of a checkpoint in `folder` or in a stage's folder
+            of the same run, the last stage first.
+
+    Returns:
+        Its folder; None where `which` is None, or "latest" and there is none.
 
     Raises:
-        FileNotFoundError: the path is no checkpoint.
+        FileNotFoundError: there is no such checkpoint.
     """
     if which is None:
         return None
     if which == "latest":
         return next(reversed(checkpoints(folder)), None)
-    path = Path(which)
-    if not (path / _RUN_FILE).is_file():
-        raise FileNotFoundError(f"{path} is not a checkpoint of this training (it has no {_RUN_FILE}).")
-    return path
+    run = folder.parent if _STAGE.fullmatch(folder.name) else folder
+    stages = sorted((path for path in run.glob("stage*") if _STAGE.fullmatch(path.name)), reverse=True)
+    candidates = [Path(which), *(place / which for place in (folder, *stages))]
+    found = next((path for path in candidates if (path / _RUN_FILE).is_file()), None)
+    if found is None:
+        have = ", ".join(f"{place.name}/{path.name}" for place in stages for path in checkpoints(place))
+        raise FileNotFoundError(
+            f"{which} is not a checkpoint of this training (it has no {_RUN_FILE}). {run} has {have or 'none'}."
+        )
+    return found
 
 
 def read_settings(path: Path) -> tuple[int, dict[str, Any]]:
-    """(steps taken, settings) of a checkpoint."""
-    run = json.loads((path / _RUN_FILE).read_text())
+    """(steps taken, settings) of a checkpoint.
+
+    Raises:
+        DamagedFileError: its file of settings is damaged.
+    """
+    run = read_json(path / _RUN_FILE, remedy=_REMEDY)
+    if not is_count(run.get("step")) or not isinstance(run.get("settings"), dict):
+        raise DamagedFileError(path / _RUN_FILE, "is damaged: it must have step, a count, and settings", _REMEDY)
+    checksum = run.pop("checksum", None)
+    is_older = checksum is None and run.keys() == {"step", "settings"}
+    if not is_older and checksum != hash_of_settings(run):
+        raise DamagedFileError(path / _RUN_FILE, "is damaged: its checksum does not fit", _REMEDY)
     return run["step"], run["settings"]
 
 
@@ -171,7 +195,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
         (steps taken, `state` as given to `save_checkpoint`, on the CPU).
 
     Raises:
-        ValueError: it is of another model, stage, batch or seed; the message says which.
+        ValueError: it is of another model, stage, batch or seed, the message says which; or a file of it is damaged.
     """
     step, saved = read_settings(path)
     for key, value in settings.items():
@@ -180,9 +204,45 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
                 f"{path} cannot be continued: its {key} is {saved.get(key)!r}, this run's is {value!r}. "
                 "Use the same settings, or another --output_dir."
             )
-    with _unwrapped_weights(accelerator):
-        accelerator.load_state(str(path))
-    return step, torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)
+    _check_files(path)
+    state = _read_state(path)
+    try:
+        with _unwrapped_weights(accelerator):
+            accelerator.load_state(str(path))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # whatever torch and accelerate meet in files that are none of this training
+        problem = f"cannot be loaded ({type(error).__name__}: {shown(str(error))})"
+        raise DamagedFileError(path, problem, _REMEDY) from error
+    return step, state
+
+
+def _check_files(path: Path) -> None:
+    """Compare the files of a checkpoint with the checksums that it has of them, which older ones have not.
+
+    Raises:
+        DamagedFileError: a file is missing, damaged or changed.
+    """
+    expected = read_json(path / _RUN_FILE, remedy=_REMEDY).get("files", {})
+    if not isinstance(expected, dict):
+        raise DamagedFileError(path / _RUN_FILE, "is damaged: files must be an object", _REMEDY)
+    for name, checksum in expected.items():
+        if Path(name).name != name or not (path / name).is_file():
+            raise DamagedFileError(path / name, "is missing", _REMEDY)
+        if file_checksum(path / name) != checksum:
+            raise DamagedFileError(path / name, "is damaged: its checksum does not fit", _REMEDY)
+    for file in sorted(path.iterdir()):
+        if file.suffix == ".safetensors":
+            read_header(file)
+        elif file.suffix in (".pt", ".pkl", ".bin"):
+            check_archive(file, _REMEDY)
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    state = read_torch(path / _STATE_FILE, _REMEDY)
+    if not isinstance(state, dict) or not isinstance(state.get("lr_scheduler"), dict) or "ema" not in state:
+        raise DamagedFileError(path / _STATE_FILE, "is damaged: it must have lr_scheduler and ema", _REMEDY)
+    return state
 
 
 def load_weights(student: nn.Module, path: Path, model: str) -> None:
@@ -197,11 +257,16 @@ def load_weights(student: nn.Module, path: Path, model: str) -> None:
         ValueError: it is of another model.
     """
     _, settings = read_settings(path)
-    if settings["model"] != model:
-        raise ValueError(f"{path} is of another model: its fingerprint is {settings['model']!r}, not {model!r}.")
-    student.load_state_dict(load_file(path / SAFE_WEIGHTS_NAME))
-    ema = torch.load(path / _STATE_FILE, map_location="cpu", weights_only=True)["ema"]
-    if ema is not None:
-        average = EMAModel([])
-        average.load_state_dict(ema)
-        average.copy_to(student.parameters())
+    found = settings.get("model")
+    if found != model:
+        raise ValueError(f"{path} is of another model: its fingerprint is {shown(found)}, not {model!r}.")
+    _check_files(path)
+    ema = _read_state(path)["ema"]
+    try:
+        student.load_state_dict(load_file(path / SAFE_WEIGHTS_NAME))
+        if ema is not None:
+            average = EMAModel([])
+            average.load_state_dict(ema)
+            average.copy_to(student.parameters())
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+        raise DamagedFileError(path, f"does not fit the model ({shown(str(error))})", _REMEDY) from error

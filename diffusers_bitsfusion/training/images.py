@@ -1,9 +1,7 @@
-"""Captioned images: Hub or local `datasets`, an image folder, WebDataset shards, or arrays."""
+"""Captioned images: Hub or local `datasets`, and the folders of `folders.py`; cut to size, with one caption each."""
 
 from __future__ import annotations
 
-import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +11,18 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .decoding import UnreadableImage, as_rgb, decode
+from .folders import (
+    ArrayImages,
+    CaptionFileImages,
+    check_shards,
+    explain_missing_captions,
+    has_metadata,
+    image_files,
+)
+
 _IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 _CAPTION_COLUMNS = ("text", "caption", "txt", "prompt")
-
-
-class UnreadableImage(Exception):
-    """An image that does not decode."""
 
 
 class CaptionedImages(Protocol):
@@ -32,20 +36,6 @@ class CaptionedImages(Protocol):
         Raises:
             UnreadableImage: it does not decode.
         """
-
-
-class ArrayImages:
-    """A folder with `images.npy`, uint8 [n, height, width, 3], and `captions.json`, {"captions": [n texts]}."""
-
-    def __init__(self, folder: Path):
-        self.images = np.load(folder / "images.npy", mmap_mode="r")
-        self.captions = json.loads((folder / "captions.json").read_text(encoding="utf-8"))["captions"]
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def read(self, index: int) -> tuple[Image.Image, str]:
-        return Image.fromarray(self.images[index]), self.captions[index]
 
 
 class DatasetImages:
@@ -77,12 +67,7 @@ class DatasetImages:
         stored, caption = row[self.image_column], row[self.caption_column]
         if stored is None:
             raise UnreadableImage("there is none")
-        try:
-            image = Image.open(stored["path"] if stored["bytes"] is None else io.BytesIO(stored["bytes"]))
-            image.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UnreadableImage(str(error)) from error
-        return image, caption
+        return decode(stored["path"] if stored["bytes"] is None else stored["bytes"]), caption
 
 
 def _column(argument: str, name: str | None, usual: Sequence[str], columns: Sequence[str]) -> str:
@@ -91,6 +76,27 @@ def _column(argument: str, name: str | None, usual: Sequence[str], columns: Sequ
     if name not in columns:
         raise ValueError(f"--{argument} value '{name}' needs to be one of: {', '.join(columns)}")
     return name
+
+
+def _check_captions(source: DatasetImages) -> DatasetImages:
+    """Refuse a caption column that holds no texts, by its declared type, before a run meets the first of them.
+
+    Raises:
+        ValueError: it holds class numbers, numbers or objects.
+    """
+    import datasets
+
+    feature = source.dataset.features[source.caption_column]
+    kind = getattr(feature, "feature", feature)
+    if isinstance(kind, datasets.ClassLabel):
+        holds = f"numbers of the classes {', '.join(kind.names[:5])}"
+    elif getattr(kind, "dtype", None) in ("string", "large_string", "null"):
+        return source
+    else:
+        holds = f"{feature}"
+    raise ValueError(
+        f"--caption_column '{source.caption_column}' should hold texts or lists of texts, it holds {holds}."
+    )
 
 
 def open_images(
@@ -107,7 +113,7 @@ def open_images(
     Args:
         dataset_name: Hub id, or folder of a local dataset, one written by `save_to_disk` included.
         train_data_dir: instead, a folder of `images.npy` and `captions.json`; of WebDataset shards (*.tar); or of
-            images with a `metadata.jsonl` (`datasets`' imagefolder).
+            images with a `metadata.jsonl` (`datasets`' imagefolder), or with a .txt file beside each.
         dataset_config_name: configuration of the dataset.
         image_column: see `DatasetImages`.
         caption_column: see `DatasetImages`.
@@ -115,7 +121,7 @@ def open_images(
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: a column is missing.
+        ValueError: a column is missing or holds no texts, or images and captions do not fit; the message says which.
     """
     if dataset_name is None:
         return _open_folder(Path(str(train_data_dir)), image_column, caption_column, cache_dir)
@@ -125,7 +131,7 @@ def open_images(
         dataset = datasets.load_from_disk(dataset_name)
     else:
         dataset = datasets.load_dataset(dataset_name, dataset_config_name, cache_dir=cache_dir, split="train")
-    return DatasetImages(dataset, image_column, caption_column)
+    return _check_captions(DatasetImages(dataset, image_column, caption_column))
 
 
 def _open_folder(
@@ -139,10 +145,20 @@ def _open_folder(
 
     shards = sorted(str(file) for file in folder.glob("*.tar"))
     if shards:
+        check_shards(
+            shards,
+            _IMAGE_COLUMNS if image_column is None else [image_column],
+            _CAPTION_COLUMNS if caption_column is None else [caption_column],
+        )
         dataset = datasets.load_dataset("webdataset", data_files=shards, cache_dir=cache_dir, split="train")
-    else:
+    elif has_metadata(folder):
         dataset = datasets.load_dataset("imagefolder", data_dir=str(folder), cache_dir=cache_dir, split="train")
-    return DatasetImages(dataset, image_column, caption_column)
+    else:
+        files = image_files(folder)
+        if not any(file.with_suffix(".txt").is_file() for file in files):
+            raise ValueError(explain_missing_captions(folder))
+        return CaptionFileImages(folder, files)
+    return _check_captions(DatasetImages(dataset, image_column, caption_column))
 
 
 class TrainingImages:
@@ -189,20 +205,24 @@ class TrainingImages:
         """
         horizontal, vertical, flip, choice = torch.rand(4, generator=generator).tolist()
         skipped: list[int] = []
+        reasons: list[str] = []
         for offset in range(len(self)):
             candidate = (index + offset) % len(self)
             try:
                 image, captions = self.source.read(candidate)
-            except UnreadableImage:
+                image = as_rgb(image)
+            except UnreadableImage as error:
                 skipped.append(candidate)
+                reasons.append(str(error))
                 continue
             centering = (0.5, 0.5) if self.center_crop else (horizontal, vertical)
             pixels = self._pixels(image, centering, mirror=self.random_flip and flip < 0.5)
             return {"pixels": pixels, "caption": _one_caption(captions, choice, candidate), "skipped": skipped}
-        raise ValueError(f"None of the {len(self)} images of the training set decodes.")
+        raise ValueError(
+            f"None of the {len(self)} images of the training set decodes. Number {skipped[0]}: {reasons[0]}"
+        )
 
     def _pixels(self, image: Image.Image, centering: tuple[float, float], mirror: bool) -> Tensor:
-        image = ImageOps.exif_transpose(image).convert("RGB")
         image = ImageOps.fit(image, (self.resolution, self.resolution), Image.Resampling.BILINEAR, centering=centering)
         if mirror:
             image = ImageOps.mirror(image)
@@ -210,8 +230,11 @@ class TrainingImages:
 
 
 def _one_caption(captions: Any, choice: float, index: int) -> str:
-    texts = [captions] if isinstance(captions, str) else captions or [""]
-    chosen = texts[int(choice * len(texts))]
+    """One of a sample's captions; the empty text where it has none."""
+    texts = captions if isinstance(captions, (list, tuple)) else [captions]
+    chosen = texts[int(choice * len(texts))] if texts else None
+    if chosen is None:
+        return ""
     if not isinstance(chosen, str):
         raise ValueError(f"The caption of sample {index} should be a string or a list of strings, got {captions!r}.")
     return chosen

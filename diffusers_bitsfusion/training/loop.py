@@ -1,4 +1,4 @@
-"""The training loop of one stage: any number of processes, exact continuation, an end on the first NaN."""
+"""Training loop of one stage: on any number of processes, with exact continuation, until the first NaN."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..utils.errors import DamagedFileError
+from ..utils.files import write_atomically
+from ..utils.json_files import is_count, parse_json
 from .batches import Batch, Batches
 from .checkpoints import checkpoints, load_checkpoint, read_settings, save_checkpoint
 from .losses import Loss
@@ -25,11 +28,15 @@ LOG_FILE = "losses.jsonl"
 
 
 class Objective(Protocol):
-    """`losses.Distillation` or `losses.NoisePrediction`."""
+    """Objective of a stage, `losses.Distillation` or `losses.NoisePrediction`."""
 
-    def __call__(self, model: nn.Module, batch: Batch) -> Loss: ...
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of a batch."""
+        ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Undo what the objective has changed on models."""
+        ...
 
 
 class TrainingDiverged(RuntimeError):
@@ -38,15 +45,15 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How long a stage trains and what it keeps.
+    """Options of a stage: how long it trains, and what it keeps.
 
     Attributes:
-        max_train_steps: optimizer steps.
-        max_grad_norm: gradients are clipped to this norm.
-        checkpointing_steps: a checkpoint every so many steps, and at the end.
-        checkpoints_total_limit: keep so many; all where None.
-        validation_steps: call `validate` every so many steps; never where None.
-        tracker_offset: added to the step that trackers are told, so that a second stage follows the first.
+        max_train_steps: number of optimizer steps.
+        max_grad_norm: norm that gradients are clipped to.
+        checkpointing_steps: number of steps between checkpoints; the last step has one as well.
+        checkpoints_total_limit: number of checkpoints to keep; None for all.
+        validation_steps: number of steps between calls of `validate`; None for no calls.
+        tracker_offset: number that is added to the step in trackers, so that a second stage follows the first.
     """
 
     max_train_steps: int
@@ -58,19 +65,20 @@ class LoopOptions:
 
 
 class TrainingLoop:
-    """Trains a prepared model on one objective.
+    """Training loop of a prepared model on one objective.
 
     Args:
-        accelerator: prepares the model and the optimizer; nothing else prepared by it may still be in use.
-        student: a model prepared by `prepare_qat`, or that shared out over the processes.
-        objective: what is minimised.
-        batches: where samples come from.
-        optimizer: over the student's parameters.
-        lr_scheduler: steps once an optimizer step.
-        folder: takes checkpoints and `losses.jsonl`.
-        settings: what a continued run must agree in.
-        options: see there.
-        ema: average of the student's parameters.
+        accelerator: accelerator that prepares the model and the optimizer; no other object that it has prepared may
+            still be in use.
+        student: model that `prepare_qat` has prepared, sharded or not.
+        objective: objective to minimise.
+        batches: batches to train on.
+        optimizer: optimizer of the student's parameters.
+        lr_scheduler: learning rate scheduler, which steps once an optimizer step.
+        folder: folder of checkpoints and `losses.jsonl`.
+        settings: settings that a continued run must agree in.
+        options: options of the stage.
+        ema: exponential moving average of the student's parameters; None for none.
     """
 
     def __init__(
@@ -85,7 +93,7 @@ class TrainingLoop:
         settings: dict[str, Any],
         options: LoopOptions,
         ema: EMAModel | None = None,
-    ):
+    ) -> None:
         self.accelerator, self.objective, self.batches = accelerator, objective, batches
         self.folder, self.settings, self.options, self.ema = folder, settings, options, ema
         self.placed = student if isinstance(student, ShardedModel) else ReplicatedModel(accelerator, student)
@@ -98,25 +106,25 @@ class TrainingLoop:
         folder.mkdir(parents=True, exist_ok=True)
 
     def resume(self, checkpoint: Path) -> None:
-        """Continue from a checkpoint, as if never interrupted; the optimizer's options are those of this run.
+        """Continue from a checkpoint, as if never interrupted, but with the optimizer's options of this run.
 
         Raises:
             ValueError: see `load_checkpoint`.
-            FileExistsError: the folder has later checkpoints, which this run does not lead to.
+            FileExistsError: the folder has later checkpoints, which this run would not have written.
         """
-        taken, _ = read_settings(checkpoint)
-        if later := [path.name for path in checkpoints(self.folder) if read_settings(path)[0] > taken]:
+        done, _ = read_settings(checkpoint)
+        if later := [path.name for path in checkpoints(self.folder) if read_settings(path)[0] > done]:
             raise FileExistsError(
                 f"{self.folder} holds checkpoints later than {checkpoint}: {', '.join(later)}. Delete them to go on "
                 "from there, or choose another --output_dir."
             )
-        asked = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        requested = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.step, state = load_checkpoint(self.accelerator, checkpoint, self.settings)
-        for group, options in zip(self.optimizer.param_groups, asked, strict=True):
-            rate = group["lr"] / group["initial_lr"] * options["initial_lr"]  # where the schedule has come to
+        for group, options in zip(self.optimizer.param_groups, requested, strict=True):
+            rate = group["lr"] / group["initial_lr"] * options["initial_lr"]  # The schedule's progress is kept.
             group.update(options | {"lr": rate})
         rates = {
-            "base_lrs": [options["initial_lr"] for options in asked],
+            "base_lrs": [options["initial_lr"] for options in requested],
             "_last_lr": [group["lr"] for group in self.optimizer.param_groups],
         }
         self.lr_scheduler.load_state_dict(state["lr_scheduler"] | rates)
@@ -142,7 +150,7 @@ class TrainingLoop:
         """Train to `max_train_steps`, then save.
 
         Args:
-            validate: called with the step, the student holding its averaged weights meanwhile.
+            validate: function that is called with the step, while the student has its averaged weights.
 
         Raises:
             TrainingDiverged: a loss or gradient is NaN or infinite; the last checkpoint is kept.
@@ -175,7 +183,7 @@ class TrainingLoop:
 
     @contextmanager
     def averaged(self) -> Iterator[ModelMixin]:
-        """The student in evaluation mode, within the block with its averaged weights."""
+        """Set the student to evaluation mode and to its averaged weights within the block."""
         if self.ema is not None:
             self.ema.store(self.parameters)
             self.ema.copy_to(self.parameters)
@@ -188,7 +196,7 @@ class TrainingLoop:
                 self.ema.restore(self.parameters)
 
     def finish(self) -> ModelMixin:
-        """The student, unwrapped, with its averaged weights for good; this loop is over."""
+        """End the loop, and return the student, unwrapped, with its averaged weights for good."""
         self.objective.close()
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
@@ -197,7 +205,7 @@ class TrainingLoop:
         return student.eval()
 
     def _train_step(self) -> dict[str, float]:
-        """One optimizer step; losses averaged over all samples of the step."""
+        """Make one optimizer step, and return its losses averaged over all samples, by name."""
         accelerator, norm = self.accelerator, None
         sums: dict[str, float] = {}
         for _ in range(self.batches.sharing.accumulation):
@@ -209,7 +217,7 @@ class TrainingLoop:
                 accelerator.backward(loss.total)
                 if accelerator.sync_gradients:
                     norm = gathered(accelerator.clip_grad_norm_(self.parameters, self.options.max_grad_norm))
-                    if norm is not None and accelerator.scaler is None:  # fp16's scaler skips such steps itself
+                    if norm is not None and accelerator.scaler is None:  # The scaler of fp16 skips such steps itself.
                         self._check_finite("gradient", float(norm), batch)
                 rate = self.lr_scheduler.get_last_lr()[0]
                 self.optimizer.step()
@@ -237,14 +245,25 @@ class TrainingLoop:
 
 
 class _LossLog:
-    """One JSON object a step; on continuing, later steps of the interrupted run are dropped."""
+    """Log of one JSON object a step; on continuing, it drops later steps of the interrupted run."""
 
-    def __init__(self, path: Path, step: int):
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith(b"\n")]  # A kill may have cut the last line.
+        kept = [line for number, line in enumerate(whole, start=1) if _step(line, f"{path}, line {number}") <= step]
+        write_atomically(path, b"".join(kept))
         self.path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:
         with self.path.open("a") as stream:
             stream.write(json.dumps({"step": step} | values) + "\n")
+
+
+def _step(line: bytes, where: str) -> int:
+    """Return the step of a line of the log."""
+    remedy = "Delete the line, or the file."
+    content = parse_json(line, where, non_finite=True, remedy=remedy)
+    if not is_count(content.get("step")):
+        raise DamagedFileError(where, "is damaged: it has no step", remedy)
+    step: int = content["step"]
+    return step

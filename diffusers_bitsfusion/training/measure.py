@@ -1,4 +1,4 @@
-"""What a run will cost, from a trial step, and where along the timesteps quantization hurts."""
+"""Time and memory of a run, from a trial step, and the error of quantization along the timesteps."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _GB = 1e9
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a stage will take on each process.
+    """Estimated time and memory of a stage on each process.
 
     Attributes:
-        seconds_per_step: of an optimizer step.
-        steps: steps to go.
+        seconds_per_step: seconds of an optimizer step.
+        steps: number of remaining steps.
         memory: bytes by part.
     """
 
@@ -45,13 +45,13 @@ class Estimate:
 def static_memory(
     student: nn.Module, frozen: Iterable[nn.Module], ema: bool = True, optimizer_bytes: int = 8
 ) -> dict[str, int]:
-    """Bytes that training holds on each process whatever the batch.
+    """Return the bytes that training holds on each process independently of the batch, by part.
 
     Args:
-        student: the model in training; where it is shared out, this process's part of it counts.
+        student: model in training; where it is sharded, this process's shards count.
         frozen: teacher, VAE, text encoder.
-        ema: whether an average of the student is kept.
-        optimizer_bytes: optimizer state of each trained parameter: 8 for AdamW, 2 for its 8-bit form.
+        ema: whether training keeps an exponential moving average of the student.
+        optimizer_bytes: bytes of optimizer state of each trained parameter: 8 for AdamW, 2 for its 8-bit form.
     """
     trained = sum(local(p).numel() for p in student.parameters() if p.requires_grad)
     held = sum(local(p).nbytes for p in student.parameters())
@@ -65,14 +65,14 @@ def static_memory(
 
 
 def estimate(loop: TrainingLoop, memory: dict[str, int]) -> Estimate:
-    """Time a forward and backward pass on a real batch; nothing is learned from it.
+    """Time a forward and backward pass on a real batch, without changing the model. Every process must call it.
 
     Args:
-        loop: about to train; every process calls this.
-        memory: see `static_memory`; on CUDA the trial's activations are added.
+        loop: loop that is about to train.
+        memory: bytes by part, see `static_memory`; on CUDA the trial's activations are added.
     """
     device, batches = loop.accelerator.device, loop.batches
-    for _ in range(2):  # the first is slower: allocations, compilation
+    for _ in range(2):  # The first trial also allocates and compiles, so that the second one counts.
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -103,15 +103,17 @@ def measure_timestep_errors(
     scheduler: SchedulerMixin,
     num_samples: int = 2560,
 ) -> TimestepErrors:
-    """The paper's curve: what quantization does to the clean latents, along the timesteps.
+    """Measure the error of quantization in the clean latents along the timesteps (paper, section 6).
+
+    Every process must call it.
 
     Args:
-        accelerator: every process calls this.
-        student: prepared, not wrapped.
-        teacher: the full-precision model.
-        batches: with uniform timesteps, which spread the samples over the curve.
-        scheduler: gives the noise schedule and what the models predict.
-        num_samples: at least so many samples; the paper has 128 at each timestep.
+        accelerator: accelerator of the processes.
+        student: model that `prepare_qat` has prepared, not wrapped.
+        teacher: full-precision model.
+        batches: batches with uniform timesteps, which spread the samples over the curve.
+        scheduler: scheduler with the noise schedule and the prediction type of the models.
+        num_samples: minimal number of samples; the paper has 128 at each timestep.
     """
     meter = ErrorMeter(scheduler.alphas_cumprod, scheduler.config.prediction_type)
     sharing = batches.sharing

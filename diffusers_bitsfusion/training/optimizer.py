@@ -1,4 +1,4 @@
-"""AdamW as the paper uses it: constant learning rate, weight decay on weights alone."""
+"""AdamW as in the paper (section 6): constant learning rate, weight decay on weights alone."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import nn
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameters that require gradients: weights with `weight_decay`; scales, biases and norms without.
+    """Return the parameters that require gradients: weights with `weight_decay`; scales, biases and norms without.
 
-    A scale that decays would pull a whole channel towards zero, weights and all.
+    The decay of a scale would pull all weights of its channel towards zero.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
@@ -28,10 +28,18 @@ def make_optimizer(
     epsilon: float = 1e-8,
     use_8bit_adam: bool = False,
 ) -> torch.optim.Optimizer:
-    """AdamW over what `model` trains.
+    """Return AdamW over the parameters of `model` that require gradients.
+
+    Args:
+        model: model to train.
+        learning_rate: learning rate.
+        betas: decay rates of the first and second moments.
+        weight_decay: weight decay of weights; scales, biases and norms have none.
+        epsilon: number that is added to the root of the second moment.
+        use_8bit_adam: whether the moments are in 8 bits, by bitsandbytes.
 
     Raises:
-        ImportError: `use_8bit_adam` without bitsandbytes.
+        ImportError: `use_8bit_adam` is set, and bitsandbytes is not installed.
     """
     kind: Any = torch.optim.AdamW
     if use_8bit_adam:
@@ -42,4 +50,6 @@ def make_optimizer(
                 "To use 8-bit Adam, please install the bitsandbytes library: `pip install bitsandbytes`"
             ) from error
         kind = bitsandbytes.optim.AdamW8bit
-    return kind(parameter_groups(model, weight_decay), lr=learning_rate, betas=betas, eps=epsilon)
+    groups = parameter_groups(model, weight_decay)
+    optimizer: torch.optim.Optimizer = kind(groups, lr=learning_rate, betas=betas, eps=epsilon)
+    return optimizer

@@ -1,4 +1,4 @@
-"""What quantization does along the timesteps (paper, section 6), measured while training or for the next run."""
+"""Error of quantization along the timesteps (paper, section 6), measured while training or for the next run."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..utils.errors import DamagedFileError
+from ..utils.files import write_atomically
+from ..utils.json_files import is_number, read_json
 from ..utils.timesteps import TimestepDistribution
 
+# Number of bins that all timesteps are divided into.
 BINS = 20
 
 
 @dataclass(frozen=True)
 class TimestepErrors:
-    """What quantization does to the model's estimate of the clean latents, along the timesteps.
+    """Error of quantization in the model's estimate of the clean latents, along the timesteps.
 
     Attributes:
         timesteps: middle of each bin.
-        errors: mean squared error of the estimate in that bin; for models that predict noise this is the paper's
-            (1 - alpha_bar) / alpha_bar * |difference of noise|^2.
+        errors: mean squared error of the estimate in each bin; for models that predict noise this is the paper's
+            (1 - alpha_bar) / alpha_bar * |difference of noise|^2 (section 6).
     """
 
     timesteps: list[float]
@@ -30,18 +34,34 @@ class TimestepErrors:
 
     @classmethod
     def load(cls, path: Path) -> TimestepErrors:
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read a curve that `save` has written.
+
+        Raises:
+            DamagedFileError: the file does not hold as many errors as increasing timesteps.
+        """
+        content = read_json(path)
+        curves = [content.get(key) for key in ("timesteps", "errors")]
+        if not (
+            content.keys() == {"timesteps", "errors"}
+            and all(isinstance(curve, list) and all(is_number(value) for value in curve) for curve in curves)
+            and len(curves[0]) == len(curves[1]) > 0
+            and curves[0] == sorted(set(curves[0]))
+            and min(curves[1]) >= 0
+        ):
+            raise DamagedFileError(path, "is no curve of errors: it must have timesteps and errors, lists as long")
+        return cls(**content)
 
     def distribution(self, num_timesteps: int) -> TimestepDistribution:
-        """Timesteps in proportion to the errors, interpolated between the bins."""
+        """Return the distribution of timesteps in proportion to the errors, interpolated between the bins."""
         return TimestepDistribution(np.interp(np.arange(num_timesteps) + 0.5, self.timesteps, self.errors))
 
     def save(self, path: Path) -> None:
+        """Write the curve to a JSON file."""
         content = {"timesteps": self.timesteps, "errors": self.errors}
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_atomically(path, json.dumps(content, indent=2) + "\n")
 
     def plot(self, path: Path) -> None:
-        """Draw the curve.
+        """Plot the curve to an image file.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -57,15 +77,19 @@ class TimestepErrors:
 
 
 class ErrorMeter:
-    """Collects the errors of `TimestepErrors` sample by sample.
+    """Meter of the errors of `TimestepErrors`, sample by sample.
 
     Args:
         alphas_cumprod: floating [timesteps] of the noise schedule.
         prediction_type: "epsilon", "v_prediction" or "sample".
+
+    Attributes:
+        sums: float64 [bins], sum of the squared errors.
+        counts: float64 [bins], number of samples.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, prediction_type: str):
-        # Squared factor from an error of the prediction to one of the clean latents.
+    def __init__(self, alphas_cumprod: Tensor, prediction_type: str) -> None:
+        # Squared factors from an error of the prediction to an error of the clean latents, by timestep.
         alphas = alphas_cumprod.double()
         factors = {"epsilon": (1 - alphas) / alphas, "v_prediction": 1 - alphas, "sample": torch.ones_like(alphas)}
         self._factors = factors[prediction_type].cpu()
@@ -73,7 +97,13 @@ class ErrorMeter:
         self.counts = torch.zeros(BINS, dtype=torch.float64)
 
     def update(self, student: Tensor, teacher: Tensor, timesteps: Tensor) -> None:
-        """Take predictions [batch, ...] of both models at timesteps int64 [batch]."""
+        """Add the errors of a batch.
+
+        Args:
+            student: predictions of the quantized model, floating [batch, ...].
+            teacher: predictions of the full-precision model, floating [batch, ...].
+            timesteps: int64 [batch].
+        """
         timesteps = timesteps.cpu()
         squared = (student.double() - teacher.double()).square().flatten(1).mean(1).cpu()
         bins = timesteps * BINS // len(self._factors)
@@ -81,7 +111,7 @@ class ErrorMeter:
         self.counts.index_add_(0, bins, torch.ones_like(squared))
 
     def result(self) -> TimestepErrors:
-        """The curve; bins that no sample fell into are left out."""
+        """Return the curve, without the bins that have no sample."""
         width = len(self._factors) / BINS
         seen = self.counts > 0
         middles = (torch.arange(BINS) + 0.5) * width

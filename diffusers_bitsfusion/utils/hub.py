@@ -1,11 +1,14 @@
-"""What to do about a Hub that refuses an upload."""
+"""Folders that may be on the Hub, and what to do about a Hub that refuses an upload."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 _WAYS_OUT = {
     401: "Log in with `hf auth login`, or pass `token=`.",
@@ -15,9 +18,28 @@ _WAYS_OUT = {
 _SERVER_TROUBLE = "The Hub has trouble: push again later. Files that arrived are not sent twice."
 
 
+def local_folder(path: str | os.PathLike[str], patterns: Sequence[str]) -> Path:
+    """A folder as it is, or the folder that those files of a Hub id which match `patterns` are downloaded into.
+
+    Raises:
+        FileNotFoundError: it is neither a folder nor a Hub id.
+        OSError: the Hub has no such repository, or cannot be asked.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(os.fspath(path), allow_patterns=list(patterns)))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{path} is neither a folder nor a Hub id.") from error
+
+
+_MARK = "Nothing was committed to"
+
+
 @contextmanager
 def explaining_refusals(repo_id: str) -> Iterator[None]:
-    """Add to the client's error what state the repository is in and what to do.
+    """Add to the client's error what state the repository is in and what to do; once, where such blocks are nested.
 
     Raises:
         HfHubHTTPError: the client's own, its message extended.
@@ -25,7 +47,8 @@ def explaining_refusals(repo_id: str) -> Iterator[None]:
     try:
         yield
     except HfHubHTTPError as error:
-        status = error.response.status_code
-        way_out = _WAYS_OUT.get(status, _SERVER_TROUBLE if status >= 500 else "")
-        error.append_to_message(f"\nNothing was committed to {repo_id}. {way_out}".rstrip())
+        if _MARK not in str(error):
+            status = error.response.status_code
+            way_out = _WAYS_OUT.get(status, _SERVER_TROUBLE if status >= 500 else "")
+            error.append_to_message(f"\n{_MARK} {repo_id}. {way_out}".rstrip())
         raise

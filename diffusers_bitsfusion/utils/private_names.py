@@ -75,6 +75,12 @@ TRANSFORMERS_INITIALIZED = PrivateName(
 )
 TRANSFORMERS_INIT = PrivateName("transformers.modeling_utils", "_init_weights", "buffers of a packed text encoder")
 PEFT_NEW_MODULE = PrivateName("peft.tuners.lora.model", "_create_new_module", "fusing LoRAs into packed layers")
+PEFT_MERGE = PrivateName(
+    "peft.tuners.tuners_utils", "_unload_and_optionally_merge", "refusing to merge what packed layers cannot take"
+)
+PEFT_TARGETS = PrivateName(
+    "peft.tuners.tuners_utils", "_check_target_module_exists", "putting adapters in whole or not at all"
+)
 PEFT_ADAPTERS = PrivateName(
     "peft.tuners.tuners_utils", "_all_available_adapter_names", "saying which adapters are not saved"
 )

@@ -82,7 +82,7 @@ def estimates(run_analysis) -> dict[str, Analysis]:
 
 @pytest.fixture
 def make_analysis():
-    """An analysis of given damages: layer to (weights, damage at 1, 2, 3 bits)."""
+    """An analysis of given sensitivities: layer to (weights, sensitivity at 1, 2, 3 bits)."""
 
     def make(layers: dict[str, tuple[int, tuple[float, ...]]], clip_drop: dict[str, float] | None = None) -> Analysis:
         costs = {

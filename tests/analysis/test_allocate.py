@@ -8,7 +8,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model, size_report
-from diffusers_bitsfusion.analysis.allocate import RULES, Totals, allocate, predicted_damage
+from diffusers_bitsfusion.analysis.allocate import RULES, Totals, allocate, predicted_sensitivity
 
 from .conftest import DEAD
 
@@ -36,14 +36,14 @@ def test_bytes_are_those_of_the_file(full, small_pipe, target_of, tmp_path):
     assert Totals.of(recipe, full).bytes == found
 
 
-def test_the_knapsack_takes_no_more_bytes_than_the_data_free_recipe_and_does_the_least_damage(full, target_of):
+def test_the_knapsack_takes_no_more_bytes_than_the_data_free_recipe_and_has_the_lowest_sensitivity(full, target_of):
     target = target_of(LAYER_BITS)
     totals = {rule: Totals.of(allocate(full, target, rule=rule), full) for rule in RULES}
     assert totals["knapsack"].bytes <= totals["data-free"].bytes
-    assert totals["knapsack"].damage <= totals["data-free"].damage
+    assert totals["knapsack"].sensitivity <= totals["data-free"].sensitivity
     within = totals["paper"].bytes
     other = Totals.of(allocate(full, max_bytes=within), full)
-    assert other.bytes <= within and other.damage <= totals["paper"].damage
+    assert other.bytes <= within and other.sensitivity <= totals["paper"].sensitivity
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -106,9 +106,9 @@ def test_a_recipe_is_saved_loaded_and_used_on_a_fine_tune(full, small_folder, ta
     assert {name: pipe.unet.get_submodule(name).bits for name in recipe} == recipe
 
 
-def test_above_the_measured_bits_damage_falls_as_the_weight_error_does(make_analysis):
+def test_above_the_measured_bits_sensitivity_falls_as_the_weight_error_does(make_analysis):
     analysis = make_analysis({"a": (1000, (0.4, 0.2, 0.05)), "dead": (10, (0.0, 0.0, 0.0))})
-    predicted, errors = predicted_damage(analysis), analysis.header.layers["a"].weight_error
+    predicted, errors = predicted_sensitivity(analysis), analysis.header.layers["a"].weight_error
     assert predicted["a"][:3] == [0.4, 0.2, 0.05]
     assert predicted["a"][3:] == pytest.approx([0.05 * error / errors[2] for error in errors[3:]])
     assert predicted["dead"] == [0.0] * 7

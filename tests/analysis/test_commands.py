@@ -53,7 +53,8 @@ def test_allocate_writes_a_recipe_that_fits(full, saved, small_folder, target_of
     target = target_of(2.2)
     for options in ((), ("--rule", "paper", "--eta", 0.1), ("--rule", "data-free")):
         out = saved / "new" / "recipe.json"
-        result = run("allocate", saved, "--target-bits", target, "--out", out, "--model", small_folder, *options)
+        written = ("--out", out, "--overwrite")
+        result = run("allocate", saved, "--target-bits", target, *written, "--model", small_folder, *options)
         assert result.exit_code == 0, result.output
         recipe = Recipe.load(out)
         rule = options[1] if options else "knapsack"
@@ -61,9 +62,9 @@ def test_allocate_writes_a_recipe_that_fits(full, saved, small_folder, target_of
         assert recipe == expected and recipe.shapes == full.shapes and rule in recipe.source
         assert str(allocation.Totals.of(recipe, full)) in result.stdout
     budget = allocation.Totals.of(recipe, full).bytes
-    result = run("allocate", saved / "analysis.jsonl", "--max-bytes", budget, "--out", out)
+    result = run("allocate", saved / "analysis.jsonl", "--max-bytes", budget, *written)
     assert result.exit_code == 0 and f"max_bytes={budget}" in Recipe.load(out).source
-    result = run("allocate", saved, "--max-bytes", budget, "--metric", "psnr", "--out", out)
+    result = run("allocate", saved, "--max-bytes", budget, "--metric", "psnr", *written)
     assert result.exit_code == 0
     assert Recipe.load(out) == allocation.allocate(full.by("psnr"), max_bytes=budget)
     assert Recipe.load(out).source.endswith("by psnr")
@@ -99,3 +100,26 @@ def test_analyze_says_what_is_missing(small_folder, source_folder, tmp_path):
 def test_a_packed_pipeline_is_refused(packed_folders, tmp_path):
     message = fails("analyze", packed_folders["keep"], "--out", tmp_path, "--method", "weight")
     assert "is quantized already" in message
+
+
+@pytest.mark.parametrize("kind", ["table", "keep"])
+def test_allocate_counts_the_time_embedding_as_quantize_does(saved, small_folder, target_of, kind):
+    out = saved / "recipe.json"
+    asked = ("--model", small_folder, "--time-embedding", kind, "--json")
+    result = run("allocate", saved, "--target-bits", target_of(2.6), "--out", out, *asked)
+    assert result.exit_code == 0, result.output
+    quantized = run(
+        "quantize",
+        small_folder,
+        saved / kind,
+        "--recipe",
+        out,
+        "--time-embedding",
+        kind,
+        "--dtype",
+        "float32",
+        "--json",
+    )
+    figures = json.loads(quantized.stdout)["quantized"]["unet"]["bits_per_weight"]
+    assert json.loads(result.stdout)["paper_bits"] == pytest.approx(figures["paper"], abs=1e-6)
+    assert run("allocate", saved, "--out", saved / "no.json", "--time-embedding", kind).exit_code == 2

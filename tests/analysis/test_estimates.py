@@ -1,4 +1,4 @@
-"""The estimates, each against the same quantity computed in another way."""
+"""The estimates, each against the same quantity computed by other means."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny_transformers import tiny_sd3
 from torch import nn
 
 from diffusers_bitsfusion.analysis import estimates as module
-from diffusers_bitsfusion.analysis.layer_cost import holding
+from diffusers_bitsfusion.analysis.layer_cost import temporary_weight
 from diffusers_bitsfusion.analysis.recording import Reference, record
 from diffusers_bitsfusion.analysis.results import Analysis
 from diffusers_bitsfusion.analysis.single_layer import trained_weight
@@ -99,7 +99,7 @@ def test_calibrated_error_is_that_of_the_layer_calibrated_for_other_calls(estima
     changed = {"weight": (codes * scale[:, None]).view_as(layer.weight)}
     if layer.bias is not None:
         changed["bias"] = layer.bias + (weight - codes * scale[:, None]) @ mean
-    with holding(layer, **changed):
+    with temporary_weight(layer, **changed):
         found = sample_errors(study.model, second)
     for each in study.layers.values():
         each.weight.data = rounded(each.weight, 2)
@@ -111,7 +111,7 @@ def test_calibrated_layers_change_the_prediction_less_than_rounded_ones(estimate
     calls, alone = study.reference.calls[1::2], []
     nearest = {name: rounded(layer.weight, 2) for name, layer in study.layers.items()}
     for name, layer in study.layers.items():
-        with holding(layer, nearest[name]):
+        with temporary_weight(layer, nearest[name]):
             alone.append(sample_errors(study.model, calls))
     for name, layer in study.layers.items():
         layer.weight.data = nearest[name]
@@ -155,7 +155,7 @@ def test_estimates_of_the_prediction_rank_layers_as_the_full_analysis_does(full,
 
 
 @pytest.mark.parametrize("method", ["calibrated", "prediction", "gradient", "output", "weight"])
-def test_a_layer_that_gives_nothing_does_no_damage(estimates, method):
+def test_a_layer_that_gives_nothing_has_no_sensitivity(estimates, method):
     assert all(estimates[method].damage(bits)[DEAD] == 0 for bits in (1, 2, 3))
 
 
@@ -191,7 +191,7 @@ def test_transformers_and_layers_that_are_never_called(transformer_study, monkey
     monkeypatch.setattr(module, "_PROBES", 40)
     items = [(name, 2) for name in transformer_study.layers]
     unread, rest = "transformer_blocks.1.unread", "transformer_blocks.0.attn.to_v"
-    damage = {}
+    sensitivity = {}
     for measure in (
         module.measure_output,
         module.measure_gradient,
@@ -200,9 +200,11 @@ def test_transformers_and_layers_that_are_never_called(transformer_study, monkey
     ):
         records = dict(measure(transformer_study, items))
         assert list(records) == items
-        damage[measure] = {name: next(iter(metrics.values())) for (name, _), metrics in records.items()}
-        assert damage[measure][unread] == 0 < damage[measure][rest]
-    ranks = rankdata([list(damage[m].values()) for m in (module.measure_gradient, module.measure_prediction)], axis=1)
+        sensitivity[measure] = {name: next(iter(metrics.values())) for (name, _), metrics in records.items()}
+        assert sensitivity[measure][unread] == 0 < sensitivity[measure][rest]
+    ranks = rankdata(
+        [list(sensitivity[m].values()) for m in (module.measure_gradient, module.measure_prediction)], axis=1
+    )
     assert np.corrcoef(ranks)[0, 1] > 0.8
 
     calls = transformer_study.reference.calls

@@ -41,6 +41,27 @@ def test_it_shows_layers_rules_and_how_other_methods_rank_them(full, estimates, 
     assert "24 layers" in page and "prompts 3" in page
 
 
+def test_every_point_of_the_first_picture_names_its_layer(full, page):
+    first = re.findall(r'<embed title="Damage[^>]*src="data:image/svg\+xml;base64,([^"]+)"', page)
+    svg = "{http://www.w3.org/2000/svg}"
+    titles = [each.text for each in ElementTree.fromstring(base64.b64decode(first[0])).iter(f"{svg}title")]
+    expected = {
+        f"{name}, n = {n}: {full.damage(n)[name]:.3g}" for n in full.header.bits for name in full.header.layers
+    }
+    dead = {title for title in expected if title.endswith(": 0")}
+    assert set(titles) == expected - dead and len(titles) == len(expected - dead) > 50
+
+
+def test_pictures_are_described_and_fit_a_phone(page):
+    assert len(re.findall(r'(?:alt|<embed title)="\w[^"]+"', page)) == 5 and 'alt=""' not in page
+    assert "width=device-width" in page and "bitsfusion allocate . --target-bits" in page
+
+
+def test_the_mid_block_stands_between_down_and_up(full):
+    names = figures.in_order_of_computing(["down_blocks.0.a", "up_blocks.0.a", "mid_block.a", "x", "down_blocks.1.a"])
+    assert names == ["x", "down_blocks.0.a", "down_blocks.1.a", "mid_block.a", "up_blocks.0.a"]
+
+
 def test_the_same_analysis_gives_the_same_page(full, estimates, page, tmp_path):
     write_report(full, tmp_path / "again.html", estimates=list(estimates.values()))
     assert (tmp_path / "again.html").read_text() == page

@@ -51,7 +51,7 @@ def test_every_layer_at_every_width_has_every_metric(full, small_pipe):
 
 
 @pytest.mark.parametrize("bits", [1, 3])
-def test_what_is_measured_is_the_distance_of_pictures_drawn_with_the_layer_rounded(small_pipe, bits):
+def test_what_is_measured_is_the_distance_of_images_sampled_with_the_layer_rounded(small_pipe, bits):
     references = generate_images(small_pipe, CAPTIONS, SETTINGS.sampling, progress=False)
     settings = replace(SETTINGS, qat_steps=0)
     study = Study(small_pipe, CAPTIONS, settings, clip=None, reference=Reference(references, []))
@@ -74,7 +74,7 @@ def test_the_drop_of_the_clip_score_is_the_references_less_the_layers(small_fold
     layer = small_pipe.unet.get_submodule(LAYER)
     layer.weight.data = trained_weight(small_pipe.unet, LAYER, 1, reference.calls, 1, SETTINGS.learning_rate)
     images = generate_images(small_pipe, CAPTIONS, SETTINGS.sampling, progress=False)
-    scores = [clip_score(clip.image_features(drawn), texts).mean() for drawn in (reference.images, images)]
+    scores = [clip_score(clip.image_features(generated), texts).mean() for generated in (reference.images, images)]
     assert full.records[LAYER, 1]["clip_drop"] == pytest.approx(scores[0] - scores[1], abs=1e-4)
 
 
@@ -100,7 +100,7 @@ def test_training_lessens_the_error_of_the_prediction_and_leaves_the_model_as_it
     assert errors[1] < errors[0]
 
 
-def test_a_layer_that_gives_nothing_does_no_damage(full):
+def test_a_layer_that_gives_nothing_has_no_sensitivity(full):
     for bits in (1, 2, 3):
         assert full.records[DEAD, bits]["mse"] == 0
         assert full.records[DEAD, bits]["psnr"] is None  # infinite

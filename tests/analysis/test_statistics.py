@@ -13,7 +13,10 @@ from diffusers_bitsfusion.analysis.statistics import metric_correlations, rank_c
 def two(make_analysis):
     rng = np.random.default_rng(0)
     layers = {f"layer{i}": (100, tuple(rng.integers(1, 12, 3) / 8)) for i in range(30)}  # many ties
-    other = {name: (size, tuple(np.array(damage) + rng.normal(size=3) / 2)) for name, (size, damage) in layers.items()}
+    other = {
+        name: (size, tuple(np.array(sensitivity) + rng.normal(size=3) / 2))
+        for name, (size, sensitivity) in layers.items()
+    }
     drops = {name: float(rng.normal()) for name in layers}
     return make_analysis(layers, drops), make_analysis(other)
 

@@ -85,7 +85,7 @@ def test_nan_inputs_name_the_first_layer_that_sees_them(make_pipeline, config, m
     assert pipeline._progress_bar_config == {"disable": True, "leave": False}
 
 
-def test_too_little_memory_is_said_before_anything_is_drawn(make_pipeline, config, make_calibration):
+def test_too_little_memory_is_said_before_anything_is_sampled(make_pipeline, config, make_calibration):
     with pytest.raises(ValueError, match="memory_gb=1e-06 is too little"):
         quantize_model(make_pipeline(), config, progress=False, calibration=make_calibration(memory_gb=1e-6))
 
@@ -128,9 +128,9 @@ def test_a_cache_of_another_pipeline_is_refused(make_pipeline, config, make_cali
         quantize_model(pipeline, config, progress=False, calibration=calibration)
 
 
-def test_a_pipeline_that_starts_from_pictures(make_pipeline, config, make_calibration):
+def test_a_pipeline_that_starts_from_images(make_pipeline, config, make_calibration):
     pipeline = StableDiffusionImg2ImgPipeline.from_pipe(make_pipeline())
-    with pytest.raises(ValueError, match=r"starts from pictures \(it takes strength\).*AutoPipelineForText2Image"):
+    with pytest.raises(ValueError, match=r"starts from images \(it takes strength\).*AutoPipelineForText2Image"):
         quantize_model(pipeline, config, calibration=make_calibration())
 
 

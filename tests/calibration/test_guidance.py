@@ -28,7 +28,7 @@ def _along(error, added):
 
 def test_a_call_without_guidance_is_predicted_as_it_is(call):
     guidance, plain = Guidance(), replace(call, guidance=None)
-    guidance.note(call.output + 1, plain)
+    guidance.observe(call.output + 1, plain)
     guidance.step()
     assert guidance.target(plain) is call.output and guidance.surplus == 0
 
@@ -38,11 +38,11 @@ def test_a_twentieth_of_the_lost_share_is_added(call):
     # An error across the text's part is none of it.
     across = torch.randn(call.output.shape, generator=torch.Generator().manual_seed(1))
     across -= _along(across, call.guidance) / _along(call.guidance, call.guidance) * call.guidance
-    guidance.note(call.output - 0.3 * call.guidance + across, call)
+    guidance.observe(call.output - 0.3 * call.guidance + across, call)
     guidance.step()
     assert guidance.surplus == pytest.approx(0.05 * 0.3, rel=1e-4)
     torch.testing.assert_close(guidance.target(call), call.output + 0.015 * call.guidance)
-    guidance.note(call.output + 0.1 * call.guidance, call)
+    guidance.observe(call.output + 0.1 * call.guidance, call)
     guidance.step()
     assert guidance.surplus == pytest.approx(0.05 * (0.3 - 0.1), rel=1e-4)
 
@@ -56,12 +56,12 @@ def test_rows_count_by_the_inverse_of_their_error(call):
     along = (errors * added).sum((1, 2, 3)) @ weights
     for row in range(3):  # in one call or in several
         part = replace(call, output=call.output[row : row + 1], guidance=call.guidance[row : row + 1])
-        guidance.note(part.output + torch.from_numpy(errors[row : row + 1]), part)
+        guidance.observe(part.output + torch.from_numpy(errors[row : row + 1]), part)
     guidance.step()
     expected = -0.05 * along / (np.square(added).sum((1, 2, 3)) @ weights)
     assert guidance.surplus == pytest.approx(expected, rel=1e-5)
     guidance = Guidance()
-    guidance.note(call.output + torch.from_numpy(errors), call)
+    guidance.observe(call.output + torch.from_numpy(errors), call)
     guidance.step()
     assert guidance.surplus == pytest.approx(expected, rel=1e-5)
 
@@ -71,7 +71,7 @@ def test_predictions_that_shrink_it_come_to_keep_all(call):
     for _ in range(400):
         target = guidance.target(call)
         predicted = target - 0.2 * (target - (call.output - call.guidance))  # 0.8 of the text's part in the target
-        guidance.note(predicted, call)
+        guidance.observe(predicted, call)
         guidance.step()
     torch.testing.assert_close(predicted, call.output, rtol=1e-4, atol=1e-4)
     assert guidance.surplus == pytest.approx(0.25, rel=1e-3)

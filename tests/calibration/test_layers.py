@@ -29,17 +29,17 @@ def layer_and_inputs(request):
     return layer, torch.einsum("ij,bj...->bi...", mixed, torch.randn(shape) + 1)
 
 
-def moments_of(layer, x, most_columns=1000) -> InputMoments:
-    moments = InputMoments(layer, most_columns)
+def moments_of(layer, x, max_columns=1000) -> InputMoments:
+    moments = InputMoments(layer, max_columns)
     moments.add(sample_inputs(layer, x, 10**9, torch.Generator()))
     return moments
 
 
 def packed(layer, codes, scale, bias):
-    twin = packed_twin(layer, 2, torch.float32)
-    twin.set_codes(codes, scale)
-    twin.bias = None if bias is None else nn.Parameter(bias)
-    return twin
+    packed = packed_twin(layer, 2, torch.float32)
+    packed.set_codes(codes, scale)
+    packed.bias = None if bias is None else nn.Parameter(bias)
+    return packed
 
 
 @torch.no_grad()
@@ -65,10 +65,10 @@ def test_the_mean_of_the_output_stays_where_there_is_a_bias(layer_and_inputs):
 
 
 def packed_output_mean(layer, calibrated, x):
-    twin = packed_twin(layer, 1, torch.float32)
-    twin.set_codes(calibrated.codes, calibrated.scale)
-    twin.bias = nn.Parameter(calibrated.bias)
-    return channel_mean(twin(x))
+    packed = packed_twin(layer, 1, torch.float32)
+    packed.set_codes(calibrated.codes, calibrated.scale)
+    packed.bias = nn.Parameter(calibrated.bias)
+    return channel_mean(packed(x))
 
 
 def channel_mean(y: torch.Tensor) -> torch.Tensor:

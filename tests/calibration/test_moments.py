@@ -58,7 +58,7 @@ def test_rows_of_a_linear_layer_are_its_tokens_in_fp32():
 
 
 @pytest.mark.parametrize(("layer", "x"), [(conv(), torch.randn(2, 6, 9, 9)), (nn.Linear(6, 2), torch.randn(2, 49, 6))])
-def test_a_sample_holds_so_many_different_positions_for_each_picture(layer, x):
+def test_a_sample_holds_so_many_different_positions_for_each_image(layer, x):
     everything = {tuple(row.tolist()) for row in sample_inputs(layer, x, ALL, rng())}
     some = [tuple(row.tolist()) for row in sample_inputs(layer, x, 10, rng())]
     assert len(some) == len(set(some)) == 20 and everything.issuperset(some)
@@ -72,10 +72,10 @@ def test_blocks_are_equal_parts_of_each_group():
     assert channel_blocks(conv(), 1) == [(i, i + 1) for i in range(6)]  # a channel's nine taps stay together
 
 
-@pytest.mark.parametrize("most_columns", [54, 20])
-def test_moments_are_the_blocks_of_numpys(most_columns):
+@pytest.mark.parametrize("max_columns", [54, 20])
+def test_moments_are_the_blocks_of_numpys(max_columns):
     layer, x = conv(padding=1), torch.randn(4, 6, 8, 8, generator=rng()) + 2
-    moments = InputMoments(layer, most_columns)
+    moments = InputMoments(layer, max_columns)
     for part in x.split(1):
         moments.add(sample_inputs(layer, part, ALL, rng()))
     rows = sample_inputs(layer, x, ALL, rng()).double().numpy()
@@ -88,11 +88,11 @@ def test_moments_are_the_blocks_of_numpys(most_columns):
 
 
 @pytest.mark.parametrize("layer", [conv(groups=2), nn.Linear(700, 2)])
-@pytest.mark.parametrize("most_columns", [1000, 54, 20])
-def test_stated_bytes_are_those_of_the_tensors(most_columns, layer):
-    moments = InputMoments(layer, most_columns)
+@pytest.mark.parametrize("max_columns", [1000, 54, 20])
+def test_stated_bytes_are_those_of_the_tensors(max_columns, layer):
+    moments = InputMoments(layer, max_columns)
     held = [moments.total, *(product.values for product in moments.products)]
-    assert moment_bytes(layer, most_columns) == sum(t.numel() * t.element_size() for t in held)
+    assert moment_bytes(layer, max_columns) == sum(t.numel() * t.element_size() for t in held)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusers_bitsfusion.calibration.layers import rounding_bytes
 from diffusers_bitsfusion.calibration.moments import InputMoments, moment_bytes
-from diffusers_bitsfusion.calibration.passes import MOST_COLUMNS, plan_passes
+from diffusers_bitsfusion.calibration.passes import MAX_COLUMNS, plan_passes
 
 with torch.device("meta"):
     LAYERS = {f"conv{i}": nn.Conv2d(64, 64, 3) for i in range(6)} | {
@@ -17,9 +17,9 @@ with torch.device("meta"):
     WIDE = {"wide": nn.Conv2d(2560, 1280, 3)}
 
 
-def held(layer, most_columns) -> int:
+def held(layer, max_columns) -> int:
     """Bytes of a layer's moments, counted in the tensors themselves."""
-    moments = InputMoments(layer, most_columns)
+    moments = InputMoments(layer, max_columns)
     tensors = [moments.total, *(product.values for product in moments.products)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -28,9 +28,9 @@ def peak(layers, passes) -> int:
     """The most that moments and rounding take together, as layers are rounded in order and give their moments back."""
     most = 0
     for names in passes.groups:
-        waiting = [held(layers[name], passes.most_columns) for name in names]
+        waiting = [held(layers[name], passes.max_columns) for name in names]
         for i, name in enumerate(names):
-            most = max(most, sum(waiting[i:]) + rounding_bytes(layers[name], passes.most_columns))
+            most = max(most, sum(waiting[i:]) + rounding_bytes(layers[name], passes.max_columns))
     return most
 
 
@@ -43,21 +43,21 @@ def test_every_layer_is_in_one_pass_and_the_memory_is_kept(megabytes):
 
 def test_layers_that_take_most_to_round_come_last():
     (names,) = plan_passes(LAYERS | WIDE, 8e9).groups
-    needs = [rounding_bytes((LAYERS | WIDE)[name], MOST_COLUMNS) for name in names]
+    needs = [rounding_bytes((LAYERS | WIDE)[name], MAX_COLUMNS) for name in names]
     assert needs == sorted(needs) and names[-1] == "wide"
 
 
 def test_less_memory_means_more_passes_and_in_the_end_smaller_blocks():
     plans = [plan_passes(LAYERS, megabytes * 1e6) for megabytes in (100, 10, 4)]
     assert len(plans[0].groups) == 1 < len(plans[1].groups)
-    assert plans[0].most_columns == plans[1].most_columns == MOST_COLUMNS > plans[2].most_columns
+    assert plans[0].max_columns == plans[1].max_columns == MAX_COLUMNS > plans[2].max_columns
 
 
 @pytest.mark.parametrize("gigabytes", [1, 2, 8])
 def test_the_widest_convolution_of_stable_diffusion_fits(gigabytes):
     passes = plan_passes(WIDE, gigabytes * 1e9)
     assert peak(WIDE, passes) <= gigabytes * 1e9
-    assert moment_bytes(WIDE["wide"], passes.most_columns) < 4 * (2560 * 9) ** 2
+    assert moment_bytes(WIDE["wide"], passes.max_columns) < 4 * (2560 * 9) ** 2
 
 
 def test_too_little_memory_says_how_much_is_needed():

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers_bitsfusion import quantize_model
 from diffusers_bitsfusion.calibration import run as calibration_run
 from diffusers_bitsfusion.calibration.denoising import Denoising
-from diffusers_bitsfusion.calibration.passes import MOST_COLUMNS, Passes
+from diffusers_bitsfusion.calibration.passes import MAX_COLUMNS, Passes
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_half_precision_on_a_cpu_is_given_back_bit_for_bit(make_pipeline, config
 
 def test_several_passes_give_what_one_gives(calibrated, monkeypatch, equal_models):
     def one_layer_each(layers, memory):
-        return Passes([[name] for name in list(layers)[:3]] + [list(layers)[3:]], MOST_COLUMNS)
+        return Passes([[name] for name in list(layers)[:3]] + [list(layers)[3:]], MAX_COLUMNS)
 
     whole = calibrated(num_samples=1)
     monkeypatch.setattr(calibration_run, "plan_passes", one_layer_each)
@@ -74,13 +74,13 @@ def test_other_seeds_look_at_other_inputs(calibrated, equal_models):
     assert not equal_models(calibrated(num_samples=1), calibrated(num_samples=1, seed=1))
 
 
-@pytest.mark.parametrize("stage", ["drawing", "rounding"])
+@pytest.mark.parametrize("stage", ["sampling", "rounding"])
 def test_an_interrupted_run_goes_on_where_it_stopped(calibrated, monkeypatch, tmp_path, stage, equal_models):
     monkeypatch.setattr(calibration_run, "_SAVE_EVERY", 0)
     monkeypatch.setattr(calibration_run, "_SAVE_SHARE", math.inf)
     whole = calibrated()
-    drawn, rounded = [], []
-    draw, quantize_layer = Denoising._draw, calibration_run.quantize_layer
+    sampled, rounded = [], []
+    sample, quantize_layer = Denoising._sample, calibration_run.quantize_layer
 
     def interrupting(done, limit, function):
         def call(*args, **kwargs):
@@ -92,25 +92,25 @@ def test_an_interrupted_run_goes_on_where_it_stopped(calibrated, monkeypatch, tm
 
         return call
 
-    limits = {"drawing": (2, None), "rounding": (None, 5)}[stage]
+    limits = {"sampling": (2, None), "rounding": (None, 5)}[stage]
     with monkeypatch.context() as patched:
-        patched.setattr(Denoising, "_draw", interrupting(drawn, limits[0], draw))
+        patched.setattr(Denoising, "_sample", interrupting(sampled, limits[0], sample))
         patched.setattr(calibration_run, "quantize_layer", interrupting(rounded, limits[1], quantize_layer))
         with pytest.raises(KeyboardInterrupt):
             calibrated(cache_dir=tmp_path / "cache")
         done_before = len(rounded)
         (tmp_path / "cache" / "unet" / "0-pass0.pt.part").write_bytes(b"half a file")
-        patched.setattr(Denoising, "_draw", interrupting(drawn, None, draw))
+        patched.setattr(Denoising, "_sample", interrupting(sampled, None, sample))
         patched.setattr(calibration_run, "quantize_layer", interrupting(rounded, None, quantize_layer))
         resumed = calibrated(cache_dir=tmp_path / "cache")
     assert equal_models(resumed, whole)
-    assert len(drawn) == 3, "every batch is drawn once"
+    assert len(sampled) == 3, "every batch is sampled once"
     assert len(rounded) == len({id(layer) for layer, *_ in rounded}) and done_before == (limits[1] or 0)
 
 
 def test_a_finished_cache_is_enough(calibrated, monkeypatch, tmp_path, equal_models):
     whole = calibrated(cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(Denoising, "_draw", None)
+    monkeypatch.setattr(Denoising, "_sample", None)
     assert equal_models(calibrated(cache_dir=tmp_path / "cache"), whole)
     assert not list((tmp_path / "cache" / "unet").glob("*pass*")), "moments of finished layers take no space"
 

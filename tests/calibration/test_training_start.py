@@ -8,7 +8,7 @@ import torch
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, convert, prepare_qat, quantize_model
-from diffusers_bitsfusion.qat import trainable_layers
+from diffusers_bitsfusion.qat import qat_layers
 
 
 def test_untrained_it_converts_to_what_calibrated_quantization_gives(
@@ -26,7 +26,7 @@ def test_latent_weights_move_as_little_as_they_must(make_pipeline, config, make_
     pipeline, weights = make_pipeline(), dict(make_pipeline().unet.named_parameters())
     prepare_qat(pipeline, config, calibration=make_calibration())
     moved = 0
-    for name, layer in trainable_layers(pipeline.unet).items():
+    for name, layer in qat_layers(pipeline.unet).items():
         codes, scale = (tensor.double().numpy() for tensor in layer.codes_and_scale())
         before = weights[f"{name}.weight"].detach().double().flatten(1).numpy() / scale[:, None]
         after = layer.weight.detach().double().flatten(1).numpy() / scale[:, None]
@@ -37,9 +37,9 @@ def test_latent_weights_move_as_little_as_they_must(make_pipeline, config, make_
 
 def test_some_layers_alone_can_start_calibrated(make_pipeline, config, make_calibration):
     pipeline = make_pipeline()
-    names = [name for name in trainable_layers(prepare_qat(make_pipeline().unet, config))][:2]
+    names = [name for name in qat_layers(prepare_qat(make_pipeline().unet, config))][:2]
     prepare_qat(pipeline, config, names, calibration=make_calibration())
-    assert list(trainable_layers(pipeline.unet)) == names
+    assert list(qat_layers(pipeline.unet)) == names
 
 
 def test_what_cannot_start_calibrated_is_named(make_pipeline, config, make_calibration):
@@ -57,4 +57,4 @@ def test_a_failed_calibration_leaves_the_model_as_it_was(make_pipeline, config, 
         pipeline.unet.conv_in.weight[0] = torch.nan
     with pytest.raises(ValueError, match="NaN or infinite"):
         prepare_qat(pipeline, config, calibration=make_calibration())
-    assert not trainable_layers(pipeline.unet)
+    assert not qat_layers(pipeline.unet)

@@ -17,9 +17,9 @@ from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
 
 
 def packed(layer):
-    twin = packed_twin(layer, 2, torch.float32)
-    pack_weight(twin, layer.weight.detach(), Rounding(iterations=3))
-    return twin
+    packed = packed_twin(layer, 2, torch.float32)
+    pack_weight(packed, layer.weight.detach(), Rounding(iterations=3))
+    return packed
 
 
 MODULES = {
@@ -82,7 +82,7 @@ def test_the_noise_of_the_calls_tuned_on_comes_closer(make_pipeline, tuned, make
     denoising = Denoising(pipeline, pipeline.unet, make_calibration())
     with recording(pipeline.unet) as calls:
         for batch in range(3):
-            denoising._draw(batch)
+            denoising._sample(batch)
 
     @torch.no_grad()
     def error(unet):
@@ -94,7 +94,7 @@ def test_the_noise_of_the_calls_tuned_on_comes_closer(make_pipeline, tuned, make
     assert error(unet) < 0.8 * before
 
 
-def test_the_noise_comes_closer_on_unseen_pictures_and_codes_stay(make_pipeline, tuned, make_calibration):
+def test_the_noise_comes_closer_on_unseen_images_and_codes_stay(make_pipeline, tuned, make_calibration):
     pipeline = make_pipeline()
     denoising = Denoising(pipeline, pipeline.unet, make_calibration(seed=1))
     calls = [call for batch in range(3) for call in denoising.record(batch, 3)]
@@ -139,7 +139,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_pat
             tuned(cache_dir=tmp_path / "cache")
     with monkeypatch.context() as patched:
         patched.setattr(tuning, "_schedule", lambda *given: steps.append(given[0]) or schedule(*given))
-        patched.setattr(Denoising, "_draw", None)
+        patched.setattr(Denoising, "_sample", None)
         resumed = tuned(cache_dir=tmp_path / "cache")
     assert steps == list(range(10))
     assert equal_models(resumed, whole)
@@ -162,7 +162,7 @@ def test_little_memory_checkpoints_gradients_and_gives_the_same(make_pipeline, c
     def tune(memory):
         pipeline = make_pipeline()
         with recording(pipeline.unet) as calls:
-            Denoising(pipeline, pipeline.unet, make_calibration())._draw(0)
+            Denoising(pipeline, pipeline.unet, make_calibration())._sample(0)
         quantize_model(pipeline, config, progress=False)
         used = []
         enable = pipeline.unet.enable_gradient_checkpointing

@@ -127,6 +127,8 @@ def test_evaluate_writes_the_scores_into_the_card(run, fails, packed_folders, pr
         assert run("evaluate", *asked).exit_code == 0
     card = (pipeline / "README.md").read_text()
     assert card.count("## Scores") == 1 and "0.7500" in card.split("## Scores")[1]
+    # The scheduler is the pipeline's own. Four pictures have no interval.
+    assert "4 images, 1 steps, guidance scale 7.5, seed 1024, PNDMScheduler" in card and " to " not in card
     (pipeline / "README.md").unlink()
     assert "no card" in fails("evaluate", *asked)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
+from helpers import layer_sizes
 from tiny import tiny_unet
 from torch import nn
 
@@ -27,10 +28,6 @@ def published():
     return Recipe.load(PUBLISHED)
 
 
-def weights_of(model):
-    return {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-
-
 def test_the_published_recipe_has_the_papers_histogram(published):
     assert len(published) == 256
     assert published.histogram() == {1: 66, 2: 59, 3: 67, 4: 45, 5: 9, 6: 7, 7: 3}
@@ -45,14 +42,14 @@ def test_the_published_recipe_names_layers_of_sd15_with_their_shapes(published, 
 
 
 def test_the_published_recipe_covers_all_but_the_first_the_last_and_the_time_path(published, sd15):
-    left = set(weights_of(sd15)) - set(published)
+    left = set(layer_sizes(sd15)) - set(published)
     assert {"conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2"} <= left
     assert sum(name.endswith(".time_emb_proj") for name in left) == len(left) - 4 == 22
 
 
 @pytest.mark.parametrize(("bits", "share"), [(1, 60.5), (2, 25.8), (3, 9.7), (4, 3.6)])
 def test_the_published_shares_of_the_weights(published, sd15, bits, share):
-    weights = weights_of(sd15)
+    weights = layer_sizes(sd15)
     total = sum(weights[name] for name in published)
     assert 100 * sum(weights[n] for n in published if published[n] == bits) / total == pytest.approx(share, abs=0.05)
 
@@ -64,7 +61,7 @@ def test_the_published_average_in_both_conventions(published, sd15):
 
 
 def test_the_average_is_the_papers_formula(published, sd15):
-    weights = weights_of(sd15)
+    weights = layer_sizes(sd15)
     bits = sum(math.log2(2 ** published[name] + 1) * weights[name] for name in published)
     in_out = 8 * (weights["conv_in"] + weights["conv_out"])
     features = 16 * 50 * 20_160
@@ -75,7 +72,7 @@ def test_the_average_is_the_papers_formula(published, sd15):
 
 def test_layers_outside_the_recipe_count_as_16_bits():
     model = tiny_unet()
-    weights = weights_of(model)
+    weights = layer_sizes(model)
     name = "mid_block.resnets.0.conv1"
     time = [n for n in weights if "time_emb" in n]
     features = sum(m.out_features for n, m in model.named_modules() if n.endswith("time_emb_proj"))
@@ -212,7 +209,7 @@ def test_a_recipe_from_the_hub_is_downloaded_by_its_id(tmp_path, monkeypatch):
 
 def test_average_bits_of_a_model_without_a_plain_time_embedding_counts_it_as_16_bits():
     model = tiny_unet(class_embed_type="timestep")
-    weights = weights_of(model)
+    weights = layer_sizes(model)
     bits = 8 * (weights["conv_in"] + weights["conv_out"])
     bits += 16 * sum(count for name, count in weights.items() if name not in ("conv_in", "conv_out", "mid"))
     bits -= 16 * weights["mid_block.resnets.0.conv1"] - math.log2(3) * weights["mid_block.resnets.0.conv1"]

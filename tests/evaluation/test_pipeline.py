@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 
 from diffusers_bitsfusion import BitsFusionLinear
 from diffusers_bitsfusion.evaluation import load_pipeline
-from diffusers_bitsfusion.evaluation.pipeline import fingerprint
+from diffusers_bitsfusion.utils.fingerprints import hash_of_folder
 
 
 @pytest.fixture
@@ -55,8 +55,8 @@ def test_other_folders_are_refused(copy, tmp_path):
 
 
 def test_the_fingerprint_changes_with_the_files(copy):
-    before = fingerprint(copy)
-    assert before == fingerprint(copy)
+    before = hash_of_folder(copy)
+    assert before == hash_of_folder(copy)
     os.utime(copy / "unet" / "config.json", (0, 0))
-    assert fingerprint(copy) != before
-    assert fingerprint("someone/model") == "someone/model"
+    assert hash_of_folder(copy) != before
+    assert hash_of_folder("someone/model") == "someone/model"

@@ -1,4 +1,4 @@
-"""examples/app.py: its parts, and the page in a headless Chromium that reaches nothing but this machine."""
+"""The app: its parts, and the page in a headless Chromium that reaches nothing but this machine."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from PIL import Image
 
 gr = pytest.importorskip("gradio")
 import app  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+from diffusers_bitsfusion import size_report  # noqa: E402
+from diffusers_bitsfusion.app import drawing, models  # noqa: E402
+from diffusers_bitsfusion.app import page as page_of_the_app  # noqa: E402
+from diffusers_bitsfusion.cli import app as cli  # noqa: E402
 
 ARGUMENTS = {"prompt": "a red circle", "negative_prompt": "", "num_inference_steps": 10, "guidance_scale": 7.5}
 STEPS = 11  # of the PNDM scheduler, which repeats its second
@@ -37,33 +43,33 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_draws_what_the_pipeline_draws_and_tells_each_step(source_folder):
     seen = []
-    pipe = app.load(source_folder)
-    first, seconds = app.draw(pipe, 5, lambda *step: seen.append(step), **ARGUMENTS)
-    second, _ = app.draw(pipe, 5, lambda *step: None, **ARGUMENTS)
-    other, _ = app.draw(pipe, 6, lambda *step: None, **ARGUMENTS)
+    pipe = models.load(source_folder)
+    first, seconds = drawing.draw(pipe, 5, lambda *step: seen.append(step), **ARGUMENTS)
+    second, _ = drawing.draw(pipe, 5, lambda *step: None, **ARGUMENTS)
+    other, _ = drawing.draw(pipe, 6, lambda *step: None, **ARGUMENTS)
     assert np.array_equal(pixels(first), draw_directly(source_folder, 5)) and seconds > 0
     assert seen == [(step, STEPS) for step in range(1, STEPS + 1)]
-    picture, value = app.difference(first, second)
+    picture, value = drawing.difference(first, second)
     assert not pixels(picture).any() and value == np.inf
-    assert app.difference(first, other)[1] < np.inf
+    assert drawing.difference(first, other)[1] < np.inf
 
 
 def test_difference():
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 256, (2, 8, 12, 3), np.uint8)
-    picture, value = app.difference(Image.fromarray(a), Image.fromarray(b))
+    picture, value = drawing.difference(Image.fromarray(a), Image.fromarray(b))
     assert np.array_equal(pixels(picture), abs(a.astype(int) - b))
     assert value == pytest.approx(psnr(a.astype(int), b.astype(int)))
     with pytest.raises(ValueError, match="12, 8.*6, 8.*cannot be compared"):
-        app.difference(Image.fromarray(a), Image.fromarray(b[:, :6]))
+        drawing.difference(Image.fromarray(a), Image.fromarray(b[:, :6]))
 
 
 def test_quantizes_the_pipeline_of_the_demo_when_nothing_is_named(monkeypatch):
     seen = {}
 
-    def build_app(full, quantized):
+    def build_app(full, quantized, examples):
         seen["files"] = {path: (path / "model_index.json").is_file() for path in (full, quantized)}
-        seen["report"] = app.size_report(quantized / "unet")
+        seen["report"] = size_report(quantized / "unet")
         return gr.Blocks()
 
     monkeypatch.setattr("sys.argv", ["app.py", "--target-bits", "2.8"])
@@ -80,10 +86,64 @@ def test_environment_gives_the_pipelines_of_a_space(monkeypatch, source_folder, 
     monkeypatch.setenv("APP_PIPELINE", str(source_folder))
     monkeypatch.setenv("APP_QUANTIZED", str(packed_folders["table"]))
     folders = []
-    monkeypatch.setattr(app, "build_app", lambda *paths: folders.extend(paths) or gr.Blocks())
+    monkeypatch.setattr(app, "build_app", lambda *paths, examples: folders.extend(paths) or gr.Blocks())
     monkeypatch.setattr(gr.Blocks, "launch", lambda self, **arguments: None)
     app.main()
     assert folders == [source_folder, packed_folders["table"]]
+
+
+def test_the_trained_unet_is_what_the_shapes_pipeline_is_shown_beside(monkeypatch):
+    shown = []
+    monkeypatch.setattr("sys.argv", ["app.py"])
+    monkeypatch.setattr(app, "build_app", lambda *paths, examples: shown.append((paths, examples)) or gr.Blocks())
+    monkeypatch.setattr(gr.Blocks, "launch", lambda self, **arguments: None)
+    app.main()
+    (((full, trained), examples),) = shown
+    assert (full.name, trained.name) == ("pipeline", "unet-2bit") and "three green hearts" in examples
+    packed = models.load_quantized(trained, full)
+    assert packed.pipeline.unet.is_quantized and packed.pipeline.vae.dtype == torch.float32
+    assert packed.label == "trained, 2.03 bits (unet-2bit)"
+
+
+def test_several_quantized_models_to_choose_from(source_folder, packed_folders):
+    folders = (packed_folders["keep"], packed_folders["table"] / "unet")
+    contest = page_of_the_app.Contest(
+        source_folder, models.load(source_folder), [models.load_quantized(folder, source_folder) for folder in folders]
+    )
+    assert [label.split(",")[0] for label in contest.quantized] == ["rounded", "rounded"]
+    for label, folder in zip(contest.quantized, folders, strict=True):
+        *_, (first, second, apart, figures) = contest.generate(
+            label, ARGUMENTS["prompt"], "", 5, 2, 7.5, lambda *a, **k: None
+        )
+        expected = StableDiffusionPipeline.from_pretrained(source_folder)
+        if folder.name == "unet":
+            expected.unet = type(expected.unet).from_pretrained(folder)
+        else:
+            expected = StableDiffusionPipeline.from_pretrained(folder)
+        arguments = ARGUMENTS | {"num_inference_steps": 2}
+        drawn = expected(**arguments, generator=torch.Generator().manual_seed(5)).images[0]
+        assert np.array_equal(pixels(second), pixels(drawn))
+        assert np.array_equal(pixels(apart), abs(pixels(first) - pixels(second)))
+        assert "times smaller" in figures and "dB" in figures
+
+
+def test_warming_up_takes_one_step_and_changes_no_picture(source_folder, monkeypatch):
+    pipe, calls = models.load(source_folder), []
+    pipe.unet.register_forward_hook(lambda *_: calls.append(1))
+    drawing.warm_up(pipe, **ARGUMENTS)
+    assert len(calls) == 1
+    image, _ = drawing.draw(pipe, 5, lambda *step: None, **ARGUMENTS)
+    assert np.array_equal(pixels(image), draw_directly(source_folder, 5))
+
+
+def test_refuses_a_quantized_pipeline_as_full_precision(packed_folders, source_folder):
+    for quantized in ([], ["--quantized", packed_folders["keep"]]):
+        result = CliRunner().invoke(cli, ["app", *map(str, [packed_folders["keep"], *quantized])])
+        assert result.exit_code == 1 and "is quantized already" in result.stderr
+    both = ("--quantized", packed_folders["keep"], "--target-bits", 2.6)
+    assert CliRunner().invoke(cli, ["app", str(source_folder), *map(str, both)]).exit_code == 2
+    with pytest.raises(ValueError, match="is quantized already"):
+        app.build_app(packed_folders["keep"], packed_folders["table"])
 
 
 def test_refuses_an_unquantized_pipeline_as_quantized(source_folder):
@@ -148,7 +208,7 @@ def figures(page) -> dict[str, list[str]]:
 
 
 def test_draws_both_pictures_with_progress_sizes_and_times(page, monkeypatch, source_folder, packed_folders):
-    draw, resume = app.draw, threading.Semaphore(0)
+    draw, resume = drawing.draw, threading.Semaphore(0)
 
     def pausing_draw(pipe, seed, on_step, **arguments):
         def pausing(step, number):
@@ -158,7 +218,7 @@ def test_draws_both_pictures_with_progress_sizes_and_times(page, monkeypatch, so
 
         return draw(pipe, seed, pausing, **arguments)
 
-    monkeypatch.setattr(app, "draw", pausing_draw)
+    monkeypatch.setattr(drawing, "draw", pausing_draw)
     sizes = figures(page)
     ask(page, steps=10)
     page.get_by_text("Full precision - 27.3%").wait_for()

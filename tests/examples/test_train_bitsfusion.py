@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import train_bitsfusion
-import train_models
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
 from huggingface_hub import ModelCard
@@ -25,6 +24,8 @@ from safetensors.torch import load_file
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
+from diffusers_bitsfusion.training.run import models as train_models
+from diffusers_bitsfusion.training.run import stages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
@@ -236,7 +237,7 @@ def test_continuing_in_stage_two_leaves_stage_one_alone(command, data, tmp_path)
         train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage1" / "checkpoint-1"))
     shutil.rmtree(out / "stage2" / "checkpoint-2")
     before = {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")}
-    train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", out / "stage2" / "checkpoint-1"))
+    train_bitsfusion.main(command(*steps, "--resume_from_checkpoint", "checkpoint-1"))  # the last stage's
     assert {file: file.stat().st_mtime_ns for file in (out / "stage1").rglob("*")} == before
     assert losses(out / "stage2") == losses(tmp_path / "whole" / "stage2")
 
@@ -276,7 +277,7 @@ def test_a_hub_that_refuses_says_so_before_training(command, data, tmp_path, mon
     def refuse(**_):
         raise OSError("401")
 
-    monkeypatch.setattr(train_bitsfusion, "create_repo", refuse)
+    monkeypatch.setattr(stages, "create_repo", refuse)
     with pytest.raises(OSError, match="401"):
         train_bitsfusion.main(command("--train_data_dir", data, "--push_to_hub"))
     assert not (tmp_path / "out" / "stage1").exists()
@@ -426,6 +427,10 @@ def test_only_an_estimate(command, data, tmp_path, capsys):
         (("--train_data_dir", "d", "--stage", 2, "--init", "calibrated"), "--init says how Stage I starts"),
         (("--train_data_dir", "d", "--shard", "--use_8bit_adam"), "--shard and --use_8bit_adam do not go together"),
         (("--prompts", "p.txt", "--stage", 1, "--redraw_every", 0), "--redraw_every must be at least 1"),
+        (("--train_data_dir", "d", "--resolution", -8), "--resolution must be at least 1"),
+        (("--train_data_dir", "d", "--max_train_samples", -1), "--max_train_samples must be at least 1"),
+        (("--train_data_dir", "d", "--checkpoints_total_limit", -1), "--checkpoints_total_limit must be at least 1"),
+        (("--train_data_dir", "d", "--learning_rate", -1), "--learning_rate must be at least 0"),
         (
             ("--train_data_dir", "d", "--stage2_gradient_accumulation_steps", 0),
             "--stage2_gradient_accumulation_steps must be at least 1",

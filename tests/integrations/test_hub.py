@@ -65,6 +65,11 @@ for status in (401, 403, 429, 500):
     attempt(str(status), lambda: pipe.unet.push_to_hub(f"me/push-{status}", token=token))
 arguments = {"push_to_hub": True, "repo_id": "me/push-500", "token": token}
 attempt("while saving", lambda: pipe.save_pretrained(folder / "saved", **arguments))
+refused = {"repo_id": "me/unwelcome", "token": "hf_nobodys"}
+attempt("pipeline, create", lambda: pipe.push_to_hub(**refused))
+attempt("model, create", lambda: pipe.unet.push_to_hub(**refused))
+attempt("pipeline, save", lambda: pipe.save_pretrained(folder / "refused", push_to_hub=True, **refused))
+attempt("model, save", lambda: pipe.unet.save_pretrained(folder / "refused", push_to_hub=True, **refused))
 (folder / "pushed.json").write_text(json.dumps(results))
 """
 
@@ -223,9 +228,21 @@ def test_a_refused_push_says_what_to_do_and_commits_nothing(hub, work, pushed, s
     assert hub.repositories[f"me/push-{status}"].files == {}
 
 
-def test_a_refused_push_while_saving_leaves_no_half_of_a_folder(work, pushed):
+@pytest.mark.parametrize("door", ["create", "save"])
+@pytest.mark.parametrize("what", ["pipeline", "model"])
+def test_a_refused_repository_says_what_to_do_at_every_door(hub, work, pushed, what, door):
+    (error, *_) = results(work, "pushed")[f"{what}, {door}"]
+    assert "401" in error and "hf auth login" in error
+    assert error.count("Nothing was committed to me/unwelcome") == 1
+    assert "me/unwelcome" not in hub.repositories
+
+
+def test_a_refused_push_while_saving_keeps_the_finished_save(work, pushed):
     assert "Nothing was committed" in results(work, "pushed")["while saving"][0]
-    assert not [file for file in (work / "saved").rglob("*") if file.is_file()]
+    saved = work / "saved"
+    assert {"model_index.json", "README.md", "unet/config.json", f"unet/{WEIGHTS}"} <= content(saved).keys()
+    assert not list(saved.glob(".saving-*"))
+    assert size_report(saved).quantized.keys() == {"unet"}
 
 
 @pytest.mark.parametrize("status", STATUSES)

@@ -15,20 +15,17 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import logging
-from safetensors.torch import load_file, save_file
-from tiny import tiny_controlnet, tiny_pipeline
+from helpers import all_packed_layers, packed_layers
+from safetensors.torch import load_file
+from single_file import write_single_file
+from tiny import tiny_controlnet
 from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionLinear, quantize_model
-from diffusers_bitsfusion.nn import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed}
 
 
 def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
@@ -74,7 +71,7 @@ def test_other_components_of_the_pipeline_are_untouched(loaded_pipe, source_pipe
 
 
 def test_decoded_weights_are_near_the_source(loaded_pipe, source_pipe):
-    for name, layer in packed_layers(loaded_pipe.unet).items():
+    for name, layer in all_packed_layers(loaded_pipe.unet).items():
         source = source_pipe.unet.get_submodule(name).weight.detach()
         step = layer.scale.view(torch.float32).view(-1, *[1] * (source.dim() - 1))
         # Within half a step inside the grid; beyond its end a weight is clipped.
@@ -100,7 +97,7 @@ def test_pipeline_quantization_config_gives_each_component_its_own(source_folder
     config = PipelineQuantizationConfig(quant_mapping=mapping)
     pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=config)
     assert_same_tensors(pipe.unet, loaded_pipe.unet)
-    assert {layer.bits for layer in packed_layers(pipe.vae).values()} == {4}
+    assert {layer.bits for layer in all_packed_layers(pipe.vae).values()} == {4}
 
 
 def test_a_component_mapped_by_name_is_quantized_whatever_components_says(source_folder):
@@ -329,93 +326,12 @@ def test_loading_a_packed_model_does_not_quantize_again(packed_folders, progress
 
 # Single files with the names of the original Stable Diffusion code.
 
-LDM_UNET = {
-    "block_out_channels": (32, 64, 64, 64),
-    "layers_per_block": 2,
-    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-}
-RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-OUTSIDE_BLOCKS = {
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-
-
-def ldm_unet_name(name: str, layers: int) -> str:
-    """The original name of a diffusers UNet tensor."""
-    module, _, kind = name.rpartition(".")
-    if module in OUTSIDE_BLOCKS:
-        return f"{OUTSIDE_BLOCKS[module]}.{kind}"
-    side, *rest = name.split(".")
-    if side == "mid_block":
-        part, index, *rest = rest
-        block = f"middle_block.{2 * int(index) if part == 'resnets' else 1}"
-        level = index
-    else:
-        level, part, index, *rest = rest
-        per_level = layers + 1
-        if side == "down_blocks":
-            position = int(level) * per_level + (layers if part == "downsamplers" else int(index)) + 1
-            block = f"input_blocks.{position}"
-        else:
-            position = int(level) * per_level + (layers if part == "upsamplers" else int(index))
-            block = f"output_blocks.{position}"
-        # Up-samplers follow the attention of their block, or its ResBlock where the level has no attention.
-        slot = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 1 if level == "0" else 2}[part]
-        block = f"{block}.{slot}"
-    if part == "resnets":
-        rest[0] = RESNET[rest[0]]
-    if part == "downsamplers":
-        rest[0] = "op"
-    return ".".join([block, *rest])
-
-
-def ldm_vae_tensors(state_dict: dict[str, torch.Tensor], levels: int) -> dict[str, torch.Tensor]:
-    """Tensors of an AutoencoderKL under their original names, attention as 1x1 convolutions."""
-    tensors = {}
-    for name, tensor in state_dict.items():
-        new = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        new = new.replace("mid_block.resnets.0", "mid.block_1").replace("mid_block.resnets.1", "mid.block_2")
-        for level in range(levels):
-            for side, old in (("down", level), ("up", levels - 1 - level)):
-                new = new.replace(f"{side}_blocks.{level}.resnets", f"{side}.{old}.block")
-                new = new.replace(f"{side}_blocks.{level}.{side}samplers.0", f"{side}.{old}.{side}sample")
-        if "mid_block.attentions.0" in new:
-            part, _, kind = new.partition("mid_block.attentions.0.")[2].rpartition(".")
-            new = new.partition("mid_block.")[0] + f"mid.attn_1.{VAE_ATTENTION[part]}.{kind}"
-            tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-        tensors[new] = tensor
-    return tensors
-
 
 @pytest.fixture(scope="module")
 def ldm(tmp_path_factory):
     """(pipeline folder, single file) of the same weights."""
-    folder, tokenizer = tmp_path_factory.mktemp("ldm"), tmp_path_factory.mktemp("ldm-tokenizer")
-    pipe = tiny_pipeline(tokenizer, **LDM_UNET)
-    pipe.save_pretrained(folder)
-    tensors = {
-        "model.diffusion_model." + ldm_unet_name(name, LDM_UNET["layers_per_block"]): tensor
-        for name, tensor in pipe.unet.state_dict().items()
-    }
-    vae = ldm_vae_tensors(pipe.vae.state_dict(), levels=2)
-    tensors |= {f"first_stage_model.{name}": tensor for name, tensor in vae.items()}
-    for name, tensor in pipe.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{name.removeprefix('text_model.')}"] = tensor
-    file = tmp_path_factory.mktemp("single") / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    folder, file = tmp_path_factory.mktemp("ldm"), tmp_path_factory.mktemp("single") / "model.safetensors"
+    write_single_file(folder, tmp_path_factory.mktemp("ldm-tokenizer"), file)
     return folder, file
 
 

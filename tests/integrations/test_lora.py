@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
 
-from diffusers_bitsfusion import quantize_model, size_report
+from diffusers_bitsfusion import BitsFusionConfig, prepare_qat, quantize_model, size_report
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.integrations.peft_lora import PackedLoraConv2d, PackedLoraLayer, PackedLoraLinear
 from diffusers_bitsfusion.nn import PackedWeight
@@ -152,9 +152,8 @@ def test_nothing_decodes_a_weight_to_ask_for_its_dtype(unet, call_unet, decodes)
     num_layers = len(layers(unet, PackedWeight))
     decodes["read"] = 0
     unet.load_lora_adapter(linear, prefix=None, adapter_name="linear")
-    assert decodes["read"] == 0
     unet.load_lora_adapter(conv, prefix=None, adapter_name="conv")
-    assert decodes["read"] <= len(layers(unet, PackedLoraConv2d))  # PEFT asks a convolution for its dimensions
+    assert decodes["read"] == 0
     decodes["read"] = decodes["call"] = 0
     call_unet(unet)
     unet.set_adapters(["linear", "conv"], [0.3, 0.4])
@@ -239,7 +238,7 @@ def test_rounding_a_fused_weight_again_would_lose_most_of_the_adapter(bits, leas
     pack_weight(packed, layer.weight, Rounding())
     delta = torch.randn(320, 8, generator=generator) @ torch.randn(8, 320, generator=generator)
     delta *= 0.05 / delta.std()
-    scale, half = packed.scale.view(torch.float32)[:, None], 2 ** (bits - 1)
+    scale, half = packed.scale.view(torch.float32), 2 ** (bits - 1)
     change = torch.round((packed.weight + delta) / scale).clamp(-half, half) * scale - packed.weight
     kept = float((change * delta).sum() / (delta * delta).sum())
     assert least <= round(kept, 4) <= most
@@ -465,7 +464,7 @@ def test_what_is_no_low_rank_addition_is_refused_before_anything_is_fused(unet, 
     before = call_unet(unet)
     with pytest.raises(ValueError, match=reason):
         unet.fuse_lora()
-    assert not [layer for layer in layers(unet, PackedWeight) if layer.is_packed and layer.branch_rank]
+    assert not [layer for layer in layers(unet, PackedWeight) if layer.branch_rank]
     assert torch.equal(call_unet(unet), before)
 
 
@@ -485,12 +484,53 @@ def test_a_grouped_convolution_takes_an_adapter_but_no_fusing():
         model.merge_adapter()
 
 
-@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "lora_ga"])
-def test_initialisations_that_take_from_the_base_weight_are_refused(unet, init):
+@pytest.mark.parametrize("init", ["loftq", "corda", "lora_ga"])
+def test_initialisations_that_rewrite_the_base_weight_are_refused(unet, init):
     config = LoraConfig(r=4, target_modules=["to_q"])
     config.init_lora_weights = init
     with pytest.raises(ValueError, match="changes the base weight"):
         unet.add_adapter(config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_what_an_initialisation_takes_from_the_base_weight_is_a_branch(unets, call_unet, tmp_path, init):
+    unet, twin = unets()
+    bare = call_unet(unet)
+    config = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=init)
+    for model in (unet, twin):
+        model.add_adapter(copy.deepcopy(config))
+        close(call_unet(model), bare, 1e-5)
+        for layer in layers(model, LoraLayer):
+            layer.lora_B["default"].weight.data *= 1.1  # a training
+    close(call_unet(unet), call_unet(twin), 1e-5)
+    unet.fuse_lora()
+    close(call_unet(unet), call_unet(twin), 1e-5)
+    with pytest.raises(ValueError, match="unmerge the other adapters first"):
+        unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=init), adapter_name="second")
+    unet.unfuse_lora()
+    close(call_unet(unet), call_unet(twin), 1e-5)
+    for model in (unet, twin):
+        model.unload_lora()  # which leaves the rest, as PEFT does
+    close(call_unet(unet), call_unet(twin), 1e-5)
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(call_unet(UNet2DConditionModel.from_pretrained(tmp_path)), call_unet(unet))
+
+
+def test_adapters_on_a_model_in_training_have_plain_halves(call_unet):
+    unet = prepare_qat(tiny_unet(), BitsFusionConfig(recipe=4, time_embedding="keep"))
+    kinds = {name: type(module) for name, module in unet.named_modules()}
+    bare = call_unet(unet)
+    unet.add_adapter(train_config(init_lora_weights=False))
+    adapted = call_unet(unet)
+    assert {type(h) for m in layers(unet, LoraLayer) for h in (*m.lora_A.values(), *m.lora_B.values())} == {
+        nn.Linear,
+        nn.Conv2d,
+    }
+    for name, module in unet.named_modules():
+        if isinstance(module, LoraLayer):
+            assert type(module.get_base_layer()) is kinds[name]
+    unet.disable_adapters()
+    assert torch.equal(call_unet(unet), bare) and not torch.allclose(adapted, bare)
 
 
 def test_a_variant_that_truncates_the_base_weight_is_refused(unet):

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import all_packed_layers, packed_layers
 from peft import LoraConfig
 from tiny import tiny_pipeline
 from torch import Tensor, nn
@@ -29,7 +30,6 @@ from transformers import (
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, size_report
 from diffusers_bitsfusion.codec.state_dict import decode_state_dict, encode_state_dict
 from diffusers_bitsfusion.integrations.peft_lora import PackedLoraLayer
-from diffusers_bitsfusion.nn import PackedWeight
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,10 +55,6 @@ def encode(model: nn.Module) -> Tensor:
     tokens = torch.randint(0, 59, (2, 7), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return model(tokens)[0]
-
-
-def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedWeight) and m.is_packed}
 
 
 def linears(model: nn.Module) -> list[str]:
@@ -90,13 +86,13 @@ def test_a_packed_encoder_encodes_what_its_twin_does_and_comes_back_from_its_fol
     model = type(encoder).from_pretrained(tmp_path / "source", dtype=dtype, quantization_config=config)
     found = encode(model)
     assert found.dtype == encode(plain).dtype and found.isfinite().all()
-    assert {name: layer.weight_dtype for name, layer in packed_layers(model).items()} == {
+    assert {name: layer.weight_dtype for name, layer in all_packed_layers(model).items()} == {
         name: plain.get_submodule(name).weight.dtype for name in linears(plain)
     }
     assert not config.is_resolved  # the user's own
     model.save_pretrained(tmp_path / "packed")
     again = type(encoder).from_pretrained(tmp_path / "packed", dtype=dtype)
-    for name, layer in packed_layers(model).items():
+    for name, layer in all_packed_layers(model).items():
         other = again.get_submodule(name)
         assert torch.equal(other.codes, layer.codes) and torch.equal(other.scale, layer.scale)
     assert torch.equal(encode(again), found)
@@ -143,7 +139,7 @@ def test_codes_that_were_read_onto_a_device_are_decoded(compression):
     state = encode_state_dict(packed.state_dict(), schema)
     on_device = {name: value.as_subclass(OnADevice) for name, value in state.items()}
     decoded = decode_state_dict(on_device, schema)
-    assert all(torch.equal(decoded[f"{name}.codes"], layer.codes) for name, layer in packed_layers(packed).items())
+    assert all(torch.equal(decoded[f"{name}.codes"], layer.codes) for name, layer in all_packed_layers(packed).items())
 
 
 def test_a_lora_on_a_packed_encoder_is_its_twins(packed):

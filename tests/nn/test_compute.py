@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline, Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from helpers import all_packed_layers
 from peft import LoraConfig
 from tiny import tiny_unet
 from torch import nn
@@ -19,7 +20,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.nn import attention as nn_attention
 from diffusers_bitsfusion.nn.attention import BFloat16Attention, restore_attention, set_attention
-from diffusers_bitsfusion.nn.compute import packed_layers
 from diffusers_bitsfusion.nn.feed_forward import FusedGEGLU
 from diffusers_bitsfusion.nn.transformer import set_channels_last
 from diffusers_bitsfusion.ops import linear as linear_module
@@ -36,7 +36,7 @@ def stays_exact(name, layer):
 
 def in_integers(model):
     """The layers that should compute in integers."""
-    return {name: layer for name, layer in packed_layers(model).items() if not stays_exact(name, layer)}
+    return {name: layer for name, layer in all_packed_layers(model).items() if not stays_exact(name, layer)}
 
 
 def relative_error(output, expected):
@@ -55,7 +55,7 @@ def test_integers_are_near_the_exact_model_and_exact_comes_back(packed_unet, cal
     assert 0 < relative_error(rounded.float(), exact.float()) < 0.06
     set_compute(unet, "exact")
     assert torch.equal(call_unet(unet), exact)
-    assert all(layer.int8_weight is None for layer in packed_layers(unet).values())
+    assert all(layer.int8_weight is None for layer in all_packed_layers(unet).values())
 
 
 def test_both_residents_give_the_same_bits(packed_unet, call_unet):
@@ -69,7 +69,7 @@ def test_kept_codes_are_never_decoded_while_drawing(packed_unet, call_unet, deco
     set_compute(packed_unet, "int8", "int8")
     decodes.update(read=0, call=0)
     call_unet(packed_unet)
-    exact = len(packed_layers(packed_unet)) - len(in_integers(packed_unet))
+    exact = len(all_packed_layers(packed_unet)) - len(in_integers(packed_unet))
     assert exact > 1 and decodes == {"read": 0, "call": exact}
 
 
@@ -77,7 +77,7 @@ def test_kept_codes_are_never_decoded_while_drawing(packed_unet, call_unet, deco
 def test_the_config_chooses_while_quantizing_and_while_loading(make_config, source_folder, call_unet, resident):
     config = make_config(compute="int8", resident=resident)
     quantized = quantize_model(tiny_unet(), config, progress=False)
-    assert {name for name, layer in packed_layers(quantized).items() if layer.computes_int8} == {
+    assert {name for name, layer in all_packed_layers(quantized).items() if layer.computes_int8} == {
         *in_integers(quantized)
     }
     loaded = UNet2DConditionModel.from_pretrained(source_folder / "unet", quantization_config=config)
@@ -113,7 +113,7 @@ def test_layers_under_an_adapter_keep_their_way(packed_unet):
     expected = in_integers(packed_unet).keys()
     packed_unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in", "conv_shortcut", "to_q"]))
     set_compute(packed_unet, "int8")
-    found = {name for name, layer in packed_layers(packed_unet).items() if layer.computes_int8}
+    found = {name for name, layer in all_packed_layers(packed_unet).items() if layer.computes_int8}
     assert {name.removesuffix(".base_layer") for name in found} == expected
 
 
@@ -381,7 +381,7 @@ def test_transformers_keep_images_channels_last_and_compute_the_same(linear):
 
 
 def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
-    layers = packed_layers(packed_unet)
+    layers = all_packed_layers(packed_unet)
     report = size_report(packed_unet)
     assert report.ways.keys() == layers.keys()
     assert {way.arithmetic for way in report.ways.values()} == {"exact"}

@@ -24,7 +24,7 @@ def packed_and_float(*sizes, bits=2, dtype=torch.float32, seed=0, **options):
     pack_weight(packed, layer.weight, Rounding())
     reference = copy.deepcopy(layer)
     codes = unpack_dense(packed.codes, bits, layer.weight[0].numel())
-    weight = codes * packed.scale.view(torch.float32)[:, None]
+    weight = codes * packed.scale.view(torch.float32)
     reference.weight.data = weight.view(layer.weight.shape).to(dtype)
     return packed, reference
 

@@ -26,7 +26,7 @@ def packed_and_float(inputs, outputs, bits=2, bias=True, dtype=torch.float32, se
     pack_weight(packed, layer.weight, Rounding())
     reference = copy.deepcopy(layer)
     codes = unpack_dense(packed.codes, bits, inputs)
-    reference.weight.data = (codes * packed.scale.view(torch.float32)[:, None]).to(dtype)
+    reference.weight.data = (codes * packed.scale.view(torch.float32)).to(dtype)
     return packed, reference
 
 

@@ -3,6 +3,7 @@ import pickle
 
 import pytest
 import torch
+from diffusers.models.lora import LoRACompatibleLinear
 from tiny import tiny_controlnet, tiny_unet
 from torch import nn
 from torch.autograd import forward_ad
@@ -11,8 +12,10 @@ from diffusers_bitsfusion import BitsFusionConfig, BitsFusionConv2d, BitsFusionL
 from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.schema import branch_shapes
-from diffusers_bitsfusion.nn import PackedWeight, conv
+from diffusers_bitsfusion.nn import PackedWeight, QATConv2d, QATLinear, conv
 from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
+from diffusers_bitsfusion.nn.fake_quantized import trainable_twin
+from diffusers_bitsfusion.packing.plan import quantizable_layers, unpackable_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -37,7 +40,6 @@ def test_the_packed_layer_is_still_the_layer_that_others_look_for(kind, base, si
     layer = packed_layer(base, sizes)
     assert type(layer) is kind
     assert isinstance(layer, base) and isinstance(layer, PackedWeight)
-    assert layer.is_packed
 
 
 @every_kind
@@ -47,19 +49,9 @@ def test_reading_the_weight_decodes_it(kind, base, sizes, dtype, bits):
     layer = packed_layer(base, sizes, bits, dtype)
     shape = base(*sizes).weight.shape
     codes = unpack_dense(layer.codes, bits, shape[1:].numel())
-    expected = (codes * layer.scale.view(torch.float32)[:, None]).view(shape).to(dtype)
+    expected = (codes * layer.scale.view(torch.float32)).view(shape).to(dtype)
     assert layer.weight.dtype == dtype
     assert torch.equal(layer.weight, expected)
-
-
-@every_kind
-def test_every_read_is_a_decode_into_new_memory(kind, base, sizes, decodes):
-    layer = packed_layer(base, sizes)
-    first = layer.weight
-    before = first.clone()
-    layer.weight.zero_()
-    assert decodes == {"read": 2, "call": 0}
-    assert torch.equal(first, before)
 
 
 @every_kind
@@ -78,7 +70,7 @@ def test_codes_and_scale_are_integers_that_need_no_gradient(kind, base, sizes):
     layer = packed_layer(base, sizes, bits=2)
     columns = base(*sizes).weight[0].numel()
     assert layer.codes.dtype == torch.uint8 and layer.codes.shape == (6, dense_width(columns, 2))
-    assert layer.scale.dtype == torch.int32 and layer.scale.shape == (6,)
+    assert layer.scale.dtype == torch.int32 and layer.scale.shape == (6, 1)
     assert not layer.codes.requires_grad and not layer.scale.requires_grad
 
 
@@ -98,27 +90,41 @@ def test_asking_for_gradients_of_the_codes_raises(kind, base, sizes):
         packed_layer(base, sizes).requires_grad_(True)
 
 
-@every_kind
-def test_a_layer_constructed_directly_is_an_ordinary_float_layer(kind, base, sizes):
-    torch.manual_seed(0)
-    layer = kind(*sizes)
-    torch.manual_seed(0)
-    plain = base(*sizes)
-    assert not layer.is_packed
-    assert isinstance(layer.weight, nn.Parameter)
-    assert set(layer.state_dict()) == {"weight", "bias"}
-    x = example_input(base)
-    assert torch.equal(layer(x), plain(x))
-    layer(x).sum().backward()
-    plain(x).sum().backward()
-    assert torch.equal(layer.weight.grad, plain.weight.grad)
+@pytest.mark.parametrize(
+    ("kind", "sizes", "way"),
+    [
+        (BitsFusionLinear, (10, 6), "quantize_model"),
+        (BitsFusionConv2d, (4, 6, 3), "quantize_model"),
+        (QATLinear, (10, 6), "prepare_qat"),
+        (QATConv2d, (4, 6, 3), "prepare_qat"),
+    ],
+)
+def test_constructing_a_layer_directly_is_refused(kind, sizes, way):
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no constructor.*{way}.*{kind.__name__}.from_float"):
+        kind(*sizes)
+
+
+GEOMETRIES = [
+    nn.Linear(7, 5, bias=False),
+    nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2), groups=2, padding_mode="circular"),
+    nn.Conv2d(4, 6, 3, padding="same", bias=False),
+]
+
+
+@pytest.mark.parametrize("layer", GEOMETRIES, ids=str)
+def test_the_geometry_is_copied_and_nothing_else(layer):
+    layer = copy.deepcopy(layer)
+    layer.note = "of somebody else"
+    layer.register_forward_hook(lambda *_: None)
+    for twin in (packed_twin(layer, 2, torch.float32), trainable_twin(layer, 2)):
+        assert repr(twin).replace(type(twin).__name__, type(layer).__name__).replace(", bits=2", "") == repr(layer)
+        assert not hasattr(twin, "note") and not twin._forward_hooks
 
 
 @every_kind
 def test_an_attribute_that_does_not_exist_is_an_attribute_error(kind, base, sizes):
-    for layer in (kind(*sizes), packed_layer(base, sizes)):
-        with pytest.raises(AttributeError, match="no_such_thing"):
-            layer.no_such_thing  # noqa: B018
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        packed_layer(base, sizes).no_such_thing  # noqa: B018
 
 
 @every_kind
@@ -338,3 +344,115 @@ def test_transforms_of_torch_that_differentiate_forwards(kind, base, sizes):
         yield torch.func.linearize(loss, x)[1](x)
 
     torch.testing.assert_close(list(derivatives(packed)), list(derivatives(float_twin(packed))))
+
+
+# Outputs, inputs.
+
+
+@every_kind
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dims", [1, 2, 3, 4])
+def test_an_output_may_be_changed_in_place(kind, base, sizes, compute, bias, dims):
+    if base is nn.Conv2d and dims < 3:
+        pytest.skip("an image has three dimensions")
+    packed = packed_layer(base, sizes, bias=bias)
+    packed.set_compute(compute, "packed")
+    shape = (2, 4, 7, 7)[-dims:] if base is nn.Conv2d else (2, 3, 4, 10)[-dims:]
+    x = torch.randn(shape, requires_grad=True)
+    factor = torch.randn_like(packed(x))
+
+    def changed(y):
+        y *= factor
+        y += 1
+        return nn.ReLU(inplace=True)(y)
+
+    found, expected = changed(packed(x)), changed(packed(x).clone())
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y.square().sum(), x)[0] for y in (found, expected)))
+
+
+@pytest.mark.parametrize(("base", "sizes"), [(nn.Linear, (10, 6)), (nn.Conv2d, (4, 6, 3))])
+@pytest.mark.parametrize("make", [packed_twin, lambda layer, bits, dtype: trainable_twin(layer, bits)])
+def test_inputs_are_taken_by_the_name_that_torch_gives_them(base, sizes, make):
+    layer = base(*sizes)
+    twin = make(layer, 2, torch.float32)
+    if isinstance(twin, PackedWeight):
+        pack_weight(twin, layer.weight, Rounding(iterations=2))
+    x = example_input(base)
+    assert torch.equal(twin(input=x), twin(x))
+
+
+# Layers that are more than they are called.
+
+
+class Scaled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Causal(nn.Conv2d):
+    def _conv_forward(self, input, weight, bias):
+        return super()._conv_forward(nn.functional.pad(input, (2, 0)), weight, bias)
+
+
+class Renamed(nn.Linear):
+    """Adds nothing."""
+
+
+def hooked():
+    layer = nn.Linear(10, 6)
+    layer.register_forward_pre_hook(lambda module, inputs: None)
+    return layer
+
+
+def patched():
+    layer = nn.Linear(10, 6)
+    layer.forward = lambda input: input
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: nn.Linear(10, 6), None),
+        (lambda: Renamed(10, 6), None),
+        (lambda: nn.Conv2d(4, 6, 3), None),
+        (lambda: Scaled(10, 6), "Scaled computes otherwise than nn.Linear"),
+        (lambda: Causal(4, 6, 3), "Causal computes otherwise than nn.Conv2d"),
+        (patched, "Linear computes otherwise"),
+        (lambda: LoRACompatibleLinear(10, 6), "LoRACompatibleLinear computes otherwise"),
+        (hooked, "hooks"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(10, 6)), "computed from other parameters"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Use of `LoRACompatible:FutureWarning")
+def test_a_layer_that_is_more_than_linear_stays_and_is_named(make, reason):
+    found = unpackable_layers(nn.Sequential(nn.Linear(3, 3), make()))
+    assert set(found) == ({"1"} if reason else set())
+    assert set(quantizable_layers(nn.Sequential(make()))) == (set() if reason else {"0"})
+    if reason:
+        assert reason in found["1"]
+
+
+def test_quantizing_leaves_such_layers_and_says_so(caplog):
+    unet = tiny_unet()
+    block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
+    block.attn1.to_q.__class__ = Scaled
+    x = torch.randn(2, block.attn1.to_q.in_features)
+    expected = block.attn1.to_q(x)
+    with caplog.at_level("WARNING", logger="diffusers"):
+        quantize_model(unet, BitsFusionConfig(recipe=2, time_embedding="keep"), progress=False)
+    assert type(block.attn1.to_q) is Scaled and torch.equal(block.attn1.to_q(x), expected)
+    assert isinstance(block.attn1.to_k, PackedWeight)
+    assert "transformer_blocks.0.attn1.to_q stays in floating point: Scaled computes" in caplog.text
+
+
+def test_layers_that_share_a_weight_are_each_packed(call_unet, tmp_path):
+    unet = tiny_unet()
+    attention = unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    attention.to_k.weight = attention.to_q.weight
+    quantize_model(unet, BitsFusionConfig(recipe=8, time_embedding="keep"), progress=False)
+    assert torch.equal(attention.to_k.weight, attention.to_q.weight)
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(call_unet(type(unet).from_pretrained(tmp_path)), call_unet(unet))

@@ -85,10 +85,10 @@ def test_the_cache_tells_what_it_keeps():
 
 def test_the_table_gives_scale_times_code_at_whole_steps():
     table = filled_table(waves)
-    expected = table.codes[1:-1] * table.scale.view(torch.float32)
-    assert torch.equal(table(torch.arange(50)), expected)
+    expected = table.codes[1:] * table.scale.view(torch.float32).T
+    assert torch.equal(table(torch.arange(51)), expected)
     timesteps, features = table.features()
-    assert timesteps.tolist() == list(range(50))
+    assert timesteps.tolist() == list(range(51))
     assert torch.equal(features, expected)
 
 
@@ -100,21 +100,21 @@ def test_between_whole_steps_a_cubic_is_met_exactly():
     # Codes that are the integer values themselves, so that nothing but the interpolation is measured.
     rows = torch.stack([cubic(torch.tensor(float(t))) for t in range(-1, 51)])
     table.set_codes(rows.to(torch.int16), torch.ones(3))
-    asked = torch.tensor([0.0, 0.25, 0.5, 7.75, 24.5, 48.5, 48.999, 49.0])
+    asked = torch.tensor([0.0, 0.25, 0.5, 7.75, 24.5, 47.5, 48.0, 48.5, 48.999, 49.0, 49.001, 49.5, 50.0])
     expected = torch.stack([cubic(t.double()) for t in asked]).float()
     torch.testing.assert_close(table(asked), expected, rtol=1e-5, atol=5e-3)
 
 
 def test_smooth_features_are_met_between_whole_steps():
     table = filled_table(waves)
-    asked = torch.linspace(0, 49, 491)
+    asked = torch.linspace(0, 50, 501)
     expected = torch.stack([waves(t) for t in asked])
     assert (table(asked) - expected).norm() / expected.norm() < 0.006
 
 
-@pytest.mark.parametrize("asked", [-1.0, -0.01, 49.5, 50.0, 1e9, float("inf"), float("nan")])
+@pytest.mark.parametrize("asked", [-1.0, -0.01, 50.01, 51.0, 1e9, float("inf"), float("nan")])
 def test_a_timestep_outside_the_table_is_refused_naming_it_and_the_range(asked):
-    with pytest.raises(ValueError, match="cover the timesteps 0 to 49") as error:
+    with pytest.raises(ValueError, match="cover the timesteps 0 to 50") as error:
         filled_table(waves)(torch.tensor([3.0, asked]))
     assert f"Timestep {asked:g}: " in str(error.value)
 

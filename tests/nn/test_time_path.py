@@ -3,11 +3,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from tiny import tiny_controlnet, tiny_unet
 from torch import nn
 
+from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.codec.schema import TimeFeaturesSchema
 from diffusers_bitsfusion.codec.time_table import quantize_table
 from diffusers_bitsfusion.nn.time_features import TimeFeatureCache, TimeFeatures, TimeFeatureTable
@@ -154,7 +160,7 @@ def test_a_model_with_a_table_runs_at_any_step(make):
     model = make()
     plain = copy.deepcopy(model)
     with_table(model)
-    for timestep in (0, 1, 500, 998.5, 999):
+    for timestep in (0, 1, 500, 998.5, 999, 999.5, 1000):
         assert relative(call(model, timestep), call(plain, timestep)) < 0.01
 
 
@@ -179,7 +185,7 @@ def wide():
 
 def test_the_table_is_within_half_a_percent_at_every_whole_step(wide):
     plain, tabled = wide
-    timesteps = torch.arange(1000)
+    timesteps = torch.arange(1001)
     found, expected = tabled.time_proj(timesteps), exact_features(plain, timesteps)
     assert relative(found, expected) < 0.005
     by_step = (found - expected).norm(dim=1) / expected.norm(dim=1)
@@ -188,7 +194,7 @@ def test_the_table_is_within_half_a_percent_at_every_whole_step(wide):
 
 def test_the_table_is_within_one_percent_at_half_steps(wide):
     plain, tabled = wide
-    timesteps = torch.arange(999) + 0.5
+    timesteps = torch.arange(1000) + 0.5
     assert relative(tabled.time_proj(timesteps), exact_features(plain, timesteps)) < 0.01
 
 
@@ -197,7 +203,7 @@ def test_a_wide_table_is_restored_to_a_plain_time_path(wide):
     model = copy.deepcopy(tabled)
     _, features = model.time_proj.features()
     restore(model, torch.float32)
-    assert relative(exact_features(model, torch.arange(1000)), features) < 1e-3
+    assert relative(exact_features(model, torch.arange(1001)), features) < 1e-3
 
 
 @every_model
@@ -246,7 +252,7 @@ def test_a_restored_time_path_can_be_trained():
 
 def test_features_that_no_time_path_of_the_models_width_can_give_are_refused():
     model = with_table(tiny_controlnet())
-    with pytest.raises(ValueError, match='1000 timesteps cannot be turned back.*time_embedding="keep"'):
+    with pytest.raises(ValueError, match='1001 timesteps cannot be turned back.*time_embedding="keep"'):
         model.time_proj.codes.data = torch.randint(-99, 99, model.time_proj.codes.shape, dtype=torch.int16)
         restore(model, torch.float32)
 
@@ -304,3 +310,23 @@ def test_the_lookup_of_a_checkpoint_is_made_from_its_description():
     assert isinstance(cache, TimeFeatureCache) and cache.values.shape == (2, 7)
     table = empty_lookup(TimeFeaturesSchema("table", sizes, num_timesteps=100))
     assert isinstance(table, TimeFeatureTable) and table.codes.shape == (102, 7)
+
+
+FIRST_AT_1000 = {
+    "flow matching": FlowMatchEulerDiscreteScheduler,
+    "leading, offset 1": lambda: EulerDiscreteScheduler(timestep_spacing="leading", steps_offset=1),
+}
+
+
+@pytest.mark.parametrize("make", FIRST_AT_1000.values(), ids=FIRST_AT_1000)
+def test_schedulers_that_start_at_1000_start_there_with_a_table(make):
+    plain = tiny_unet()
+    packed = quantize_model(tiny_unet(), BitsFusionConfig(recipe=8, time_embedding="table"), progress=False)
+    twin = copy.deepcopy(packed).dequantize()
+    scheduler = make()
+    scheduler.set_timesteps(1000)
+    first = scheduler.timesteps[0]
+    assert first == 1000
+    found, expected = call(packed, first), call(plain, first)
+    assert relative(found, expected) < 0.02
+    assert relative(call(twin, first), found) < 1e-3

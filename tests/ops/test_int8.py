@@ -46,7 +46,7 @@ def numpy_linear(packed, x):
     span = np.maximum(np.abs(x).max(axis=1, initial=0), np.float32(1e-30))
     codes = np.rint(x * (np.float32(127) / span)[:, None]).astype(np.int64)
     scale = (span / np.float32(127)).astype(np.float64)
-    return codes @ integer_codes(packed).T * packed.scale.view(torch.float32).numpy() * scale[:, None]
+    return codes @ integer_codes(packed).T * packed.scale.view(torch.float32).numpy().T * scale[:, None]
 
 
 def numpy_conv(packed, x):
@@ -70,7 +70,7 @@ def numpy_conv(packed, x):
             window = grouped[..., i * dh :: sh, j * dw :: sw][..., :height, :width]
             sums += np.einsum("bgchw,goc->bgohw", window, weight[..., i, j])
     sums = sums.reshape(len(x), outputs, height, width)
-    return sums * packed.scale.view(torch.float32).numpy()[:, None, None] * float(span / np.float32(255))
+    return sums * packed.scale.view(torch.float32).numpy()[:, :, None] * float(span / np.float32(255))
 
 
 def assert_equal_integers(found, products, bias, dtype):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,6 +53,36 @@ def assert_written_alike(shape, geometry):
     kept = [lay_out(plain, scale, geometry) for plain in weights]
     lay_out_in_place(weight(shape, 3), scale, geometry)
     assert [contents(tensor) for tensor in kept] == expected
+    for plain, tensor in zip(weights, kept, strict=True):
+        assert_multiplied(plain, tensor, geometry)
+
+
+def assert_multiplied(plain, tensor, geometry):
+    """Compare the integer convolution of a laid-out weight with sums in fp64, which are exact for such integers."""
+    stride, padding, dilation, groups = geometry
+    outputs, inputs, height, width = plain.shape
+    size = [span * (step - 1) + 2 for span, step in zip(dilation, (height, width), strict=True)]
+    generator = torch.Generator().manual_seed(4)
+    image = torch.randint(0, 127, (1, inputs * groups, *size), dtype=torch.uint8, generator=generator)
+    found = torch.ops.onednn.qconv2d_pointwise.tensor(
+        image.contiguous(memory_format=torch.channels_last),
+        torch.tensor(1.0),
+        torch.tensor(0, dtype=torch.int32),
+        tensor,
+        torch.ones(outputs),
+        torch.zeros(outputs, dtype=torch.int32),
+        None,
+        *geometry,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    assert torch.equal(
+        found.double(), F.conv2d(image.double(), plain.double(), None, stride, padding, dilation, groups)
+    )
 
 
 @given(

@@ -4,8 +4,8 @@ import math
 import pytest
 from accelerate import init_empty_weights
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from helpers import layer_sizes
 from tiny import tiny_controlnet, tiny_unet
-from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
 from diffusers_bitsfusion.packing.plan import make_plan, matches
@@ -41,21 +41,17 @@ def pixart():
     )
 
 
-def weights_of(model):
-    return {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-
-
 def is_time(name):
     return "time_embedding" in name or "time_emb_proj" in name
 
 
 def ordinary_layers(model):
-    return [name for name in weights_of(model) if name not in SPECIAL and not is_time(name)]
+    return [name for name in layer_sizes(model) if name not in SPECIAL and not is_time(name)]
 
 
 def paper_average(model, plan):
     """The paper's formula on a plan that replaces the time embedding and packs all else."""
-    weights = weights_of(model)
+    weights = layer_sizes(model)
     bits = sum((8 if n == 8 else math.log2(2**n + 1)) * weights[name] for name, n in plan.bits.items())
     features = sum(m.out_features for n, m in model.named_modules() if n.endswith("time_emb_proj"))
     cached = 0 if plan.time_embedding == "keep" else 16 * 50 * features
@@ -70,7 +66,7 @@ def test_sd15_gets_the_published_recipe(sd15):
 
 
 def test_the_layers_of_a_plan_are_in_the_models_order(sd15):
-    order = [name for name in weights_of(sd15) if not is_time(name)]
+    order = [name for name in layer_sizes(sd15) if not is_time(name)]
     assert list(make_plan(sd15, BitsFusionConfig()).bits) == order
 
 
@@ -90,7 +86,7 @@ def test_a_unet_of_another_shape_is_allocated_data_free(changes):
     with init_empty_weights():
         model = UNet2DConditionModel(**({"sample_size": 64, "cross_attention_dim": 768} | changes))
     plan = make_plan(model, BitsFusionConfig())
-    assert set(plan.bits) == {name for name in weights_of(model) if not is_time(name)}
+    assert set(plan.bits) == {name for name in layer_sizes(model) if not is_time(name)}
     assert 1.98 < paper_average(model, plan) <= 1.99
 
 
@@ -106,11 +102,11 @@ def test_sd15_with_more_input_channels_still_gets_the_published_recipe():
 def test_other_models_meet_the_target(make, target):
     model = make()
     plan = make_plan(model, BitsFusionConfig(target_bits=target, in_out_bits=2))
-    assert set(plan.bits) == {n for n in weights_of(model) if plan.time_embedding == "keep" or not is_time(n)}
+    assert set(plan.bits) == {n for n in layer_sizes(model) if plan.time_embedding == "keep" or not is_time(n)}
     average = paper_average(model, plan)
     assert average <= target
-    smallest = min(weights_of(model)[name] for name in plan.bits)
-    assert average > target - max(0.05, 2 * smallest / sum(weights_of(model).values()))
+    smallest = min(layer_sizes(model)[name] for name in plan.bits)
+    assert average > target - max(0.05, 2 * smallest / sum(layer_sizes(model).values()))
 
 
 @pytest.mark.parametrize("target", [0.1, 1.0, 7.9, 16])
@@ -124,7 +120,7 @@ def test_uniform_bits_apply_to_all_but_first_last_and_time(unet):
     plan = make_plan(unet, BitsFusionConfig(recipe=3, in_out_bits=6, time_embedding="keep"))
     for name, bits in plan.bits.items():
         assert bits == (6 if name in SPECIAL or is_time(name) else 3), name
-    assert set(plan.bits) == set(weights_of(unet))
+    assert set(plan.bits) == set(layer_sizes(unet))
 
 
 @pytest.mark.parametrize("form", ["mapping", "Recipe", "path"])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers import all_packed_layers
 from tiny import tiny_lora, tiny_unet
 
 from diffusers_bitsfusion import Recipe, quantize_model, requantize_branches, size_report
-from diffusers_bitsfusion.nn.compute import packed_layers
 from diffusers_bitsfusion.packing.plan import recipe_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,7 +23,7 @@ def fused_unet(make_config, relative: float, balance: bool = True) -> UNet2DCond
     bits = {name: BITS[index % len(BITS)] for index, name in enumerate(recipe_layers(unet))}
     unet = quantize_model(unet, make_config(recipe=Recipe(bits), balance=balance), progress=False)
     lora = tiny_lora(unet, TARGETS, 4, 0)
-    for name, layer in packed_layers(unet).items():
+    for name, layer in all_packed_layers(unet).items():
         if f"{name}.lora_A.weight" in lora:
             down, up = (lora[f"{name}.lora_{half}.weight"] for half in "AB")
             lora[f"{name}.lora_B.weight"] = up * (
@@ -37,7 +37,7 @@ def fused_unet(make_config, relative: float, balance: bool = True) -> UNet2DCond
 def weights(unet) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Decoded weights and branches of the layers that have one."""
     found = {}
-    for name, layer in packed_layers(unet).items():
+    for name, layer in all_packed_layers(unet).items():
         if layer.branch_rank:
             decoded = layer.decode(torch.float32)
             found[name] = decoded.double().numpy(), (layer.dense_weight(torch.float32) - decoded).double().numpy()
@@ -52,7 +52,7 @@ def test_a_branch_goes_into_the_codes_where_they_keep_it(make_config, call_unet,
     before, output, size = weights(unet), call_unet(unet), size_report(unet)
     kept = requantize_branches(unet)
 
-    layers = packed_layers(unet)
+    layers = all_packed_layers(unet)
     assert set(kept) == {name for name in before if layers[name].bits >= 6}
     rounded = [name for name in kept if layers[name].branch_rank == 0]
     assert rounded and any(layers[name].bits == 8 for name in rounded)
@@ -81,7 +81,7 @@ def test_six_bits_hold_a_strong_lora_and_refuse_a_weak_one(make_config):
     for relative in (0.02, 0.2):
         unet = fused_unet(make_config, relative)
         unet.unload_lora()
-        of_six = [name for name, layer in packed_layers(unet).items() if layer.bits == 6 and layer.branch_rank]
+        of_six = [name for name, layer in all_packed_layers(unet).items() if layer.bits == 6 and layer.branch_rank]
         kept = requantize_branches(unet)
         shares[relative] = [kept[name] for name in of_six]
     assert max(shares[0.02]) < 0.99 <= min(shares[0.2])
@@ -92,13 +92,13 @@ def test_a_branch_of_zeros_goes(make_config):
     unet.unload_lora()
     kept = requantize_branches(unet)
     assert kept and all(share == 1 for share in kept.values())
-    assert not any(packed_layers(unet)[name].branch_rank for name in kept)
+    assert not any(all_packed_layers(unet)[name].branch_rank for name in kept)
 
 
 def test_integer_products_take_the_new_codes(make_config, call_unet):
     unet = fused_unet(make_config, 0.2)
     unet.unload_lora()
-    layers = packed_layers(unet).values()
+    layers = all_packed_layers(unet).values()
     for layer in layers:
         layer.set_compute("int8", "int8")
     requantize_branches(unet)

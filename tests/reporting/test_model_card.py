@@ -9,8 +9,8 @@ from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from tiny import tiny_unet
 
-from diffusers_bitsfusion import quantize_model
-from diffusers_bitsfusion.reporting.model_card import add_section
+from diffusers_bitsfusion import BitsFusionConfig, Calibration, convert, prepare_qat, quantize_model
+from diffusers_bitsfusion.reporting.model_card import add_section, origin
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -111,3 +111,48 @@ def test_a_section_is_not_added_to_a_users_own_card(tmp_path):
             (tmp_path / "README.md").write_text(content)
         with pytest.raises(FileNotFoundError, match="no card written by diffusers_bitsfusion"):
             add_section(tmp_path, "Scores", "good")
+
+
+NOISE, TRAINED = "draws noise", "trained in this precision"
+
+
+def made(model, folder: Path) -> str:
+    """What the card of a saved model or pipeline says between its code and its figures."""
+    model.save_pretrained(folder)
+    return (folder / "README.md").read_text().rpartition("```\n")[2].partition("## Size")[0]
+
+
+@pytest.mark.parametrize(("recipe", "is_noise"), [(1, True), (2, True), (3, False), (5, False), (8, False)])
+def test_a_rounded_model_is_said_to_draw_noise_only_at_few_bits(tmp_path, recipe, is_noise):
+    text = made(quantize_model(tiny_unet(), BitsFusionConfig(recipe=recipe), progress=False), tmp_path)
+    assert "were rounded" in text and (NOISE in text) == is_noise and TRAINED not in text
+    assert origin(tmp_path) == "rounded"
+
+
+def test_a_rounded_vae_draws_no_noise(source_folder, tmp_path):
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder)
+    text = made(quantize_model(pipe.vae, BitsFusionConfig(recipe=2), progress=False), tmp_path)
+    assert "were rounded" in text and NOISE not in text
+
+
+def test_a_trained_model_is_said_to_be_trained_and_nothing_else_also_when_saved_again(tmp_path):
+    unet = convert(prepare_qat(tiny_unet(), BitsFusionConfig(recipe=2)))
+    text = made(unet, tmp_path / "first")
+    assert TRAINED in text and NOISE not in text and "rounded" not in text
+    add_section(tmp_path / "first", "Training", "Stage 1.")
+    again = type(unet).from_pretrained(tmp_path / "first")
+    assert made(again, tmp_path / "second") == text
+    assert origin(tmp_path / "first") == origin(tmp_path / "second") == "trained"
+
+
+@pytest.mark.parametrize(("tuning_steps", "kind"), [(0, "calibrated"), (2, "tuned")])
+def test_a_calibrated_or_tuned_pipeline_says_on_what(source_folder, tmp_path, tuning_steps, kind):
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder)
+    calibration = Calibration(["a", "b"], num_samples=2, num_inference_steps=3, seed=5, tuning_steps=tuning_steps)
+    quantize_model(pipe, BitsFusionConfig(recipe=2), progress=False, calibration=calibration)
+    text = made(pipe, tmp_path)
+    assert "2 pictures of 3 steps, prompts: 2 of the user's, seed 5" in text and NOISE not in text
+    assert ("tuned in 2 steps" in text) == (kind == "tuned")
+    assert origin(tmp_path) == kind
+    again = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert made(again, tmp_path / "again") == text

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from helpers import layer_sizes
 from safetensors.torch import load_file, save_file
 from tiny import tiny_unet
-from torch import nn
 
 from diffusers_bitsfusion import quantize_model, size_report
 
@@ -26,11 +26,6 @@ OTHERS, OVERHEAD = "biases, norms, other tensors", "headers and config.json"
 
 def file_bytes(folder: Path, *endings: str) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.name.endswith(endings or ("",)))
-
-
-def weight_layers(model: nn.Module) -> dict[str, int]:
-    """Weights of every Linear and Conv2d layer."""
-    return {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
 
 
 def is_time(name: str) -> bool:
@@ -124,9 +119,9 @@ def test_layers_left_alone_count_with_their_real_size(make_config, tmp_path):
     others = sum(t.nbytes for n, t in load_file(tmp_path / WEIGHTS).items() if not n.endswith((".codes", ".scale")))
     assert report.parts[OTHERS] == others
     assert report.fp16_bytes == 2 * sum(p.numel() for p in tiny_unet().parameters())
-    left = {n: c for n, c in weight_layers(tiny_unet()).items() if n == "conv_in" or ".attn2." in n}
+    left = {n: c for n, c in layer_sizes(tiny_unet()).items() if n == "conv_in" or ".attn2." in n}
     cost = sum(log2_levels(layer["bits"]) * math.prod(layer["shape"]) for layer in saved_layers(tmp_path).values())
-    total = sum(weight_layers(tiny_unet()).values())
+    total = sum(layer_sizes(tiny_unet()).values())
     assert report.weights == total
     assert report.average_bits.paper == pytest.approx((cost + 16 * sum(left.values())) / total)
 
@@ -141,7 +136,7 @@ def test_the_papers_average_counts_features_and_the_originals_weights(packed):
     if kind != "keep":
         features = sum(m.out_features for n, m in tiny_unet().named_modules() if n.endswith("time_emb_proj"))
         cost += 16 * 50 * features
-    weights = sum(weight_layers(tiny_unet()).values())
+    weights = sum(layer_sizes(tiny_unet()).values())
     report = size_report(folder)
     assert report.weights == weights
     assert report.average_bits.paper == pytest.approx(cost / weights)
@@ -163,7 +158,7 @@ def test_the_average_over_layers_leaves_first_and_last_out(packed):
 
 def test_real_bits_are_all_bytes_over_all_weights(packed):
     _, folder = packed
-    expected = 8 * file_bytes(folder, ".safetensors", ".json") / sum(weight_layers(tiny_unet()).values())
+    expected = 8 * file_bytes(folder, ".safetensors", ".json") / sum(layer_sizes(tiny_unet()).values())
     assert size_report(folder).real_bits == pytest.approx(expected)
 
 
@@ -173,7 +168,7 @@ def test_the_histogram_counts_layers_and_weights_by_bits(packed):
     for bits in {layer["bits"] for layer in saved_layers(folder).values()}:
         sizes = [math.prod(layer["shape"]) for layer in saved_layers(folder).values() if layer["bits"] == bits]
         assert histogram[bits] == (len(sizes), sum(sizes))
-    counted = {n: c for n, c in weight_layers(tiny_unet()).items() if kind == "keep" or not is_time(n)}
+    counted = {n: c for n, c in layer_sizes(tiny_unet()).items() if kind == "keep" or not is_time(n)}
     assert sum(layers for layers, _ in histogram.values()) == len(counted)
     assert sum(weights for _, weights in histogram.values()) == sum(counted.values())
 
@@ -190,9 +185,9 @@ def test_cached_features_count_sixteen_bits_a_step(make_config, tmp_path, steps)
     original = tiny_unet()
     features = sum(m.out_features for n, m in original.named_modules() if n.endswith("time_emb_proj"))
     assert report.parts[TIME] == len(timesteps) * (2 * features + 4)
-    sizes = {n: count for n, count in weight_layers(original).items() if not is_time(n)}
+    sizes = {n: count for n, count in layer_sizes(original).items() if not is_time(n)}
     cost = sum((8.0 if n in ("conv_in", "conv_out") else log2_levels(3)) * count for n, count in sizes.items())
-    expected = (cost + 16 * len(timesteps) * features) / sum(weight_layers(original).values())
+    expected = (cost + 16 * len(timesteps) * features) / sum(layer_sizes(original).values())
     assert report.average_bits.paper == pytest.approx(expected)
 
 
@@ -207,7 +202,7 @@ def test_other_weight_files_in_the_folder_are_not_the_models(packed, tmp_path):
 def test_a_table_of_classes_has_no_weights_to_count(make_config, tmp_path):
     unet = tiny_unet(num_class_embeds=100)
     report = size_report(quantize_model(unet, make_config(time_embedding="keep"), progress=False))
-    assert report.weights == sum(weight_layers(unet).values())
+    assert report.weights == sum(layer_sizes(unet).values())
 
 
 # Pipelines.
@@ -286,3 +281,16 @@ def test_a_dequantized_model_is_not_counted_as_ours(packed_folders):
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
     with pytest.raises(ValueError, match="is not quantized"):
         size_report(pipe.unet.dequantize())
+
+
+def test_a_pipeline_in_memory(packed_folders, source_folder):
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
+    report = size_report(pipe)
+    assert report.quantized["unet"] == size_report(pipe.unet)
+    vae = sum(tensor.nbytes for tensor in pipe.vae.state_dict().values())
+    assert report.others["vae"] == vae and set(report.others) == {"vae", "text_encoder"}
+    total = report.quantized["unet"].total_bytes + sum(report.others.values())
+    assert report.total_bytes == report.to_dict()["total_bytes"] == total
+    assert f"{'whole pipeline':<32}{total / 1e6:>10.3f}" in str(report)
+    with pytest.raises(ValueError, match="No component of this StableDiffusionPipeline is quantized"):
+        size_report(StableDiffusionPipeline.from_pretrained(source_folder))

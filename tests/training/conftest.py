@@ -10,7 +10,7 @@ CAPTIONS = [f"a {letter}" for letter in "abcdefg"]
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """Seven captioned pictures of 16 x 16 as arrays."""
+    """Seven captioned images of 16 x 16 as arrays."""
     folder = tmp_path_factory.mktemp("images")
     images = np.random.default_rng(0).integers(0, 255, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
     np.save(folder / "images.npy", images)

@@ -30,7 +30,7 @@ def make(parts, image_folder):
     return make
 
 
-def drawn(batches, count):
+def next_batches(batches, count):
     """Samples by position: caption, noisy latents, timestep, states and target."""
     samples = {}
     for _ in range(count):
@@ -49,10 +49,10 @@ def assert_equal(found, expected):
 
 
 def test_samples_are_the_same_however_they_are_shared_out(make):
-    alone = drawn(make(Sharing(4)), 2)
+    alone = next_batches(make(Sharing(4)), 2)
     assert sorted(alone) == list(range(8))
-    accumulated = drawn(make(Sharing(2, accumulation=2)), 4)
-    two = [drawn(make(Sharing(1, accumulation=2, processes=2, index=index)), 4) for index in (0, 1)]
+    accumulated = next_batches(make(Sharing(2, accumulation=2)), 4)
+    two = [next_batches(make(Sharing(1, accumulation=2, processes=2, index=index)), 4) for index in (0, 1)]
     assert_equal(accumulated, alone)
     assert_equal(two[0] | two[1], alone)
     assert not two[0].keys() & two[1].keys()
@@ -60,14 +60,14 @@ def test_samples_are_the_same_however_they_are_shared_out(make):
 
 def test_any_step_can_be_started_from(make):
     batches = make(Sharing(2))
-    expected = drawn(batches, 4)
+    expected = next_batches(batches, 4)
     batches.start(2)
-    again = drawn(batches, 2)
+    again = next_batches(batches, 2)
     assert_equal(again, {position: expected[position] for position in range(4, 8)})
 
 
 def test_workers_change_nothing(make):
-    assert_equal(drawn(make(Sharing(2), num_workers=1), 2), drawn(make(Sharing(2)), 2))
+    assert_equal(next_batches(make(Sharing(2), num_workers=1), 2), next_batches(make(Sharing(2)), 2))
 
 
 def test_an_epoch_takes_every_sample_once_in_a_new_order():

@@ -3,8 +3,8 @@ import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from torch import nn
 
-from diffusers_bitsfusion.training.batches import STREAM_DRAWING, Sharing, generator_of
-from diffusers_bitsfusion.training.generated_latents import DrawnBatches
+from diffusers_bitsfusion.training.batches import STREAM_SAMPLING, Sharing, generator_of
+from diffusers_bitsfusion.training.generated_latents import GeneratedBatches
 from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
 from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
 
@@ -13,7 +13,7 @@ SHAPE = (4, 3, 3)
 
 
 class Oracle(nn.Module):
-    """A teacher that knows how every drawing must end: with the number that its text states hold."""
+    """A teacher that knows how every latent must end: with the number that its text states hold."""
 
     dtype = torch.float32
 
@@ -45,7 +45,7 @@ def make():
     def make(sharing, prompts=("0.5",), kind="epsilon", distribution=None, **changes):
         betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
         scheduler = DDPMScheduler(**betas, prediction_type=kind)
-        batches = DrawnBatches(
+        batches = GeneratedBatches(
             prompts,
             Oracle(scheduler),
             Numbers(),
@@ -62,7 +62,7 @@ def make():
 
 
 def clean(batches, batch):
-    """What was drawn, found from the noise that the model is to predict."""
+    """The generated latents, computed from the noise that the model is to predict."""
     alpha = batches.scheduler.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
     if batches.scheduler.config.prediction_type == "sample":
         return batch.target
@@ -72,7 +72,7 @@ def clean(batches, batch):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_a_drawing_is_what_the_teacher_leads_to_and_the_target_undoes_its_noise(make, kind):
+def test_a_latent_is_what_the_teacher_leads_to_and_the_target_undoes_its_noise(make, kind):
     batches = make(Sharing(3), ["0.5", "-0.25", "2"], kind=kind, guidance_scale=1.0)
     batch = batches.next()
     expected = torch.tensor([float(caption) for caption in batch.captions]).view(-1, 1, 1, 1).expand(3, *SHAPE)
@@ -88,7 +88,7 @@ def test_guidance_leads_away_from_the_empty_text_whatever_is_trained_on(make, te
     assert float(batch.states) == (-1.0 if text_dropout else 0.5)
 
 
-def test_a_set_of_drawings_serves_some_steps_noised_anew_at_each(make):
+def test_a_set_of_latents_serves_some_steps_with_new_noise_at_each(make):
     prompts = [str(number) for number in range(12)]
     batches = make(Sharing(2, accumulation=2), prompts, renewed_every=3)
     steps = [[batches.next(), batches.next()] for _ in range(7)]
@@ -124,10 +124,10 @@ def test_batches_are_the_same_however_they_are_shared_out_and_go_on_from_any_ste
             torch.testing.assert_close(together, getattr(expected, name))
 
 
-def test_the_real_teacher_draws_what_its_pipeline_draws(parts):
+def test_the_real_teacher_samples_what_its_pipeline_samples(parts):
     """Guidance and text as in `StableDiffusionPipeline`, noise as promised."""
     scheduler = DDPMScheduler.from_config(parts.scheduler.config)
-    batches = DrawnBatches(
+    batches = GeneratedBatches(
         ["a b"],
         parts.unet,
         TextEncoder(parts.tokenizer, parts.text_encoder),
@@ -140,7 +140,7 @@ def test_the_real_teacher_draws_what_its_pipeline_draws(parts):
         seed=3,
     )
     batches.start(0)
-    noise = torch.randn(1, 4, 8, 8, generator=generator_of(3, STREAM_DRAWING, 0))
+    noise = torch.randn(1, 4, 8, 8, generator=generator_of(3, STREAM_SAMPLING, 0))
     parts.scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler.config, timestep_spacing="trailing")
     settings = {"num_inference_steps": 5, "guidance_scale": 5.0, "output_type": "latent"}
     expected = parts("a b", latents=noise, **settings).images

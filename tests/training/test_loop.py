@@ -14,10 +14,10 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 
 from diffusers_bitsfusion import prepare_qat
-from diffusers_bitsfusion.qat import trainable_layers
+from diffusers_bitsfusion.qat import qat_layers
 from diffusers_bitsfusion.training.batches import Sharing
 from diffusers_bitsfusion.training.checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights
-from diffusers_bitsfusion.training.generated_latents import DrawnBatches
+from diffusers_bitsfusion.training.generated_latents import GeneratedBatches
 from diffusers_bitsfusion.training.loop import LOG_FILE, LoopOptions, TrainingDiverged, TrainingLoop
 from diffusers_bitsfusion.training.losses import Distillation
 from diffusers_bitsfusion.training.measure import estimate, measure_timestep_errors, static_memory
@@ -49,8 +49,8 @@ def make_loop(parts, make_config, tmp_path):
         text = TextEncoder(parts.tokenizer, parts.text_encoder)
         beta = TimestepDistribution.beta(1000)
         sharing = Sharing(2 // accumulation, accumulation)
-        drawing = {"num_inference_steps": 2, "renewed_every": 3, "seed": 2}
-        batches = DrawnBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **drawing)
+        teacher = {"num_inference_steps": 2, "renewed_every": 3, "seed": 2}
+        batches = GeneratedBatches(["a b", "c"], parts.unet, text, scheduler, beta, sharing, (4, 8, 8), **teacher)
         optimizer = make_optimizer(student, learning_rate=rate, use_8bit_adam=use_8bit_adam)
         return TrainingLoop(
             accelerator or Accelerator(cpu=True),
@@ -223,7 +223,7 @@ def test_fingerprints_tell_models_apart(parts, make_config):
 def test_a_machine_whose_scales_differ_in_their_last_bits_may_continue(parts, make_config):
     here, there = (prepare_qat(copy.deepcopy(parts.unet), make_config()) for _ in range(2))
     with torch.no_grad():
-        for layer in trainable_layers(there).values():
+        for layer in qat_layers(there).values():
             layer.scale *= 1 + 2**-23
     assert fingerprint(here) == fingerprint(there)
 
@@ -288,7 +288,7 @@ def test_the_trial_step_learns_nothing(make_loop):
     assert losses(tried) == losses(plain)
 
 
-def test_a_step_costs_its_share_of_the_drawings(make_loop, monkeypatch):
+def test_a_step_costs_its_share_of_the_sampling(make_loop, monkeypatch):
     loop, clock = make_loop(accumulation=2), [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
@@ -340,7 +340,7 @@ def test_errors_along_the_timesteps(make_loop, parts):
 
 def test_one_process_has_nobody_to_share_with(make_loop):
     loop = make_loop()
-    with pytest.raises(ValueError, match="is shared out over several processes; launch them, or train without"):
+    with pytest.raises(ValueError, match="is sharded over several processes; launch them, or train without"):
         ShardedModel(loop.accelerator, loop.student)
 
 

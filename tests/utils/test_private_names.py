@@ -45,7 +45,8 @@ import sys
 src, out = sys.argv[2:]
 Path(src).mkdir()
 tiny_pipeline(Path(src)).save_pretrained(src)
-pipe = StableDiffusionPipeline.from_pretrained(src, quantization_config=BitsFusionConfig(recipe=2), safety_checker=None)
+config = BitsFusionConfig(recipe=2)
+pipe = StableDiffusionPipeline.from_pretrained(src, quantization_config=config, safety_checker=None)
 pipe.save_pretrained(out)
 again = StableDiffusionPipeline.from_pretrained(out)
 assert torch.equal(pipe.unet.conv_in.codes, again.unet.conv_in.codes)

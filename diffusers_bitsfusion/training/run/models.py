@@ -1,4 +1,4 @@
-"""Teacher and student of train_bitsfusion.py."""
+"""Teacher and student of a run."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
-from diffusers_bitsfusion import BitsFusionConfig, Calibration, prepare_qat
-from diffusers_bitsfusion.calibration.run import calibrate
-from diffusers_bitsfusion.packing.plan import matches
-from diffusers_bitsfusion.qat import start_calibrated, trainable_layers
+from ...calibration.run import calibrate
+from ...config.bitsfusion import BitsFusionConfig
+from ...config.calibration import Calibration
+from ...packing.plan import matches
+from ...qat import prepare_qat, qat_layers, start_calibrated
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> DiffusionPipeline:
-    """The full-precision pipeline, frozen, in the dtype of mixed precision, on the device.
+    """Return the full-precision pipeline, frozen, in the dtype of mixed precision, on the device.
 
     Raises:
-        ValueError: it is not Stable Diffusion with one text encoder, or its UNet takes more than latents.
+        ValueError: it is not Stable Diffusion with one text encoder, or its UNet requires more than latents.
     """
     pipeline = DiffusionPipeline.from_pretrained(
         args.pretrained_model_name_or_path,
@@ -39,12 +40,12 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
     if channels != latents:
         raise ValueError(
             f"The UNet of {args.pretrained_model_name_or_path} takes {channels} channels where the VAE has {latents}: "
-            "inpainting and the like cannot be trained by this script."
+            "inpainting and the like cannot be trained by this command."
         )
     if args.prediction_type is not None:
         pipeline.scheduler.register_to_config(prediction_type=args.prediction_type)
     if getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.safety_checker = None  # it would black out validation images of a student that draws noise yet
+        pipeline.safety_checker = None  # It would black out the noise that an untrained student generates.
     pipeline.set_progress_bar_config(disable=True)
     for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         model.requires_grad_(False).eval()
@@ -52,7 +53,7 @@ def load_teacher(args: argparse.Namespace, accelerator: Accelerator) -> Diffusio
 
 
 def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
-    """The pipeline's UNet in fp32, with trainable layers unless full precision is asked for."""
+    """Return the pipeline's UNet in fp32, with fake-quantized layers unless full precision is requested."""
     student = UNet2DConditionModel.from_pretrained(
         args.pretrained_model_name_or_path,
         subfolder="unet",
@@ -83,9 +84,9 @@ def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
 def calibrate_student(
     args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline, prompts: Sequence[str]
 ) -> None:
-    """Let a prepared student start from weights rounded for the inputs that layers see while the teacher draws."""
-    bits = {name: layer.bits for name, layer in trainable_layers(student).items()}
+    """Set the start of a prepared student to weights rounded for the layers' inputs while the teacher samples."""
+    bits = {name: layer.bits for name, layer in qat_layers(student).items()}
     calibration = Calibration(prompts, seed=args.seed)
-    options = {"scale_init": args.scale_init, "balance": not args.no_balance}
-    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, **options))
-    student.qat_state.config.calibration = calibration.summary()  # as `prepare_qat` records it
+    config = student.qat_state.config
+    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, config.rounding))
+    config.calibration = calibration.summary()  # As `prepare_qat` records it.

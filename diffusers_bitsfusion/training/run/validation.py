@@ -1,31 +1,32 @@
-"""Pictures and scores while training: teacher beside student, from the same seeds."""
+"""Validation images and scores while training: teacher beside student, from the same seeds."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
-from diffusers_bitsfusion import evaluation
-from diffusers_bitsfusion.evaluation.compositional import judge
+from ... import evaluation
+from ...evaluation.compositional import judge
 
 
 class Validation:
-    """Draws the prompts with teacher and student; scores them where there is a scorer.
+    """Images of prompts by teacher and student, and their scores where there is a scorer.
 
     Args:
-        prompts: what to draw.
-        teacher: the full-precision pipeline.
-        accelerator: its trackers get the picture and the score.
-        sampling: how pictures are drawn.
-        folder: takes `STAGE-STEP.png`.
-        scorer: judges images by their prompt's spec.
-        rows: prompts in the picture.
+        prompts: prompts of the images.
+        teacher: full-precision pipeline.
+        accelerator: accelerator whose trackers receive the grid of images and the score.
+        sampling: settings of sampling.
+        folder: folder of the grids, `STAGE-STEP.png`.
+        scorer: function that scores images by the specs of their prompts.
+        rows: number of prompts in the grid.
     """
 
     def __init__(
@@ -35,18 +36,18 @@ class Validation:
         accelerator: Accelerator,
         sampling: evaluation.Sampling,
         folder: Path,
-        scorer: Callable | None = None,
+        scorer: Callable[..., Any] | None = None,
         rows: int = 8,
-    ):
+    ) -> None:
         self.prompts, self.teacher, self.accelerator = prompts, teacher, accelerator
         self.sampling, self.folder, self.scorer, self.rows = sampling, folder, scorer, rows
-        self._drawn_by_teacher: np.ndarray | None = None
+        self._teacher_images: np.ndarray | None = None
 
     @classmethod
     def from_args(
         cls, args: argparse.Namespace, teacher: DiffusionPipeline, accelerator: Accelerator
     ) -> Validation | None:
-        """The validation that the command line asks for, if any."""
+        """Return the validation that the command line requests, if any."""
         if args.validation_file is not None:
             prompts = evaluation.read_prompts(args.validation_file)
         elif args.validation_prompts:
@@ -59,10 +60,16 @@ class Validation:
         return cls(prompts, teacher, accelerator, sampling, folder, scorer, args.validation_grid)
 
     def of_stage(self, name: str, student: ModelMixin, tracker_offset: int) -> Callable[[int], None]:
-        """What the training loop calls with the step; to which trackers are told that the offset is added."""
+        """Return the function that the training loop calls with its step.
+
+        Args:
+            name: name of the stage.
+            student: model in training.
+            tracker_offset: number that is added to the step in trackers.
+        """
 
         def validate(step: int) -> None:
-            # The processes that share a model compute with it together.
+            # All processes of a sharded model must compute together.
             if self.accelerator.is_main_process or isinstance(student, FSDPModule):
                 self._validate(name, student, step, step + tracker_offset)
             self.accelerator.wait_for_everyone()
@@ -70,13 +77,13 @@ class Validation:
         return validate
 
     def _validate(self, name: str, student: ModelMixin, step: int, tracked_step: int) -> None:
-        if self._drawn_by_teacher is None:
-            self._drawn_by_teacher = self._draw(self.teacher.unet)
-        drawn = self._draw(student)
+        if self._teacher_images is None:
+            self._teacher_images = self._generate(self.teacher.unet)
+        images = self._generate(student)
         if not self.accelerator.is_main_process:
             return
         captions = [prompt.caption for prompt in self.prompts]
-        columns = [self._drawn_by_teacher[: self.rows], drawn[: self.rows]]
+        columns = [self._teacher_images[: self.rows], images[: self.rows]]
         grid = evaluation.image_grid(columns, ["teacher", f"student, step {step}"], captions[: self.rows])
         self.folder.mkdir(parents=True, exist_ok=True)
         grid.save(self.folder / f"{name}-{step}.png")
@@ -86,19 +93,19 @@ class Validation:
             elif tracker.name == "wandb":
                 tracker.log_images({f"{name}/validation": [grid]}, tracked_step)
         if self.scorer is not None:
-            self._score(name, step, tracked_step, drawn)
+            self._score(self.scorer, name, step, tracked_step, images)
 
-    def _score(self, name: str, step: int, tracked_step: int, drawn: np.ndarray) -> None:
+    def _score(self, scorer: Callable[..., Any], name: str, step: int, tracked_step: int, images: np.ndarray) -> None:
         categories = [prompt.category for prompt in self.prompts]
-        scores = judge(self.scorer, drawn, [prompt.spec for prompt in self.prompts])
+        scores = judge(scorer, images, [prompt.spec for prompt in self.prompts])
         overall = evaluation.bootstrap_scores(scores, categories)["overall"]
         print(
             f"{name}, step {step}: compositional score {overall.value:.3f} ({overall.low:.3f} to {overall.high:.3f})"
         )
         self.accelerator.log({f"{name}/compositional": overall.value}, tracked_step)
 
-    def _draw(self, unet: ModelMixin) -> np.ndarray:
-        """(prompts, height, width, 3) uint8, by the teacher's pipeline with `unet` in it."""
+    def _generate(self, unet: ModelMixin) -> np.ndarray:
+        """Generate all prompts' images by the pipeline with `unet` in it, uint8 [prompts, height, width, 3]."""
         teacher, self.teacher.unet = self.teacher.unet, unet
         captions = [prompt.caption for prompt in self.prompts]
         try:

@@ -1,4 +1,4 @@
-"""What train_bitsfusion.py trains on."""
+"""Training data of a run."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 
-from diffusers_bitsfusion import Calibration
-from diffusers_bitsfusion.evaluation import read_captions
-from diffusers_bitsfusion.training.batches import Batches, ImageBatches, Sharing
-from diffusers_bitsfusion.training.generated_latents import DrawnBatches
-from diffusers_bitsfusion.training.images import TrainingImages, open_images
-from diffusers_bitsfusion.training.prompt_embeddings import TextEncoder
-from diffusers_bitsfusion.utils.timesteps import TimestepDistribution
+from ...config.calibration import Calibration
+from ...evaluation import read_captions
+from ...utils.timesteps import TimestepDistribution
+from ..batches import Batches, ImageBatches, Sharing
+from ..generated_latents import GeneratedBatches
+from ..images import TrainingImages, open_images
+from ..prompt_embeddings import TextEncoder
 
 
 def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -> TrainingImages | None:
-    """The captioned images that the command line names, if any, cut to the pipeline's resolution."""
+    """Return the captioned images that the command line names, if any, cropped to the pipeline's resolution."""
     if args.dataset_name is None and args.train_data_dir is None:
         return None
     source = open_images(
@@ -35,7 +35,7 @@ def open_training_images(args: argparse.Namespace, teacher: DiffusionPipeline) -
 
 
 def calibration_prompts(args: argparse.Namespace, images: TrainingImages | None) -> list[str]:
-    """What the teacher draws to calibrate a start: the prompts of the command line, else captions of the images."""
+    """Return the prompts of calibration: those of the command line, else captions of the images."""
     if args.prompts is not None:
         return read_captions(args.prompts)
     assert images is not None
@@ -54,15 +54,15 @@ def make_batches(
     distribution: TimestepDistribution,
     sharing: Sharing,
 ) -> Batches:
-    """The samples of a stage: the teacher's drawings in Stage I where there are prompts, else images."""
+    """Return the batches of a stage: latents of the teacher in Stage I where there are prompts, else images."""
     common: dict[str, Any] = {
         "text_dropout": args.proportion_empty_prompts,
-        "seed": 2 * args.seed + stage - 1,  # no two stages of any seeds share their noise
+        "seed": 2 * args.seed + stage - 1,  # No two stages of any seeds share their noise.
         "device": teacher.device,
     }
     if stage == 1 and args.prompts is not None:
         side = _resolution(args, teacher) // teacher.vae_scale_factor
-        return DrawnBatches(
+        return GeneratedBatches(
             read_captions(args.prompts),
             teacher.unet,
             text,
@@ -81,4 +81,5 @@ def make_batches(
 
 
 def _resolution(args: argparse.Namespace, teacher: DiffusionPipeline) -> int:
-    return args.resolution or teacher.unet.config.sample_size * teacher.vae_scale_factor
+    resolution: int = args.resolution or teacher.unet.config.sample_size * teacher.vae_scale_factor
+    return resolution

@@ -1,21 +1,64 @@
-"""Command line of train_bitsfusion.py; names are those of diffusers' training scripts where they have one."""
+"""Arguments of a training run; names are those of diffusers' training scripts where they have one."""
 
 from __future__ import annotations
 
 import argparse
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 
 TIMESTEP_SAMPLING = ("beta", "uniform", "error")
 
 
-def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The arguments of a run; a wrong combination ends the program with a message."""
+# The least value of each number that is counted or measured with.
+_LEAST = {
+    "max_train_steps": 1,
+    "train_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "checkpointing_steps": 1,
+    "checkpoints_total_limit": 1,
+    "drawing_steps": 1,
+    "redraw_every": 1,
+    "resolution": 1,
+    "max_train_samples": 1,
+    "timestep_error_samples": 1,
+    "num_inference_steps": 1,
+    "validation_grid": 1,
+    "validation_steps": 0,
+    "dataloader_num_workers": 0,
+    "lr_warmup_steps": 0,
+    "learning_rate": 0,
+    "feature_weight": 0,
+    "guidance_scale": 0,
+    "validation_guidance_scale": 0,
+    "seed": 0,
+}
+
+
+class _Help(argparse.HelpFormatter):
+    """Ends the help of every option with its default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        text = action.help or ""
+        if action.default in (None, False, argparse.SUPPRESS) or "efault:" in text:
+            return text
+        return f"{text} [default: %(default)s]".lstrip()
+
+
+def parse_args(arguments: Sequence[str], program: str, launched_as: str) -> argparse.Namespace:
+    """Return the arguments of a run; a wrong combination ends the program with a message.
+
+    Args:
+        arguments: of the command line.
+        program: what a message calls the program.
+        launched_as: the command line before its arguments, as the model card shows it.
+    """
     parser = argparse.ArgumentParser(
+        program,
         description="Two-stage training of a Stable Diffusion UNet at about 2 bits.",
         allow_abbrev=False,  # a shortened --hub_token would end in the card
+        formatter_class=_Help,
+        usage="%(prog)s --pretrained_model_name_or_path PIPELINE [options]  (--help lists them)",
     )
     _add_model(parser)
     _add_data(parser)
@@ -25,25 +68,14 @@ def parse_args(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     _add_validation(parser)
     args = parser.parse_args(arguments)
     _check(parser, args)
-    args.command = _command(sys.argv[1:] if arguments is None else arguments)
+    args.command = _command(arguments, launched_as)
     return args
 
 
-def _command(arguments: Sequence[str]) -> str:
-    """The command line as the model card shows it, without the token."""
+def _command(arguments: Sequence[str], launched_as: str) -> str:
+    """Return the command line as the model card shows it, without the token."""
     shown = re.sub(r"--hub_token[ =]\S+ ?", "", shlex.join(arguments)).replace(" --", " \\\n    --")
-    return f"accelerate launch examples/train_bitsfusion.py \\\n    {shown}"
-
-
-def stages(args: argparse.Namespace) -> tuple[int, ...]:
-    """The stages to run, in order."""
-    return (1, 2) if args.stage == "both" else (int(args.stage),)
-
-
-def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
-    """An argument that Stage II may have its own value of."""
-    own = getattr(args, f"stage2_{name}") if stage == 2 else None
-    return getattr(args, name) if own is None else own
+    return f"{launched_as} \\\n    {shown}"
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -76,8 +108,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dataset_config_name", help="Configuration of the dataset.")
     group.add_argument(
         "--train_data_dir",
-        help="Instead, a folder: images with metadata.jsonl, WebDataset shards (*.tar), or images.npy with "
-        "captions.json.",
+        help="Instead, a folder: images with metadata.jsonl or a .txt beside each, WebDataset shards (*.tar), or "
+        "images.npy with captions.json.",
     )
     group.add_argument("--prompts", help="Text file of prompts, one a line: Stage I then needs no images.")
     group.add_argument("--image_column", help="Column of the images; usual names are found.")
@@ -92,14 +124,19 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
 
 def _add_method(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("method")
-    group.add_argument("--stage", choices=("1", "2", "both"), default="both")
+    group.add_argument("--stage", choices=("1", "2", "both"), default="both", help="The stages to run.")
     group.add_argument(
         "--init_from",
         help="Where --stage 2 starts: a checkpoint of Stage I, or 'rounding' for none. Default: the last in "
         "OUTPUT_DIR/stage1.",
     )
     group.add_argument("--feature_weight", type=float, default=0.01, help="Lambda of Stage I; 0 for no features.")
-    group.add_argument("--timestep_sampling", choices=TIMESTEP_SAMPLING, default="beta")
+    group.add_argument(
+        "--timestep_sampling",
+        choices=TIMESTEP_SAMPLING,
+        default="beta",
+        help="Distribution that timesteps are drawn from.",
+    )
     group.add_argument("--timestep_alpha", type=float, default=3.0, help="Alpha of Beta(alpha, 1).")
     group.add_argument(
         "--measure_timestep_error", action="store_true", help="Measure and draw the error along the timesteps; end."
@@ -126,41 +163,48 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max_train_steps", type=int, default=20_000, help="Optimizer steps of a stage.")
     group.add_argument("--stage2_max_train_steps", type=int, help="Those of Stage II, where they differ.")
     group.add_argument("--train_batch_size", type=int, default=16, help="Of one device in one forward pass.")
-    group.add_argument("--gradient_accumulation_steps", type=int, default=1)
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Forward passes of one optimizer step."
+    )
     group.add_argument("--stage2_gradient_accumulation_steps", type=int, help="Those of Stage II, where they differ.")
     group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, about a quarter slower.")
-    group.add_argument("--learning_rate", type=float, default=1e-5)
+    group.add_argument("--learning_rate", type=float, default=1e-5, help="Peak of the schedule.")
     group.add_argument("--lr_scheduler", default="constant", help="As in diffusers.optimization.")
-    group.add_argument("--lr_warmup_steps", type=int, default=0)
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="Steps in which the rate rises.")
     group.add_argument(
         "--shard", action="store_true", help="Share weights, gradients and optimizer out over the processes (FSDP)."
     )
     group.add_argument("--use_8bit_adam", action="store_true", help="Needs bitsandbytes.")
-    group.add_argument("--adam_beta1", type=float, default=0.9)
-    group.add_argument("--adam_beta2", type=float, default=0.999)
-    group.add_argument("--adam_weight_decay", type=float, default=1e-2)
-    group.add_argument("--adam_epsilon", type=float, default=1e-8)
-    group.add_argument("--max_grad_norm", type=float, default=1.0)
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="Decay of the first moment.")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="Decay of the second moment.")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="Of AdamW.")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="Of AdamW.")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="Gradients are scaled down to it.")
     group.add_argument("--use_ema", action="store_true", help="Average the weights, and save the average.")
-    group.add_argument("--ema_decay", type=float, default=0.9999)
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="Of that average.")
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="Default: as accelerate configured.")
-    group.add_argument("--allow_tf32", action="store_true")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--allow_tf32", action="store_true", help="Multiply in TF32 on GPUs that have it.")
+    group.add_argument("--seed", type=int, default=0, help="Of everything random.")
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="bitsfusion-model")
-    group.add_argument("--checkpointing_steps", type=int, default=500)
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many of each stage.")
-    group.add_argument("--resume_from_checkpoint", help='"latest", or the path of a checkpoint.')
+    group.add_argument(
+        "--output_dir", default="bitsfusion-model", help="For checkpoints, logs and the packed pipeline."
+    )
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many of each stage; below 1: all.")
+    group.add_argument(
+        "--resume_from_checkpoint",
+        help='"latest", or the path of a checkpoint or its name in OUTPUT_DIR/stage1 or stage2.',
+    )
     group.add_argument("--estimate_only", action="store_true", help="Print what the run takes; end.")
     group.add_argument("--report_to", help='"tensorboard", "wandb", ... or "all". Default: none.')
     group.add_argument("--logging_dir", default="logs", help="Within OUTPUT_DIR.")
-    group.add_argument("--tracker_project_name", default="train_bitsfusion")
-    group.add_argument("--push_to_hub", action="store_true")
-    group.add_argument("--hub_model_id")
-    group.add_argument("--hub_token")
+    group.add_argument("--tracker_project_name", default="train_bitsfusion", help="Of the trackers.")
+    group.add_argument("--push_to_hub", action="store_true", help="Push the packed pipeline as well.")
+    group.add_argument("--hub_model_id", help="Repository to push to. Default: the name of OUTPUT_DIR.")
+    group.add_argument("--hub_token", help="Token for it. Default: the one of `hf auth login`.")
 
 
 def _add_validation(parser: argparse.ArgumentParser) -> None:
@@ -168,8 +212,10 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_prompts", nargs="+", help="Drawn by teacher and student, side by side.")
     group.add_argument("--validation_file", help="Instead, a tab-separated file as for `bitsfusion evaluate`.")
     group.add_argument("--validation_scorer", help="MODULE:FUNCTION that judges images by the file's Spec.")
-    group.add_argument("--validation_steps", type=int, default=500)
-    group.add_argument("--validation_guidance_scale", type=float, default=7.5)
+    group.add_argument("--validation_steps", type=int, default=500, help="Steps between validations.")
+    group.add_argument(
+        "--validation_guidance_scale", type=float, default=7.5, help="Of classifier-free guidance in validation."
+    )
     group.add_argument("--num_inference_steps", type=int, default=50, help="Of a validation image.")
     group.add_argument("--validation_grid", type=int, default=8, help="Prompts in the picture; all are scored.")
 
@@ -190,10 +236,10 @@ def _check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("In full precision there is no error of quantization to measure along the timesteps.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
-    counts = ("max_train_steps", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps")
-    of_stage_two = [f"stage2_{name}" for name in counts if getattr(args, f"stage2_{name}", None) is not None]
-    for name in (*counts, *of_stage_two, "drawing_steps", "redraw_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1.")
+    for name, least in _LEAST.items():
+        for argument in (name, f"stage2_{name}"):
+            value = getattr(args, argument, None)
+            if value is not None and value < least:
+                parser.error(f"--{argument} must be at least {least}.")
     if not 0 <= args.proportion_empty_prompts <= 1:
         parser.error("--proportion_empty_prompts must be in the range [0, 1].")

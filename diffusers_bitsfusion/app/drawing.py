@@ -1,0 +1,58 @@
+"""Pictures from the same noise, their seconds and their difference."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageChops
+
+
+def draw(
+    pipe: DiffusionPipeline, seed: int, on_step: Callable[[int, int], None], **arguments: Any
+) -> tuple[Image.Image, float]:
+    """A picture, and the seconds that it took.
+
+    Args:
+        pipe: draws it.
+        seed: of the noise to start from, drawn on the CPU: the same noise for every pipeline.
+        on_step: called after each denoising step with its number, from 1, and the number of all.
+        arguments: of the pipeline's call.
+    """
+
+    def after_step(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step + 1, pipe.num_timesteps)
+        return tensors
+
+    start = time.perf_counter()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    image = pipe(generator=generator, callback_on_step_end=after_step, **arguments).images[0]
+    return image, time.perf_counter() - start
+
+
+def warm_up(pipe: DiffusionPipeline, **arguments: Any) -> None:
+    """Take one step of the picture that will be drawn, so that the seconds of the first contain no preparations."""
+
+    def stop(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = True  # diffusers' own way to skip the steps that are left
+        return tensors
+
+    pipe(callback_on_step_end=stop, **arguments)
+
+
+def difference(a: Image.Image, b: Image.Image) -> tuple[Image.Image, float]:
+    """The absolute difference of two RGB pictures, and their PSNR in dB: infinite where they are equal.
+
+    Raises:
+        ValueError: they differ in size.
+    """
+    if a.size != b.size:
+        raise ValueError(f"Pictures of {a.size} and {b.size} pixels cannot be compared: take pipelines of one size.")
+    picture = ImageChops.difference(a, b)
+    mse = np.square(np.asarray(picture, np.float64)).mean()
+    return picture, 10 * math.log10(255**2 / mse) if mse else math.inf

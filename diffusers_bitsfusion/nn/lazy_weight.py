@@ -1,0 +1,164 @@
+"""The weight of a packed layer as a tensor that is decoded where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+_REFUSAL = (
+    "The weight of a packed layer is decoded from its codes: it can neither be written to nor trained, the change "
+    "would be lost. Fuse a LoRA by `fuse_lora()`, which keeps it beside the codes; call `dequantize()` on the model "
+    "first; or change a copy, `layer.weight.clone()`."
+)
+
+
+class LazyWeight(torch.Tensor):
+    """A tensor that knows its dtype, device and shape, and decodes its values for each operation that reads them.
+
+    Whatever reads values sees an ordinary tensor, decoded for it alone. Views (`.T`, slices, `.data`) are lazy as
+    well. The values are those that the layer had when its weight was asked for.
+
+    Args:
+        decode: makes a new tensor of the values, with the metadata of `like`.
+        like: a strided tensor, mostly on the meta device.
+        device: of the values.
+
+    Raises:
+        RuntimeError: it, or a view of it, is written to, or asked to require a gradient.
+    """
+
+    decode: Callable[[], Tensor]
+    _kept: Tensor | None
+    _is_hf_initialized = True  # by which transformers' initialisation of modules knows what to leave
+
+    @staticmethod
+    def __new__(cls, decode: Callable[[], Tensor], like: Tensor, device: torch.device) -> LazyWeight:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            like.shape,
+            strides=like.stride(),
+            storage_offset=like.storage_offset(),
+            dtype=like.dtype,
+            device=device,
+            requires_grad=False,
+        )
+        made.decode, made._kept = decode, None
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _writes(func, args, kwargs):
+            refuse_writing()
+        if func.is_view and isinstance(args[0], cls):
+            return _view(func, args, kwargs)
+        return func(*_decoded(args), **_decoded(kwargs))
+
+    # What goes past torch's operators.
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> NoReturn:
+        refuse_writing()
+
+    @property
+    def requires_grad(self) -> bool:
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
+        if requires_grad:
+            refuse_writing()
+        return self
+
+    def share_memory_(self) -> NoReturn:
+        refuse_writing()
+
+    def data_ptr(self) -> int:
+        return self._keep().data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self._keep().untyped_storage()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.decode().numpy(force=force)
+
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.decode().__array__(*args, **kwargs)
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.decode().__dlpack__(*args, **kwargs)
+
+    def tolist(self) -> Any:
+        return self.decode().tolist()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.decode()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.decode().__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return repr(self.decode())
+
+    def _keep(self) -> Tensor:
+        """The values, kept as long as this tensor, since an address of theirs is out."""
+        if self._kept is None:
+            self._kept = self.decode()
+        return self._kept
+
+
+def refuse_writing() -> NoReturn:
+    """Refuse to change the weight of a packed layer.
+
+    Raises:
+        RuntimeError: always.
+    """
+    raise RuntimeError(_REFUSAL)
+
+
+def _decoded(arguments: Any) -> Any:
+    return tree_map(lambda value: value.decode() if isinstance(value, LazyWeight) else value, arguments)
+
+
+def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operator writes to a lazy weight among its arguments."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            if any(isinstance(part, LazyWeight) for part in (value if isinstance(value, (list, tuple)) else [value])):
+                return True
+    return False
+
+
+def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The lazy result, or list of results, of an operator that only looks at its first argument in another way."""
+    source, *others = args
+    shape, stride, offset = source.shape, source.stride(), source.storage_offset()
+    like = torch.empty(0, dtype=source.dtype, device="meta").as_strided(shape, stride, offset)
+
+    def view(index: int | None) -> Callable[[], Tensor]:
+        def decode() -> Tensor:
+            result = func(source.decode(), *others, **kwargs)
+            return result if index is None else result[index]
+
+        return decode
+
+    result = func(like, *others, **kwargs)
+    if isinstance(result, Tensor):
+        return LazyWeight(view(None), result, source.device)
+    return [LazyWeight(view(index), part, source.device) for index, part in enumerate(result)]

@@ -1,0 +1,1 @@
+"""A run of both stages on a Stable Diffusion pipeline, as `bitsfusion train` and the training script start it."""

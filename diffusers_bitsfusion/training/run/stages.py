@@ -1,0 +1,296 @@
+"""The run: teacher and student, Stage I, Stage II, and the packed pipeline in OUTPUT_DIR beside their checkpoints.
+
+Stage I distils the full-precision model into the quantized one; Stage II trains it to predict noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import ModelCard, create_repo
+
+from ...qat import convert
+from ...reporting.model_card import add_section
+from ...reporting.size_report import size_report
+from ...utils.hub import explaining_refusals
+from ...utils.timesteps import TimestepDistribution
+from ..batches import Batches, Sharing
+from ..checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights, read_settings
+from ..loop import LoopOptions, TrainingLoop
+from ..losses import Distillation, NoisePrediction
+from ..measure import estimate, measure_timestep_errors, static_memory
+from ..optimizer import make_optimizer
+from ..prompt_embeddings import TextEncoder
+from ..sharding import ShardedModel
+from ..timestep_errors import TimestepErrors
+from .data import calibration_prompts, make_batches, open_training_images
+from .models import calibrate_student, load_teacher, prepare_student
+from .validation import Validation
+
+logger = get_logger(__name__)
+
+ERRORS_FILE = "timestep_error.json"
+
+
+def stages(args: argparse.Namespace) -> tuple[int, ...]:
+    """Return the stages to run, in order."""
+    return (1, 2) if args.stage == "both" else (int(args.stage),)
+
+
+def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
+    """Return the value of an argument that Stage II may have its own value of."""
+    own: int | None = getattr(args, f"stage2_{name}") if stage == 2 else None
+    value: int = getattr(args, name) if own is None else own
+    return value
+
+
+class Training:
+    """A run by the arguments of the command line: the teacher's pipeline, the student, and the stages of training."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.folder = args, Path(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # Several processes without a GPU would not connect otherwise.
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, str(self.folder / args.logging_dir)),
+        )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                "Launch the training without accelerate's FSDP and DeepSpeed (`accelerate launch --multi_gpu`). With "
+                "--shard the processes shard the model."
+            )
+        self.hub = {"repo_id": args.hub_model_id or self.folder.name, "token": args.hub_token}
+        if args.push_to_hub and self.accelerator.is_main_process:
+            # The repository is created now, so that a token without rights fails before days of training.
+            with explaining_refusals(self.hub["repo_id"]):
+                self.hub["repo_id"] = create_repo(**self.hub, exist_ok=True).repo_id
+        set_seed(args.seed)
+        torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+        self.teacher = load_teacher(args, self.accelerator)
+        self.scheduler = DDPMScheduler.from_config(self.teacher.scheduler.config)
+        self.text = TextEncoder(self.teacher.tokenizer, self.teacher.text_encoder)
+        self.student = prepare_student(args)
+        self.fingerprint = fingerprint(self.student)
+        with self.accelerator.main_process_first():  # One process downloads and converts for all.
+            self.images = open_training_images(args, self.teacher)
+        self.validation = Validation.from_args(args, self.teacher, self.accelerator)
+
+    def run(self) -> None:
+        """Run all stages, then save the packed pipeline."""
+        args = self.args
+        if args.measure_timestep_error:
+            self._measure_timestep_errors().plot(self.folder / "timestep_error.png")
+            return
+        settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
+        self.accelerator.init_trackers(args.tracker_project_name, settings)
+        for stage in self._stages():
+            self._run_stage(stage)
+        if not args.estimate_only:
+            self._save_pipeline()
+        self.accelerator.end_training()
+
+    def _stages(self) -> tuple[int, ...]:
+        """Return the stages to run: only the second where `--resume_from_checkpoint` names a checkpoint of it."""
+        which = self.args.resume_from_checkpoint
+        if which in (None, "latest") or self.args.stage != "both":
+            return stages(self.args)
+        path = find_checkpoint(self.folder, which)
+        assert path is not None
+        named = read_settings(path)[1]["stage"]
+        return (2,) if named == 2 else (1, 2)
+
+    def _checkpoint(self, stage: int) -> Path | None:
+        """Return the checkpoint of this stage that `--resume_from_checkpoint` names, if any.
+
+        Raises:
+            FileExistsError: no run is to be continued, but the folder has an earlier run's checkpoints; or Stage I
+                would continue to another end than the one that the existing Stage II started from.
+        """
+        folder, which = self.folder / f"stage{stage}", self.args.resume_from_checkpoint
+        if which is None and checkpoints(folder):
+            raise FileExistsError(
+                f"{folder} holds checkpoints of an earlier run. Continue it with --resume_from_checkpoint latest, or "
+                "choose another --output_dir."
+            )
+        path = find_checkpoint(folder, which)
+        # A path is a checkpoint of one stage, so that the other of two stages has none.
+        if path is None or self.args.stage != "both":
+            return path
+        step, settings = read_settings(path)
+        second = self.folder / "stage2"
+        if stage == settings["stage"] == 1 and step < self.args.max_train_steps and checkpoints(second):
+            raise FileExistsError(
+                f"{second} holds checkpoints that came from another end of Stage I. Delete them, continue one of "
+                "them, or choose another --output_dir."
+            )
+        return path if settings["stage"] == stage else None
+
+    @property
+    def _calibration(self) -> dict[str, Any] | None:
+        """Summary of the calibration that the student started from, for the packed pipeline's config."""
+        return None if self.args.full_precision else self.student.qat_state.config.calibration
+
+    def _restore_calibration(self, checkpoint: Path) -> None:
+        if not self.args.full_precision:
+            self.student.qat_state.config.calibration = read_settings(checkpoint)[1].get("calibration")
+
+    def _load_stage_1(self) -> None:
+        """Load the weights that Stage I ended with."""
+        start = self.args.init_from
+        if start == "rounding":
+            return
+        path = find_checkpoint(self.folder / "stage1", start or "latest")
+        if path is None:
+            raise FileNotFoundError(
+                f"{self.folder / 'stage1'} holds no checkpoint to start Stage II from. Run Stage I, name one with "
+                "--init_from, or start from rounded weights with --init_from rounding."
+            )
+        load_weights(self.student, path, self.fingerprint)
+        self._restore_calibration(path)
+
+    def _sharing(self, stage: int) -> Sharing:
+        return Sharing(
+            self.args.train_batch_size,
+            of_stage(self.args, "gradient_accumulation_steps", stage),
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
+
+    def _batches(self, stage: int, distribution: TimestepDistribution) -> Batches:
+        parts = self.images, self.teacher, self.text, self.scheduler, distribution, self._sharing(stage)
+        return make_batches(self.args, stage, *parts)
+
+    def _distribution(self) -> TimestepDistribution:
+        count = self.scheduler.config.num_train_timesteps
+        if self.args.timestep_sampling == "uniform":
+            return TimestepDistribution.uniform(count)
+        if self.args.timestep_sampling == "beta":
+            return TimestepDistribution.beta(count, self.args.timestep_alpha)
+        file = self.folder / ERRORS_FILE
+        errors = TimestepErrors.load(file) if file.exists() else self._measure_timestep_errors()
+        return errors.distribution(count)
+
+    def _measure_timestep_errors(self) -> TimestepErrors:
+        """Measure the errors of the rounded model along the timesteps, and save them in OUTPUT_DIR."""
+        uniform = TimestepDistribution.uniform(self.scheduler.config.num_train_timesteps)
+        student = self.student.to(self.accelerator.device)
+        errors = measure_timestep_errors(
+            self.accelerator,
+            student,
+            self.teacher.unet,
+            self._batches(1, uniform),
+            self.scheduler,
+            self.args.timestep_error_samples,
+        )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.accelerator.is_main_process:
+            errors.save(self.folder / ERRORS_FILE)
+        return errors
+
+    def _run_stage(self, stage: int) -> None:
+        args, name = self.args, f"stage{stage}"
+        checkpoint = self._checkpoint(stage)
+        if checkpoint is not None:
+            self._restore_calibration(checkpoint)
+        elif args.stage == "2":
+            self._load_stage_1()
+        elif stage == 1 and args.init == "calibrated" and not args.estimate_only:
+            calibrate_student(args, self.student, self.teacher, calibration_prompts(args, self.images))
+        batches = self._batches(stage, self._distribution())
+        student = self.student.to(self.accelerator.device)
+        sharded = ShardedModel(self.accelerator, student) if args.shard else None
+        distils = stage == 1
+        objective = Distillation(student, self.teacher.unet, args.feature_weight) if distils else NoisePrediction()
+        optimizer = make_optimizer(
+            student,
+            args.learning_rate,
+            (args.adam_beta1, args.adam_beta2),
+            args.adam_weight_decay,
+            args.adam_epsilon,
+            args.use_8bit_adam,
+        )
+        settings = {"stage": stage, "model": self.fingerprint, "batch": batches.sharing.total}
+        steps = of_stage(args, "max_train_steps", stage)
+        options = LoopOptions(
+            max_train_steps=steps,
+            max_grad_norm=args.max_grad_norm,
+            checkpointing_steps=args.checkpointing_steps,
+            checkpoints_total_limit=args.checkpoints_total_limit,
+            validation_steps=args.validation_steps,
+            tracker_offset=0 if distils else args.max_train_steps,
+        )
+        loop = TrainingLoop(
+            self.accelerator,
+            sharded or student,
+            objective,
+            batches,
+            optimizer,
+            get_scheduler(
+                args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
+            ),
+            self.folder / name,
+            settings | {"seed": args.seed, "use_ema": args.use_ema, "calibration": self._calibration},
+            options,
+            EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
+        )
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+        if loop.step < steps:
+            frozen = (self.teacher.unet, self.teacher.vae, self.teacher.text_encoder)
+            memory = static_memory(student, frozen, args.use_ema, 2 if args.use_8bit_adam else 8)
+            cost = estimate(loop, memory)
+            self.accelerator.print(f"Stage {stage}, {batches.sharing.total} samples a step: {cost}")
+        if not args.estimate_only:
+            validation = self.validation
+            loop.train(validation.of_stage(name, student, options.tracker_offset) if validation is not None else None)
+            if batches.skipped:
+                logger.warning("%d images did not decode and were skipped.", len(batches.skipped))
+        self.student = loop.finish()
+
+    def _save_pipeline(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        args = self.args
+        student = self.student.cpu()
+        student = student.to(torch.float16) if args.full_precision else convert(student, dtype=torch.float16)
+        pipeline = DiffusionPipeline.from_pretrained(
+            args.pretrained_model_name_or_path,
+            revision=args.revision,
+            variant=args.variant,
+            unet=student,
+            scheduler=self.teacher.scheduler,
+            dtype=torch.float16,
+        )
+        pipeline.save_pretrained(self.folder)
+        if not args.full_precision:
+            add_section(self.folder, "Training", self._description())
+            print(size_report(self.folder / "unet"))
+        if args.push_to_hub:
+            self._push(pipeline)
+
+    def _push(self, pipeline: DiffusionPipeline) -> None:
+        """Push the pipeline from a temporary folder, since OUTPUT_DIR holds checkpoints and logs as well."""
+        with explaining_refusals(self.hub["repo_id"]), tempfile.TemporaryDirectory() as folder:
+            pipeline.save_pretrained(folder, push_to_hub=True, **self.hub)
+            if not self.args.full_precision:
+                add_section(Path(folder), "Training", self._description())
+                ModelCard.load(Path(folder) / "README.md").push_to_hub(**self.hub)
+
+    def _description(self) -> str:
+        """Return the model card's description of the training."""
+        done = []
+        for stage in stages(self.args):
+            steps, samples = of_stage(self.args, "max_train_steps", stage), self._sharing(stage).total
+            done.append(f"Stage {stage}: {steps} steps of {samples} samples.")
+        return f"Trained in this precision. {' '.join(done)}\n\n```bash\n{self.args.command}\n```"

@@ -1,0 +1,26 @@
+"""What tests of several rooms ask of a model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from diffusers_bitsfusion.nn import PackedWeight
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
+    """Return the packed layers of a model by name, which may be none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedWeight)}
+
+
+def all_packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
+    """Return the packed layers of a model by name, and fail where there are none: a loop over them would be empty."""
+    layers = packed_layers(model)
+    assert layers, f"This {type(model).__name__} has no packed layer."
+    return layers
+
+
+def layer_sizes(model: nn.Module) -> dict[str, int]:
+    """Return the number of weights of every Linear and Conv2d layer by name."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    assert layers, f"This {type(model).__name__} has no layer."
+    return {name: layer.weight.numel() for name, layer in layers.items()}

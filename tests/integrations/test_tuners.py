@@ -1,0 +1,349 @@
+"""PEFT's tuners on packed layers, against the same on the dequantized twin; refusals that leave nothing behind."""
+
+from __future__ import annotations
+
+import copy
+
+import peft
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoKrConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from tiny import tiny_lora, tiny_unet
+from torch import Tensor, nn
+
+from diffusers_bitsfusion import BitsFusionConfig, quantize_model
+from diffusers_bitsfusion.nn import PackedWeight
+from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),  # of PEFT, about what its tuners cannot do
+]
+
+LINEAR = ["first", "second"]
+ALL = [*LINEAR, "conv", "pointwise"]
+
+
+class Net(nn.Module):
+    """Convolutions, then linear layers; one of them without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv, self.pointwise = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
+        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pointwise(self.conv(torch.tanh(self.head(x)))).mean((2, 3))
+        return self.second(torch.tanh(self.first(x)))
+
+
+def packed_net() -> Net:
+    net = Net()
+    for name, layer in list(net.named_modules()):
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            packed = packed_twin(layer, 4, torch.float32)
+            pack_weight(packed, layer.weight, scale_init="alternating", scale_iterations=3, balance=True)
+            replace_module(net, name, packed)
+    return net
+
+
+def dequantized(net: Net) -> Net:
+    twin = copy.deepcopy(net)
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, PackedWeight):
+            replace_module(twin, name, float_twin(layer))
+    return twin
+
+
+TUNERS = {
+    "LoRA": lambda: LoraConfig(r=2, target_modules=ALL, init_lora_weights=False),
+    "rsLoRA": lambda: LoraConfig(r=2, lora_alpha=3, target_modules=ALL, init_lora_weights=False, use_rslora=True),
+    "DoRA": lambda: LoraConfig(r=2, target_modules=ALL, init_lora_weights=False, use_dora=True),
+    "PiSSA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="pissa"),
+    "PiSSA, fast": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="pissa_niter_8"),
+    "OLoRA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="olora"),
+    "orthogonal": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="orthogonal"),
+    "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=ALL, init_weights=False, use_effective_conv2d=True),
+    "LoKr": lambda: LoKrConfig(r=2, target_modules=ALL, init_weights=False),
+    "OFT": lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=ALL, init_weights=False),
+    "BOFT": lambda: peft.BOFTConfig(boft_block_size=2, target_modules=ALL, init_weights=False),
+    "IA3": lambda: peft.IA3Config(
+        target_modules=ALL, feedforward_modules=["second", "pointwise"], init_ia3_weights=False
+    ),
+    "VeRA": lambda: peft.VeraConfig(r=4, target_modules=LINEAR, init_weights=False),
+    "HRA": lambda: peft.HRAConfig(r=2, target_modules=ALL, init_weights=False),
+    "FourierFT": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=LINEAR, init_weights=False),
+    "AdaLoRA": lambda: peft.AdaLoraConfig(
+        init_r=4, target_r=2, total_step=9, target_modules=LINEAR, init_lora_weights=False
+    ),
+    "RandLora": lambda: peft.RandLoraConfig(r=2, target_modules=LINEAR, init_weights=False),
+    "VB-LoRA": lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=LINEAR),
+    "C3A": lambda: peft.C3AConfig(block_size=4, target_modules=LINEAR, init_weights=False),
+}
+FOLDS = {"LoRA", "rsLoRA", "PiSSA", "PiSSA, fast", "OLoRA", "orthogonal"}
+
+every_tuner = pytest.mark.parametrize("tuner", TUNERS)
+
+
+def adapted(net: nn.Module, tuner: str) -> PeftModel:
+    torch.manual_seed(1)
+    return get_peft_model(net, TUNERS[tuner]())
+
+
+def images() -> Tensor:
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
+    assert (found - expected).norm() <= tolerance * expected.norm() + 1e-12
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
+    optimizer.zero_grad()
+    output = model(images())
+    (output - 1).square().mean().backward()
+    optimizer.step()
+    return output.detach()
+
+
+@every_tuner
+def test_outputs_and_gradients_are_those_on_the_dequantized_twin(tuner):
+    net = packed_net()
+    models = adapted(net, tuner), adapted(dequantized(packed_net()), tuner)
+    outputs = []
+    for model in models:
+        outputs.append(model(images()))
+        outputs[-1].square().sum().backward()
+    close(*outputs)
+    found, expected = (
+        {name: p.grad for name, p in model.named_parameters() if p.grad is not None} for model in models
+    )
+    assert found.keys() == expected.keys() and found
+    for name, gradient in found.items():
+        close(gradient, expected[name], 2e-5)
+
+
+@pytest.mark.parametrize("tuner", [name for name in TUNERS if name != "PiSSA, fast"])  # whose start is random
+def test_a_trained_adapter_is_saved_and_comes_back(tuner, tmp_path):
+    model = adapted(packed_net(), tuner)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    outputs = [training_step(model, optimizer) for _ in range(2)]
+    assert not torch.equal(*outputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(packed_net(), tmp_path)
+    close(again(images()), model.eval()(images()), 1e-5)
+
+
+@every_tuner
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_is_right_or_refused_by_name_before_anything_changes(tuner, merge):
+    net = packed_net()
+    model = adapted(net, tuner).eval()
+    before = model(images())
+    if tuner in FOLDS:
+        getattr(model, merge)()
+        close(net(images()), before)
+        return
+    names = {name for name, _ in model.named_modules()}
+    with pytest.raises(ValueError, match=r"The adapter 'default' .*dequantize\(\)"):
+        getattr(model, merge)()
+    assert {name for name, _ in model.named_modules()} == names
+    assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
+    assert torch.equal(model(images()), before)
+
+
+def test_a_layer_merged_by_itself_is_refused_too():
+    model = adapted(packed_net(), "LoKr")
+    before = model(images())
+    with pytest.raises(RuntimeError, match=r"fuse_lora\(\).*dequantize\(\)"):
+        model.base_model.model.conv.merge()
+    assert torch.equal(model(images()), before)
+
+
+def test_merging_names_the_tuner_and_the_layer():
+    with pytest.raises(ValueError, match=r"The adapter 'default' on conv \(lokr\) is no LoRA"):
+        adapted(packed_net(), "LoKr").merge_adapter()
+
+
+def test_a_lora_beside_another_adapter_is_merged_when_it_is_named():
+    net = packed_net()
+    model = PeftMixedModel(net, TUNERS["LoRA"](), adapter_name="lora")
+    model.add_adapter("lokr", LoKrConfig(r=2, target_modules=["head"], init_weights=False))
+    model.set_adapter(["lora"])
+    before = model(images())
+    with pytest.raises(ValueError, match=r"'lokr' on head \(lokr\)"):
+        model.base_model.merge_adapter(["lora", "lokr"])
+    assert torch.equal(model(images()), before)
+    model.base_model.merge_adapter(["lora"])
+    close(model(images()), before)
+
+
+def test_a_mixed_model_refuses_to_merge_what_is_no_lora():
+    model = PeftMixedModel(packed_net(), TUNERS["LoRA"](), adapter_name="lora")
+    model.add_adapter("lokr", LoKrConfig(r=2, target_modules=["head"], init_weights=False))
+    model.set_adapter(["lora", "lokr"])
+    before = model(images())
+    with pytest.raises(ValueError, match=r"'lokr' on head \(lokr\)"):
+        model.merge_and_unload()
+    assert torch.equal(model(images()), before)
+
+
+def test_what_is_not_packed_is_merged_as_ever():
+    net = dequantized(packed_net())
+    model = adapted(net, "LoKr").eval()
+    before = model(images())
+    model.merge_and_unload()
+    close(net(images()), before, 1e-5)
+
+
+def test_values_that_are_not_finite_are_refused_before_any_layer_is_merged():
+    model = adapted(packed_net(), "LoRA")
+    model.base_model.model.second.lora_A["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+# What cannot be trained.
+
+
+@pytest.mark.parametrize("target", ["conv", "pointwise", "second"])
+def test_modules_to_save_of_a_packed_layer_says_what_to_do(target):
+    net = packed_net()
+    before = net(images())
+    config = LoraConfig(r=2, target_modules=["first"], modules_to_save=[target])
+    with pytest.raises(ValueError, match=f"modules_to_save names {target}.*target_modules.*prepare_qat"):
+        get_peft_model(net, config)
+    assert not any(isinstance(module, BaseTunerLayer) for module in net.modules())
+    assert torch.equal(net(images()), before)
+
+
+def test_modules_to_save_of_a_unet_s_block_says_what_to_do(packed_unet, call_unet):
+    before = call_unet(packed_unet)
+    with pytest.raises(ValueError, match="modules_to_save names mid_block"):
+        packed_unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["mid_block"]))
+    assert torch.equal(call_unet(packed_unet), before)
+
+
+def test_training_a_packed_model_whole_says_what_to_do(packed_unet):
+    trainable = {name for name, p in packed_unet.named_parameters() if p.requires_grad}
+    for module in (packed_unet, packed_unet.conv_in):
+        with pytest.raises(RuntimeError, match="floating point.*add_adapter.*prepare_qat"):
+            module.requires_grad_(True)
+    assert {name for name, p in packed_unet.named_parameters() if p.requires_grad} == trainable
+    packed_unet.requires_grad_(False)
+    assert not any(p.requires_grad for p in packed_unet.parameters())
+
+
+# Refusals on models of Stable Diffusion.
+
+
+@pytest.fixture
+def tabled():
+    return quantize_model(tiny_unet(), BitsFusionConfig(recipe=2, time_embedding="table"), progress=False)
+
+
+def lcm_lora(unet) -> dict[str, Tensor]:
+    """As diffusers' script for LCM trains it: projections of the time embedding among others."""
+    lora = tiny_lora(unet, ("to_q", "conv1"), rank=4)
+    width = 4 * unet.config.block_out_channels[0]
+    for name, module in unet.named_modules():
+        if name.endswith("time_emb_proj"):
+            size = module.stop - module.start
+            lora |= {f"{name}.lora_A.weight": torch.ones(4, width), f"{name}.lora_B.weight": torch.ones(size, 4)}
+    return lora
+
+
+def untouched(unet, modules) -> bool:
+    same = [(name, type(module)) for name, module in unet.named_modules()] == modules
+    return same and not any(p.is_meta for p in unet.parameters()) and not getattr(unet, "peft_config", {})
+
+
+LOADS = {
+    "load_lora_adapter": lambda unet, lora: unet.load_lora_adapter(lora, prefix=None),
+    "eagerly": lambda unet, lora: unet.load_lora_adapter(lora, prefix=None, low_cpu_mem_usage=False),
+    "with a prefix": lambda unet, lora: unet.load_lora_adapter(
+        {f"unet.{k}": v for k, v in lora.items()}, prefix="unet"
+    ),
+    "add_adapter": lambda unet, lora: unet.add_adapter(LoraConfig(target_modules=["to_q", "time_emb_proj"])),
+    "DoRA": lambda unet, lora: unet.add_adapter(LoraConfig(target_modules=["to_q", "time_emb_proj"], use_dora=True)),
+    "LoKr": lambda unet, lora: unet.add_adapter(LoKrConfig(target_modules=["to_q", "time_emb_proj"])),
+    "get_peft_model": lambda unet, lora: get_peft_model(unet, LoraConfig(target_modules=["to_q", "time_emb_proj"])),
+    "time_embedding": lambda unet, lora: unet.load_lora_adapter(
+        tiny_lora(unet, ("to_q",), 2)
+        | {f"time_embedding.linear_1.lora_{k}.weight": torch.ones(s) for k, s in (("A", (2, 32)), ("B", (128, 2)))},
+        prefix=None,
+    ),
+}
+
+
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+def test_an_adapter_of_the_time_embedding_is_refused_and_leaves_nothing(tabled, call_unet, load):
+    before, modules = call_unet(tabled), [(name, type(module)) for name, module in tabled.named_modules()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match='LoRA cannot adapt .*time_emb.*time_embedding="keep"'):
+            load(tabled, lcm_lora(tabled))
+        assert untouched(tabled, modules)
+        assert torch.equal(call_unet(tabled), before)
+    tabled.load_lora_adapter(tiny_lora(tabled, ("to_q",), 4), prefix=None)
+    assert not torch.equal(call_unet(tabled), before)
+
+
+def test_a_hot_swap_with_the_time_embedding_is_refused_and_keeps_what_was_there(tabled, call_unet):
+    tabled.load_lora_adapter(tiny_lora(tabled, ("to_q", "conv1"), 4), prefix=None, adapter_name="style")
+    before = call_unet(tabled)
+    with pytest.raises(ValueError, match='time_embedding="keep"'):
+        tabled.load_lora_adapter(lcm_lora(tabled), prefix=None, adapter_name="style", hotswap=True)
+    with pytest.raises(ValueError, match='time_embedding="keep"'):
+        tabled.load_lora_adapter(lcm_lora(tabled), prefix=None, adapter_name="other")
+    assert torch.equal(call_unet(tabled), before)
+    assert set(tabled.peft_config) == {"style"}
+
+
+def test_a_pipeline_that_refuses_a_lora_draws_what_it_drew(packed_folders):
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["table"])
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> Tensor:
+        return pipe(
+            "ab", num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(2)
+        ).images
+
+    before = draw()
+    with pytest.raises(ValueError, match='time_embedding="keep"'):
+        pipe.load_lora_weights({f"unet.{name}": half for name, half in lcm_lora(pipe.unet).items()})
+    assert pipe.get_active_adapters() == []
+    assert torch.equal(draw(), before)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_an_adapter_refused_half_way_leaves_nothing(tabled, call_unet, loaded):
+    if loaded:
+        tabled.load_lora_adapter(tiny_lora(tabled, ("to_q", "to_k"), 4), prefix=None, adapter_name="style")
+    before, modules = call_unet(tabled), [(name, type(module)) for name, module in tabled.named_modules()]
+    parameters = {name: p.requires_grad for name, p in tabled.named_parameters()}
+    config = LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights="corda")
+    with pytest.raises(ValueError, match="changes the base weight"):
+        tabled.add_adapter(config, adapter_name="second")
+    assert [(name, type(module)) for name, module in tabled.named_modules()] == modules
+    assert {name: p.requires_grad for name, p in tabled.named_parameters()} == parameters
+    assert set(getattr(tabled, "peft_config", ())) == ({"style"} if loaded else set())
+    assert torch.equal(call_unet(tabled), before)
+    tabled.add_adapter(LoraConfig(target_modules=["to_q"]), adapter_name="second")
+
+
+def test_no_component_of_a_pipeline_is_fused_when_one_cannot_be(source_folder):
+    config = BitsFusionConfig(recipe=4, time_embedding="keep", components=["unet", "text_encoder"])
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=config)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="a")
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), adapter_name="a")
+    with pytest.raises(ValueError, match="Dora"):
+        pipe.fuse_lora(components=["unet", "text_encoder"])
+    for model in (pipe.unet, pipe.text_encoder):
+        assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
+    pipe.fuse_lora(components=["unet"])
+    assert any(module.merged for module in pipe.unet.modules() if isinstance(module, BaseTunerLayer))

@@ -1,0 +1,178 @@
+"""Saves killed at every step that changes the disk; run as a script, it prints how many of each outcome there were.
+
+A save runs in a forked child that ends, without any clean-up, before its n-th opening, renaming, removing, making or
+flushing of a file or folder. The folder must then hold the old files or the new ones, byte for byte, or be refused by
+loading with the command that finishes the save; that command must give the new files, and the next save must leave
+nothing hidden.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import transformers
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
+from hub_server import content
+from tiny import tiny_pipeline, tiny_unet
+
+from diffusers_bitsfusion import BitsFusionConfig, quantize_model
+from diffusers_bitsfusion.integrations.folder_commit import PREFIX, finish_saves, repair
+
+_EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
+_KILLED = 77
+
+Save = Callable[[Path], None]
+
+
+def killed_at(step: int, save: Save, folder: Path) -> bool:
+    """Save in a child that ends before its `step`-th change of the disk; whether it came so far."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == _KILLED
+    try:
+        _end_before(step)
+        save(folder)
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        os._exit(1)
+    os._exit(0)
+
+
+def _end_before(step: int) -> None:
+    left = step
+    fsync = os.fsync
+
+    def count() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os._exit(_KILLED)
+
+    def on_event(event: str, arguments: tuple) -> None:
+        if event in _EVENTS and not (event == "open" and _is_reading(arguments)):
+            count()
+
+    def counting_fsync(descriptor: int) -> None:
+        count()
+        fsync(descriptor)
+
+    os.fsync = counting_fsync
+    sys.addaudithook(on_event)
+
+
+def _is_reading(arguments: tuple) -> bool:
+    """Whether an audited opening changes nothing; flags are None where Python gives a mode only."""
+    mode, flags = arguments[1], arguments[2]
+    if isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return False
+    return mode is None or not set(mode) & set("wax+")
+
+
+def outcomes(old: Save, new: Save, load: Callable[[Path], None], work: Path, every: int = 1) -> Iterator[str]:
+    """The outcome of a kill at every `every`-th step of saving `new` over `old`.
+
+    Raises:
+        AssertionError: a folder is a mixture, or something is left after the next save.
+    """
+    before, after = work / "before" / "model", work / "after" / "model"  # cards name the folder
+    for folder, saves in ((before, [old]), (after, [old, new])):
+        for save in saves:
+            save(folder)
+    files = {"old": visible(before), "new": visible(after)}
+    step = 1
+    while True:
+        folder = work / "killed" / "model"
+        shutil.copytree(before, folder)
+        if not killed_at(step, new, folder):
+            shutil.rmtree(folder)
+            return
+        yield _outcome(folder, files, load, new)
+        shutil.rmtree(folder)
+        step += every
+
+
+def visible(folder: Path) -> dict[str, bytes]:
+    """The files of a folder but for those of saves under way."""
+    return {name: data for name, data in content(folder).items() if PREFIX not in name}
+
+
+def _outcome(folder: Path, files: dict[str, dict[str, bytes]], load: Callable[[Path], None], new: Save) -> str:
+    found = visible(folder)
+    outcome = next((name for name, expected in files.items() if found == expected), "refused")
+    if outcome == "refused":
+        try:
+            load(folder)
+        except ValueError as error:
+            assert "--repair" in str(error) and str(folder) in str(error), error
+        else:
+            raise AssertionError(f"a mixture was loaded: {sorted(found)}")
+        repaired = folder.parent.with_name("repaired") / folder.name
+        repaired.parent.mkdir(exist_ok=True)
+        os.rename(folder, repaired)  # a folder that has been moved is finished as well
+        assert repair(repaired) == 1 and visible(repaired) == files["new"]
+        os.rename(repaired, folder)
+    new(folder)
+    assert visible(folder) == files["new"]
+    assert not list(folder.glob(f"{PREFIX}*")), "something is left"
+    assert finish_saves(folder) == 0
+    return outcome
+
+
+def scenarios(work: Path) -> dict[str, tuple[Save, Save, Callable[[Path], None]]]:
+    """Old save, new save and loading, by what is done."""
+    source, tokenizer = work / "source", work / "tokenizer"
+    tokenizer.mkdir()
+    tiny_pipeline(tokenizer).save_pretrained(source)
+    config = BitsFusionConfig(recipe=2)
+    first, second = (quantize_model(tiny_unet(seed=seed), config, progress=False) for seed in (0, 1))
+    plain = tiny_unet()
+    pipes = [StableDiffusionPipeline.from_pretrained(source, quantization_config=config) for _ in range(2)]
+    pipes[1].unet = second
+
+    def load_unet(folder: Path) -> None:
+        UNet2DConditionModel.from_pretrained(folder)
+
+    def load_pipeline(folder: Path) -> None:
+        StableDiffusionPipeline.from_pretrained(folder)
+
+    return {
+        "single over single": (first.save_pretrained, second.save_pretrained, load_unet),
+        "single over sharded": (_sharded(first), second.save_pretrained, load_unet),
+        "sharded over sharded": (_sharded(first), _sharded(second), load_unet),
+        "packed over full precision": (plain.save_pretrained, second.save_pretrained, load_unet),
+        "pipeline over pipeline": (pipes[0].save_pretrained, pipes[1].save_pretrained, load_pipeline),
+        "pipeline over full precision": (
+            lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True),
+            pipes[1].save_pretrained,
+            load_pipeline,
+        ),
+    }
+
+
+def _sharded(model: UNet2DConditionModel) -> Save:
+    return lambda folder: model.save_pretrained(folder, max_shard_size="60KB")
+
+
+def main(every: int) -> None:
+    """Print the outcomes of every scenario."""
+    torch.set_num_threads(1)  # forked children have no other threads
+    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (name, saves) in enumerate(scenarios(Path(folder)).items()):
+            work = Path(folder) / str(number)
+            work.mkdir()
+            counts = Counter(outcomes(*saves, work, every))
+            print(f"{name:<30} {sum(counts.values()):>4} kills: {dict(sorted(counts.items()))}", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
