@@ -29,6 +29,9 @@ _ON_CPU = ("cpu", "meta")
 # Private operators of torch by which oneDNN lays out weights.
 _ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
 
+# Those that take weights in its layouts of floating point, and the one that lays them out for linear layers.
+_PREPACKED_OPERATORS = ("_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight")
+
 
 def _no_obstacle(device: torch.device) -> str | None:
     return None
@@ -108,12 +111,12 @@ def _why_no_bf16_loop(device: torch.device) -> str | None:
     return None if native.attention is not None else "this processor has no bf16 dot products (AVX-512 BF16)"
 
 
-def _why_no_prepacked_convolution(device: torch.device) -> str | None:
+def _why_no_prepacked_onednn(device: torch.device) -> str | None:
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return "torch computes without oneDNN"
     if not hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight"):
         return f"torch {torch.__version__} has no operator aten::mkldnn_reorder_conv2d_weight"
-    gone = [name for name in (*_ONEDNN_OPERATORS, "_convolution_pointwise") if not hasattr(torch.ops.mkldnn, name)]
+    gone = [name for name in (*_ONEDNN_OPERATORS, *_PREPACKED_OPERATORS) if not hasattr(torch.ops.mkldnn, name)]
     return f"torch {torch.__version__} has no operator mkldnn::{gone[0]}" if gone else _why_no_compiled_loops(device)
 
 
@@ -137,9 +140,9 @@ INTEGER_PRODUCTS = (MULTIPLY_VNNI, MULTIPLY_COMPILED)
 # Activations to eight bits and back on a CPU.
 ROUND_COMPILED = Kernel("compiled C", ("cpu",), why_not_here=_why_no_compiled_loops)
 
-# Convolutions whose weight is decoded into oneDNN's own layout.
-CONVOLVE_PREPACKED = Kernel(
-    "compiled C, into oneDNN's layout", ("cpu",), (torch.bfloat16,), why_not_here=_why_no_prepacked_convolution
+# Exact layers whose weight is decoded into oneDNN's own layout.
+PREPACKED_ONEDNN = Kernel(
+    "compiled C, into oneDNN's layout", ("cpu",), (torch.bfloat16,), why_not_here=_why_no_prepacked_onednn
 )
 
 ATTENTION_BF16 = Kernel("bf16 dot products in compiled C", _ON_CPU, why_not_here=_why_no_bf16_loop)

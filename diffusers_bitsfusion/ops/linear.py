@@ -14,13 +14,17 @@ from torch import Tensor
 
 from .activations import geglu, quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
-from .dispatch import fuses_decoding
+from .dispatch import PREPACKED_ONEDNN, fuses_decoding
+from .onednn_float_weights import PackedOperand, lay_out_in_place
 from .products import int_mm
 
 # int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory is used
 # again. For few tokens at a time a product waits for its weight, which it reads anew.
 _SUMS = 1 << 20
 _FEWEST_TOKENS = 256
+
+# Tokens for which decoding into oneDNN's layout, which takes longer than into a plain one, costs less than oneDNN's.
+_PREPACKED_TOKENS = 1024
 
 
 @torch.library.custom_op(
@@ -63,7 +67,7 @@ def linear(
         y = linear_fused(_tokens(x, shape), codes, scale.view(torch.float32), bias, bits)
         return _shaped(y, (*x.shape[:-1], shape[0]))
     if not int8:
-        y = F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
+        y = _exact(x, PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape)), bias)
         return _shaped(y, y.shape)
     tokens = _tokens(x, shape)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
@@ -124,23 +128,42 @@ def linear_geglu(
         weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
         y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
     else:
-        y = _gated(tokens, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
+        y = _gated(tokens, PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape)), bias)
     return _shaped(y, (*x.shape[:-1], shape[0] // 2))
 
 
-def _gated(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _exact(x: Tensor, packed: PackedOperand, bias: Tensor | None) -> Tensor:
+    """The exact layer by the fastest kernel."""
+    tokens = x.reshape(-1, x.shape[-1])
+    weight = lay_out_in_place(packed, tokens) if _takes_layout(tokens, packed) else None
+    if weight is not None:
+        return _multiply_prepacked(tokens, weight, bias).view(*x.shape[:-1], packed.shape[0])
+    decoded = decode_to_scratch(packed.codes, packed.scale, packed.bits, packed.shape, x.dtype)
+    return F.linear(x, decoded, bias)
+
+
+def _takes_layout(tokens: Tensor, packed: PackedOperand) -> bool:
+    """Whether oneDNN is given a weight in its own layout, and a valid input, at whose sizes it does not look."""
+    fits = len(tokens) >= _PREPACKED_TOKENS and tokens.shape[1] == packed.shape[1] > 0
+    return fits and PREPACKED_ONEDNN.why_not(tokens.device, tokens.dtype) is None
+
+
+def _multiply_prepacked(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
+    return y
+
+
+def _gated(tokens: Tensor, packed: PackedOperand, bias: Tensor | None) -> Tensor:
     """`linear_geglu` in the dtype of the tokens."""
-    out = torch.empty(len(tokens), len(weight) // 2, dtype=tokens.dtype)
-    block = max(_FEWEST_TOKENS, _SUMS // len(weight))
-    halves = torch.empty(min(block, len(tokens)), len(weight), dtype=tokens.dtype)
+    rows = packed.shape[0]
+    out = torch.empty(len(tokens), rows // 2, dtype=tokens.dtype)
+    block = max(_FEWEST_TOKENS, _SUMS // rows)
+    weight = lay_out_in_place(packed, tokens[:block]) if _takes_layout(tokens, packed) else None
+    multiply = _multiply_prepacked if weight is not None else F.linear
+    if weight is None:
+        weight = decode_to_scratch(packed.codes, packed.scale, packed.bits, packed.shape, tokens.dtype)
     for start in range(0, len(tokens), block):
-        part = tokens[start : start + block]
-        product = halves[: len(part)]
-        if bias is None:
-            torch.mm(part, weight.T, out=product)
-        else:
-            torch.addmm(bias, part, weight.T, out=product)
-        geglu(product, out[start : start + block])
+        geglu(multiply(tokens[start : start + block], weight, bias), out[start : start + block])
     return out
 
 

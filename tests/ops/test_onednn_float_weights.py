@@ -1,4 +1,4 @@
-"""Weights decoded into oneDNN's layout of convolutions in floating point: the bytes that oneDNN itself would write."""
+"""Weights decoded into oneDNN's layouts of floating point: the bytes that oneDNN itself would write."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from torch import nn
 from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.ops import conv as conv_module
+from diffusers_bitsfusion.ops import linear as linear_module
 from diffusers_bitsfusion.ops import onednn_float_weights
 from diffusers_bitsfusion.ops.conv import conv2d
 from diffusers_bitsfusion.ops.decode import decode_weight
-from diffusers_bitsfusion.ops.dispatch import CONVOLVE_PREPACKED
-from diffusers_bitsfusion.ops.onednn_float_weights import PackedConvolution, lay_out_in_place
+from diffusers_bitsfusion.ops.dispatch import PREPACKED_ONEDNN
+from diffusers_bitsfusion.ops.linear import linear
+from diffusers_bitsfusion.ops.onednn_float_weights import PackedOperand, lay_out_in_place
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(CONVOLVE_PREPACKED.why_not(CPU) is not None, reason="there is no C compiler or oneDNN")
+pytestmark = pytest.mark.skipif(PREPACKED_ONEDNN.why_not(CPU) is not None, reason="there is no C compiler or oneDNN")
 
 DTYPES = [torch.bfloat16, torch.float32]
 
@@ -44,10 +46,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-def packed_convolution(shape, bits, geometry, seed=0):
+def packed_operand(shape, bits, geometry, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(shape, generator=generator).flatten(1)
-    return PackedConvolution(*quantize_to_dense(rows, bits, Rounding()), bits, shape, geometry)
+    return PackedOperand(*quantize_to_dense(rows, bits, Rounding()), bits, shape, geometry)
 
 
 def decoded(packed, dtype):
@@ -61,7 +63,7 @@ def contents(tensor) -> bytes:
 def assert_written_as_onednn_does(shape, bits, geometry, dtype, size=9):
     x = torch.zeros(2, shape[1], size, size, dtype=dtype)
     for seed in range(2):
-        packed = packed_convolution(shape, bits, geometry, seed)
+        packed = packed_operand(shape, bits, geometry, seed)
         found = lay_out_in_place(packed, x)
         if found is not None:
             expected = onednn_float_weights._by_onednn(decoded(packed, dtype), packed, x)
@@ -96,21 +98,21 @@ def test_shapes_of_stable_diffusion_on_any_number_of_threads(threads, shape, dty
 
 def test_memory_is_used_again_and_forgotten_with_its_settings(threads):
     geometry = (1, 1), (1, 1), (1, 1), 1
-    first, second = (packed_convolution((64, 32, 3, 3), 2, geometry, seed) for seed in (0, 1))
+    first, second = (packed_operand((64, 32, 3, 3), 2, geometry, seed) for seed in (0, 1))
     for size in (8, 12, 16, 20, 24):  # of some of which the weight has the same layout
         x = torch.zeros(1, 32, size, size, dtype=torch.bfloat16)
         tensors = {id(lay_out_in_place(packed, x)) for packed in (first, second)}
         assert len(tensors) == 1
     assert len(onednn_float_weights._scratch.tensors) <= len(onednn_float_weights._BLOCKS)
     threads(torch.get_num_threads() + 1)
-    lay_out_in_place(packed_convolution((32, 32, 1, 1), 2, geometry), torch.zeros(1, 32, 8, 8, dtype=torch.bfloat16))
+    lay_out_in_place(packed_operand((32, 32, 1, 1), 2, geometry), torch.zeros(1, 32, 8, 8, dtype=torch.bfloat16))
     assert len(onednn_float_weights._scratch.tensors) <= 1
 
 
 def test_weights_of_zeros_do_not_mislead_about_those_after_them():
     geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.zeros(1, 64, 8, 8, dtype=torch.bfloat16)
-    packed = packed_convolution((64, 64, 3, 3), 2, geometry)
-    zeros = PackedConvolution(packed.codes, torch.zeros_like(packed.scale), 2, packed.shape, geometry)
+    packed = packed_operand((64, 64, 3, 3), 2, geometry)
+    zeros = PackedOperand(packed.codes, torch.zeros_like(packed.scale), 2, packed.shape, geometry)
     for each in (zeros, packed):
         tensor = lay_out_in_place(each, x)
         expected = onednn_float_weights._by_onednn(decoded(each, torch.bfloat16), each, x)
@@ -133,7 +135,7 @@ def test_the_convolution_is_torchs(batch, channels, kernel, stride, padding, gro
     layer = nn.Conv2d(channels[0] * groups, channels[1] * groups, kernel, stride, padding, groups=groups, bias=bias)
     geometry = (stride, stride), (padding, padding), (1, 1), groups
     shape = tuple(layer.weight.shape)
-    packed = PackedConvolution(*quantize_to_dense(layer.weight.detach().flatten(1), 3, Rounding()), 3, shape, geometry)
+    packed = PackedOperand(*quantize_to_dense(layer.weight.detach().flatten(1), 3, Rounding()), 3, shape, geometry)
     x = torch.randn(batch, channels[0] * groups, 7, 12).bfloat16()
     x = x[..., ::2] if memory == "strided" else x.contiguous(memory_format=memory)
     bias = layer.bias.detach().bfloat16() if bias else None
@@ -148,7 +150,7 @@ def test_the_convolution_is_torchs(batch, channels, kernel, stride, padding, gro
 
 def test_where_the_layout_is_unknown_torch_lays_out(monkeypatch):
     geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.randn(1, 20, 8, 8).bfloat16()
-    packed = packed_convolution((24, 20, 3, 3), 2, geometry)
+    packed = packed_operand((24, 20, 3, 3), 2, geometry)
     arguments = packed.codes, packed.scale.view(torch.int32), None, 2, packed.shape, *geometry, False, None
     expected = conv2d(x, *arguments)
     forget()
@@ -161,9 +163,62 @@ def test_where_the_layout_is_unknown_torch_lays_out(monkeypatch):
 
 def test_inputs_of_other_channels_are_refused_in_torchs_words():
     geometry = (1, 1), (1, 1), (1, 1), 1
-    packed = packed_convolution((24, 20, 3, 3), 2, geometry)
+    packed = packed_operand((24, 20, 3, 3), 2, geometry)
     with pytest.raises(RuntimeError, match="expected input.* to have 20 channels, but got 21"):
         conv2d(
             torch.randn(1, 21, 8, 8).bfloat16(),
             packed.codes, packed.scale.view(torch.int32), None, 2, packed.shape, *geometry, False, None,
         )  # fmt: skip
+
+
+# Linear layers.
+
+
+@given(
+    outputs=st.integers(1, 100),
+    inputs=st.integers(1, 100),
+    tokens=st.integers(1, 70),
+    bits=st.integers(1, 8),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(deadline=None, max_examples=60)
+def test_weights_of_linear_layers_have_the_bytes_that_onednn_gives_them(outputs, inputs, tokens, bits, dtype):
+    forget()
+    x = torch.zeros(tokens, inputs, dtype=dtype)
+    for seed in range(2):
+        packed = packed_operand((outputs, inputs), bits, None, seed)
+        found = lay_out_in_place(packed, x)
+        if found is not None:
+            assert contents(found) == contents(onednn_float_weights._by_onednn(decoded(packed, dtype), packed, x))
+
+
+@given(
+    batch=st.integers(0, 2),
+    tokens=st.integers(0, 40),
+    sizes=st.tuples(st.integers(1, 80), st.integers(1, 80)),
+    bias=st.booleans(),
+    strided=st.booleans(),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_linear_layer_is_torchs(batch, tokens, sizes, bias, strided):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(linear_module, "_PREPACKED_TOKENS", 1)
+        packed = packed_operand(sizes, 2, None)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(batch, tokens, 2 * sizes[1], generator=generator).bfloat16()
+        x = x[..., ::2] if strided else x[..., : sizes[1]].contiguous()
+        offset = torch.randn(sizes[0], generator=generator).bfloat16() if bias else None
+        found = linear(x, packed.codes, packed.scale.view(torch.int32), offset, 2, sizes, False, None)
+    weight, offset = decoded(packed, torch.bfloat16).double(), torch.zeros(sizes[0]) if offset is None else offset
+    expected = F.linear(x.double(), weight, offset.double())
+    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+    size = F.linear(x.double().abs(), weight.abs(), offset.double().abs())
+    assert ((found.double() - expected).abs() <= 2**-7 * size + 1e-30).all()
+
+
+def test_inputs_of_other_widths_are_refused_in_torchs_words(monkeypatch):
+    monkeypatch.setattr(linear_module, "_PREPACKED_TOKENS", 1)
+    packed = packed_operand((24, 20), 2, None)
+    arguments = packed.codes, packed.scale.view(torch.int32), None, 2, (24, 20), False, None
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        linear(torch.randn(3, 21).bfloat16(), *arguments)
