@@ -5,8 +5,8 @@
     python -m benchmarks.peers --source FP16_UNET --out DIR --peers-python PYTHON    all of them: a table
 
 Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes gguf openvino
-nncf`), and are used through their public interface only. Each worker runs in a fresh process. All but SDNQ and OpenVINO
-leave Conv2d in fp16.
+nncf`), and are used through their public interface only. Each worker runs in a fresh process. All but SDNQ and
+OpenVINO leave Conv2d in fp16.
 """
 
 import argparse
