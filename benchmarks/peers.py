@@ -4,8 +4,9 @@
     python -m benchmarks.peers sdnq-uint2-row-load --source DIR
     python -m benchmarks.peers --source FP16_UNET --out DIR --peers-python PYTHON    all of them: a table
 
-Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes gguf`), and
-are used through their public interface only. Each worker runs in a fresh process. All but SDNQ leave Conv2d in fp16.
+Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes gguf openvino
+nncf`), and are used through their public interface only. Each worker runs in a fresh process. All but SDNQ and
+OpenVINO leave Conv2d in fp16.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gguf_unet
+from benchmarks import gguf_unet, openvino_unet
 from benchmarks.measure import drop_page_cache, is_installed, measured_call, run_child, warm_page_cache
 
 MB = 1e6
@@ -87,6 +88,8 @@ PEERS = {
     "torchao-int8": Peer("torchao", "torchao", _torchao("Int8WeightOnlyConfig")),
     "torchao-int8-dynamic": Peer("torchao", "torchao", _torchao("Int8DynamicActivationInt8WeightConfig")),
     "bitsandbytes-nf4": Peer("bitsandbytes", "bitsandbytes", _nf4, needs_gpu=True),
+    "openvino": Peer("openvino", "openvino", write=openvino_unet.write),
+    "openvino-int8": Peer("nncf", "nncf", write=functools.partial(openvino_unet.write, int8=True)),
     "gguf-q2_k": Peer("gguf", "gguf", write=functools.partial(gguf_unet.write, kind="Q2_K")),
     "gguf-q4_0": Peer("gguf", "gguf", write=functools.partial(gguf_unet.write, kind="Q4_0")),
 }
@@ -109,7 +112,9 @@ def tensors(model: Any) -> Iterator[Any]:
 
 
 def resident_bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers."""
+    """Bytes of a model's parameters and buffers; of an OpenVINO model those that it says."""
+    if isinstance(model, openvino_unet.OpenVINOUNet):
+        return model.resident_bytes
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(model))
 
 
@@ -133,6 +138,8 @@ def load_unet(path: Path, dtype: Any) -> Any:
 
     if (path / gguf_unet.FILE).exists():
         return gguf_unet.read(path, dtype)
+    if (path / openvino_unet.FILE).exists():
+        return openvino_unet.OpenVINOUNet(path, dtype)
     return UNet2DConditionModel.from_pretrained(path, dtype=dtype)
 
 

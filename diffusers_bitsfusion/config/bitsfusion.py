@@ -35,7 +35,7 @@ DEFAULT_COMPONENTS = ("unet", "transformer")
 _UNFINISHED = "unfinished_save"
 
 
-class BitsFusionMethod(str, Enum):
+class BitsFusionMethod(str, Enum):  # noqa: UP042 - as the QuantizationMethod of diffusers
     """The name of this method in a checkpoint's `quant_method`; diffusers reads `.value`."""
 
     BITSFUSION = "bitsfusion"

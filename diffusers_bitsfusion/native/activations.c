@@ -175,3 +175,28 @@ EXPORT void bitsfusion_rescale_geglu(const RescaleArguments *a, int64_t start, i
 #undef GATED
     }
 }
+
+typedef struct {
+    const void *x; /* [rows, 2 * columns] of `dtype`, the halves of each row being hidden and gate */
+    void *out;     /* [rows, columns] so, too */
+    int64_t columns, dtype;
+} GegluArguments;
+
+TAKES(geglu, GegluArguments)
+
+/* hidden * gelu(gate). */
+EXPORT void bitsfusion_geglu(const GegluArguments *a, int64_t start, int64_t stop) {
+    const int64_t half = a->columns;
+    for (int64_t r = start; r < stop; r++) {
+        if (a->dtype == FLOAT32) {
+            const float *restrict hidden = (const float *)a->x + 2 * r * half, *restrict gate = hidden + half;
+            float *restrict y = (float *)a->out + r * half;
+            for (int64_t i = 0; i < half; i++) y[i] = hidden[i] * gelu_of(gate[i]);
+        } else {
+            const uint16_t *restrict hidden = (const uint16_t *)a->x + 2 * r * half, *restrict gate = hidden + half;
+            uint16_t *restrict y = (uint16_t *)a->out + r * half;
+            for (int64_t i = 0; i < half; i++)
+                y[i] = bf16_of(load(hidden, i, BFLOAT16) * gelu_of(load(gate, i, BFLOAT16)));
+        }
+    }
+}

@@ -75,10 +75,26 @@ class RescaleArguments(Arguments):
     ]
 
 
+class GegluArguments(Arguments):
+    """activations.c"""
+
+    _fields_ = [*_pointers("x", "out"), *_integers("columns", "dtype")]
+
+
 class BlockArguments(Arguments):
     """Arguments of the loop in `blocked.c`."""
 
     _fields_ = [*_pointers("plain", "blocked"), *_integers("outputs", "inputs", "taps", "block")]
+
+
+class DecodeBlockedArguments(Arguments):
+    """decode_blocked.c"""
+
+    _fields_ = [
+        *_pointers("dense", "scale", "blocked"),
+        *_integers("outputs", "inputs", "taps", "row_bytes_in", "bits", "kind", "block"),
+        *_FAILED,
+    ]
 
 
 class ProductArguments(Arguments):
@@ -113,7 +129,9 @@ ARGUMENTS: dict[str, type[Arguments]] = {
     "quantize_affine": AffineArguments,
     "rescale": RescaleArguments,
     "rescale_geglu": RescaleArguments,
+    "geglu": GegluArguments,
     "block_weight": BlockArguments,
+    "decode_blocked": DecodeBlockedArguments,
     "multiply": ProductArguments,
     "attention": AttentionArguments,
 }

@@ -4,15 +4,15 @@
  * processors with AVX-512 BF16, whose dot products no vectoriser finds: elsewhere nothing is compiled but the answer. */
 #include "common.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
-#include <immintrin.h>
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512BF16__)
+#include "transpose.h"
 
 enum {
     LANES = 16,
     ROWS = 6,    /* queries, and */
     GROUP = 4,   /* vectors of outputs, whose sums stay in registers together */
     KEYS = 256,  /* a block */
-    QUERIES = 252, /* a unit of work */
+    QUERIES = 504, /* a unit of work */
     WIDEST = 256   /* head */
 };
 
@@ -29,38 +29,56 @@ static _Thread_local struct {
     float largest[QUERIES];
 } work;
 
-/* c [ROWS][.., 16 * vectors] (+)= a [ROWS][2 * pairs] b, where b [pairs][..] is packed. */
+/* c [ROWS][.., 16 * vectors + 8 * half] (+)= a [ROWS][2 * pairs] b, where b [pairs][..] is packed. */
 INLINE void multiply_group(const uint16_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c,
-                           int64_t c_stride, int64_t pairs, int add, const int vectors) {
+                           int64_t c_stride, int64_t pairs, int add, const int vectors, const int half) {
     __m512 sum[ROWS][GROUP];
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < vectors; v++)
-            sum[r][v] = add ? _mm512_load_ps(c + r * c_stride + v * LANES) : _mm512_setzero_ps();
+    __m256 last[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        float *out = c + r * c_stride;
+        for (int v = 0; v < vectors; v++) sum[r][v] = add ? _mm512_load_ps(out + v * LANES) : _mm512_setzero_ps();
+        if (half) last[r] = add ? _mm256_load_ps(out + vectors * LANES) : _mm256_setzero_ps();
+    }
     for (int64_t p = 0; p < pairs; p++) {
         __m512i right[GROUP];
+        __m256i right_last;
         for (int v = 0; v < vectors; v++) right[v] = _mm512_load_si512(b + p * b_stride + v * LANES);
+        if (half) right_last = _mm256_load_si256((const __m256i *)(b + p * b_stride + vectors * LANES));
         for (int r = 0; r < ROWS; r++) {
             int32_t pair;
             memcpy(&pair, a + r * a_stride + 2 * p, sizeof pair);
-            const __m512bh left = (__m512bh)_mm512_set1_epi32(pair);
-            for (int v = 0; v < vectors; v++) sum[r][v] = _mm512_dpbf16_ps(sum[r][v], left, (__m512bh)right[v]);
+            const __m512i left = _mm512_set1_epi32(pair);
+            for (int v = 0; v < vectors; v++)
+                sum[r][v] = _mm512_dpbf16_ps(sum[r][v], (__m512bh)left, (__m512bh)right[v]);
+            if (half)
+                last[r] = _mm256_dpbf16_ps(last[r], (__m256bh)_mm512_castsi512_si256(left), (__m256bh)right_last);
         }
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int v = 0; v < vectors; v++) _mm512_store_ps(c + r * c_stride + v * LANES, sum[r][v]);
+    for (int r = 0; r < ROWS; r++) {
+        float *out = c + r * c_stride;
+        for (int v = 0; v < vectors; v++) _mm512_store_ps(out + v * LANES, sum[r][v]);
+        if (half) _mm256_store_ps(out + vectors * LANES, last[r]);
+    }
 }
 
+/* `half`: whether eight columns follow those of the vectors. */
 static void multiply(const uint16_t *a, int64_t a_stride, const uint32_t *b, int64_t b_stride, float *c,
-                     int64_t c_stride, int64_t pairs, int64_t vectors, int add) {
-    for (int64_t v = 0; v < vectors; v += GROUP) {
+                     int64_t c_stride, int64_t pairs, int64_t vectors, int half, int add) {
+    for (int64_t v = 0; v < vectors + half; v += GROUP) {
         const uint32_t *right = b + v * LANES;
         float *out = c + v * LANES;
-        switch (min64(vectors - v, GROUP)) {
-            case 4: multiply_group(a, a_stride, right, b_stride, out, c_stride, pairs, add, 4); break;
-            case 3: multiply_group(a, a_stride, right, b_stride, out, c_stride, pairs, add, 3); break;
-            case 2: multiply_group(a, a_stride, right, b_stride, out, c_stride, pairs, add, 2); break;
-            default: multiply_group(a, a_stride, right, b_stride, out, c_stride, pairs, add, 1);
+#define DO(VECTORS, HALF) multiply_group(a, a_stride, right, b_stride, out, c_stride, pairs, add, VECTORS, HALF)
+        switch (2 * min64(vectors - v, GROUP) + (half && vectors - v < GROUP)) {
+            case 8: DO(4, 0); break;
+            case 7: DO(3, 1); break;
+            case 6: DO(3, 0); break;
+            case 5: DO(2, 1); break;
+            case 4: DO(2, 0); break;
+            case 3: DO(1, 1); break;
+            case 2: DO(1, 0); break;
+            default: DO(0, 1);
         }
+#undef DO
     }
 }
 
@@ -101,27 +119,41 @@ INLINE void soften(const float *scores, uint16_t *shares, int64_t keys, float fa
     _mm512_store_ps(total, sum);
 }
 
+/* The first `count` of 32 entries. */
+INLINE __mmask32 mask_of(int64_t count) {
+    return count >= 32 ? 0xffffffffu : count <= 0 ? 0 : (1u << count) - 1;
+}
+
 /* `width` entries of x as bf16, and zeros after them up to `wide`. */
 INLINE void load_row(const void *x, int64_t first, int64_t width, int64_t wide, int dtype, uint16_t *restrict row) {
-    if (dtype == BFLOAT16) memcpy(row, (const uint16_t *)x + first, sizeof *row * width);
-    else
+    if (dtype == BFLOAT16)
+        for (int64_t i = 0; i < wide; i += 2 * LANES) {
+            const __mmask32 here = mask_of(width - i);
+            _mm512_mask_storeu_epi16(row + i, mask_of(wide - i),
+                                     _mm512_maskz_loadu_epi16(here, (const uint16_t *)x + first + i));
+        }
+    else {
         for (int64_t i = 0; i < width; i++) row[i] = bf16_of(((const float *)x)[first + i]);
-    for (int64_t i = width; i < wide; i++) row[i] = 0;
+        for (int64_t i = width; i < wide; i++) row[i] = 0;
+    }
 }
 
 /* A block of `count` keys, zeros after them, packed for products that sum over the width ... */
 INLINE void pack_keys(const void *x, int64_t first, int64_t stride, int64_t count, int64_t width, int64_t places,
                       int dtype) {
-    const int64_t pairs = (width + 1) / 2;
-    uint16_t tile[LANES][WIDEST];
+    const int64_t pairs = (width + 1) / 2, wide = ceil_div(pairs, LANES) * LANES * 2;
+    _Alignas(64) uint16_t tile[LANES][WIDEST];
     for (int64_t start = 0; start < places; start += LANES) {
         for (int64_t k = 0; k < LANES; k++) {
             const int64_t filled = start + k < count ? width : 0;
-            load_row(x, first + (start + k) * stride, filled, 2 * pairs, dtype, tile[k]);
+            load_row(x, first + (start + k) * stride, filled, wide, dtype, tile[k]);
         }
-        for (int64_t p = 0; p < pairs; p++)
-            for (int64_t k = 0; k < LANES; k++)
-                memcpy(work.keys + p * places + start + k, tile[k] + 2 * p, sizeof *work.keys);
+        for (int64_t p = 0; p < pairs; p += LANES) {
+            uint32_t turned[LANES][LANES];
+            transpose((const char *)(tile[0] + 2 * p), sizeof tile[0], turned);
+            for (int64_t i = 0; i < min64(LANES, pairs - p); i++)
+                memcpy(work.keys + (p + i) * places + start, turned[i], sizeof turned[i]);
+        }
     }
 }
 
@@ -154,6 +186,7 @@ INLINE void attend(const AttentionArguments *a, int64_t batch, int64_t head, int
     const int64_t keys = a->keys, width = a->width;
     const int64_t even = width + width % 2, columns = ceil_div(width, LANES) * LANES;
     const int64_t rows = ceil_div(queries, ROWS) * ROWS;
+    const int half = width % LANES && width % LANES <= LANES / 2; /* of whose last vector half is enough */
     const int64_t q0 = batch * qs.batch + head * qs.head + first_query * qs.token;
     const int64_t k0 = batch * ks.batch + head * ks.head, v0 = batch * vs.batch + head * vs.head;
     for (int64_t r = 0; r < rows; r++)
@@ -167,7 +200,7 @@ INLINE void attend(const AttentionArguments *a, int64_t batch, int64_t head, int
         pack_keys(a->k, k0 + first * ks.token, ks.token, count, width, places, dtype);
         pack_values(a->v, v0 + first * vs.token, vs.token, count, width, places, columns, dtype);
         for (int64_t r = 0; r < rows; r += ROWS) {
-            multiply(work.queries + r * even, even, work.keys, places, work.scores, KEYS, even / 2, places / LANES, 0);
+            multiply(work.queries + r * even, even, work.keys, places, work.scores, KEYS, even / 2, places / LANES, 0, 0);
             for (int64_t i = 0; i < ROWS; i++) {
                 float *scores = work.scores + i * KEYS;
                 for (int64_t place = count; place < places; place++) scores[place] = -INFINITY;
@@ -175,7 +208,7 @@ INLINE void attend(const AttentionArguments *a, int64_t batch, int64_t head, int
                        work.totals + (r + i) * LANES, work.sums + (r + i) * columns, columns);
             }
             multiply(work.shares, KEYS, work.values, columns, work.sums + r * columns, columns, places / 2,
-                     columns / LANES, 1);
+                     (width + 7) / LANES, half, 1);
         }
     }
     const int64_t o0 = batch * os.batch + head * os.head + first_query * os.token;

@@ -1,5 +1,6 @@
 /* Dense form (codec/radix.py) to weights, one output channel after another. Digits of a row are planar, so every loop
  * runs over plain vectors. */
+#include "decode.h"
 #include "dense.h"
 
 #ifdef __AVX2__
@@ -16,7 +17,7 @@ typedef struct {
     float scale;
     uint16_t levels[LANES];    /* what digits are in bf16, up to MOST */
     float float_levels[LANES]; /* and in fp32 */
-    uint8_t digits[5][256];    /* for lookup.h: of every byte as a word; for int8 the codes that they mean */
+    const uint8_t (*digits)[256]; /* for lookup.h: of every byte as a word; for int8 the codes that they mean */
 } Row;
 
 /* word / base, exact for every word of that base (the rows below say how large they get). */
@@ -156,17 +157,21 @@ INLINE void row_bytes(const Row *row, const uint8_t *restrict in, int kind, int 
     }
 }
 
-INLINE void fill_digits(uint8_t digits[5][256], int base, int zero) {
-    for (int place = 0, divisor = 1; place < 5; place++, divisor *= base)
-        for (int word = 0; word < 256; word++) digits[place][word] = (uint8_t)(word / divisor % base - zero);
+#ifdef __AVX512VBMI__
+
+/* Digits of every byte as a word, less `zero`; this thread's last ones are kept, since a row may take less time. */
+static const uint8_t (*digits_less(int base, int zero))[256] {
+    static _Thread_local uint8_t digits[5][256];
+    static _Thread_local int last_base, last_zero;
+    if (base != last_base || zero != last_zero)
+        for (int place = 0, divisor = 1; place < 5; place++, divisor *= base)
+            for (int word = 0; word < 256; word++) digits[place][word] = (uint8_t)(word / divisor % base - zero);
+    last_base = base;
+    last_zero = zero;
+    return (const uint8_t (*)[256])digits;
 }
 
-typedef struct {
-    const uint8_t *dense; /* [rows, row_bytes_in] */
-    const float *scale;   /* [rows] */
-    void *out;            /* [rows, columns] of `kind`, int8 being the codes */
-    int64_t columns, row_bytes_in, bits, kind;
-} DecodeArguments;
+#endif
 
 TAKES(decode, DecodeArguments)
 
@@ -174,7 +179,7 @@ INLINE void decode_rows(const DecodeArguments *a, int64_t start, int64_t stop, i
     const int bits = (int)a->bits, half = half_range(bits);
     Row row = {.columns = a->columns};
 #ifdef __AVX512VBMI__
-    if (bits <= 3) fill_digits(row.digits, 2 * half + 1, kind == INT8 ? half : 0);
+    if (bits <= 3) row.digits = digits_less(2 * half + 1, kind == INT8 ? half : 0);
 #endif
     for (int64_t r = start; r < stop; r++) {
         const uint8_t *in = a->dense + r * a->row_bytes_in;

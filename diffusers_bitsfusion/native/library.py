@@ -21,6 +21,8 @@ from .arguments import (
     AttentionArguments,
     BlockArguments,
     DecodeArguments,
+    DecodeBlockedArguments,
+    GegluArguments,
     ProductArguments,
     QuantizeArguments,
     RangeArguments,
@@ -87,7 +89,9 @@ class NativeLibrary:
     quantize_affine: Loop[AffineArguments]
     rescale: Loop[RescaleArguments]
     rescale_geglu: Loop[RescaleArguments]
+    geglu: Loop[GegluArguments]
     block_weight: Loop[BlockArguments]
+    decode_blocked: Loop[DecodeBlockedArguments]
     multiply: Loop[ProductArguments] | None  # None without AVX2
     attention: Loop[AttentionArguments] | None  # None without AVX-512 BF16
     attention_queries: int  # queries of a row of `attention`

@@ -8,6 +8,7 @@ from ..ops.dispatch import check_settings
 from . import PackedWeight
 from .attention import set_attention
 from .feed_forward import set_geglu
+from .transformer import set_channels_last
 
 # The first convolution and the shortcuts of residual blocks. On the shapes UNet, rounding their inputs made nearly all
 # of the error of integers, for a few per cent of the operations.
@@ -19,13 +20,14 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
 
     Args:
         model: a quantized model, or a part of one.
-        compute: "exact": weights are decoded into the input's dtype, and torch does the rest. "int8": activations are
+        compute: "exact": weights are decoded into the input's dtype, and torch does the rest, but for attention in
+            bf16, which is computed by bf16 dot products on processors with AVX-512 BF16. "int8": activations are
             rounded to 8 bits in each call (a scale for each token of a linear layer, one scale and zero point for a
             convolution's input) and multiplied with the codes in integers, which is faster and changes outputs by
             about a percent; gradients stay those of the exact model. Layers whose input is not normalised
-            (`conv_in`, `conv_shortcut`) stay exact. A gated activation (GEGLU) is computed together with its
-            projection. On processors with AVX-512 BF16, attention is computed by bf16 dot products, whatever the
-            dtype. "auto": exact.
+            (`conv_in`, `conv_shortcut`) stay exact. On those processors attention is computed by bf16 dot products,
+            whatever the dtype. "auto": exact. In both a gated activation (GEGLU) is computed together with its
+            projection.
         resident: "packed": codes are decoded for each call. "int8", with `compute="int8"`: one byte a weight is kept
             beside them, so that calls need not decode.
 
@@ -44,8 +46,9 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
         layer.select_kernel(compute, resident)
     for layer in layers.values():
         layer.set_compute(compute, resident)
-    set_attention(model, bf16=compute == "int8")
-    set_geglu(model, integers=compute == "int8")
+    set_attention(model, any_dtype=compute == "int8")
+    set_geglu(model, fused=True)
+    set_channels_last(model, True)
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None:
         config.compute, config.resident = compute, resident

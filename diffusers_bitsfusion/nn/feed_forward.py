@@ -1,4 +1,4 @@
-"""Gated activations of diffusers' models beside packed layers that compute in integers."""
+"""Gated activations of diffusers' models, computed together with their packed projection."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from ..ops.forward_mode import in_forward_mode
 from .linear import BitsFusionLinear
 
 
-class IntegerGEGLU(GEGLU):
-    """`GEGLU` in one operation with its projection, where that computes in integers and no derivative is asked for."""
+class FusedGEGLU(GEGLU):
+    """`GEGLU` in one operation with its projection, in integers or in bf16 on a CPU, where no derivative is asked for.
+
+    Exact calls in other dtypes are diffusers' own: the operation rounds its gate to fp32 a little differently.
+    """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         proj = self.proj
-        if not isinstance(proj, BitsFusionLinear) or not proj.computes_int8 or proj.branch_rank:
+        if not isinstance(proj, BitsFusionLinear) or proj.branch_rank or not self._gains(proj, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)
         inputs = hidden_states, proj.bias
         gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
@@ -25,10 +28,15 @@ class IntegerGEGLU(GEGLU):
             return super().forward(hidden_states, *args, **kwargs)
         return proj(hidden_states, geglu=True)
 
+    def _gains(self, proj: BitsFusionLinear, x: Tensor) -> bool:
+        if proj.computes_int8:
+            return True
+        return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
 
-def set_geglu(model: nn.Module, integers: bool) -> None:
-    """Make every `GEGLU` an `IntegerGEGLU`, or the other way round; modules of other classes are left alone."""
-    old, new = (GEGLU, IntegerGEGLU) if integers else (IntegerGEGLU, GEGLU)
+
+def set_geglu(model: nn.Module, fused: bool) -> None:
+    """Make every `GEGLU` a `FusedGEGLU`, or the other way round; modules of other classes are left alone."""
+    old, new = (GEGLU, FusedGEGLU) if fused else (FusedGEGLU, GEGLU)
     for module in model.modules():
         if type(module) is old:
             module.__class__ = new

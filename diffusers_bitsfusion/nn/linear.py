@@ -18,12 +18,12 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
     """
 
     def forward(self, input: Tensor, geglu: bool = False) -> Tensor:
-        """y = input W^T + b, or `ops.linear.linear_geglu` of it, for which the layer must compute in integers."""
+        """y = input W^T + b, or `ops.linear.linear_geglu` of it."""
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         packed = self.codes, self.scale_bits
         if geglu:
-            return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.int8_weight)
+            return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
         if in_forward_mode():
             y = F.linear(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias)
         else:

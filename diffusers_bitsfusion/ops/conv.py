@@ -15,7 +15,9 @@ from torch.nn.grad import conv2d_input
 
 from .activations import quantize_image
 from .decode import decode_channels_last, decode_to_scratch
-from .dispatch import wants_channels_last
+from .dispatch import PREPACKED_ONEDNN, wants_channels_last
+from .onednn_float_weights import PackedOperand
+from .onednn_float_weights import prepack_in_place as prepack_floats_in_place
 from .onednn_weights import is_current, prepack, prepack_in_place
 
 # Stride, padding, dilation, all as pairs, and groups.
@@ -63,10 +65,9 @@ def conv2d(
     """
     geometry = stride, padding, dilation, groups
     if not int8:
-        arguments = codes, scale.view(torch.float32), bits, tuple(shape), x.dtype
-        if wants_channels_last(x, int8):
-            return _channels_last(F.conv2d(x, decode_channels_last(*arguments), bias, *geometry))
-        return F.conv2d(x, decode_to_scratch(*arguments), bias, *geometry)
+        packed = PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape), geometry)
+        y = _convolve(x, packed, bias, geometry)
+        return _channels_last(y) if wants_channels_last(x, int8) else y
     if x.shape[1] != groups * shape[1]:  # the kernels do not look
         raise RuntimeError(
             f"Given groups={groups}, weight of size {list(shape)}, expected input{list(x.shape)} to have "
@@ -79,6 +80,26 @@ def conv2d(
     multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
     y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape, geometry)
     return _channels_last(y.to(x.dtype))
+
+
+def _convolve(x: Tensor, packed: PackedOperand, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """The exact convolution by the fastest kernel."""
+    weight = prepack_floats_in_place(packed, x) if _takes_layout(x, packed.shape, geometry) else None
+    if weight is not None:
+        stride, padding, dilation, groups = geometry
+        y: Tensor = torch.ops.mkldnn._convolution_pointwise(
+            _channels_last(x), weight, bias, padding, stride, dilation, groups, "none", [], ""
+        )
+        return y
+    decode = decode_channels_last if x.device.type == "cuda" and wants_channels_last(x, False) else decode_to_scratch
+    return F.conv2d(x, decode(packed.codes, packed.scale, packed.bits, packed.shape, x.dtype), bias, *geometry)
+
+
+def _takes_layout(x: Tensor, shape: Sequence[int], geometry: Geometry) -> bool:
+    """Whether oneDNN may be given a weight in its own layout, and a valid input, at whose sizes it does not look."""
+    *_, groups = geometry
+    fits = groups == 1 and x.dim() == 4 and x.numel() > 0 and x.shape[1] == shape[1]
+    return fits and PREPACKED_ONEDNN.why_not(x.device, x.dtype) is None
 
 
 def _is_current(int8_weight: Tensor) -> bool:

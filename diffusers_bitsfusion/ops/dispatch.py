@@ -29,6 +29,9 @@ _ON_CPU = ("cpu", "meta")
 # Private operators of torch for weights that oneDNN has prepacked.
 _ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
 
+# Those that take weights in its layouts of floating point, and the one that lays them out for linear layers.
+_PREPACKED_OPERATORS = ("_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight")
+
 
 def _no_obstacle(device: torch.device) -> str | None:
     return None
@@ -108,6 +111,15 @@ def _why_no_bf16_loop(device: torch.device) -> str | None:
     return None if native.attention is not None else "this processor has no bf16 dot products (AVX-512 BF16)"
 
 
+def _why_no_prepacked_onednn(device: torch.device) -> str | None:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "torch computes without oneDNN"
+    if not hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight"):
+        return f"torch {torch.__version__} has no operator aten::mkldnn_reorder_conv2d_weight"
+    gone = [name for name in (*_ONEDNN_OPERATORS, *_PREPACKED_OPERATORS) if not hasattr(torch.ops.mkldnn, name)]
+    return f"torch {torch.__version__} has no operator mkldnn::{gone[0]}" if gone else _why_no_compiled_loops(device)
+
+
 DECODE_TRITON = Kernel("Triton", ("cuda",), (torch.float32, *_HALVES, torch.int8), why_not_here=_why_no_triton)
 DECODE_COMPILED = Kernel("compiled C", _ON_CPU, why_not_here=_why_no_compiled_loops)
 DECODE_TORCH = Kernel("plain torch")
@@ -127,6 +139,11 @@ INTEGER_PRODUCTS = (MULTIPLY_VNNI, MULTIPLY_COMPILED)
 
 # Kernel that rounds activations to eight bits, and rescales sums, on a CPU.
 ROUND_COMPILED = Kernel("compiled C", ("cpu",), why_not_here=_why_no_compiled_loops)
+
+# Exact layers whose weight is decoded into oneDNN's own layout.
+PREPACKED_ONEDNN = Kernel(
+    "compiled C, into oneDNN's layout", ("cpu",), (torch.bfloat16,), why_not_here=_why_no_prepacked_onednn
+)
 
 ATTENTION_BF16 = Kernel("bf16 dot products in compiled C", _ON_CPU, why_not_here=_why_no_bf16_loop)
 
@@ -209,7 +226,12 @@ def fuses_decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> boo
 
 
 def wants_channels_last(x: torch.Tensor, int8: bool) -> bool:
-    """Return whether a convolution computes in channels last, as a GPU's tensor cores read bytes and halves."""
+    """Return whether an exact convolution, or one in integers on a GPU, computes in channels last.
+
+    So it does in half precision on a GPU, whose tensor cores read it so, and in bf16 on a CPU, where oneDNN does.
+    """
+    if x.device.type == "cpu":
+        return x.dtype == torch.bfloat16 and x.dim() == 4 and not int8
     return x.device.type == "cuda" and x.dim() == 4 and (int8 or x.dtype in _HALVES)
 
 

@@ -12,15 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import quantize_tokens, rescale, rescale_geglu
+from .activations import geglu, quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
-from .dispatch import fuses_decoding
+from .dispatch import PREPACKED_ONEDNN, fuses_decoding
+from .onednn_float_weights import PackedOperand, prepack_in_place
 from .products import int_mm
 
 # int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory is used
 # again. For few tokens at a time a product waits for its weight, which it reads anew.
 _SUMS = 1 << 20
 _FEWEST_TOKENS = 256
+
+# Tokens for which decoding into oneDNN's layout, which takes longer than into a plain one, costs less than oneDNN's.
+_PREPACKED_TOKENS = 1024
 
 
 @torch.library.custom_op(
@@ -63,7 +67,7 @@ def linear(
         y = linear_fused(_tokens(x, shape), codes, scale.view(torch.float32), bias, bits)
         return _shaped(y, (*x.shape[:-1], shape[0]))
     if not int8:
-        y = F.linear(x, _scratch_weight(codes, scale, bits, shape, x.dtype), bias)
+        y = _exact(x, PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape)), bias)
         return _shaped(y, y.shape)
     tokens = _tokens(x, shape)
     weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
@@ -93,7 +97,8 @@ def _tokens(x: Tensor, shape: Sequence[int]) -> Tensor:
     "bitsfusion::linear_geglu",
     mutates_args=(),
     schema=(
-        "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, SymInt[] shape, Tensor? int8_weight) -> Tensor"
+        "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int bits, SymInt[] shape, bool int8, "
+        "Tensor? int8_weight) -> Tensor"
     ),
 )
 def linear_geglu(
@@ -103,9 +108,10 @@ def linear_geglu(
     bias: Tensor | None,
     bits: int,
     shape: Sequence[int],
+    int8: bool,
     int8_weight: Tensor | None,
 ) -> Tensor:
-    """hidden * gelu(gate), the halves of what `linear` gives with `int8` (arXiv 2002.05202); not differentiable.
+    """hidden * gelu(gate), the halves of what `linear` gives (arXiv 2002.05202); not differentiable.
 
     On a CPU the product is made of sums that are still in the processor's cache, and the halves are never written.
 
@@ -114,17 +120,57 @@ def linear_geglu(
     Returns:
         [..., out] in the dtype of `x`.
     """
-    if x.device.type == "cuda":
-        hidden, gate = linear(x, codes, scale, bias, bits, shape, True, int8_weight).chunk(2, dim=-1)
+    if x.device.type != "cpu":
+        hidden, gate = linear(x, codes, scale, bias, bits, shape, int8, int8_weight).chunk(2, dim=-1)
         return hidden * F.gelu(gate)
     tokens = _tokens(x, shape)
-    weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
-    y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
+    if int8:
+        weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
+        y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
+    else:
+        y = _gated(tokens, PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape)), bias)
     return _shaped(y, (*x.shape[:-1], shape[0] // 2))
 
 
+def _exact(x: Tensor, packed: PackedOperand, bias: Tensor | None) -> Tensor:
+    """The exact layer by the fastest kernel."""
+    tokens = x.reshape(-1, x.shape[-1])
+    weight = prepack_in_place(packed, tokens) if _takes_layout(tokens, packed) else None
+    if weight is not None:
+        return _multiply_prepacked(tokens, weight, bias).view(*x.shape[:-1], packed.shape[0])
+    decoded = decode_to_scratch(packed.codes, packed.scale, packed.bits, packed.shape, x.dtype)
+    return F.linear(x, decoded, bias)
+
+
+def _takes_layout(tokens: Tensor, packed: PackedOperand) -> bool:
+    """Whether oneDNN is given a weight in its own layout, and a valid input, at whose sizes it does not look."""
+    fits = len(tokens) >= _PREPACKED_TOKENS and tokens.shape[1] == packed.shape[1] > 0
+    return fits and PREPACKED_ONEDNN.why_not(tokens.device, tokens.dtype) is None
+
+
+def _multiply_prepacked(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(tokens, weight, bias, "none", [], "")
+    return y
+
+
+def _gated(tokens: Tensor, packed: PackedOperand, bias: Tensor | None) -> Tensor:
+    """`linear_geglu` in the dtype of the tokens."""
+    rows = packed.shape[0]
+    out = torch.empty(len(tokens), rows // 2, dtype=tokens.dtype)
+    block = max(_FEWEST_TOKENS, _SUMS // rows)
+    weight = prepack_in_place(packed, tokens[:block]) if _takes_layout(tokens, packed) else None
+    multiply = _multiply_prepacked if weight is not None else F.linear
+    if weight is None:
+        weight = decode_to_scratch(packed.codes, packed.scale, packed.bits, packed.shape, tokens.dtype)
+    for start in range(0, len(tokens), block):
+        geglu(multiply(tokens[start : start + block], weight, bias), out[start : start + block])
+    return out
+
+
 @linear_geglu.register_fake
-def _(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, shape: Sequence[int], _: Any) -> Tensor:
+def _(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, bits: int, shape: Sequence[int], int8: bool, _: Any
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], shape[0] // 2)
 
 

@@ -60,7 +60,7 @@ def prepack(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> Tensor:
         scale: fp32 [out].
         geometry: stride, padding, dilation and groups of the convolution.
     """
-    settings = _settings()
+    settings = current_settings()
     key = _key(settings, plain, geometry)
     alike = _kept.get(key)
     tensor = _prepack_into(None if alike is None else alike.clone(), key, plain, scale, geometry)
@@ -74,7 +74,7 @@ def prepack_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
 
     Only for use within one operator; see `decode.decode_to_scratch`.
     """
-    settings = _settings()
+    settings = current_settings()
     if getattr(_scratch, "settings", None) != settings:  # tensors of other settings would only take memory
         _scratch.settings, _scratch.tensors = settings, {}
     tensors: dict[Any, Tensor] = _scratch.tensors
@@ -96,10 +96,10 @@ def prepack_by_onednn(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> 
 def is_current(tensor: Tensor) -> bool:
     """Return whether a tensor of `prepack` has the layout of the settings that hold now."""
     settings: tuple[Any, ...] | None = _settings_of.get(tensor)  # type: ignore[no-untyped-call]
-    return settings == _settings()
+    return settings == current_settings()
 
 
-def _settings() -> tuple[Any, ...]:
+def current_settings() -> tuple[Any, ...]:
     """Return what oneDNN's choice depends on, beside the convolution and the processor, on this thread now."""
     return (
         torch.get_num_threads(),

@@ -56,8 +56,8 @@ class ModelPacker:
     ) -> None:
         if dtype not in _COMPUTING_DTYPES:
             raise ValueError(
-                f"Cannot quantize a {type(model).__name__} in {dtype}: norms and biases, which stay in floating point, "
-                "do not compute in it. Cast the model first, for example by `.to(torch.bfloat16)`."
+                f"Cannot quantize a {type(model).__name__} in {dtype}: norms and biases, which stay in floating "
+                "point, do not compute in it. Cast the model first, for example by `.to(torch.bfloat16)`."
             )
         self.model = model
         self.dtype = dtype

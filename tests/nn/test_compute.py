@@ -8,7 +8,7 @@ import platform
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, Transformer2DModel, UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from helpers import all_packed_layers
@@ -19,8 +19,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.nn import attention as nn_attention
-from diffusers_bitsfusion.nn.attention import BFloat16AttnProcessor, set_attention
-from diffusers_bitsfusion.nn.feed_forward import IntegerGEGLU
+from diffusers_bitsfusion.nn.attention import BFloat16Attention, restore_attention, set_attention
+from diffusers_bitsfusion.nn.feed_forward import FusedGEGLU
+from diffusers_bitsfusion.nn.transformer import set_channels_last
 from diffusers_bitsfusion.ops import linear as linear_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -195,46 +196,77 @@ def processors(model):
     return {type(module.processor) for module in attentions(model)}
 
 
-def test_integers_bring_their_attention_and_exact_gives_diffusers_own_back(packed_unet):
-    set_compute(packed_unet, "int8")
-    assert processors(packed_unet) == {BFloat16AttnProcessor}
-    set_compute(packed_unet, "exact")
-    assert processors(packed_unet) == {AttnProcessor2_0}
-    set_compute(packed_unet, "int8")
-    assert processors(packed_unet.dequantize()) == {AttnProcessor2_0}
-
-
-def test_the_processors_of_others_stay(packed_unet):
-    own = AttnProcessor()
-    attentions(packed_unet)[0].set_processor(own)
-    for compute in ("int8", "exact"):
+def test_packed_models_bring_their_attention_and_dequantizing_gives_diffusers_own_back(packed_unet):
+    for compute in ("exact", "int8", "exact"):
         set_compute(packed_unet, compute)
-        assert attentions(packed_unet)[0].processor is own
+        assert {type(module) for module in attentions(packed_unet)} == {BFloat16Attention}
+        assert processors(packed_unet) == {AttnProcessor2_0}
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(packed_unet)))
+    assert {module.any_dtype for module in attentions(copied)} == {False}
+    plain = tiny_unet()
+    for module, own in zip(attentions(packed_unet.dequantize()), attentions(plain), strict=True):
+        assert type(module) is Attention and module.__dict__.keys() == own.__dict__.keys()
+
+
+@pytest.mark.parametrize("compute", ["exact", "int8"])
+def test_the_processors_of_others_compute(packed_unet, call_unet, compute):
+    class Zeros:
+        def __call__(self, attn, hidden_states, **kwargs):
+            return torch.zeros_like(hidden_states)
+
+    set_compute(packed_unet, compute)
+    before, own = call_unet(packed_unet), Zeros()
+    packed_unet.set_attn_processor(own)
+    assert not torch.allclose(call_unet(packed_unet), before)
+    assert set(map(id, packed_unet.attn_processors.values())) == {id(own)}
+    packed_unet.set_attn_processor(AttnProcessor())
+    assert size_report(packed_unet).attention_kernels == {}
+    packed_unet.set_default_attn_processor()  # which refuses processors that it does not know
+    packed_unet.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(call_unet(packed_unet), before)
 
 
 @pytest.mark.parametrize(
     "more",
     [{"residual_connection": True}, {"norm_num_groups": 2}, {"rescale_output_factor": 2.0}, {"qk_norm": "layer_norm"}],
 )
-def test_attention_with_more_around_it_keeps_diffusers_processor(more):
+def test_attention_with_more_around_it_stays_diffusers_own(more):
     attn = Attention(query_dim=8, heads=2, dim_head=4, processor=AttnProcessor2_0(), **more)
-    set_attention(attn, bf16=True)
-    assert type(attn.processor) is AttnProcessor2_0
+    set_attention(attn, any_dtype=True)
+    assert type(attn) is Attention
 
 
 @pytest.mark.parametrize("states", [None, torch.linspace(-1, 1, 2 * 7 * 6).view(2, 7, 6)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_the_processor_computes_what_diffusers_own_does(states, masked):
+@pytest.mark.parametrize("case", ["float32", "bfloat16", "masked", "any dtype"])
+def test_the_module_computes_what_diffusers_own_does(states, case):
     torch.manual_seed(0)
     attn = Attention(query_dim=8, cross_attention_dim=None if states is None else 6, heads=2, dim_head=4, bias=True)
-    x = torch.randn(2, 5, 8)
-    mask = torch.zeros(2, 1, 5 if states is None else 7).index_fill(2, torch.tensor([1]), -1e4) if masked else None
+    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
+    attn, x, states = attn.to(dtype), torch.randn(2, 5, 8, dtype=dtype), states if states is None else states.to(dtype)
+    mask = torch.zeros(2, 1, 5 if states is None else 7).index_fill(2, torch.tensor([1]), -1e4)
+    mask = mask if case == "masked" else None
     with torch.no_grad():
         expected = attn(x, states, attention_mask=mask)
-        set_attention(attn, bf16=True)
+        set_attention(attn, any_dtype=case == "any dtype")
         found = attn(x, states, attention_mask=mask)
-    assert type(attn.processor) is BFloat16AttnProcessor
-    assert torch.equal(found, expected) if masked else relative_error(found, expected) < 2**-7
+        restore_attention(attn)
+        assert torch.equal(attn(x, states, attention_mask=mask), expected)
+    assert type(attn) is Attention and found.dtype == dtype
+    error = relative_error(found.float(), expected.float())
+    assert error < 2**-6 if case in ("bfloat16", "any dtype") else error == 0
+
+
+def test_exact_attention_rounds_no_more_than_torchs(monkeypatch):
+    """In bf16, beside double precision."""
+    torch.manual_seed(0)
+    attn = Attention(query_dim=64, heads=4, dim_head=16).bfloat16()
+    x = torch.randn(2, 300, 64).bfloat16()
+    with torch.no_grad():
+        theirs = attn(x)
+        expected = copy.deepcopy(attn).double()(x.double())
+        set_attention(attn, any_dtype=False)
+        ours = attn(x)
+    assert relative_error(ours.double(), expected) < 1.1 * relative_error(theirs.double(), expected)
 
 
 def test_layers_within_an_attention_learn_beside_it(packed_unet):
@@ -254,34 +286,43 @@ def gates(model):
     return [module for module in model.modules() if isinstance(module, GEGLU)]
 
 
-def test_integers_bring_their_gates_and_exact_gives_diffusers_own_back(packed_unet, call_unet, monkeypatch):
+def test_gates_are_computed_with_their_projections(packed_unet, call_unet, monkeypatch):
     unet, calls = packed_unet, []
     rescale_geglu = linear_module.rescale_geglu
     monkeypatch.setattr(linear_module, "rescale_geglu", lambda *args: calls.append(1) or rescale_geglu(*args))
     set_compute(unet, "int8")
-    assert {type(gate) for gate in gates(unet)} == {IntegerGEGLU}
+    assert {type(gate) for gate in gates(unet)} == {FusedGEGLU}
     found = call_unet(unet)
     assert len(calls) == len(gates(unet)) > 0
     set_compute(unet, "exact")
-    assert {type(gate) for gate in gates(unet)} == {GEGLU}
+    call_unet(unet)
+    assert len(calls) == len(gates(unet))  # diffusers' own, in fp32
     set_compute(unet, "int8")
-    monkeypatch.setattr(IntegerGEGLU, "forward", GEGLU.forward)
+    monkeypatch.setattr(FusedGEGLU, "forward", GEGLU.forward)
     # In one operation with the projection or after it: the same but for rounding.
     assert relative_error(found, call_unet(unet)) < 1e-3
     assert len(calls) == len(gates(unet))
     assert {type(gate) for gate in gates(unet.dequantize())} == {GEGLU}
 
 
+@pytest.mark.parametrize("compute", ["int8", "exact"])
+@pytest.mark.parametrize("tokens", [0, 5, 300])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gate_is_its_projections_halves(packed_unet, dtype):
-    set_compute(packed_unet, "int8")
+def test_a_gate_is_its_projections_halves(packed_unet, monkeypatch, dtype, bias, tokens, compute):
+    monkeypatch.setattr(linear_module, "_FEWEST_TOKENS", 64)
+    monkeypatch.setattr(linear_module, "_SUMS", 1)
+    set_compute(packed_unet, compute)
     gate = gates(packed_unet)[0]
-    x = torch.randn(2, 5, gate.proj.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
+    gate.proj.bias = gate.proj.bias if bias else None
+    x = torch.randn(2, tokens, gate.proj.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
     with torch.no_grad():
         hidden, opening = gate.proj(x).float().chunk(2, dim=-1)
         found = gate(x)
     assert found.dtype == dtype and found.shape == hidden.shape
-    assert relative_error(found.float(), hidden * nn.functional.gelu(opening)) < 8 * torch.finfo(dtype).eps
+    assert (
+        tokens == 0 or relative_error(found.float(), hidden * nn.functional.gelu(opening)) < 8 * torch.finfo(dtype).eps
+    )
 
 
 def test_gates_learn_and_adapters_within_them_count(packed_unet):
@@ -316,6 +357,26 @@ def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
     torch.testing.assert_close(found, torch.func.jvp(draw, primals, tangents), rtol=1e-3, atol=1e-3)
 
 
+# Memory formats.
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_transformers_keep_images_channels_last_and_compute_the_same(linear):
+    torch.manual_seed(0)
+    model = nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2, use_linear_projection=linear))
+    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model[0](x).sample
+        set_channels_last(model, True)
+        assert type(model[0]) is not Transformer2DModel and type(model[0]).__name__ == "Transformer2DModel"
+        found = model[0](x).sample
+        set_channels_last(model, False)
+        set_channels_last(model[0], True)  # as a model, whose file names its class
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert type(model[0]) is Transformer2DModel
+
+
 # The size report.
 
 
@@ -337,11 +398,14 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
 
 @pytest.mark.parametrize("reason", [None, "it may not"])
 def test_the_report_says_how_attention_computes_and_why(packed_unet, monkeypatch, reason):
-    assert size_report(packed_unet).attention_kernels == {}
     monkeypatch.setattr(nn_attention, "why_no_bf16_attention", lambda device: reason)
+    exact = set(size_report(packed_unet).attention_kernels.values())
+    loop = "by bf16 dot products in compiled C"
+    sometimes = f"{loop} where its inputs are bf16, else by torch: exact calls round no more than that"
+    assert exact == {"by torch: it may not" if reason else sometimes}
     set_compute(packed_unet, "int8")
     report = size_report(packed_unet)
-    how = "by torch: it may not" if reason else "by bf16 dot products in compiled C"
+    how = "by torch: it may not" if reason else loop
     assert report.to_dict()["attention_ways"] == dict.fromkeys(report.attention_kernels, how)
     assert f"{len(attentions(packed_unet)):>6}  attention {how}" in str(report)
 

@@ -1,5 +1,7 @@
 """Activations to eight bits, against the same arithmetic in numpy, by the compiled way and by plain torch."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,8 @@ from hypothesis import strategies as st
 
 from diffusers_bitsfusion.ops import activations
 from diffusers_bitsfusion.ops.activations import (
+    geglu,
+    geglu_reference,
     quantize_image,
     quantize_image_reference,
     quantize_tokens,
@@ -196,3 +200,25 @@ def test_without_a_compiler_plain_torch_serves(monkeypatch):
     monkeypatch.setattr(activations, "native_library", lambda: None)
     for found, wanted in zip((quantize_tokens(x), quantize_image(x)), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("way", [geglu, geglu_reference])
+@pytest.mark.parametrize("dtype", DTYPES)
+@given(rows=st.integers(0, 5), half=st.integers(1, 70), seed=st.integers(0, 1000), exponent=st.integers(-3, 3))
+@settings(deadline=None, max_examples=20)
+def test_halves_are_gated_by_the_normal_integral(way, dtype, rows, half, seed, exponent):
+    x = (values((rows, 2 * half), seed) * 2.0**exponent).to(dtype)
+    found = way(x, torch.empty(rows, half, dtype=dtype))
+    hidden, gate = x.double().chunk(2, dim=1)
+    expected = hidden * gate * 0.5 * torch.special.erfc(-gate / 2**0.5)
+    bound = 1e-6 * (hidden.abs() + 1) * (gate.abs() + 1) + torch.finfo(dtype).eps * expected.abs()
+    assert ((found.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("way", [geglu, geglu_reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates_of_bad_values_are_bad(way, dtype):
+    nan, infinite = float("nan"), float("inf")
+    x = torch.tensor([[1.0, nan, infinite, 2.0, nan, 1.0, 1.0, -1e30]], dtype=dtype)
+    found = way(x, torch.empty(1, 4, dtype=dtype))[0].tolist()
+    assert all(map(math.isnan, found[:2])) and found[2:] == [infinite, 0.0]

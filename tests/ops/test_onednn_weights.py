@@ -157,7 +157,9 @@ CHANGING = [(80, 96, 3, 3), (33, 5, 1, 1), (96, 80, 3, 3)]
 
 @pytest.mark.parametrize("shape", CHANGING)
 def test_a_tensor_of_another_layout_is_never_written_over(monkeypatch, threads, shape):
-    monkeypatch.setattr(onednn_weights, "_settings", lambda: ())  # as if the choice depended on something unknown
+    monkeypatch.setattr(
+        onednn_weights, "current_settings", lambda: ()
+    )  # as if the choice depended on something unknown
     for count in (2, 3, 64, 1, 2):
         threads(count)
         assert_written_right(shape)

@@ -1,0 +1,43 @@
+/* Tiles of 16 by 16 words of four bytes, turned. */
+#ifndef BITSFUSION_TRANSPOSE_H
+#define BITSFUSION_TRANSPOSE_H
+
+#include "common.h"
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+enum { TILE = 16 };
+
+/* to[w][r] = word w of row r, of rows `stride` bytes apart. */
+INLINE void transpose(const char *from, int64_t stride, uint32_t (*to)[TILE]) {
+#ifdef __AVX512F__
+    __m512i rows[TILE], pairs[TILE];
+    for (int r = 0; r < TILE; r++) rows[r] = _mm512_loadu_si512(from + r * stride);
+    for (int r = 0; r < TILE; r += 2) {
+        pairs[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);
+        pairs[r + 1] = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
+    }
+    for (int r = 0; r < TILE; r += 4)
+        for (int h = 0; h < 2; h++) { /* rows[r + 2h + i]: words 2h + i of each quarter, of four rows */
+            rows[r + 2 * h] = _mm512_unpacklo_epi64(pairs[r + h], pairs[r + 2 + h]);
+            rows[r + 2 * h + 1] = _mm512_unpackhi_epi64(pairs[r + h], pairs[r + 2 + h]);
+        }
+    for (int w = 0; w < 4; w++) {
+        const __m512i low = _mm512_shuffle_i32x4(rows[w], rows[4 + w], 0x44);
+        const __m512i high = _mm512_shuffle_i32x4(rows[w], rows[4 + w], 0xee);
+        const __m512i next_low = _mm512_shuffle_i32x4(rows[8 + w], rows[12 + w], 0x44);
+        const __m512i next_high = _mm512_shuffle_i32x4(rows[8 + w], rows[12 + w], 0xee);
+        _mm512_storeu_si512(to[w], _mm512_shuffle_i32x4(low, next_low, 0x88));
+        _mm512_storeu_si512(to[4 + w], _mm512_shuffle_i32x4(low, next_low, 0xdd));
+        _mm512_storeu_si512(to[8 + w], _mm512_shuffle_i32x4(high, next_high, 0x88));
+        _mm512_storeu_si512(to[12 + w], _mm512_shuffle_i32x4(high, next_high, 0xdd));
+    }
+#else
+    for (int w = 0; w < TILE; w++)
+        for (int r = 0; r < TILE; r++) memcpy(to[w] + r, from + r * stride + w * 4, 4);
+#endif
+}
+
+#endif
