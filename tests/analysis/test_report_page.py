@@ -58,7 +58,7 @@ def test_pictures_are_described_and_fit_a_phone(page):
 
 
 def test_the_mid_block_stands_between_down_and_up(full):
-    names = figures.in_order_of_computing(["down_blocks.0.a", "up_blocks.0.a", "mid_block.a", "x", "down_blocks.1.a"])
+    names = figures.execution_order(["down_blocks.0.a", "up_blocks.0.a", "mid_block.a", "x", "down_blocks.1.a"])
     assert names == ["x", "down_blocks.0.a", "down_blocks.1.a", "mid_block.a", "up_blocks.0.a"]
 
 
