@@ -17,10 +17,12 @@ from pathlib import Path
 def main() -> None:
     """Run the command line."""
     package = find_spec("diffusers_bitsfusion")  # finds a top-level package without running it
-    assert package is not None and package.origin is not None
+    assert package is not None
+    assert package.origin is not None
     folder = Path(package.origin).parent / "cli"
     spec = spec_from_file_location("bitsfusion_cli", folder / "__init__.py", submodule_search_locations=[str(folder)])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     cli = module_from_spec(spec)
     sys.modules[spec.name] = cli
     spec.loader.exec_module(cli)

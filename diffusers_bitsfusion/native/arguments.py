@@ -76,7 +76,7 @@ class RescaleArguments(Arguments):
 
 
 class GegluArguments(Arguments):
-    """activations.c"""
+    """Arguments of the loop of gated activations in `activations.c`."""
 
     _fields_ = [*_pointers("x", "out"), *_integers("columns", "dtype")]
 
@@ -88,7 +88,7 @@ class BlockArguments(Arguments):
 
 
 class DecodeBlockedArguments(Arguments):
-    """decode_blocked.c"""
+    """Arguments of the loop in `decode_blocked.c`."""
 
     _fields_ = [
         *_pointers("dense", "scale", "blocked"),

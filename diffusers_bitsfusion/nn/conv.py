@@ -21,6 +21,7 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of `x`, floating [batch, in, height, width] or without the batch."""
         if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
             return self.forward(input.unsqueeze(0)).squeeze(0)
         x = autocast(input)

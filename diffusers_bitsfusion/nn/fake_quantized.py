@@ -45,7 +45,7 @@ class TrainableWeight(nn.Module):
     bias: Any
     scale: nn.Parameter
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
         raise TypeError(
             f"{name} has no constructor: it is made from a layer with weights. Call prepare_qat(model, config) on a "
@@ -99,11 +99,12 @@ class TrainableWeight(nn.Module):
         return round_to_codes(self.weight.flatten(1), scale, self.bits, self.balance), scale
 
     def extra_repr(self) -> str:
+        """Return what a printed model shows of the layer."""
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
 def _rounded(weight: Tensor, scale: Tensor, bits: int, balance: bool) -> Tensor:
-    """The latent weight [out, ...] on its grid, fp32 of the same shape."""
+    """Return the latent weight [out, ...] on its grid, fp32 of the same shape."""
     scale = scale.clamp_min(_LEAST_SCALE)
     return round_to_codes(weight.flatten(1), scale, bits, balance).mul_(scale.unsqueeze(1)).view_as(weight)
 
@@ -146,6 +147,7 @@ class _RoundedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, balance: bool
     ) -> Tensor:
+        """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
         ctx.save_for_backward(x, weight, scale)
         ctx.grid = bits, balance
         return F.linear(x, _rounded(weight, scale, bits, balance).to(x.dtype), bias)
@@ -168,6 +170,7 @@ class QATLinear(TrainableWeight, nn.Linear):
     """`torch.nn.Linear` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         return _RoundedLinear.apply(x, self.weight, self.scale, bias, self.bits, self.balance)
@@ -186,6 +189,7 @@ class _RoundedConv2d(torch.autograd.Function):
         layer: QATConv2d,
         padding: tuple[int, ...],
     ) -> Tensor:
+        """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
         ctx.save_for_backward(x, weight, scale)
         ctx.grid = layer.bits, layer.balance
         ctx.geometry = layer.stride, padding, layer.dilation, layer.groups
@@ -220,6 +224,7 @@ class QATConv2d(TrainableWeight, nn.Conv2d):
     """`torch.nn.Conv2d` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
         if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
             return self.forward(input.unsqueeze(0)).squeeze(0)
         x = autocast(input)

@@ -19,6 +19,7 @@ class FusedGEGLU(GEGLU):
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the gated activation of `hidden_states`, as `GEGLU` does."""
         proj = self.proj
         if not isinstance(proj, BitsFusionLinear) or proj.branch_rank or not self._gains(proj, hidden_states):
             return super().forward(hidden_states, *args, **kwargs)

@@ -36,7 +36,8 @@ class LazyWeight(torch.Tensor):
     _is_hf_initialized = True  # by which transformers' initialisation of modules knows what to leave
 
     @staticmethod
-    def __new__(cls, decode: Callable[[], Tensor], like: Tensor, device: torch.device) -> LazyWeight:
+    def __new__(cls: type[LazyWeight], decode: Callable[[], Tensor], like: Tensor, device: torch.device) -> LazyWeight:
+        """Make a tensor of the dtype, shape and strides of `like` on `device`, whose values `decode` gives."""
         made = torch.Tensor._make_wrapper_subclass(
             cls,
             like.shape,
@@ -66,6 +67,7 @@ class LazyWeight(torch.Tensor):
 
     @property
     def data(self) -> Tensor:
+        """The same values; writing them is refused."""
         return self.detach()
 
     @data.setter
@@ -74,6 +76,7 @@ class LazyWeight(torch.Tensor):
 
     @property
     def requires_grad(self) -> bool:
+        """Whether gradients are recorded, which they are not."""
         return False
 
     @requires_grad.setter
@@ -81,20 +84,25 @@ class LazyWeight(torch.Tensor):
         self.requires_grad_(value)
 
     def requires_grad_(self, requires_grad: bool = True) -> LazyWeight:
+        """Refuse gradients."""
         if requires_grad:
             refuse_writing()
         return self
 
     def share_memory_(self) -> NoReturn:
+        """Refuse to share memory that is not kept."""
         refuse_writing()
 
     def data_ptr(self) -> int:
+        """Return the address of the decoded values."""
         return self._keep().data_ptr()
 
     def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the storage of the decoded values."""
         return self._keep().untyped_storage()
 
     def numpy(self, *, force: bool = False) -> Any:
+        """Return the decoded values as an array."""
         return self.decode().numpy(force=force)
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
@@ -104,6 +112,7 @@ class LazyWeight(torch.Tensor):
         return self.decode().__dlpack__(*args, **kwargs)
 
     def tolist(self) -> Any:
+        """Return the decoded values as lists."""
         return self.decode().tolist()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -116,7 +125,7 @@ class LazyWeight(torch.Tensor):
         return repr(self.decode())
 
     def _keep(self) -> Tensor:
-        """The values, kept as long as this tensor, since an address of theirs is out."""
+        """Return the values, kept as long as this tensor, since an address of theirs is out."""
         if self._kept is None:
             self._kept = self.decode()
         return self._kept
@@ -146,7 +155,7 @@ def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The lazy result, or list of results, of an operator that only looks at its first argument in another way."""
+    """Return the lazy result, or list of results, of an operator that is a view of its first argument."""
     source, *others = args
     shape, stride, offset = source.shape, source.stride(), source.storage_offset()
     like = torch.empty(0, dtype=source.dtype, device="meta").as_strided(shape, stride, offset)

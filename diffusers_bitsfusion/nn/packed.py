@@ -101,7 +101,7 @@ class PackedWeight(nn.Module):
 
     _make_int8_weight: Callable[[], Tensor]  # of each kind of layer
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
         raise TypeError(
             f"{name} has no constructor: it is made from a layer with weights. Call quantize_model(model, config) on "
@@ -155,6 +155,7 @@ class PackedWeight(nn.Module):
 
     @property
     def branch_rank(self) -> int:
+        """Rank of the low-rank branch; 0 where there is none."""
         return 0 if self.branch_down is None else self.branch_down.shape[0]
 
     def extend_branch(self, down: Tensor, up: Tensor) -> None:
@@ -174,11 +175,11 @@ class PackedWeight(nn.Module):
             self.register_parameter(name, parameter)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """The weight of the codes in `dtype`, a new tensor."""
+        """Return the weight of the codes in `dtype`, a new tensor."""
         return decode_weight(self.codes, self.scale_bits.view(torch.float32), self.bits, self.weight_shape, dtype)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight that the layer applies, branch included, rounded once to `dtype`; a new tensor."""
+        """Return the weight that the layer applies, branch included, rounded once to `dtype`; a new tensor."""
         return _dense_weight(self.decode, self.branch_down, self.branch_up, dtype)
 
     def _lazy_weight(self) -> Tensor:
@@ -248,6 +249,7 @@ class PackedWeight(nn.Module):
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:
+        """Return what a printed model shows of the layer."""
         return f"{super().extra_repr()}, bits={self.bits}"
 
 

@@ -34,7 +34,7 @@ class TimeFeatureCache(TimeFeatures):
         known_timesteps (`list[float]`): the same, for messages.
     """
 
-    def __init__(self, timesteps: list[float], features: int):
+    def __init__(self, timesteps: list[float], features: int) -> None:
         super().__init__()
         self.known_timesteps = timesteps
         self.values = nn.Parameter(torch.empty(len(timesteps), features, dtype=torch.int16), requires_grad=False)
@@ -49,6 +49,7 @@ class TimeFeatureCache(TimeFeatures):
         return self.timesteps.view(torch.float32).view(-1), self.values.view(torch.float16).float()
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Return the features of `timesteps` [batch], or of the block."""
         match = timesteps.to(torch.float32).unsqueeze(1) == self.timesteps.view(torch.float32).view(-1)
         have = ", ".join(f"{t:g}" for t in self.known_timesteps)
         self._require(
@@ -71,7 +72,7 @@ class TimeFeatureTable(TimeFeatures):
         scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
     """
 
-    def __init__(self, num_timesteps: int, features: int):
+    def __init__(self, num_timesteps: int, features: int) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
         self.codes = nn.Parameter(torch.empty(num_timesteps + 2, features, dtype=torch.int16), requires_grad=False)
@@ -99,6 +100,7 @@ class TimeFeatureTable(TimeFeatures):
         return self.rows[rows].float(), self.codes[rows].float() * self._scale
 
     def forward(self, timesteps: Tensor) -> Tensor:
+        """Return the features of `timesteps` [batch], or of the block."""
         t = timesteps.to(torch.float32)
         last = self.num_timesteps
         self._require(
@@ -126,18 +128,21 @@ class TimeFeaturePassThrough(nn.Module):
     """Stands where `time_embedding` was: the looked-up features need no MLP."""
 
     def forward(self, sample: Tensor, condition: None = None) -> Tensor:
+        """Return the features of `timesteps` [batch], or of the block."""
         return sample
 
 
 class TimeFeatureSlice(nn.Module):
     """Stands where a block's `time_emb_proj` was: features [batch, all] to the block's own [batch, stop - start]."""
 
-    def __init__(self, start: int, stop: int):
+    def __init__(self, start: int, stop: int) -> None:
         super().__init__()
         self.start, self.stop = start, stop
 
     def forward(self, input: Tensor) -> Tensor:
+        """Return the features of `timesteps` [batch], or of the block."""
         return input[:, self.start : self.stop]
 
     def extra_repr(self) -> str:
+        """Return what a printed model shows of the slice."""
         return f"{self.start}, {self.stop}"

@@ -49,7 +49,7 @@ def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def _tokens_first(x: Tensor) -> Tensor:
-    """A copy with the strides of a transposed [batch, tokens, heads, width]."""
+    """Return a copy with the strides of a transposed [batch, tokens, heads, width]."""
     return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
@@ -61,7 +61,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     out = torch.empty(batch, tokens, heads, width, dtype=dtype).transpose(1, 2)
     native = native_library()
-    assert native is not None and native.attention is not None
+    assert native is not None
+    assert native.attention is not None
     units, keys = batch * heads * -(-tokens // native.attention_queries), key.shape[2]
     arguments = AttentionArguments(
         q=query.data_ptr(),

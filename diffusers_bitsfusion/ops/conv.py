@@ -83,7 +83,7 @@ def conv2d(
 
 
 def _convolve(x: Tensor, packed: PackedOperand, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The exact convolution by the fastest kernel."""
+    """Compute the exact convolution by the fastest kernel."""
     weight = prepack_floats_in_place(packed, x) if _takes_layout(x, packed.shape, geometry) else None
     if weight is not None:
         stride, padding, dilation, groups = geometry
@@ -208,7 +208,9 @@ conv2d.register_autograd(_backward, setup_context=_setup_context)
 def int8_conv_weight(
     codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], geometry: Geometry, kept: bool = True
 ) -> Tensor:
-    """The codes as `conv2d` multiplies them; arguments as there. Unless `kept`, the next call may write them over.
+    """Return the codes as `conv2d` multiplies them; unless `kept`, the next call may write them over.
+
+    The arguments are those of `conv2d`.
 
     Returns:
         int8; on a CPU in an opaque layout of oneDNN, on a GPU [out, kernel height * kernel width, in / groups].

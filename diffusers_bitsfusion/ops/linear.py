@@ -80,7 +80,7 @@ def linear(
 
 
 def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
-    """The contiguous `y` in another shape, to autograd no view: it lets nobody change an operator's views in place."""
+    """Return the contiguous `y` in another shape; to autograd no view, since it forbids changing those in place."""
     return torch.ops.aten._unsafe_view(y, list(shape))
 
 
@@ -133,7 +133,7 @@ def linear_geglu(
 
 
 def _exact(x: Tensor, packed: PackedOperand, bias: Tensor | None) -> Tensor:
-    """The exact layer by the fastest kernel."""
+    """Compute the exact layer by the fastest kernel."""
     tokens = x.reshape(-1, x.shape[-1])
     weight = prepack_in_place(packed, tokens) if _takes_layout(tokens, packed) else None
     if weight is not None:
@@ -235,7 +235,7 @@ linear.register_autograd(_backward, setup_context=_setup_context)
 
 
 def int8_linear_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    """The codes as `linear` multiplies them, to be kept: int8 [out, in]; arguments as in `linear`."""
+    """Return the codes as `linear` multiplies them, to be kept: int8 [out, in]; arguments as in `linear`."""
     return decode_weight(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
 
 

@@ -61,7 +61,7 @@ class PackedOperand:
 
 
 def prepack_in_place(packed: PackedOperand, x: Tensor) -> Tensor | None:
-    """The weight in oneDNN's layout and the dtype of `x`, for `torch.ops.mkldnn`.
+    """Return the weight in oneDNN's layout and the dtype of `x`, for `torch.ops.mkldnn`.
 
     It is a tensor that the next such call on this thread overwrites: only for use within one operator.
 

@@ -51,7 +51,7 @@ def test_the_difference_of_equal_models_is_exactly_zero_and_of_alike_ones_sharp(
     same = bootstrap_scores(a - a, categories)
     assert all((e.value, e.low, e.high) == (0, 0, 0) for e in same.values())
     paired = bootstrap_scores(a - b, categories)["overall"]
-    assert 0 < paired.low and paired.high - paired.low < 0.5 * np.ptp([bootstrap_mean(a).low, bootstrap_mean(a).high])
+    assert paired.low > 0 and paired.high - paired.low < 0.5 * np.ptp([bootstrap_mean(a).low, bootstrap_mean(a).high])
 
 
 def test_the_same_seed_gives_the_same_interval_in_blocks_or_not(monkeypatch):

@@ -144,7 +144,7 @@ WRITES = {
     "view": lambda w: w.view(-1).mul_(2),
     "reshaped": lambda w: w.reshape(12, 5)[0].fill_(1),
     "part": lambda w: w.chunk(2)[1].zero_(),
-    "row": lambda w: list(w)[0].zero_(),
+    "row": lambda w: next(iter(w)).zero_(),
     "no cast": lambda w: w.to(torch.float32).contiguous().add_(1),
     "out": lambda w: torch.add(torch.zeros(6, 10), 1, out=w),
     "foreach": lambda w: torch._foreach_add_([torch.zeros(2), w], 1.0),

@@ -164,7 +164,7 @@ def test_where_the_layout_is_unknown_torch_lays_out(monkeypatch):
 def test_inputs_of_other_channels_are_refused_in_torchs_words():
     geometry = (1, 1), (1, 1), (1, 1), 1
     packed = packed_operand((24, 20, 3, 3), 2, geometry)
-    with pytest.raises(RuntimeError, match="expected input.* to have 20 channels, but got 21"):
+    with pytest.raises(RuntimeError, match=r"expected input.* to have 20 channels, but got 21"):
         conv2d(
             torch.randn(1, 21, 8, 8).bfloat16(),
             packed.codes, packed.scale.view(torch.int32), None, 2, packed.shape, *geometry, False, None,

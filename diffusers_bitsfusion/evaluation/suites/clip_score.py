@@ -53,6 +53,7 @@ class ClipScore(Suite):
     def against(self, scores: Scores, reference: Scores) -> dict[str, Any]:
         """Return FID, where there are two images or more, and CMMD of CLIP features."""
         own, other = scores.features, reference.features
-        assert own is not None and other is not None
+        assert own is not None
+        assert other is not None
         distances = {"clip_fid": frechet_distance(own, other)} if len(own) > 1 else {}
         return distances | {"cmmd": cmmd(own, other)}
