@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.radix import pack_dense
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn.conversion import packed_twin
+from diffusers_bitsfusion.nn.conversion import packed_from_float
 from diffusers_bitsfusion.ops.decode import decode, decode_channels_last
 
 # (rows, channels, positions) of weights: a transformer's, and the two most common of the wide convolutions.
@@ -119,7 +119,7 @@ def decoding(repeats: int, device: str, half: torch.dtype) -> None:
 
 
 def packed_layer(layer: nn.Linear | nn.Conv2d, bits: int, device: str) -> PackedWeight:
-    packed = packed_twin(layer, bits, torch.float32)
+    packed = packed_from_float(layer, bits, torch.float32)
     packed.set_codes(*packed_codes(packed.weight_shape[0], packed.columns, bits, device))
     return packed.requires_grad_(False)
 
@@ -134,7 +134,7 @@ def layer_ways(
     x_half, packed = x.to(half), packed_layer(layer, bits, device)
     ways: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x), "half": lambda: halved(x_half)}
     for compute, resident in (("exact", "packed"), ("int8", "packed"), ("int8", "int8")):
-        twin = packed_twin(layer, bits, torch.float32)
+        twin = packed_from_float(layer, bits, torch.float32)
         twin.set_codes(packed.codes.data, packed.scale_bits.view(torch.float32))
         twin.set_compute(compute, resident)
         name = f"{compute} {'resident' if resident == 'int8' else ''}".strip()

@@ -18,8 +18,8 @@ from .config.bitsfusion import BitsFusionConfig
 from .config.calibration import Calibration
 from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish
-from .nn.conversion import packed_twin, replace_module
-from .nn.fake_quantized import QATConv2d, QATLinear, trainable_twin
+from .nn.conversion import packed_from_float, replace_module
+from .nn.fake_quantized import QATConv2d, QATLinear, fake_quantized_from_float
 from .packing.packer import install_time_features
 from .packing.plan import Plan, make_plan
 from .utils.hooks import refuse_dispatched
@@ -126,7 +126,7 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
 def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMixin:
     for name, bits in plan.bits.items():
         try:
-            layer = trainable_twin(model.get_submodule(name), bits, config.rounding)
+            layer = fake_quantized_from_float(model.get_submodule(name), bits, config.rounding)
         except ValueError as error:
             raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
         replace_module(model, name, layer)
@@ -164,7 +164,7 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     config, plan = model.qat_state.config, model.qat_state.plan
     schema = plan.schema(model, config)
     for name, layer in qat_layers(model).items():
-        packed = packed_twin(layer, layer.bits, dtype)
+        packed = packed_from_float(layer, layer.bits, dtype)
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)

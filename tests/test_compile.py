@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from diffusers_bitsfusion import set_compute
 from diffusers_bitsfusion.codec.rounding import Rounding
-from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ def fresh_compiler():
 
 
 def packed(layer, bits=2, compute="exact", resident="packed"):
-    twin = packed_twin(layer, bits, torch.float32)
+    twin = packed_from_float(layer, bits, torch.float32)
     pack_weight(twin, layer.weight, Rounding())
     twin.set_compute(compute, resident)
     return twin
@@ -73,7 +73,7 @@ def test_compiled_layers_have_the_eager_output_and_gradients():
 def test_compiled_forward_mode_is_that_of_the_float_layers():
     torch.manual_seed(0)
     model = nn.Sequential(packed(nn.Conv2d(3, 6, 3)), nn.Flatten(2), packed(nn.Linear(16, 5), compute="int8"))
-    twin = nn.Sequential(float_twin(model[0]), nn.Flatten(2), float_twin(model[2]))
+    twin = nn.Sequential(float_from_packed(model[0]), nn.Flatten(2), float_from_packed(model[2]))
     x, tangent = torch.randn(2, 2, 3, 6, 6)
 
     def derivative(model):

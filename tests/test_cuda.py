@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusers_bitsfusion import Calibration, convert, prepare_qat, quantize_model, set_compute
 from diffusers_bitsfusion.codec.grid import half_range
 from diffusers_bitsfusion.codec.radix import pack_dense
-from diffusers_bitsfusion.nn.conversion import packed_twin
+from diffusers_bitsfusion.nn.conversion import packed_from_float
 from diffusers_bitsfusion.ops.activations import quantize_image_reference, quantize_tokens_reference
 from diffusers_bitsfusion.ops.decode import decode, decode_channels_last, decode_reference
 
@@ -80,7 +80,7 @@ def test_decoding_channels_last_equals_the_reference(bits, dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [1, 16, 17])
 def test_few_tokens_give_what_many_give(tokens, dtype):
-    layer = packed_twin(torch.nn.Linear(320, 40), 2, torch.float32)
+    layer = packed_from_float(torch.nn.Linear(320, 40), 2, torch.float32)
     half = half_range(2)
     codes = torch.randint(-half, half + 1, (40, 320), dtype=torch.int8)
     layer.set_codes(pack_dense(codes, 2), torch.rand(40) * 0.1)

@@ -16,7 +16,7 @@ from ..codec.schema import TimeFeaturesSchema
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import restore_attention
-from ..nn.conversion import float_twin, replace_module
+from ..nn.conversion import float_from_packed, replace_module
 from ..nn.feed_forward import set_geglu
 from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures
@@ -230,7 +230,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
             restore(model, dtype)  # It comes first, since it may refuse, and then nothing has changed.
         for name, module in packed:
-            replace_module(model, name, float_twin(module))
+            replace_module(model, name, float_from_packed(module))
         restore_attention(model)
         set_geglu(model, fused=False)
         set_channels_last(model, False)

@@ -15,7 +15,7 @@ from ..codec.checksums import checksums_metadata, verify_files
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..codec.values import check_file_values
 from ..config.bitsfusion import BitsFusionConfig
-from ..nn.conversion import float_twin, replace_module
+from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..packing.plan import matches
@@ -164,7 +164,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         refuse_dispatched(model, "dequantize")
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedWeight):
-                replace_module(model, name, float_twin(module))
+                replace_module(model, name, float_from_packed(module))
         return model
 
     def is_serializable(self) -> bool:

@@ -15,7 +15,7 @@ from ..codec.rounding import Rounding
 from ..codec.scales import round_to_codes
 from .packed import autocast, without_weight
 
-LayerT = TypeVar("LayerT", bound="TrainableWeight")
+LayerT = TypeVar("LayerT", bound="FakeQuantizedWeight")
 
 # Latent weights that are made to round to a given code stay this share of a step away from it at most, which leaves
 # room for rounding errors before the next code begins.
@@ -25,7 +25,7 @@ _WITHIN = 0.49
 _LEAST_SCALE = 1e-8
 
 
-class TrainableWeight(nn.Module):
+class FakeQuantizedWeight(nn.Module):
     """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is rounded to the grid in every call.
 
     The gradient goes straight through the rounding to the latent weight where that lies within the grid's range
@@ -166,8 +166,8 @@ class _RoundedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_scale, grad_bias, None, None
 
 
-class QATLinear(TrainableWeight, nn.Linear):
-    """`torch.nn.Linear` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
+class QATLinear(FakeQuantizedWeight, nn.Linear):
+    """`torch.nn.Linear` in quantization-aware training; see `FakeQuantizedWeight`. Built by `prepare_qat`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
@@ -220,8 +220,8 @@ class _RoundedConv2d(torch.autograd.Function):
         return grad_x, grad_weight, grad_scale, grad_bias, None, None
 
 
-class QATConv2d(TrainableWeight, nn.Conv2d):
-    """`torch.nn.Conv2d` in quantization-aware training; see `TrainableWeight`. Built by `prepare_qat`."""
+class QATConv2d(FakeQuantizedWeight, nn.Conv2d):
+    """`torch.nn.Conv2d` in quantization-aware training; see `FakeQuantizedWeight`. Built by `prepare_qat`."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
@@ -236,8 +236,10 @@ class QATConv2d(TrainableWeight, nn.Conv2d):
         return _RoundedConv2d.apply(x, self.weight, self.scale, bias, self, cast("tuple[int, ...]", padding))
 
 
-def trainable_twin(layer: nn.Linear | nn.Conv2d, bits: int, rounding: Rounding = Rounding()) -> QATLinear | QATConv2d:
-    """Trainable layer for an `nn.Linear` or `nn.Conv2d`; arguments as for `TrainableWeight.from_float`.
+def fake_quantized_from_float(
+    layer: nn.Linear | nn.Conv2d, bits: int, rounding: Rounding = Rounding()
+) -> QATLinear | QATConv2d:
+    """Trainable layer for an `nn.Linear` or `nn.Conv2d`; arguments as for `FakeQuantizedWeight.from_float`.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.

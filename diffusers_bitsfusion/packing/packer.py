@@ -16,7 +16,7 @@ from ..calibration.layers import CalibratedLayer
 from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
 from ..codec.time_table import quantize_table
 from ..config.bitsfusion import BitsFusionConfig
-from ..nn.conversion import pack_weight, packed_twin, replace_module
+from ..nn.conversion import pack_weight, packed_from_float, replace_module
 from ..nn.time_features import TimeFeatureCache
 from ..nn.time_path import empty_lookup, install
 from ..utils.errors import printable
@@ -101,7 +101,7 @@ class ModelPacker:
                 install_time_features(self.model, self.plan, self.schema.time_features)
             return
         name = parameter.removesuffix(".weight")
-        packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
         try:
             pack_weight(packed, value.to(device), self._config.rounding)
         except ValueError as error:
@@ -111,7 +111,7 @@ class ModelPacker:
 
     def take_calibrated(self, name: str, layer: CalibratedLayer, device: torch.device) -> None:
         """Pack a layer with the codes, scale and bias of its calibration."""
-        packed = packed_twin(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
         packed.set_codes(layer.codes.to(device), layer.scale.to(device))
         if layer.bias is not None:
             packed.bias = nn.Parameter(layer.bias.to(packed.bias), requires_grad=packed.bias.requires_grad)
@@ -183,7 +183,7 @@ def install_packed_layers(
                 f"The checkpoint's config gives {printable(name)} the shape {list(layer.shape)}; "
                 f"{type(model).__name__} has {list(module.weight.shape)}."
             )
-        packed = packed_twin(module, layer.bits, weight_dtype(name), layer.branch_rank)
+        packed = packed_from_float(module, layer.bits, weight_dtype(name), layer.branch_rank)
         replace_module(model, name, packed)
 
 

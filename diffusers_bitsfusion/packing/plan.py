@@ -20,7 +20,7 @@ from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
 from ..nn.conversion import why_not_packable
-from ..nn.fake_quantized import TrainableWeight
+from ..nn.fake_quantized import FakeQuantizedWeight
 from ..nn.packed import PackedWeight
 from ..nn.time_path import TimePath, why_not_cacheable
 
@@ -136,7 +136,7 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     """
     if any(isinstance(module, PackedWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is quantized already. Call `dequantize()` on it first.")
-    if any(isinstance(module, TrainableWeight) for module in model.modules()):
+    if any(isinstance(module, FakeQuantizedWeight) for module in model.modules()):
         raise ValueError(f"This {type(model).__name__} is prepared for training. `convert()` packs it.")
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(

@@ -9,7 +9,7 @@ from torch import nn
 from diffusers_bitsfusion.calibration.layers import quantize_layer
 from diffusers_bitsfusion.calibration.moments import InputMoments, sample_inputs
 from diffusers_bitsfusion.codec.scales import quantize_rows
-from diffusers_bitsfusion.nn.conversion import packed_twin
+from diffusers_bitsfusion.nn.conversion import packed_from_float
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -36,7 +36,7 @@ def moments_of(layer, x, max_columns=1000) -> InputMoments:
 
 
 def packed(layer, codes, scale, bias):
-    packed = packed_twin(layer, 2, torch.float32)
+    packed = packed_from_float(layer, 2, torch.float32)
     packed.set_codes(codes, scale)
     packed.bias = None if bias is None else nn.Parameter(bias)
     return packed
@@ -65,7 +65,7 @@ def test_the_mean_of_the_output_stays_where_there_is_a_bias(layer_and_inputs):
 
 
 def packed_output_mean(layer, calibrated, x):
-    packed = packed_twin(layer, 1, torch.float32)
+    packed = packed_from_float(layer, 1, torch.float32)
     packed.set_codes(calibrated.codes, calibrated.scale)
     packed.bias = nn.Parameter(calibrated.bias)
     return channel_mean(packed(x))

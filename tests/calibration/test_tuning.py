@@ -13,11 +13,11 @@ from diffusers_bitsfusion.calibration import tuning
 from diffusers_bitsfusion.calibration.calls import Call, recording
 from diffusers_bitsfusion.calibration.denoising import Denoising
 from diffusers_bitsfusion.codec.rounding import Rounding
-from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import pack_weight, packed_from_float
 
 
 def packed(layer):
-    packed = packed_twin(layer, 2, torch.float32)
+    packed = packed_from_float(layer, 2, torch.float32)
     pack_weight(packed, layer.weight.detach(), Rounding(iterations=3))
     return packed
 

@@ -20,7 +20,7 @@ from diffusers_bitsfusion import BitsFusionConfig, prepare_qat, quantize_model, 
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.integrations.peft_lora import PackedLoraConv2d, PackedLoraLayer, PackedLoraLinear
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import pack_weight, packed_from_float
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -234,7 +234,7 @@ def test_rounding_a_fused_weight_again_would_lose_most_of_the_adapter(bits, leas
     generator = torch.Generator().manual_seed(0)
     layer = nn.Linear(320, 320, bias=False)
     layer.weight.data = torch.randn(320, 320, generator=generator)
-    packed = packed_twin(layer, bits, torch.float32)
+    packed = packed_from_float(layer, bits, torch.float32)
     pack_weight(packed, layer.weight, Rounding())
     delta = torch.randn(320, 8, generator=generator) @ torch.randn(8, 320, generator=generator)
     delta *= 0.05 / delta.std()
@@ -472,7 +472,7 @@ def test_what_is_no_low_rank_addition_is_refused_before_anything_is_fused(unet, 
 def test_a_grouped_convolution_takes_an_adapter_but_no_fusing():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 8, 3, groups=2)
-    packed = packed_twin(conv, 4, torch.float32)
+    packed = packed_from_float(conv, 4, torch.float32)
     pack_weight(packed, conv.weight, Rounding(iterations=2))
     config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
     model = get_peft_model(nn.Sequential(packed), config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
+from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float, replace_module
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -46,7 +46,7 @@ def packed_net() -> Net:
     net = Net()
     for name, layer in list(net.named_modules()):
         if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            packed = packed_twin(layer, 4, torch.float32)
+            packed = packed_from_float(layer, 4, torch.float32)
             pack_weight(packed, layer.weight, Rounding(iterations=3))
             replace_module(net, name, packed)
     return net
@@ -56,7 +56,7 @@ def dequantized(net: Net) -> Net:
     twin = copy.deepcopy(net)
     for name, layer in list(twin.named_modules()):
         if isinstance(layer, PackedWeight):
-            replace_module(twin, name, float_twin(layer))
+            replace_module(twin, name, float_from_packed(layer))
     return twin
 
 

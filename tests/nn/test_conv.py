@@ -8,7 +8,7 @@ from torch import nn
 
 from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
-from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -20,7 +20,7 @@ def packed_and_float(*sizes, bits=2, dtype=torch.float32, seed=0, **options):
     """A packed convolution and the ordinary one on `scale * code`."""
     torch.manual_seed(seed)
     layer = nn.Conv2d(*sizes, **options).to(dtype)
-    packed = packed_twin(layer, bits, dtype)
+    packed = packed_from_float(layer, bits, dtype)
     pack_weight(packed, layer.weight, Rounding())
     reference = copy.deepcopy(layer)
     codes = unpack_dense(packed.codes, bits, layer.weight[0].numel())
@@ -188,7 +188,7 @@ def test_an_input_of_the_wrong_channels_is_refused():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_the_float_twin_is_an_ordinary_layer_with_the_same_output(options):
     packed, reference = packed_and_float(6, 12, 3, **options)
-    twin = float_twin(packed)
+    twin = float_from_packed(packed)
     assert type(twin) is nn.Conv2d
     assert repr(twin) == repr(reference)
     assert set(twin.__dict__) == set(reference.__dict__)

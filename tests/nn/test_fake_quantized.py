@@ -14,7 +14,7 @@ from diffusers_bitsfusion.codec.grid import code_range
 from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
-from diffusers_bitsfusion.nn.fake_quantized import straight_through, trainable_twin
+from diffusers_bitsfusion.nn.fake_quantized import fake_quantized_from_float, straight_through
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +69,9 @@ def gradients(output, tensors):
 @settings(deadline=None, max_examples=60)
 def test_linear_equals_textbook_lsq(inputs, outputs, bits, balance, bias, batch, seed):
     torch.manual_seed(seed)
-    layer = disturbed(trainable_twin(nn.Linear(inputs, outputs, bias=bias), bits, Rounding(balance=balance)), seed)
+    layer = disturbed(
+        fake_quantized_from_float(nn.Linear(inputs, outputs, bias=bias), bits, Rounding(balance=balance)), seed
+    )
     x = torch.randn(*batch, inputs, requires_grad=True)
     tensors = [x, layer.weight, layer.scale, *([layer.bias] if bias else [])]
     expected = F.linear(x, textbook_rounding(layer.weight, layer.scale, bits, balance), layer.bias)
@@ -93,7 +95,7 @@ def test_conv_equals_textbook_lsq(groups, kernel, stride, dilation, padding, mod
     torch.manual_seed(seed)
     stride = 1 if padding == "same" else stride
     plain = nn.Conv2d(6, 6, kernel, stride, padding, dilation, groups=groups, bias=bias, padding_mode=mode)
-    layer = disturbed(trainable_twin(plain, bits), seed)
+    layer = disturbed(fake_quantized_from_float(plain, bits), seed)
     x = torch.randn(2, 6, 9, 8, requires_grad=True)
     tensors = [x, layer.weight, layer.scale, *([layer.bias] if bias else [])]
     expected = layer._conv_forward(x, textbook_rounding(layer.weight, layer.scale, bits, True), layer.bias)
@@ -118,7 +120,7 @@ def test_it_starts_as_post_training_quantization_rounds(bits, dtype, init):
     torch.manual_seed(bits)
     plain = nn.Linear(75, 20).to(dtype)
     before = copy.deepcopy(plain.state_dict())
-    layer = trainable_twin(plain, bits, Rounding(scale_init=init))
+    layer = fake_quantized_from_float(plain, bits, Rounding(scale_init=init))
     dense, scale = quantize_to_dense(plain.weight.detach(), bits, Rounding(scale_init=init))
     codes, own_scale = layer.codes_and_scale()
     assert torch.equal(codes, unpack_dense(dense, bits, 75).float()) and torch.equal(own_scale, scale)
@@ -129,7 +131,7 @@ def test_it_starts_as_post_training_quantization_rounds(bits, dtype, init):
 
 
 def test_a_scale_that_crossed_zero_comes_back():
-    layer = trainable_twin(nn.Linear(32, 4), 2)
+    layer = fake_quantized_from_float(nn.Linear(32, 4), 2)
     target = layer(torch.eye(32)).detach()
     layer.scale.data.fill_(-0.01)
     optimizer = torch.optim.SGD([layer.scale], lr=0.01)
@@ -143,7 +145,7 @@ def test_a_scale_that_crossed_zero_comes_back():
 
 @pytest.mark.parametrize("kind", [nn.Linear(12, 8), nn.Conv2d(12, 8, 3, padding=1)], ids=["linear", "conv"])
 def test_under_autocast_products_are_bf16_and_gradients_fp32(kind):
-    layer = trainable_twin(kind, 2)
+    layer = fake_quantized_from_float(kind, 2)
     x = torch.randn(2, 12, 6, 12) if isinstance(kind, nn.Conv2d) else torch.randn(2, 12)
     with torch.autocast("cpu", torch.bfloat16):
         output = layer(x)
@@ -154,7 +156,7 @@ def test_under_autocast_products_are_bf16_and_gradients_fp32(kind):
 
 
 def test_the_rounded_weight_is_not_kept_for_the_backward_pass():
-    layer = trainable_twin(nn.Linear(64, 64), 2)
+    layer = fake_quantized_from_float(nn.Linear(64, 64), 2)
     kept = []
 
     def pack(tensor):
@@ -169,12 +171,12 @@ def test_the_rounded_weight_is_not_kept_for_the_backward_pass():
 
 
 def test_state_dict_round_trip():
-    layer = disturbed(trainable_twin(nn.Conv2d(3, 5, 3), 2))
+    layer = disturbed(fake_quantized_from_float(nn.Conv2d(3, 5, 3), 2))
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
     torch.manual_seed(1)
-    other = trainable_twin(nn.Conv2d(3, 5, 3), 2)
+    other = fake_quantized_from_float(nn.Conv2d(3, 5, 3), 2)
     other.load_state_dict(torch.load(buffer))
     x = torch.randn(1, 3, 8, 8)
     assert torch.equal(other(x), layer(x))
@@ -182,7 +184,7 @@ def test_state_dict_round_trip():
 
 def test_a_lora_is_trained_on_a_layer_in_training():
     torch.manual_seed(0)
-    model = nn.Sequential(trainable_twin(nn.Linear(6, 4), 2))
+    model = nn.Sequential(fake_quantized_from_float(nn.Linear(6, 4), 2))
     x = torch.randn(3, 6)
     before = model(x)
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
@@ -198,4 +200,4 @@ def test_weights_that_are_not_finite_are_refused():
     plain = nn.Linear(4, 4)
     plain.weight.data[2, 1] = torch.nan
     with pytest.raises(ValueError, match="output channel 2 holds NaN"):
-        trainable_twin(plain, 2)
+        fake_quantized_from_float(plain, 2)

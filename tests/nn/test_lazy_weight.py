@@ -16,7 +16,7 @@ from transformers import T5Config, T5EncoderModel
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn.conversion import pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import pack_weight, packed_from_float
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,7 @@ REFUSAL = r"can neither be written to nor trained.*fuse_lora\(\).*dequantize\(\)
 def packed_layer(layer=None, dtype=torch.float32):
     torch.manual_seed(0)
     layer = layer or nn.Linear(10, 6)
-    packed = packed_twin(layer, 3, dtype)
+    packed = packed_from_float(layer, 3, dtype)
     return pack_weight(packed, layer.weight, Rounding())
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from diffusers_bitsfusion import BitsFusionLinear
 from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
-from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -22,7 +22,7 @@ def packed_and_float(inputs, outputs, bits=2, bias=True, dtype=torch.float32, se
     """A packed layer and the ordinary one on `scale * code`."""
     torch.manual_seed(seed)
     layer = nn.Linear(inputs, outputs, bias=bias).to(dtype)
-    packed = packed_twin(layer, bits, dtype)
+    packed = packed_from_float(layer, bits, dtype)
     pack_weight(packed, layer.weight, Rounding())
     reference = copy.deepcopy(layer)
     codes = unpack_dense(packed.codes, bits, inputs)
@@ -182,7 +182,7 @@ def test_an_input_of_the_wrong_width_is_refused():
 @pytest.mark.parametrize("bits", [1, 2, 5])
 def test_the_float_twin_is_an_ordinary_layer_on_the_same_weight(bits):
     packed, reference = packed_and_float(31, 7, bits)
-    twin = float_twin(packed)
+    twin = float_from_packed(packed)
     assert type(twin) is nn.Linear
     assert set(twin.state_dict()) == {"weight", "bias"}
     assert torch.equal(twin.weight, reference.weight)

@@ -13,8 +13,8 @@ from diffusers_bitsfusion.codec.radix import dense_width, unpack_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.schema import branch_shapes
 from diffusers_bitsfusion.nn import PackedWeight, QATConv2d, QATLinear, conv
-from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin, replace_module
-from diffusers_bitsfusion.nn.fake_quantized import trainable_twin
+from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float, replace_module
+from diffusers_bitsfusion.nn.fake_quantized import fake_quantized_from_float
 from diffusers_bitsfusion.packing.plan import quantizable_layers, unpackable_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -27,7 +27,7 @@ every_kind = pytest.mark.parametrize(("kind", "base", "sizes"), FLOAT_LAYERS)
 def packed_layer(base, sizes, bits=2, dtype=torch.float32, **options):
     torch.manual_seed(0)
     layer = base(*sizes, **options)
-    packed = packed_twin(layer, bits, dtype)
+    packed = packed_from_float(layer, bits, dtype)
     return pack_weight(packed, layer.weight, Rounding())
 
 
@@ -116,7 +116,7 @@ def test_the_geometry_is_copied_and_nothing_else(layer):
     layer = copy.deepcopy(layer)
     layer.note = "of somebody else"
     layer.register_forward_hook(lambda *_: None)
-    for twin in (packed_twin(layer, 2, torch.float32), trainable_twin(layer, 2)):
+    for twin in (packed_from_float(layer, 2, torch.float32), fake_quantized_from_float(layer, 2)):
         assert repr(twin).replace(type(twin).__name__, type(layer).__name__).replace(", bits=2", "") == repr(layer)
         assert not hasattr(twin, "note") and not twin._forward_hooks
 
@@ -183,7 +183,7 @@ def test_the_state_dict_carries_the_layer_to_another(kind, base, sizes):
 @every_kind
 def test_a_twin_waits_for_its_codes_on_the_meta_device_with_the_bias_of_the_layer(kind, base, sizes):
     layer = base(*sizes)
-    twin = packed_twin(layer, 3, torch.float16)
+    twin = packed_from_float(layer, 3, torch.float16)
     assert twin.codes.is_meta and twin.scale.is_meta
     assert twin.bias is layer.bias
     assert twin.weight_shape == tuple(layer.weight.shape)
@@ -204,7 +204,7 @@ def test_a_weight_that_is_not_finite_is_not_packed(kind, base, sizes):
     layer = base(*sizes)
     layer.weight.data[3].fill_(float("nan"))
     with pytest.raises(ValueError, match="output channel 3 holds NaN or infinite values"):
-        pack_weight(packed_twin(layer, 2, torch.float32), layer.weight, Rounding())
+        pack_weight(packed_from_float(layer, 2, torch.float32), layer.weight, Rounding())
 
 
 # The low-rank branch.
@@ -230,7 +230,7 @@ def test_a_branch_is_an_addition_to_the_weight(base, sizes, options):
     bare, weight = packed(x), packed.weight
     down, up = random_branch(packed, 3)
     packed.extend_branch(down, up)
-    twin = float_twin(packed)
+    twin = float_from_packed(packed)
     torch.testing.assert_close(twin.weight.data, weight + (up.flatten(1) @ down.flatten(1)).view_as(weight))
     assert torch.equal(twin.weight, packed.weight)
     found, expected = packed(x), twin(x)
@@ -272,9 +272,9 @@ def test_meta_inputs_give_meta_outputs(kind, base, sizes):
 
 def test_quantizing_goes_on_the_weights_own_device():
     layer = nn.Linear(10, 6)
-    expected = packed_twin(layer, 2, torch.float32)
+    expected = packed_from_float(layer, 2, torch.float32)
     pack_weight(expected, layer.weight, Rounding())
-    found = packed_twin(layer, 2, torch.float32)
+    found = packed_from_float(layer, 2, torch.float32)
     with torch.device("meta"):  # stands for a GPU that is the default device
         pack_weight(found, layer.weight, Rounding())
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
@@ -290,7 +290,7 @@ def test_forward_mode_is_that_of_the_float_layer(kind, base, sizes, compute, dty
     packed = packed_layer(base, sizes, dtype=dtype).to(dtype)
     packed.extend_branch(*random_branch(packed, rank))
     packed.set_compute(compute, "packed")
-    twin = float_twin(packed)
+    twin = float_from_packed(packed)
     primals = example_input(base).to(dtype), packed.bias.detach()
     tangents = tuple(torch.randn_like(primal) for primal in primals)
 
@@ -306,7 +306,7 @@ def test_forward_mode_takes_no_other_layout(monkeypatch):
     x = example_input(nn.Conv2d)
     found, expected = (
         torch.func.jacfwd(lambda part, layer=layer: layer(x + part).sum())(torch.zeros(()))
-        for layer in (packed, float_twin(packed))
+        for layer in (packed, float_from_packed(packed))
     )
     torch.testing.assert_close(found, expected)
 
@@ -319,7 +319,8 @@ def test_forward_mode_by_dual_tensors(kind, base, sizes, frozen):
     x = example_input(base)
     with forward_ad.dual_level():
         found, expected = (
-            forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos()))) for layer in (packed, float_twin(packed))
+            forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x.cos())))
+            for layer in (packed, float_from_packed(packed))
         )
     torch.testing.assert_close(found.primal, expected.primal)
     torch.testing.assert_close(found.tangent, expected.tangent)
@@ -343,7 +344,7 @@ def test_transforms_of_torch_that_differentiate_forwards(kind, base, sizes):
         yield torch.func.jacfwd(torch.func.jacfwd(lambda part: loss(x + part)))(torch.zeros(()))
         yield torch.func.linearize(loss, x)[1](x)
 
-    torch.testing.assert_close(list(derivatives(packed)), list(derivatives(float_twin(packed))))
+    torch.testing.assert_close(list(derivatives(packed)), list(derivatives(float_from_packed(packed))))
 
 
 # Outputs, inputs.
@@ -373,7 +374,9 @@ def test_an_output_may_be_changed_in_place(kind, base, sizes, compute, bias, dim
 
 
 @pytest.mark.parametrize(("base", "sizes"), [(nn.Linear, (10, 6)), (nn.Conv2d, (4, 6, 3))])
-@pytest.mark.parametrize("make", [packed_twin, lambda layer, bits, dtype: trainable_twin(layer, bits)])
+@pytest.mark.parametrize(
+    "make", [packed_from_float, lambda layer, bits, dtype: fake_quantized_from_float(layer, bits)]
+)
 def test_inputs_are_taken_by_the_name_that_torch_gives_them(base, sizes, make):
     layer = base(*sizes)
     twin = make(layer, 2, torch.float32)

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
-from diffusers_bitsfusion.nn.conversion import float_twin, pack_weight, packed_twin
+from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float
 from diffusers_bitsfusion.nn.packed import float_bits
 from diffusers_bitsfusion.ops import activations, decode
 from diffusers_bitsfusion.ops import linear as linear_module
@@ -29,7 +29,7 @@ residents = pytest.mark.parametrize("resident", ["packed", "int8"])
 def int8_layer(kind, *sizes, bits=2, resident="packed", dtype=torch.float32, seed=0, **options):
     torch.manual_seed(seed)
     layer = kind(*sizes, **options).to(dtype)
-    packed = packed_twin(layer, bits, dtype)
+    packed = packed_from_float(layer, bits, dtype)
     pack_weight(packed, layer.weight, Rounding())
     packed.set_compute("int8", resident)
     return packed
@@ -180,7 +180,7 @@ def relative_error(found, expected):
 @settings(deadline=None, max_examples=25)
 def test_any_padding_is_near_the_exact_layer_and_has_its_gradients(resident, mode, batch, **options):
     layer = int8_conv(resident=resident, padding_mode=mode, **options)
-    exact = float_twin(layer)
+    exact = float_from_packed(layer)
     x = torch.randn(batch, layer.in_channels, 8, 9, requires_grad=True)
     twin = x.detach().clone().requires_grad_()
     found, expected = layer(x), exact(twin)
@@ -202,10 +202,10 @@ def test_a_linear_layer_is_near_the_exact_one_and_has_its_gradients(resident):
     layer = int8_layer(nn.Linear, 300, 50, resident=resident)
     x = torch.randn(4, 6, 300, requires_grad=True)
     found = layer(x)
-    assert 0 < relative_error(found.detach(), float_twin(layer)(x).detach()) < 0.01
+    assert 0 < relative_error(found.detach(), float_from_packed(layer)(x).detach()) < 0.01
     grad = torch.randn_like(found)
     found.backward(grad)
-    torch.testing.assert_close(x.grad, grad @ float_twin(layer).weight, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x.grad, grad @ float_from_packed(layer).weight, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(layer.bias.grad, grad.sum((0, 1)), rtol=1e-5, atol=1e-5)
 
 
@@ -217,7 +217,7 @@ def test_an_empty_batch_of_images_works(resident, padding):
     layer = int8_layer(nn.Conv2d, 3, 5, 3, resident=resident, **padding)
     x = torch.randn(0, 3, 6, 6, requires_grad=True)
     y = layer(x)
-    assert y.shape == float_twin(layer)(x).shape
+    assert y.shape == float_from_packed(layer)(x).shape
     y.sum().backward()
     assert x.grad.shape == x.shape
 
