@@ -41,7 +41,7 @@ def _differs(layer: nn.Module, kind: type[nn.Module], name: str) -> bool:
 def packed_from_float(
     layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0
 ) -> PackedWeight:
-    """Packed layer for an `nn.Linear` or `nn.Conv2d`, codes and branch still on the meta device."""
+    """Return the packed layer of an `nn.Linear` or `nn.Conv2d`, codes and branch still on the meta device."""
     kind = BitsFusionConv2d if isinstance(layer, nn.Conv2d) else BitsFusionLinear
     return kind.from_float(layer, bits, dtype, branch_rank)
 
@@ -59,7 +59,7 @@ def pack_weight(packed: PackedWeight, weight: Tensor, rounding: Rounding) -> Pac
 
 
 def float_from_packed(packed: PackedWeight) -> nn.Linear | nn.Conv2d:
-    """Ordinary layer with the weight in `packed.weight_dtype`, branch folded in, sharing the bias."""
+    """Return an ordinary layer with the weight in `packed.weight_dtype`, branch folded in, sharing the bias."""
     kind: type[nn.Linear | nn.Conv2d] = nn.Conv2d if isinstance(packed, BitsFusionConv2d) else nn.Linear
     layer = without_weight(kind, packed)
     layer.weight = nn.Parameter(packed.dense_weight(packed.weight_dtype))

@@ -59,22 +59,22 @@ class FakeQuantizedWeight(nn.Module):
         bits: int,
         rounding: Rounding = Rounding(),
     ) -> LayerT:
-        """Trainable twin of a Linear or Conv2d, with the scales that quantizing it gives; shares no memory with it.
+        """Return the fake-quantized layer of a Linear or Conv2d, with the scales that quantizing gives; a copy.
 
         Raises:
             ValueError: the weight holds NaN or infinite values.
         """
-        twin = without_weight(cls, layer)
-        twin.bits, twin.balance = bits, rounding.balance
+        prepared = without_weight(cls, layer)
+        prepared.bits, prepared.balance = bits, rounding.balance
         weight = layer.weight.detach()
         _, scale = quantize_to_dense(weight.flatten(1), bits, rounding)
-        twin.weight = nn.Parameter(weight.to(torch.float32, copy=True))
-        twin.scale = nn.Parameter(scale)
+        prepared.weight = nn.Parameter(weight.to(torch.float32, copy=True))
+        prepared.scale = nn.Parameter(scale)
         bias = (
             layer.bias if layer.bias is None else nn.Parameter(layer.bias.detach().clone(), layer.bias.requires_grad)
         )
-        twin.register_parameter("bias", bias)
-        return twin
+        prepared.register_parameter("bias", bias)
+        return prepared
 
     @torch.no_grad()
     def start_from(self, codes: Tensor, scale: Tensor, bias: Tensor | None) -> None:
@@ -239,7 +239,9 @@ class QATConv2d(FakeQuantizedWeight, nn.Conv2d):
 def fake_quantized_from_float(
     layer: nn.Linear | nn.Conv2d, bits: int, rounding: Rounding = Rounding()
 ) -> QATLinear | QATConv2d:
-    """Trainable layer for an `nn.Linear` or `nn.Conv2d`; arguments as for `FakeQuantizedWeight.from_float`.
+    """Return the fake-quantized layer of an `nn.Linear` or `nn.Conv2d`.
+
+    The arguments are those of `FakeQuantizedWeight.from_float`.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.
