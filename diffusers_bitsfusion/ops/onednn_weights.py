@@ -31,6 +31,10 @@ from ..native.library import NativeLibrary, native_library
 # Outputs of a block; oneDNN's choice among them depends on the shape, the processor and the number of threads.
 _BLOCKS = (64, 48, 32, 16)
 
+# Bytes of oneDNN's struct at which four bytes of padding follow a number of 32 bits (ndims, data_type, format_kind,
+# inner_nblks in memory_desc.hpp); nobody initialises them, so that they differ between tensors of one layout.
+_PADDING = (4, 108, 316, 420)
+
 # Random codes of a probe, which repeats them: a prime number, which no layout's strides share.
 _PERIOD = 65521
 
@@ -140,8 +144,11 @@ def _has_layout(tensor: Tensor, shape: torch.Size, layout: _Layout) -> bool:
 
 def _descriptor(tensor: Tensor) -> bytes:
     """Return oneDNN's own description of a tensor: dtype, sizes, strides, blocks, and the sums after them."""
-    descriptor: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(tensor)
-    return descriptor.numpy().tobytes()
+    serialized: Tensor = torch.ops.mkldnn._get_mkldnn_serialized_md(tensor)
+    descriptor = bytearray(serialized.numpy().tobytes())
+    for start in _PADDING:
+        descriptor[start : start + 4] = bytes(4)
+    return bytes(descriptor)
 
 
 def _probe(shape: torch.Size) -> Tensor:

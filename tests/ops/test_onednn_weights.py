@@ -122,6 +122,31 @@ def test_layouts_are_made_on_the_cpu_whatever_the_default_device_is():
     assert [contents(tensor) for tensor in tensors] == [expected] * 2
 
 
+def test_padding_that_nobody_initialises_does_not_hide_a_layout(monkeypatch):
+    tensor = prepack(weight((64, 4, 3, 3), 0), torch.ones(64), ([1, 1], [1, 1], [1, 1], 1))
+    serialize = torch.ops.mkldnn._get_mkldnn_serialized_md
+
+    class Operators:
+        @staticmethod
+        def _get_mkldnn_serialized_md(tensor):
+            descriptor = serialize(tensor).clone()
+            for start in (4, 108, 316, 420):
+                descriptor[start : start + 4] = torch.randint(0, 256, (4,), dtype=torch.uint8)
+            return descriptor
+
+    expected = onednn_weights._descriptor(tensor)
+    monkeypatch.setattr(onednn_weights.torch.ops, "mkldnn", Operators)
+    assert onednn_weights._descriptor(tensor) == expected
+
+
+def test_layouts_of_different_blocks_have_different_descriptors():
+    found = set()
+    for shape in ((320, 320, 3, 3), (640, 320, 3, 3), (320, 320, 1, 1)):
+        tensor = prepack_by_onednn(weight(shape, 0), torch.ones(shape[0]), ([1, 1], [1, 1], [1, 1], 1))
+        found.add(onednn_weights._descriptor(tensor))
+    assert len(found) == 3
+
+
 def test_tensors_are_kept_by_models_alone():
     layout = prepack(weight((64, 4, 3, 3), 0), torch.ones(64), ([1, 1], [1, 1], [1, 1], 1))
     assert len(onednn_weights._kept) == 1
