@@ -155,7 +155,18 @@ def test_a_model_in_half_precision_equals_its_twin(name, dtype):
     assert model.dtype == dtype
     output = call(model)
     assert output.dtype == dtype and output.isfinite().all()
-    assert torch.equal(call(twin(model)), output)
+    plain = twin(model)
+    if dtype == torch.float16:
+        assert torch.equal(call(plain), output)
+    else:  # in bf16 kernels of this package sum in another order than torch's
+        assert_no_further_from_fp32(output, call(plain), plain)
+
+
+def assert_no_further_from_fp32(found, by_torch, plain):
+    """Compare the errors of two outputs in bf16 against the output of the same model in fp32."""
+    exact = call(plain.float()).float()
+    error, error_of_torch = ((output.float() - exact).norm() / exact.norm() for output in (found, by_torch))
+    assert error <= 1.25 * error_of_torch
 
 
 # The time embedding.

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 
 class Transformer2DModel(transformer_2d.Transformer2DModel):
-    """diffusers' class of this name, whose tokens become an image as they lie where its input is channels last.
+    """diffusers' class of this name; its tokens become an image as they lie where its input is channels last, bf16.
 
-    diffusers copies them to contiguous memory, from which packed convolutions copy them back.
+    diffusers copies them to contiguous memory, from which packed convolutions in bf16 copy them back.
     """
 
     def _get_output_for_continuous_inputs(
         self, hidden_states: Tensor, residual: Tensor, batch_size: int, height: int, width: int, inner_dim: int
     ) -> Tensor:
-        if not residual.is_contiguous(memory_format=torch.channels_last):
+        is_kept = residual.dtype == torch.bfloat16 and residual.is_contiguous(memory_format=torch.channels_last)
+        if not is_kept:
             return super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )

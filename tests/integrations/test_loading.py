@@ -196,8 +196,12 @@ def test_packed_loads_have_the_same_codes_and_scales_in_every_dtype(packed_folde
     assert all(tensors[name].dtype == dtype for name in tensors if name not in integers)
     twin = copy.deepcopy(unet).dequantize()
     assert {p.dtype for p in twin.parameters()} == {dtype}
-    if kind == "keep":
+    if kind == "keep" and dtype != torch.bfloat16:
         assert torch.equal(call_unet(unet), call_unet(twin))
+    elif kind == "keep":  # in bf16 kernels of this package sum in another order than torch's
+        wanted = call_unet(copy.deepcopy(twin).float())
+        error, error_of_torch = ((call_unet(model).float() - wanted).norm() for model in (unet, twin))
+        assert error <= 1.25 * error_of_torch
 
 
 def test_a_pipeline_loads_in_half_precision(packed_folders):
