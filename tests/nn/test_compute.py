@@ -364,7 +364,8 @@ def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
 def test_transformers_keep_images_channels_last_and_compute_the_same(linear):
     torch.manual_seed(0)
     model = nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2, use_linear_projection=linear))
-    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    model.bfloat16()
+    x = torch.randn(2, 8, 3, 5).bfloat16().contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         expected = model[0](x).sample
         set_channels_last(model, True)
@@ -375,6 +376,16 @@ def test_transformers_keep_images_channels_last_and_compute_the_same(linear):
     torch.testing.assert_close(found, expected)
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert type(model[0]) is Transformer2DModel
+
+
+def test_transformers_in_fp32_give_the_same_bits():
+    torch.manual_seed(0)
+    model = nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2))
+    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        expected = model[0](x).sample
+        set_channels_last(model, True)
+        assert torch.equal(model[0](x).sample, expected)
 
 
 # The size report.

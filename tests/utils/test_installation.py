@@ -26,9 +26,9 @@ def urls(monkeypatch):
 
 def test_the_repository_is_the_source(urls):
     urls("Repository, https://example.org/git")
-    assert install_command() == "pip install git+https://example.org/git"
-    assert install_command(upgrade=True) == "pip install -U git+https://example.org/git"
-    assert install_command("eval") == 'pip install "diffusers_bitsfusion[eval] @ git+https://example.org/git"'
+    assert install_command() == "pip install diffusers_bitsfusion@git+https://example.org/git"
+    assert install_command(upgrade=True) == "pip install -U diffusers_bitsfusion@git+https://example.org/git"
+    assert install_command("eval") == "pip install diffusers_bitsfusion[eval]@git+https://example.org/git"
 
 
 def test_without_a_repository_the_package_is_named(urls, monkeypatch):
