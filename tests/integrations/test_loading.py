@@ -199,9 +199,12 @@ def test_packed_loads_have_the_same_codes_and_scales_in_every_dtype(packed_folde
     if kind == "keep" and dtype != torch.bfloat16:
         assert torch.equal(call_unet(unet), call_unet(twin))
     elif kind == "keep":  # in bf16 kernels of this package sum in another order than torch's
-        wanted = call_unet(copy.deepcopy(twin).float())
-        error, error_of_torch = ((call_unet(model).float() - wanted).norm() for model in (unet, twin))
-        assert error <= 1.25 * error_of_torch
+        in_fp32, errors = copy.deepcopy(twin).float(), torch.zeros(2)
+        for timestep in range(1, 1000, 37):  # the errors of one input scatter
+            wanted = call_unet(in_fp32, timestep)
+            outputs = torch.stack([call_unet(model, timestep).float() for model in (unet, twin)])
+            errors += (outputs - wanted).square().flatten(1).sum(dim=1)
+        assert errors[0].sqrt() <= 1.02 * errors[1].sqrt()
 
 
 def test_a_pipeline_loads_in_half_precision(packed_folders):
