@@ -16,7 +16,7 @@ _NOT_NORMALISED = ("conv_in", "conv_shortcut")
 
 
 def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed") -> None:
-    """Choose how the packed layers of a model compute. `size_report(model)` says which way each takes, and why.
+    """Choose how the packed layers of a model compute. `size_report(model)` says which kernel each uses, and why.
 
     Args:
         model: a quantized model, or a part of one.
@@ -55,5 +55,5 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
-    """Packed layers of a model by name."""
+    """Return the packed layers of a model by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, PackedWeight)}
