@@ -30,7 +30,9 @@ _ON_CPU = ("cpu", "meta")
 _ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
 
 # Those that take weights in its layouts of floating point, and the one that lays them out for linear layers.
-_PREPACKED_OPERATORS = ("_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight")
+_PREPACKED_OPERATORS = (
+    "_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported",
+)  # fmt: skip
 
 
 def _no_obstacle(device: torch.device) -> str | None:
@@ -117,7 +119,12 @@ def _why_no_prepacked_onednn(device: torch.device) -> str | None:
     if not hasattr(torch.ops.aten, "mkldnn_reorder_conv2d_weight"):
         return f"torch {torch.__version__} has no operator aten::mkldnn_reorder_conv2d_weight"
     gone = [name for name in (*_ONEDNN_OPERATORS, *_PREPACKED_OPERATORS) if not hasattr(torch.ops.mkldnn, name)]
-    return f"torch {torch.__version__} has no operator mkldnn::{gone[0]}" if gone else _why_no_compiled_loops(device)
+    if gone:
+        return f"torch {torch.__version__} has no operator mkldnn::{gone[0]}"
+    # Which lays out no weight in bf16 otherwise, but raises.
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return "oneDNN has no bf16 on this processor"
+    return _why_no_compiled_loops(device)
 
 
 DECODE_TRITON = Kernel("Triton", ("cuda",), (torch.float32, *_HALVES, torch.int8), why_not_here=_why_no_triton)
