@@ -16,7 +16,16 @@ from .unet import NOISE_SCHEDULE
 def export_pipeline(
     out: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
 ) -> None:
-    """Write the pipeline to `out`, the CLIP pair to `out/clip`, all weights in fp16 safetensors, and the prompts."""
+    """Write the pipeline with its CLIP pair to `out`, beside them the prompts and the model card."""
+    save_parts(out, vae, clip, tokenizer, unet)
+    write_prompts(out / "prompts.tsv")
+    shutil.copy(Path(__file__).with_name("MODEL_CARD.md"), out / "README.md")
+
+
+def save_parts(
+    out: Path, vae: AutoencoderKL, clip: CLIPModel, tokenizer: CLIPTokenizer, unet: UNet2DConditionModel
+) -> None:
+    """Write the pipeline to `out` and the CLIP pair to `out/clip`, all weights in fp16 safetensors."""
     text_encoder = CLIPTextModel(clip.config.text_config)
     text_encoder.load_state_dict(clip.text_model.state_dict())
     pipeline = StableDiffusionPipeline(
@@ -43,8 +52,6 @@ def export_pipeline(
     for folder in (out / "tokenizer", out / "clip"):
         tokenizer.save_pretrained(folder)
         tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for transformers before 5
-    write_prompts(out / "prompts.tsv")
-    shutil.copy(Path(__file__).with_name("MODEL_CARD.md"), out / "README.md")
 
 
 def _load_as_float32(config: Path) -> None:

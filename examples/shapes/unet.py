@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPTextModelWithProjection
+from transformers import CLIPModel, CLIPTextModelWithProjection
 
 from .sides import SideAttention
 from .text import WIDTH
@@ -45,7 +45,7 @@ def train_unet(
     token_ids: torch.Tensor,
     empty_ids: torch.Tensor,
     axes: torch.Tensor,
-    text: CLIPTextModelWithProjection,
+    text: CLIPTextModelWithProjection | CLIPModel,
     path: Path,
     options: TrainOptions,
 ) -> UNet2DConditionModel:
