@@ -36,13 +36,17 @@ class BFloat16Attention(Attention):
         """[batch, tokens, channels] to the same, as of `Attention`."""
         stock = type(self.processor) is AttnProcessor2_0 and attention_mask is None and not cross_attention_kwargs
         if not stock or hidden_states.ndim != 3 or hidden_states.device.type != "cpu":
-            return super().forward(hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+            others = encoder_hidden_states, attention_mask
+            stock_output: Tensor = super().forward(hidden_states, *others, **cross_attention_kwargs)
+            return stock_output
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         projected = self.to_q(hidden_states), self.to_k(context), self.to_v(context)
         query, key, value = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in projected)
         rounded = self.any_dtype or query.dtype == torch.bfloat16
         output = (attention if rounded else F.scaled_dot_product_attention)(query, key, value)
-        return self.to_out[1](self.to_out[0](output.transpose(1, 2).flatten(2)))
+        projection, dropout = self.to_out
+        projected_output: Tensor = dropout(projection(output.transpose(1, 2).flatten(2)))
+        return projected_output
 
 
 def set_attention(model: nn.Module, any_dtype: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,9 @@ class _RoundedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_scale, grad_bias, None, None
 
 
+_rounded_linear: Callable[..., Tensor] = _RoundedLinear.apply
+
+
 class QATLinear(FakeQuantizedWeight, nn.Linear):
     """`torch.nn.Linear` in quantization-aware training; see `FakeQuantizedWeight`. Built by `prepare_qat`."""
 
@@ -173,7 +177,7 @@ class QATLinear(FakeQuantizedWeight, nn.Linear):
         """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return _RoundedLinear.apply(x, self.weight, self.scale, bias, self.bits, self.balance)
+        return _rounded_linear(x, self.weight, self.scale, bias, self.bits, self.balance)
 
 
 class _RoundedConv2d(torch.autograd.Function):
@@ -220,6 +224,9 @@ class _RoundedConv2d(torch.autograd.Function):
         return grad_x, grad_weight, grad_scale, grad_bias, None, None
 
 
+_rounded_conv2d: Callable[..., Tensor] = _RoundedConv2d.apply
+
+
 class QATConv2d(FakeQuantizedWeight, nn.Conv2d):
     """`torch.nn.Conv2d` in quantization-aware training; see `FakeQuantizedWeight`. Built by `prepare_qat`."""
 
@@ -233,7 +240,7 @@ class QATConv2d(FakeQuantizedWeight, nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return _RoundedConv2d.apply(x, self.weight, self.scale, bias, self, cast("tuple[int, ...]", padding))
+        return _rounded_conv2d(x, self.weight, self.scale, bias, self, padding)
 
 
 def fake_quantized_from_float(
@@ -246,5 +253,5 @@ def fake_quantized_from_float(
     Raises:
         ValueError: the weight holds NaN or infinite values.
     """
-    kind: Any = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
+    kind: type[QATConv2d | QATLinear] = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
     return kind.from_float(layer, bits, rounding)

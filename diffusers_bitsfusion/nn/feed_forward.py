@@ -21,18 +21,22 @@ class FusedGEGLU(GEGLU):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the gated activation of `hidden_states`, as `GEGLU` does."""
         proj = self.proj
-        if not isinstance(proj, BitsFusionLinear) or proj.branch_rank or not self._gains(proj, hidden_states):
-            return super().forward(hidden_states, *args, **kwargs)
-        inputs = hidden_states, proj.bias
-        gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        if gradient or in_forward_mode():
-            return super().forward(hidden_states, *args, **kwargs)
-        return proj(hidden_states, geglu=True)
+        fuses = isinstance(proj, BitsFusionLinear) and not proj.branch_rank and self._gains(proj, hidden_states)
+        output: Tensor
+        if fuses and not self._differentiates(hidden_states, proj.bias):
+            output = proj(hidden_states, geglu=True)
+        else:
+            output = super().forward(hidden_states, *args, **kwargs)
+        return output
 
     def _gains(self, proj: BitsFusionLinear, x: Tensor) -> bool:
         if proj.computes_int8:
             return True
         return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not torch.is_autocast_enabled("cpu")
+
+    def _differentiates(self, *inputs: Tensor | None) -> bool:
+        gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+        return gradient or in_forward_mode()
 
 
 def set_geglu(model: nn.Module, fused: bool) -> None:

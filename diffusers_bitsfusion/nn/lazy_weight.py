@@ -163,7 +163,8 @@ def _view(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def view(index: int | None) -> Callable[[], Tensor]:
         def decode() -> Tensor:
             result = func(source.decode(), *others, **kwargs)
-            return result if index is None else result[index]
+            part: Tensor = result if index is None else result[index]
+            return part
 
         return decode
 

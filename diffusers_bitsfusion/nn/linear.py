@@ -22,8 +22,10 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         packed = self.codes, self.scale_bits
+        y: Tensor
         if geglu:
-            return linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
+            y = linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
+            return y
         if in_forward_mode():
             y = F.linear(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias)
         else:

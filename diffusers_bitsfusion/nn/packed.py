@@ -59,7 +59,7 @@ def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
         layer: of the same one of the two.
     """
     base: Any = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-    made: Any = kind.__new__(kind)
+    made = kind.__new__(kind)
     base.__init__(made, **{name: getattr(layer, name) for name in _ARGUMENTS[base]}, bias=False, device="meta")
     del made.weight
     made.bias = layer.bias
@@ -208,7 +208,7 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
         before = self.codes.device
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.codes.device != before and not self.codes.is_meta:
             self.set_compute(self.compute, self.resident)
         return self
@@ -233,7 +233,7 @@ class PackedWeight(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "int8_weight"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.computes_int8:  # which this machine may do otherwise
             self.set_compute(self.compute, self.resident)
 

@@ -18,13 +18,16 @@ class Transformer2DModel(transformer_2d.Transformer2DModel):
     ) -> Tensor:
         is_kept = residual.dtype == torch.bfloat16 and residual.is_contiguous(memory_format=torch.channels_last)
         if not is_kept:
-            return super()._get_output_for_continuous_inputs(
+            copied: Tensor = super()._get_output_for_continuous_inputs(
                 hidden_states, residual, batch_size, height, width, inner_dim
             )
+            return copied
         if self.use_linear_projection:
             hidden_states = self.proj_out(hidden_states)
         image = hidden_states.reshape(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
-        return (image if self.use_linear_projection else self.proj_out(image)) + residual
+        if not self.use_linear_projection:
+            image = self.proj_out(image)
+        return image + residual
 
 
 def set_channels_last(model: nn.Module, channels_last: bool) -> None:

@@ -33,7 +33,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if gradient or in_forward_mode():
         return F.scaled_dot_product_attention(query, key, value)
-    return _attention(query, key, value)
+    output: Tensor = _attention(query, key, value)
+    return output
 
 
 @torch.library.custom_op("bitsfusion::attention", mutates_args=())

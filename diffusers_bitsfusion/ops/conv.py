@@ -111,7 +111,7 @@ def _multiply_on_cpu(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     image, image_scale, zero_point = quantize_image(x)
-    return torch.ops.onednn.qconv2d_pointwise.tensor(
+    y: Tensor = torch.ops.onednn.qconv2d_pointwise.tensor(
         _channels_last(image),
         image_scale,
         zero_point,
@@ -127,6 +127,7 @@ def _multiply_on_cpu(
         [],
         "",
     )
+    return y
 
 
 def _multiply_on_gpu(
@@ -171,7 +172,8 @@ def conv2d_input_grad(
 ) -> Tensor:
     """Gradient of the exact layer's input, `input_shape`; `grad` is that of its output, the rest as in `conv2d`."""
     weight = decode_to_scratch(codes, scale.view(torch.float32), bits, tuple(shape), grad.dtype)
-    return conv2d_input(input_shape, weight, grad, stride, padding, dilation, groups)
+    grad_x: Tensor = conv2d_input(input_shape, weight, grad, stride, padding, dilation, groups)
+    return grad_x
 
 
 @conv2d_input_grad.register_fake
@@ -184,7 +186,8 @@ def _(
     shape: Sequence[int],
     *geometry: Any,
 ) -> Tensor:
-    return conv2d_input(input_shape, grad.new_empty(shape), grad, *geometry)
+    grad_x: Tensor = conv2d_input(input_shape, grad.new_empty(shape), grad, *geometry)
+    return grad_x
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -250,7 +250,7 @@ def why_no_int8(device: torch.device) -> str | None:
         return f'there is no integer arithmetic for the device type "{device.type}"'
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"torch has no fast int8 convolution for {platform.machine()} processors, only for x86"
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return "this build of torch lacks oneDNN"
     if TORCH_VNNI.read(torch.cpu) is None:
         return TORCH_VNNI.missing()

@@ -81,7 +81,8 @@ def linear(
 
 def _shaped(y: Tensor, shape: Sequence[int]) -> Tensor:
     """Return the contiguous `y` in another shape; to autograd no view, since it forbids changing those in place."""
-    return torch.ops.aten._unsafe_view(y, list(shape))
+    shaped: Tensor = torch.ops.aten._unsafe_view(y, list(shape))
+    return shaped
 
 
 def _tokens(x: Tensor, shape: Sequence[int]) -> Tensor:
@@ -121,7 +122,8 @@ def linear_geglu(
         [..., out] in the dtype of `x`.
     """
     if x.device.type != "cpu":
-        hidden, gate = linear(x, codes, scale, bias, bits, shape, int8, int8_weight).chunk(2, dim=-1)
+        product: Tensor = linear(x, codes, scale, bias, bits, shape, int8, int8_weight)
+        hidden, gate = product.chunk(2, dim=-1)
         return hidden * F.gelu(gate)
     tokens = _tokens(x, shape)
     if int8:

@@ -94,10 +94,12 @@ def prepack_in_place(packed: PackedOperand, x: Tensor) -> Tensor | None:
 
 def _by_onednn(plain: Tensor, packed: PackedOperand, x: Tensor) -> Tensor:
     if packed.geometry is None:
-        return torch.ops.mkldnn._reorder_linear_weight(plain, len(x))
-    stride, padding, dilation, groups = packed.geometry
-    reorder = torch.ops.aten.mkldnn_reorder_conv2d_weight
-    return reorder(plain.to_mkldnn(), padding, stride, dilation, groups, x.shape)
+        reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(plain, len(x))
+    else:
+        stride, padding, dilation, groups = packed.geometry
+        reorder = torch.ops.aten.mkldnn_reorder_conv2d_weight
+        reordered = reorder(plain.to_mkldnn(), padding, stride, dilation, groups, x.shape)
+    return reordered
 
 
 def _probe(packed: PackedOperand, x: Tensor) -> tuple[Tensor, int | None]:

@@ -99,7 +99,7 @@ def prepack_by_onednn(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> 
 
 def is_current(tensor: Tensor) -> bool:
     """Return whether a tensor of `prepack` has the layout of the settings that hold now."""
-    settings: tuple[Any, ...] | None = _settings_of.get(tensor)  # type: ignore[no-untyped-call]
+    settings: tuple[Any, ...] | None = _settings_of.get(tensor)
     return settings == current_settings()
 
 

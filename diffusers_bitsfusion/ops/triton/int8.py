@@ -42,7 +42,8 @@ def _tile(rows: int, columns: int, groups: int, whole: bool, device: torch.devic
 
     def loaded(tile: tuple[int, int]) -> int:
         programs = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) * groups
-        return triton.cdiv(programs, processors) * sum(tile)
+        waves: int = triton.cdiv(programs, processors)
+        return waves * sum(tile)
 
     return min(tiles, key=loaded)
 
