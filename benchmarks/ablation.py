@@ -22,7 +22,15 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 from benchmarks.quality import SCALES, TARGET, mixed
-from benchmarks.trained import HeldOutImages, add_drawing, count_trained, drawing, score, train, write_json
+from benchmarks.trained import (
+    HeldOutImages,
+    add_sampling_arguments,
+    count_trained,
+    read_sampling,
+    score,
+    train,
+    write_json,
+)
 from diffusers_bitsfusion.training.batches import ImageBatches, Sharing
 from diffusers_bitsfusion.training.images import ArrayImages, TrainingImages
 from diffusers_bitsfusion.training.losses import Distillation
@@ -81,7 +89,7 @@ def measure(args: argparse.Namespace, row: str, folder: Path) -> dict[str, Any]:
     file = folder / "report.json"
     if not file.exists():
         scales = args.guidance_scales if row in AT_ALL_SCALES else args.guidance_scales[:1]
-        report = score(args.pipeline, folder, args.num_images, args.work / "images", scales, drawing(args))
+        report = score(args.pipeline, folder, args.num_images, args.work / "images", scales, read_sampling(args))
         write_json(file, report | {"held_out_loss": held_out_loss(args, folder)})
     return json.loads(file.read_text())
 
@@ -149,7 +157,7 @@ def main() -> None:
     parser.add_argument("--stage2-learning-rate", type=float, default=5e-5, help="also of the control")
     parser.add_argument("--ema-decay", type=float, default=0.999)
     parser.add_argument("--guidance-scales", type=float, nargs="+", default=SCALES, help="of the last rows")
-    add_drawing(parser)
+    add_sampling_arguments(parser)
     args, args.train_arguments = parser.parse_known_args()
     args.pipeline, args.train_data, args.work = (p.resolve() for p in (args.pipeline, args.train_data, args.work))
     write_inputs(args)

@@ -1,4 +1,4 @@
-"""Which way of choosing bits keeps the picture? Recipes of equal real bytes, trained alike and scored.
+"""Which rule for choosing bits keeps the picture? Recipes of equal real bytes, trained alike and scored.
 
     bitsfusion analyze PIPELINE --out ANALYSIS                        # and, for each estimate, --method NAME
     python -m benchmarks.allocation PIPELINE --analysis ANALYSIS --estimates DIR ... --train-data DIR --work WORK
@@ -6,7 +6,7 @@
 PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it; the data is that of its
 training. The bytes are those that the paper's rule takes at 2.04 bits a weight over the analysed layers, the
 published recipe's average. Arguments that are not known here go to examples/train_bitsfusion.py. What WORK holds
-already is not done again. Printed are the ranks of the estimates, a table of all ways with 95 % intervals over the
+already is not done again. Printed are the ranks of the estimates, a table of all rules with 95 % intervals over the
 seeds, and the differences that the claims are about.
 """
 
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.quality import TARGET
-from benchmarks.trained import add_drawing, drawing, score, train, unet_bytes, write_json
+from benchmarks.trained import add_sampling_arguments, read_sampling, score, train, unet_bytes, write_json
 from diffusers_bitsfusion import Recipe
 from diffusers_bitsfusion.analysis.allocate import Totals, allocate
 from diffusers_bitsfusion.analysis.results import Analysis
@@ -38,7 +38,7 @@ FIGURES = ("score", "CLIP score", "PSNR, dB", "MSE × 1000")
 
 
 def make_recipes(analysis: Analysis, estimates: Mapping[str, Analysis]) -> dict[str, Recipe]:
-    """Recipes of the same bytes, by name of the way that finds them."""
+    """Recipes of the same bytes, by name of the rule that finds them."""
     over_layers = TARGET * sum(analysis.sizes.values())
     target = (over_layers + analysis.header.fixed_bits) / analysis.header.weights
     paper = allocate(analysis, target, rule="paper")
@@ -70,9 +70,9 @@ def random_recipe(analysis: Analysis, budget: int, seed: int) -> Recipe:
     return Recipe(bits, source=f"random, seed {seed}", shapes=analysis.shapes)
 
 
-def train_way(args: argparse.Namespace, way: str, switches: tuple[str, ...], seed: int) -> Path:
+def train_rule(args: argparse.Namespace, rule: str, switches: tuple[str, ...], seed: int) -> Path:
     """The folder of the pipeline, trained by Stage I and packed."""
-    out = args.work / f"{way}, seed {seed}"
+    out = args.work / f"{rule}, seed {seed}"
     options = {
         "stage": 1,
         "max_train_steps": args.steps,
@@ -88,7 +88,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The report of `bitsfusion evaluate`, with the bytes of the UNet's file."""
     file = folder / "report.json"
     if not file.exists():
-        report = score(args.pipeline, folder, args.num_images, args.work / "images", sampling=drawing(args))
+        report = score(args.pipeline, folder, args.num_images, args.work / "images", sampling=read_sampling(args))
         write_json(file, report | {"unet_bytes": unet_bytes(folder)})
     return json.loads(file.read_text())
 
@@ -112,21 +112,21 @@ def text(values: np.ndarray) -> str:
 
 
 def table(reports: Mapping[str, list[dict[str, Any]]], totals: Mapping[str, Totals]) -> str:
-    """One row a way: bits, bytes, and the figures' means over the seeds with intervals."""
+    """One row a rule: bits, bytes, and the figures' means over the seeds with intervals."""
     lines = [f"| {' | '.join(['', 'bits over layers', 'UNet file, kB', *FIGURES])} |", "|---" * 7 + "|"]
-    for way, of_seeds in reports.items():
-        bits = f"{totals[way].layer_bits:.3f}" if way in totals else ""
+    for rule, of_seeds in reports.items():
+        bits = f"{totals[rule].layer_bits:.3f}" if rule in totals else ""
         size = np.mean([report["unet_bytes"] for report in of_seeds]) / 1000
         columns = [[figures(report)[name] for report in of_seeds] for name in FIGURES]
-        lines.append(f"| {way} | {bits} | {size:.1f} | {' | '.join(text(np.array(column)) for column in columns)} |")
+        lines.append(f"| {rule} | {bits} | {size:.1f} | {' | '.join(text(np.array(column)) for column in columns)} |")
     return "\n".join(lines)
 
 
 def differences(reports: Mapping[str, list[dict[str, Any]]]) -> str:
-    """What the claims are about: differences of ways, paired by seed, and against the random recipes' spread."""
+    """What the claims are about: differences of rules, paired by seed, and against the random recipes' spread."""
 
-    def scores(way: str) -> np.ndarray:
-        return np.array([[figures(report)[name] for name in FIGURES] for report in reports[way]])
+    def scores(rule: str) -> np.ndarray:
+        return np.array([[figures(report)[name] for name in FIGURES] for report in reports[rule]])
 
     pairs = [(PAPER, "uniform 2, four levels"), (OURS, PAPER), (OURS, "data-free"), (PAPER, "data-free")]
     pairs += [(OURS_BY_PSNR, OURS), (OURS, "uniform 2")]
@@ -135,12 +135,12 @@ def differences(reports: Mapping[str, list[dict[str, Any]]]) -> str:
         if better in reports and worse in reports:
             columns = (scores(better) - scores(worse)).T
             lines.append(f"| {better} − {worse} | {' | '.join(map(text, columns))} |")
-    randoms = [scores(way).mean(axis=0) for way in reports if way.startswith("random ")]
-    for way in (PAPER, OURS):
-        if way in reports and len(randoms) > 1:
-            gain = scores(way).mean(axis=0) - np.mean(randoms, axis=0)
+    randoms = [scores(rule).mean(axis=0) for rule in reports if rule.startswith("random ")]
+    for rule in (PAPER, OURS):
+        if rule in reports and len(randoms) > 1:
+            gain = scores(rule).mean(axis=0) - np.mean(randoms, axis=0)
             cells = [f"{x:.3f} (spread {s:.3f})" for x, s in zip(gain, np.std(randoms, axis=0, ddof=1), strict=True)]
-            lines.append(f"| {way} − mean of {len(randoms)} random recipes | {' | '.join(cells)} |")
+            lines.append(f"| {rule} − mean of {len(randoms)} random recipes | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -164,12 +164,12 @@ def main() -> None:
     )
     parser.add_argument("--train-data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="keeps recipes, pipelines, pictures and reports")
-    parser.add_argument("--only", nargs="+", metavar="WAY", help="of the table's rows; default: all")
+    parser.add_argument("--only", nargs="+", metavar="RULE", help="of the table's rows; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=300, help="of training")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    add_drawing(parser)
+    add_sampling_arguments(parser)
     args, args.train_arguments = parser.parse_known_args()
 
     analysis = Analysis.load(args.analysis)
@@ -178,15 +178,15 @@ def main() -> None:
     recipes = make_recipes(analysis, {other.header.method: other for other in others if other.header.method != "full"})
     args.work.mkdir(parents=True, exist_ok=True)
     switches: dict[str, tuple[str, ...]] = {}
-    for way, recipe in recipes.items():
-        recipe.save(args.work / f"{way}.json")
-        switches[way] = ("--recipe", str(args.work / f"{way}.json"))
+    for rule, recipe in recipes.items():
+        recipe.save(args.work / f"{rule}.json")
+        switches[rule] = ("--recipe", str(args.work / f"{rule}.json"))
     switches |= BESIDE
-    reports: dict[str, list[dict[str, Any]]] = {way: [] for way in args.only or switches}
+    reports: dict[str, list[dict[str, Any]]] = {rule: [] for rule in args.only or switches}
     for seed in args.seeds:
-        for way, of_seeds in reports.items():
-            of_seeds.append(measure(args, train_way(args, way, switches[way], seed)))
-    totals = {way: Totals.of(recipe, analysis) for way, recipe in recipes.items()}
+        for rule, of_seeds in reports.items():
+            of_seeds.append(measure(args, train_rule(args, rule, switches[rule], seed)))
+    totals = {rule: Totals.of(recipe, analysis) for rule, recipe in recipes.items()}
     print(table(reports, totals), end="\n\n")
     print(differences(reports))
 

@@ -1,6 +1,6 @@
 """A UNet as a GGUF file, as diffusers reads it: Linear weights quantized, all else in fp16.
 
-Written by the package `gguf`, which quantizes to 4 bits (Q4_0) but not to 2 (Q2_K): such blocks are drawn at random,
+Written by the package `gguf`, which quantizes to 4 bits (Q4_0) but not to 2 (Q2_K): such blocks are random,
 so that the file shows size and speed alone, as random weights do. Q2_K takes 256 inputs at a time; layers of other
 widths fall back to four bits, as in llama.cpp.
 """

@@ -29,7 +29,7 @@ from benchmarks.sd15_shape import SHAPES, build
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to run the UNet: the folder it is loaded from, and the worker's options."""
+    """A configuration of the UNet: the folder it is loaded from, and the worker's options."""
 
     folder: str
     dtype: str
@@ -46,18 +46,18 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def contestants(dtypes: list[str], compiled: bool) -> dict[str, Contestant]:
-    """All ways by name, full precision in each dtype first. `torch.compile` needs a C compiler."""
+    """All configurations by name, full precision in each dtype first. `torch.compile` needs a C compiler."""
     found = {SHORT[dtype]: Contestant("fp16", dtype) for dtype in dtypes}
-    ways = {
+    computations = {
         "exact": ("--compute", "exact"),
         "int8": ("--compute", "int8"),
         "int8 resident": ("--compute", "int8", "--resident", "int8"),
     }
     for dtype in dtypes:
-        for way, options in ways.items():
-            found[f"ours {way} {SHORT[dtype]}"] = Contestant("ours", dtype, options)
+        for computation, options in computations.items():
+            found[f"ours {computation} {SHORT[dtype]}"] = Contestant("ours", dtype, options)
         if not compiled:
-            options = (*ways["exact"], "--no-compiler")
+            options = (*computations["exact"], "--no-compiler")
             found[f"ours exact without a compiler {SHORT[dtype]}"] = Contestant("ours", dtype, options)
         for name in PEERS:
             found[f"{name} {SHORT[dtype]}"] = Contestant(name, dtype, peer=name)

@@ -56,17 +56,17 @@ def inputs(unet: Any, size: int, batch: int) -> dict[str, Any]:
 
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Any:
+    def random_normal(*shape: int) -> Any:
         return torch.randn(shape, generator=generator).to(unet.device, unet.dtype)
 
     config = unet.config
     call = {
-        "sample": draw(batch, config.in_channels, size, size),
+        "sample": random_normal(batch, config.in_channels, size, size),
         "timestep": torch.tensor(501, device=unet.device),
-        "encoder_hidden_states": draw(batch, 77, config.cross_attention_dim),
+        "encoder_hidden_states": random_normal(batch, 77, config.cross_attention_dim),
     }
     if config.addition_embed_type == "text_time":
-        call["added_cond_kwargs"] = {"text_embeds": draw(batch, 1280), "time_ids": draw(batch, 6)}
+        call["added_cond_kwargs"] = {"text_embeds": random_normal(batch, 1280), "time_ids": random_normal(batch, 6)}
     return call
 
 

@@ -4,7 +4,8 @@
 
 PIPELINE, in full precision with `prompts.tsv` beside its parts, is quantized to as many bits as the published recipe;
 its inputs are those of full precision's own denoising. Printed are the relative error over all calls, and of each.
-With `--score`, a trained packed UNet then draws all prompts both ways, and the compositional scores are compared.
+With `--score`, a trained packed UNet then samples all prompts exactly and in integers, and the compositional scores
+are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from benchmarks.quality import TARGET, mixed
-from benchmarks.trained import SCORER, add_drawing, drawing
+from benchmarks.trained import SCORER, add_sampling_arguments, read_sampling
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute
 from diffusers_bitsfusion.analysis.recording import record
 from diffusers_bitsfusion.evaluation import (
@@ -56,7 +57,7 @@ def error_of_integers(args: argparse.Namespace) -> None:
 
 def score_of_integers(args: argparse.Namespace) -> None:
     prompts = sample_prompts(read_prompts(args.pipeline / "prompts.tsv"), args.num_images)
-    sampling = drawing(args)
+    sampling = read_sampling(args)
     pipeline = load_pipeline(args.pipeline, sampling.scheduler)
     pipeline.unet = UNet2DConditionModel.from_pretrained(args.score, dtype=torch.float32)
     scorer, categories = load_scorer(SCORER), [prompt.category for prompt in prompts]
@@ -78,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--score", type=Path, metavar="UNET", help="folder of a trained packed UNet")
-    add_drawing(parser)
+    add_sampling_arguments(parser)
     args = parser.parse_args()
     error_of_integers(args)
     if args.score is not None:

@@ -33,7 +33,7 @@ def read(works: Iterable[Path], stage: str) -> Curves:
     return found
 
 
-def draw(axes: Axes, curves: Curves, window: int) -> None:
+def plot(axes: Axes, curves: Curves, window: int) -> None:
     colours = {row: f"C{i}" for i, row in enumerate(sorted({row for row, _ in curves}))}
     labelled = set()
     for (row, _), errors in curves.items():
@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, (stage, title) in zip(figure.subplots(1, len(STAGES)), STAGES.items(), strict=True):
-        draw(axes, read(arguments.works, stage), arguments.window)
+        plot(axes, read(arguments.works, stage), arguments.window)
         axes.set(yscale="log", xlabel="step", title=title)
         axes.grid(alpha=0.3)
     figure.savefig(arguments.out, dpi=110)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.ops [decode] [linear] [conv] [--repeats 7] [--device cpu|cuda] [--batch 2]
 
-Decoding is compared with a `copy_` that writes the same bytes, layers with torch's own on float weights. All ways of
-one shape take turns, so that the machine's drift cancels; medians are shown. On a GPU a way is a CUDA graph of many
-calls, so that what is timed is the device's work and not the launches.
+Decoding is compared with a `copy_` that writes the same bytes, layers with torch's own on float weights. All variants
+of one shape take turns, so that the machine's drift cancels; medians are shown. On a GPU a variant is a CUDA graph of
+many calls, so that what is timed is the device's work and not the launches.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def packed_codes(rows: int, columns: int, bits: int, device: str) -> tuple[Tenso
     return pack_dense(codes, bits).to(device), torch.rand(rows, device=device) * 0.02
 
 
-def recorded(way: Callable[[], object]) -> Callable[[], object]:
+def recorded(variant: Callable[[], object]) -> Callable[[], object]:
     """`GRAPH_CALLS` calls as one CUDA graph, which waits for them."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # what is compiled or allocated once must not be recorded
         for _ in range(3):
-            way()
+            variant()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_CALLS):
-            way()
+            variant()
 
     def replay() -> None:
         graph.replay()
@@ -75,22 +75,22 @@ def recorded(way: Callable[[], object]) -> Callable[[], object]:
     return replay
 
 
-def interleaved(ways: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each way, all in turn; the first round is not counted."""
+def interleaved(variants: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, float]:
+    """Median seconds of each variant, all in turn; the first round is not counted."""
     calls = 1
     if device == "cuda":
-        ways, calls = {name: recorded(way) for name, way in ways.items()}, GRAPH_CALLS
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+        variants, calls = {name: recorded(variant) for name, variant in variants.items()}, GRAPH_CALLS
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for round_number in range(repeats + 1):
-        for name, way in ways.items():
+        for name, variant in variants.items():
             start = time.perf_counter()
-            way()
+            variant()
             if round_number:
                 seconds[name].append((time.perf_counter() - start) / calls)
     return {name: statistics.median(taken) for name, taken in seconds.items()}
 
 
-def decoding_way(shape: tuple[int, int, int], bits: int, out: Tensor) -> Callable[[], object]:
+def decoding_call(shape: tuple[int, int, int], bits: int, out: Tensor) -> Callable[[], object]:
     """A call that decodes as layers do: on a GPU convolutions channels last."""
     rows, channels, positions = shape
     codes, scale = packed_codes(rows, channels * positions, bits, out.device.type)
@@ -108,10 +108,10 @@ def decoding(repeats: int, device: str, half: torch.dtype) -> None:
         for dtype in (torch.float32, half, torch.int8):
             out = torch.empty(rows, columns, dtype=dtype, device=device)
             source = torch.zeros_like(out)
-            ways: dict[str, Callable[[], object]] = {"copy": lambda out=out, source=source: out.copy_(source)}
+            variants: dict[str, Callable[[], object]] = {"copy": lambda out=out, source=source: out.copy_(source)}
             for bits in (1, 2, 3, 4):
-                ways[str(bits)] = decoding_way((rows, channels, positions), bits, out)
-            rates = {name: out.numel() / taken / 1e9 for name, taken in interleaved(ways, repeats, device).items()}
+                variants[str(bits)] = decoding_call((rows, channels, positions), bits, out)
+            rates = {name: out.numel() / taken / 1e9 for name, taken in interleaved(variants, repeats, device).items()}
             cells = [f"{rates[str(bits)]:.1f} ({rates[str(bits)] / rates['copy']:.0%})" for bits in (1, 2, 3, 4)]
             name = str(dtype).removeprefix("torch.")
             print(f"| {rows}×{columns} | {name} | {' | '.join(cells)} | {rates['copy']:.1f} |", flush=True)
@@ -124,23 +124,23 @@ def packed_layer(layer: nn.Linear | nn.Conv2d, bits: int, device: str) -> Packed
     return packed.requires_grad_(False)
 
 
-def layer_ways(
+def layer_variants(
     layer: nn.Linear | nn.Conv2d, x: Tensor, half: torch.dtype, bits: int
 ) -> dict[str, Callable[[], object]]:
-    """Calls of a float layer in both dtypes, and of its packed twin in every way."""
+    """Calls of a float layer in both dtypes, and of its packed layers in every arithmetic."""
     device = x.device.type
     layer = layer.to(device).requires_grad_(False)
     halved = copy.deepcopy(layer).to(half)
     x_half, packed = x.to(half), packed_layer(layer, bits, device)
-    ways: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x), "half": lambda: halved(x_half)}
+    variants: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x), "half": lambda: halved(x_half)}
     for compute, resident in (("exact", "packed"), ("int8", "packed"), ("int8", "int8")):
-        twin = packed_from_float(layer, bits, torch.float32)
-        twin.set_codes(packed.codes.data, packed.scale_bits.view(torch.float32))
-        twin.set_compute(compute, resident)
+        computing = packed_from_float(layer, bits, torch.float32)
+        computing.set_codes(packed.codes.data, packed.scale_bits.view(torch.float32))
+        computing.set_compute(compute, resident)
         name = f"{compute} {'resident' if resident == 'int8' else ''}".strip()
-        ways[f"{name} fp32"] = lambda twin=twin: twin(x)
-        ways[f"{name} half"] = lambda twin=twin: twin(x_half)
-    return ways
+        variants[f"{name} fp32"] = lambda computing=computing: computing(x)
+        variants[f"{name} half"] = lambda computing=computing: computing(x_half)
+    return variants
 
 
 def print_layers(
@@ -150,7 +150,7 @@ def print_layers(
     header = False
     for name, (layer, x, operations) in cases.items():
         with torch.no_grad():
-            seconds = interleaved(layer_ways(layer, x, half, bits=2), repeats, x.device.type)
+            seconds = interleaved(layer_variants(layer, x, half, bits=2), repeats, x.device.type)
         if not header:
             print(f"| shape | {' | '.join(seconds)} |\n|---|{'---|' * len(seconds)}")
             header = True

@@ -1,4 +1,4 @@
-"""The other ways to hold a UNet in few bits, measured on the same UNet and the same machine.
+"""Other packages that hold a UNet in few bits, measured on the same UNet and the same machine.
 
     python -m benchmarks.peers sdnq-uint2-row --source FP16_UNET --out DIR    one worker: one line of JSON
     python -m benchmarks.peers sdnq-uint2-row-load --source DIR

@@ -1,10 +1,10 @@
-"""What rounding costs a trained pipeline: quantized without training in many ways, all drawn and scored alike.
+"""What rounding costs a trained pipeline: quantized without training by many methods, all sampled and scored alike.
 
     python -m benchmarks.quality PIPELINE --work DIR [--only NAME ...] [--peers-python PYTHON]
 
-PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it. Every way runs in a fresh
+PIPELINE has `prompts.tsv` and `clip/` beside its parts, as examples/shapes exports it. Every method runs in a fresh
 process and leaves a pipeline and a report in DIR; a later call goes on where this one stopped. Calibration sees the
-steps and the scheduler that the pictures are drawn with. SDNQ lives in an environment of its own
+steps and the scheduler that the images are sampled with. SDNQ lives in an environment of its own
 (`pip install sdnq scipy -e ".[eval]"`; the scorer needs SciPy).
 """
 
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import REPOSITORY, is_installed, run_child
-from benchmarks.trained import add_drawing, drawing, drawing_arguments, score, unet_bytes
+from benchmarks.trained import add_sampling_arguments, read_sampling, sampling_arguments, score, unet_bytes
 from diffusers_bitsfusion.evaluation import Sampling, load_pipeline
 
-SCALES = (7.5, 3.5, 5.5, 9.5)  # guidance scales of full precision; the others are drawn at 7.5
+SCALES = (7.5, 3.5, 5.5, 9.5)  # guidance scales of full precision; the others are sampled at 7.5
 SHAPES = REPOSITORY / "examples" / "shapes"
 SEEDS = range(3)  # of calibration
 TUNED = {"num_samples": 128, "tuning_steps": 320}
@@ -90,7 +90,7 @@ def sdnq(**settings: Any) -> Callable[[Any], Any]:
 # SDNQ leaves small layers alone unless told otherwise; here they are a quarter of the weights.
 EVERY_LAYER = {"weights_dtype": "uint2", "minimum_allowed_numel": 0, "minimum_allowed_channel_size": 0}
 
-WAYS: dict[str, Callable[[Any], Any] | None] = {
+METHODS: dict[str, Callable[[Any], Any] | None] = {
     "full precision": None,
     "mixed 2.04": mixed(TARGET),
     "mixed 2.32": mixed(2.3219),
@@ -114,13 +114,13 @@ WAYS: dict[str, Callable[[Any], Any] | None] = {
 }
 
 
-def make(source: Path, out: Path, way: str, sampling: Sampling) -> None:
-    """Save the pipeline at `source` with its UNet quantized in `way` to `out`, for the timesteps of `sampling`."""
+def make(source: Path, out: Path, method: str, sampling: Sampling) -> None:
+    """Save the pipeline at `source` with its UNet quantized by `method` to `out`, for the timesteps of `sampling`."""
     import torch
     from diffusers import UNet2DConditionModel
 
     pipeline = load_pipeline(source, sampling.scheduler, torch.float32)
-    make_config = WAYS[way]
+    make_config = METHODS[method]
     config = None if make_config is None else make_config(pipeline.unet)
     if getattr(config, "time_embedding", None) == "cache":
         pipeline.scheduler.set_timesteps(sampling.steps)
@@ -138,17 +138,17 @@ def make(source: Path, out: Path, way: str, sampling: Sampling) -> None:
     pipeline.save_pretrained(out)
 
 
-def run_way(source: Path, work: Path, way: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Quantize, draw and measure; the report of `bitsfusion evaluate` with the UNet's file size."""
-    if way.startswith("SDNQ"):
+def run_method(source: Path, work: Path, method: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Quantize, sample and measure; the report of `bitsfusion evaluate` with the UNet's file size."""
+    if method.startswith("SDNQ"):
         import sdnq  # noqa: F401  (registers its method with diffusers)
 
-    folder, sampling = source, drawing(args)
-    if WAYS[way] is not None:
-        folder = work / way
+    folder, sampling = source, read_sampling(args)
+    if METHODS[method] is not None:
+        folder = work / method
         if not (folder / "model_index.json").exists():
             shutil.rmtree(folder, ignore_errors=True)
-            make(source, folder, way, sampling)
+            make(source, folder, method, sampling)
     scales = args.guidance_scales if folder == source else ()
     report = score(source, folder, args.num_images, work / "images", scales, sampling)
     return report | {"unet_bytes": unet_bytes(folder)}
@@ -159,9 +159,9 @@ def table(reports: dict[str, dict[str, Any] | str]) -> str:
     categories = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
     titles = ["", "UNet file, kB", "score", *categories, "CLIP score", "PSNR, dB", "CMMD"]
     lines = [f"| {' | '.join(titles)} |".replace("_", " "), "|---" * len(titles) + "|"]
-    for way, report in reports.items():
+    for method, report in reports.items():
         if isinstance(report, str):
-            lines.append(f"| {way} | {report} |" + " |" * (4 + len(categories)))
+            lines.append(f"| {method} | {report} |" + " |" * (4 + len(categories)))
             continue
         scores, intervals = report["compositional"], report["intervals"]["compositional"]
         low, high = intervals["overall"]
@@ -169,7 +169,7 @@ def table(reports: dict[str, dict[str, Any] | str]) -> str:
         cells += [f"{scores[category]:.2f}" for category in categories]
         cells += [f"{report['clip_score']:.2f}"]
         cells += [f"{report[key]:.{digits}f}" if key in report else "" for key, digits in (("psnr", 2), ("cmmd", 3))]
-        lines.append(f"| {way} | {' | '.join(cells)} |")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -184,40 +184,40 @@ def scale_table(by_scale: dict[str, dict[str, Any]]) -> str:
 
 
 def run_all(source: Path, work: Path, args: argparse.Namespace) -> dict[str, dict[str, Any] | str]:
-    """Every way that has no report yet, each in a fresh process; reports by name."""
+    """Every method that has no report yet, each in a fresh process; reports by name."""
     scales = ["--guidance-scales", *map(str, args.guidance_scales)]
-    arguments = ["-m", "benchmarks.quality", str(source), "--work", str(work), *scales, *drawing_arguments(args)]
+    arguments = ["-m", "benchmarks.quality", str(source), "--work", str(work), *scales, *sampling_arguments(args)]
     reports: dict[str, dict[str, Any] | str] = {}
-    for way in args.only:
-        file = work / "reports" / f"{way}.json"
-        python = args.peers_python if way.startswith("SDNQ") else sys.executable
+    for method in args.only:
+        file = work / "reports" / f"{method}.json"
+        python = args.peers_python if method.startswith("SDNQ") else sys.executable
         if not file.exists():
-            if way.startswith("SDNQ") and not is_installed("sdnq", python):
-                reports[way] = "not installed"
+            if method.startswith("SDNQ") and not is_installed("sdnq", python):
+                reports[method] = "not installed"
                 continue
-            report = run_child([*arguments, "--worker", way], python)
+            report = run_child([*arguments, "--worker", method], python)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(report, indent=2) + "\n")
-        reports[way] = json.loads(file.read_text())
-        print(table({way: reports[way]}).splitlines()[-1], file=sys.stderr)
+        reports[method] = json.loads(file.read_text())
+        print(table({method: reports[method]}).splitlines()[-1], file=sys.stderr)
     return reports
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Quantize a trained pipeline in many ways and score the pictures.")
+    parser = argparse.ArgumentParser(description="Quantize a trained pipeline by many methods and score the pictures.")
     parser.add_argument("pipeline", type=Path)
     parser.add_argument("--work", type=Path, required=True, help="keeps pipelines, pictures and reports")
-    parser.add_argument("--only", nargs="+", choices=WAYS, default=list(WAYS), metavar="NAME")
-    parser.add_argument("--worker", choices=WAYS, help="run this one here")
+    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--worker", choices=METHODS, help="run this one here")
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has SDNQ installed")
     parser.add_argument(
         "--guidance-scales", type=float, nargs="+", default=SCALES, help="of full precision's pictures"
     )
-    add_drawing(parser)
+    add_sampling_arguments(parser)
     args = parser.parse_args()
     source, work = args.pipeline.resolve(), args.work.resolve()
     if args.worker:
-        print(json.dumps(run_way(source, work, args.worker, args)))
+        print(json.dumps(run_method(source, work, args.worker, args)))
     else:
         reports = run_all(source, work, args)
         print(table(reports))

@@ -34,7 +34,7 @@ def worker(module: str, name: str, python: str, **options: Any) -> dict[str, Any
 
 
 def quantizing(source: Path, work: Path, peers_python: str, repeats: int) -> dict[str, list[dict[str, Any]] | None]:
-    """Every way of quantizing, in turn, `repeats` times; None for a peer that cannot run here."""
+    """Every method of quantizing, in turn, `repeats` times; None for a peer that cannot run here."""
     runs: dict[str, list[dict[str, Any]] | None] = {name: [] for name in OURS}
     runs |= {name: [] if peer.obstacle(peers_python) is None else None for name, peer in PEERS.items()}
     for _ in range(repeats):

@@ -15,8 +15,8 @@ from diffusers_bitsfusion.evaluation import Sampling, evaluate, load_scorer, rea
 from diffusers_bitsfusion.training.images import ArrayImages
 
 SCORER = "examples.shapes.prompts:score"
-BATCH_SIZE = 50  # pictures of 64×64 drawn at a time
-DRAWING = Sampling(batch_size=BATCH_SIZE)
+BATCH_SIZE = 50  # pictures of 64×64 sampled at a time
+SAMPLING = Sampling(batch_size=BATCH_SIZE)
 HELD_OUT = 2000  # of the captioned images, at their end: never trained on
 
 
@@ -65,20 +65,20 @@ def train(pipeline: Path, data: Path, out: Path, options: Mapping[str, object], 
     subprocess.run([sys.executable, script, *arguments, *switches], check=True)
 
 
-def add_drawing(parser: argparse.ArgumentParser) -> None:
-    """Options that say how pictures are drawn for a score; read by `drawing`."""
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options that say how images are sampled for a score; read by `read_sampling`."""
     parser.add_argument("--num-images", type=int, help="of the prompts; default: all")
-    parser.add_argument("--num-inference-steps", type=int, default=DRAWING.steps)
+    parser.add_argument("--num-inference-steps", type=int, default=SAMPLING.steps)
     parser.add_argument("--scheduler", help="of diffusers; default: the pipeline's own")
 
 
-def drawing(args: argparse.Namespace) -> Sampling:
-    """How pictures are drawn, by the options of `add_drawing`."""
+def read_sampling(args: argparse.Namespace) -> Sampling:
+    """How images are sampled, by the options of `add_sampling_arguments`."""
     return Sampling(steps=args.num_inference_steps, batch_size=BATCH_SIZE, scheduler=args.scheduler)
 
 
-def drawing_arguments(args: argparse.Namespace) -> list[str]:
-    """The options of `add_drawing` again, for another process."""
+def sampling_arguments(args: argparse.Namespace) -> list[str]:
+    """The options of `add_sampling_arguments` again, for another process."""
     options = {name: getattr(args, name) for name in ("num_images", "num_inference_steps", "scheduler")}
     given = {f"--{name.replace('_', '-')}": value for name, value in options.items() if value is not None}
     return [str(part) for option in given.items() for part in option]
@@ -90,7 +90,7 @@ def score(
     num_images: int | None,
     images: Path,
     guidance_scales: Sequence[float] = (),
-    sampling: Sampling = DRAWING,
+    sampling: Sampling = SAMPLING,
 ) -> dict[str, Any]:
     """The report of `bitsfusion evaluate` on `folder` against `pipeline`, whose prompts and CLIP are used.
 

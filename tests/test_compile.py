@@ -17,7 +17,7 @@ from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, p
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ways = pytest.mark.parametrize(("compute", "resident"), [("exact", "packed"), ("int8", "int8")])
+computations = pytest.mark.parametrize(("compute", "resident"), [("exact", "packed"), ("int8", "int8")])
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +28,13 @@ def fresh_compiler():
 
 
 def packed(layer, bits=2, compute="exact", resident="packed"):
-    twin = packed_from_float(layer, bits, torch.float32)
-    pack_weight(twin, layer.weight, Rounding())
-    twin.set_compute(compute, resident)
-    return twin
+    made = packed_from_float(layer, bits, torch.float32)
+    pack_weight(made, layer.weight, Rounding())
+    made.set_compute(compute, resident)
+    return made
 
 
-@ways
+@computations
 def test_a_unet_is_one_graph_with_the_same_output(packed_unet, call_unet, compute, resident):
     set_compute(packed_unet, compute, resident)
     expected = call_unet(packed_unet)
@@ -61,26 +61,26 @@ def test_compiled_layers_have_the_eager_output_and_gradients():
     )
     compiled = torch.compile(model, fullgraph=True, dynamic=False)  # by Inductor, in full
     x = torch.randn(2, 3, 6, 6, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
-    found, expected = compiled(x), model(twin)
+    x_reference = x.detach().clone().requires_grad_()
+    found, expected = compiled(x), model(x_reference)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     weights = torch.randn_like(expected)
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
-    torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, x_reference.grad, rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_forward_mode_is_that_of_the_float_layers():
     torch.manual_seed(0)
     model = nn.Sequential(packed(nn.Conv2d(3, 6, 3)), nn.Flatten(2), packed(nn.Linear(16, 5), compute="int8"))
-    twin = nn.Sequential(float_from_packed(model[0]), nn.Flatten(2), float_from_packed(model[2]))
+    dequantized = nn.Sequential(float_from_packed(model[0]), nn.Flatten(2), float_from_packed(model[2]))
     x, tangent = torch.randn(2, 2, 3, 6, 6)
 
     def derivative(model):
         return lambda x, tangent: torch.func.jvp(model, (x,), (tangent,))
 
     compiled = torch.compile(derivative(model), fullgraph=True, dynamic=False, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, tangent), derivative(twin)(x, tangent))
+    torch.testing.assert_close(compiled(x, tangent), derivative(dequantized)(x, tangent))
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8"])

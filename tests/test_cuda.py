@@ -37,7 +37,7 @@ def load(folder, **arguments) -> StableDiffusionPipeline:
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline) -> Tensor:
+def sample_images(pipe: StableDiffusionPipeline) -> Tensor:
     arguments = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
     return pipe("ab", generator=torch.Generator().manual_seed(1), **arguments).images.float().cpu()
 
@@ -102,12 +102,12 @@ def test_activations_are_rounded_as_by_the_reference(values):
     assert all(torch.equal(mine.cpu(), wanted) for mine, wanted in zip(found, expected, strict=True))
 
 
-def test_a_pipeline_draws_what_it_draws_on_the_cpu(folder):
-    expected = draw(load(folder))
-    torch.testing.assert_close(draw(load(folder).to(DEVICE)), expected, rtol=0, atol=1e-3)
+def test_a_pipeline_samples_what_it_samples_on_the_cpu(folder):
+    expected = sample_images(load(folder))
+    torch.testing.assert_close(sample_images(load(folder).to(DEVICE)), expected, rtol=0, atol=1e-3)
     mapped = load(folder, device_map=DEVICE)
-    torch.testing.assert_close(draw(mapped), expected, rtol=0, atol=1e-3)
-    half = draw(load(folder, dtype=torch.float16).to(DEVICE))
+    torch.testing.assert_close(sample_images(mapped), expected, rtol=0, atol=1e-3)
+    half = sample_images(load(folder, dtype=torch.float16).to(DEVICE))
     torch.testing.assert_close(half, expected, rtol=0, atol=0.05)
 
 
@@ -127,26 +127,26 @@ def test_integers_give_what_they_give_on_the_cpu(packed_unet, call_unet, residen
 
 @pytest.mark.parametrize("kind", ["model", "sequential", "group"])
 def test_offloading(folder, kind):
-    expected, pipe = draw(load(folder).to(DEVICE)), load(folder)
+    expected, pipe = sample_images(load(folder).to(DEVICE)), load(folder)
     if kind == "group":
         pipe.enable_group_offload(torch.device(DEVICE), torch.device("cpu"), offload_type="leaf_level")
     else:
         getattr(pipe, f"enable_{kind}_cpu_offload")(device=DEVICE)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(sample_images(pipe), expected)
 
 
 def test_a_lora_fuses_and_leaves_no_trace(folder):
     pipe = load(folder).to(DEVICE)
-    plain = draw(pipe)
+    plain = sample_images(pipe)
     lora = tiny_lora(pipe.unet, ("to_q", "to_k", "to_v", "to_out.0"))
     pipe.load_lora_weights({f"unet.{name}": value for name, value in lora.items()})
-    adapted = draw(pipe)
+    adapted = sample_images(pipe)
     assert not torch.equal(adapted, plain)
     pipe.fuse_lora()
-    torch.testing.assert_close(draw(pipe), adapted, rtol=0, atol=1e-3)
+    torch.testing.assert_close(sample_images(pipe), adapted, rtol=0, atol=1e-3)
     pipe.unfuse_lora()
     pipe.unload_lora_weights()
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(sample_images(pipe), plain)
 
 
 @pytest.mark.parametrize("compute", ["exact", "int8"])
@@ -166,7 +166,7 @@ def test_quantizing_and_calibrating_there(source_folder, make_config):
     pipe = load(source_folder).to(DEVICE)
     calibration = Calibration(prompts=["ab", "ba"], num_samples=2, num_inference_steps=2)
     quantize_model(pipe, make_config(), calibration=calibration, progress=False)
-    assert draw(pipe).isfinite().all()
+    assert sample_images(pipe).isfinite().all()
 
 
 def test_training_there_ends_in_the_packed_model_that_was_trained(make_config):

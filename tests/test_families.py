@@ -1,4 +1,4 @@
-"""Pipelines of every family that users bring: quantized, saved and loaded, they draw what their dequantized twins do.
+"""Pipelines of every family that users bring: quantized, saved and loaded, each samples as its dequantized copy.
 
 The models alone are in test_models.py, ControlNets in test_adapters.py.
 """
@@ -142,7 +142,7 @@ FAMILIES: dict[str, Callable] = {
 }
 
 
-def draw(pipe: DiffusionPipeline, arguments: dict) -> Tensor:
+def sample_latents(pipe: DiffusionPipeline, arguments: dict) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 2, "output_type": "latent"} | arguments
     return pipe(generator=torch.Generator().manual_seed(1), **arguments).images
@@ -158,19 +158,19 @@ def absent(pipe: DiffusionPipeline) -> dict[str, None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_quantized_pipeline_saves_loads_and_draws_what_its_twin_draws(family, tmp_path):
+def test_a_quantized_pipeline_saves_loads_and_samples_what_its_dequantized_copy_does(family, tmp_path):
     pipe, arguments = FAMILIES[family](tmp_path)
-    original = draw(pipe, arguments)
+    original = sample_latents(pipe, arguments)
     quantize_model(pipe, BitsFusionConfig(target_bits=2.6, time_embedding="keep"), progress=False)
-    found = draw(pipe, arguments)
+    found = sample_latents(pipe, arguments)
     assert found.isfinite().all()
     assert (found - original).norm() > 1e-2 * original.norm()
     pipe.save_pretrained(tmp_path / "packed")
     again = type(pipe).from_pretrained(tmp_path / "packed", **absent(pipe))
     assert any(isinstance(layer, PackedWeight) for layer in denoiser(again).modules())
-    assert torch.equal(draw(again, arguments), found)
+    assert torch.equal(sample_latents(again, arguments), found)
     denoiser(again).dequantize().requires_grad_(False)  # torch chooses kernels by that
-    assert torch.equal(draw(again, arguments), found)
+    assert torch.equal(sample_latents(again, arguments), found)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -180,5 +180,5 @@ def test_a_pipeline_quantized_while_loading_is_the_one_quantized_in_memory(famil
     config = BitsFusionConfig(target_bits=2.6)
     loaded = type(pipe).from_pretrained(tmp_path / "source", quantization_config=config, **absent(pipe))
     quantize_model(pipe, copy.deepcopy(config), progress=False)
-    assert torch.equal(draw(loaded, arguments), draw(pipe, arguments))
+    assert torch.equal(sample_latents(loaded, arguments), sample_latents(pipe, arguments))
     assert size_report(denoiser(loaded)).average_bits.paper <= 2.61

@@ -1,4 +1,4 @@
-"""Drawing and training with packed weights: schedulers, time features, decoding only where needed, gradients."""
+"""Sampling and training with packed weights: schedulers, time features, decoding only where needed, gradients."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_pipeline(folder) -> StableDiffusionPipeline:
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline, steps: int) -> Tensor:
+def sample_latents(pipe: StableDiffusionPipeline, steps: int) -> Tensor:
     """Final latents."""
     generator = torch.Generator().manual_seed(0)
     return pipe("ab", num_inference_steps=steps, height=16, width=16, generator=generator, output_type="latent").images
@@ -63,7 +63,7 @@ def table_pipe(packed_folders) -> StableDiffusionPipeline:
 
 
 @pytest.fixture(scope="module")
-def twin_pipe(packed_folders) -> StableDiffusionPipeline:
+def dequantized_pipe(packed_folders) -> StableDiffusionPipeline:
     """The same pipeline with a dequantized UNet, whose time embedding is a module again."""
     pipe = load_pipeline(packed_folders["table"])
     pipe.unet.dequantize()
@@ -72,13 +72,13 @@ def twin_pipe(packed_folders) -> StableDiffusionPipeline:
 
 @pytest.mark.parametrize("steps", [1, 4, 7])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_the_table_serves_any_scheduler_at_any_number_of_steps(table_pipe, twin_pipe, scheduler, steps):
+def test_the_table_serves_any_scheduler_at_any_number_of_steps(table_pipe, dequantized_pipe, scheduler, steps):
     kind, settings = SCHEDULERS[scheduler]
-    for pipe in (table_pipe, twin_pipe):
+    for pipe in (table_pipe, dequantized_pipe):
         pipe.scheduler = kind.from_config(PNDMScheduler.from_config(pipe.scheduler.config).config, **settings)
-    latents = draw(table_pipe, steps)
+    latents = sample_latents(table_pipe, steps)
     assert latents.isfinite().all()
-    assert relative_error(latents, draw(twin_pipe, steps)) < 0.01
+    assert relative_error(latents, sample_latents(dequantized_pipe, steps)) < 0.01
 
 
 def test_images_come_out_of_a_packed_pipeline(packed_folders):
@@ -151,7 +151,7 @@ def test_a_cached_pipeline_runs_its_own_fifty_steps(cached_and_exact, tmp_path):
     pipe = tiny_pipeline(tmp_path)
     for unet in cached_and_exact:
         pipe.unet = unet
-        latents.append(draw(pipe, 50))
+        latents.append(sample_latents(pipe, 50))
     assert latents[0].isfinite().all()
     assert relative_error(*latents) < 0.01
 
@@ -163,12 +163,12 @@ def test_a_cache_of_given_timesteps_runs_their_scheduler(make_config, tmp_path):
     timesteps = sorted(set(pipe.scheduler.timesteps.tolist()))
     config = make_config(time_embedding={"type": "cache", "timesteps": timesteps})
     pipe.unet = quantize_model(tiny_unet(), config, progress=False)
-    assert draw(pipe, 7).isfinite().all()
+    assert sample_latents(pipe, 7).isfinite().all()
 
 
 @pytest.mark.parametrize("timestep", [501, torch.tensor(501), torch.tensor([501, 501]), torch.tensor([501.0])])
 @pytest.mark.parametrize("kind", ["table", "cache"])
-def test_timesteps_come_in_every_form_that_diffusers_takes(packed_folders, call_unet, kind, timestep):
+def test_timesteps_come_in_every_form_that_diffusers_accepts(packed_folders, call_unet, kind, timestep):
     unet = load_pipeline(packed_folders[kind]).unet
     assert torch.equal(call_unet(unet, timestep=timestep), call_unet(unet, timestep=501))
 
@@ -210,11 +210,11 @@ def test_the_counter_sees_a_weight_being_read(packed_unet, decodes):
 
 
 @pytest.mark.parametrize("kind", ["keep", "table"])
-def test_drawing_reads_no_weight_and_decodes_each_layer_once_a_step(packed_folders, decodes, kind):
+def test_sampling_reads_no_weight_and_decodes_each_layer_once_a_step(packed_folders, decodes, kind):
     pipe = load_pipeline(packed_folders[kind])
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     layers = [m for m in pipe.unet.modules() if isinstance(m, PackedWeight)]
-    draw(pipe, 2)
+    sample_latents(pipe, 2)
     assert decodes["read"] == []
     counts = [decodes["call"].count(layer.codes.data_ptr()) for layer in layers]
     assert counts == [2] * len(layers)
@@ -247,7 +247,7 @@ def training_step(unet: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def twins(packed_unet) -> tuple[nn.Module, nn.Module]:
+def both_unets(packed_unet) -> tuple[nn.Module, nn.Module]:
     """A packed UNet and its dequantized copy."""
     return packed_unet, copy.deepcopy(packed_unet).dequantize()
 
@@ -258,25 +258,25 @@ def assert_same_step(gradients: dict[str, Tensor], expected: dict[str, Tensor]) 
         assert relative_error(gradient, expected[name]) < 1e-4, name
 
 
-def test_gradients_of_inputs_biases_and_norms_are_those_of_the_dequantized_twin(twins):
-    packed, plain = (training_step(unet) for unet in twins)
+def test_gradients_of_inputs_biases_and_norms_are_those_of_the_dequantized_model(both_unets):
+    packed, plain = (training_step(unet) for unet in both_unets)
     assert_same_step(packed, plain)
     assert {name for name in plain if name not in packed} == {
-        f"{name}.weight" for name, m in twins[0].named_modules() if isinstance(m, PackedWeight)
+        f"{name}.weight" for name, m in both_unets[0].named_modules() if isinstance(m, PackedWeight)
     }
 
 
-def test_gradients_survive_checkpointing(twins):
-    expected = training_step(twins[1])
-    twins[0].train()
-    twins[0].enable_gradient_checkpointing()
-    assert_same_step(training_step(twins[0]), expected)
+def test_gradients_survive_checkpointing(both_unets):
+    expected = training_step(both_unets[1])
+    both_unets[0].train()
+    both_unets[0].enable_gradient_checkpointing()
+    assert_same_step(training_step(both_unets[0]), expected)
 
 
-def test_frozen_layers_still_pass_gradients_to_the_input(twins):
-    expected = training_step(twins[1])
-    twins[0].requires_grad_(False)
-    gradients = training_step(twins[0])
+def test_frozen_layers_still_pass_gradients_to_the_input(both_unets):
+    expected = training_step(both_unets[1])
+    both_unets[0].requires_grad_(False)
+    gradients = training_step(both_unets[0])
     assert gradients.keys() == {"loss", "sample", "states"}
     for name, gradient in gradients.items():
         assert relative_error(gradient, expected[name]) < 1e-4, name
@@ -294,17 +294,17 @@ def test_a_training_step_lowers_the_loss_and_leaves_codes_and_scales(packed_unet
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
-def test_autocast_computes_as_on_the_dequantized_twin(twins, call_unet):
+def test_autocast_computes_as_on_the_dequantized_model(both_unets, call_unet):
     with torch.autocast("cpu", torch.bfloat16):
-        output, expected = (call_unet(unet) for unet in twins)
+        output, expected = (call_unet(unet) for unet in both_unets)
     assert output.dtype == expected.dtype
     assert relative_error(output.float(), expected.float()) < 0.02
-    assert not torch.equal(output.float(), call_unet(twins[0]))
+    assert not torch.equal(output.float(), call_unet(both_unets[0]))
 
 
-def test_gradients_under_autocast_are_near_those_of_the_twin(twins):
+def test_gradients_under_autocast_are_near_those_of_the_dequantized_model(both_unets):
     with torch.autocast("cpu", torch.bfloat16):
-        packed, plain = (training_step(unet) for unet in twins)
+        packed, plain = (training_step(unet) for unet in both_unets)
     assert relative_error(packed["sample"], plain["sample"]) < 0.05
     assert relative_error(packed["states"], plain["states"]) < 0.05
 

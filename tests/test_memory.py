@@ -1,4 +1,4 @@
-"""Every way that diffusers and accelerate have of needing less memory, on packed models: the picture stays the same.
+"""Every option of diffusers and accelerate that saves memory, on packed models: the picture stays the same.
 
 The accelerator is the CPU itself here: the hooks that move weights run all the same, from and to the same place.
 Loading a model in parts (device maps, disk, shards) is in test_loading.py.
@@ -32,14 +32,14 @@ def load(folder: Path, **arguments) -> StableDiffusionPipeline:
     return pipe
 
 
-def draw(pipe: StableDiffusionPipeline) -> Tensor:
+def sample_images(pipe: StableDiffusionPipeline) -> Tensor:
     arguments = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
     return pipe("ab", generator=torch.Generator().manual_seed(1), **arguments).images
 
 
 @pytest.fixture
 def expected(folder) -> Tensor:
-    return draw(load(folder))
+    return sample_images(load(folder))
 
 
 # Offloading.
@@ -50,10 +50,10 @@ def test_images_are_the_same_under_the_hooks_of_model_cpu_offload(folder, expect
     pipe = load(folder)
     pipe.enable_model_cpu_offload(device="cpu")
     assert all(hasattr(part, "_hf_hook") for part in (pipe.unet, pipe.vae, pipe.text_encoder))
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(sample_images(pipe), expected)
     pipe.remove_all_hooks()
     assert not hasattr(pipe.unet, "_hf_hook")
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(sample_images(pipe), expected)
 
 
 def test_sequential_cpu_offload_leaves_nothing_of_a_packed_layer_behind(folder, expected):
@@ -63,7 +63,7 @@ def test_sequential_cpu_offload_leaves_nothing_of_a_packed_layer_behind(folder, 
         cpu_offload(model, CPU, offload_buffers=len(model._parameters) > 0)
     for _ in range(2):
         assert all(parameter.is_meta for parameter in pipe.unet.parameters())
-        assert torch.equal(draw(pipe), expected)
+        assert torch.equal(sample_images(pipe), expected)
 
 
 @pytest.mark.parametrize("what", ["model", "pipeline"])
@@ -76,10 +76,10 @@ def test_group_offloading(folder, expected, tmp_path, kind, what):
     if kind == "disk":
         where["offload_to_disk_path"] = str(tmp_path)
     (pipe if what == "pipeline" else pipe.unet).enable_group_offload(**where)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(sample_images(pipe), expected)
     if kind == "disk":
         assert list(tmp_path.rglob("*.safetensors"))
-        assert torch.equal(draw(pipe), expected)
+        assert torch.equal(sample_images(pipe), expected)
 
 
 def test_a_compiled_model_under_group_offloading(packed_folders, call_unet):
@@ -98,7 +98,7 @@ def test_a_lora_on_an_offloaded_model(packed_folders):
         pipe.load_lora_weights(lora)
         if offloaded:  # diffusers loads onto an offloaded pipeline only where there is an accelerator
             pipe.enable_model_cpu_offload(device="cpu")
-        pictures.append(draw(pipe))
+        pictures.append(sample_images(pipe))
     assert torch.equal(*pictures)
 
 
@@ -107,14 +107,14 @@ def test_a_lora_on_an_offloaded_model(packed_folders):
 
 @pytest.mark.parametrize("device_map", ["balanced", "cpu"])
 def test_a_pipeline_by_device_map(folder, expected, device_map):
-    assert torch.equal(draw(load(folder, device_map=device_map)), expected)
+    assert torch.equal(sample_images(load(folder, device_map=device_map)), expected)
 
 
 @pytest.mark.parametrize("device_map", ["auto", "balanced", "balanced_low_0", "sequential"])
 def test_a_model_by_named_device_map(folder, expected, device_map):
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", device_map=device_map)
     assert unet.hf_device_map == {"": "cpu"}
-    assert torch.equal(draw(load(folder, unet=unet)), expected)
+    assert torch.equal(sample_images(load(folder, unet=unet)), expected)
 
 
 def test_an_automatic_device_map_spills_a_packed_model_to_the_disk(folder, expected, tmp_path):
@@ -122,7 +122,7 @@ def test_an_automatic_device_map_spills_a_packed_model_to_the_disk(folder, expec
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", device_map="auto", **limits)
     assert "disk" in unet.hf_device_map.values()
     assert any(layer.codes.is_meta for layer in list(all_packed_layers(unet).values()))
-    assert torch.equal(draw(load(folder, unet=unet)), expected)
+    assert torch.equal(sample_images(load(folder, unet=unet)), expected)
 
 
 @pytest.mark.parametrize("device_map", ["auto", {"": "cpu"}])
@@ -130,7 +130,7 @@ def test_shards_load_by_device_map(folder, expected, tmp_path, device_map):
     load(folder).unet.save_pretrained(tmp_path, max_shard_size="60KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 3
     unet = UNet2DConditionModel.from_pretrained(tmp_path, device_map=device_map, low_cpu_mem_usage=True)
-    assert torch.equal(draw(load(folder, unet=unet)), expected)
+    assert torch.equal(sample_images(load(folder, unet=unet)), expected)
 
 
 def test_device_maps_count_packed_bytes(packed_folders):
@@ -191,6 +191,6 @@ def test_a_state_dict_loads_into_a_packed_model(folder, make_config, expected):
     with torch.no_grad():
         for tensor in pipe.unet.state_dict().values():
             tensor.zero_()
-    assert not torch.equal(draw(pipe), expected)
+    assert not torch.equal(sample_images(pipe), expected)
     pipe.unet.load_state_dict(state)
-    assert torch.equal(draw(pipe), expected)
+    assert torch.equal(sample_images(pipe), expected)

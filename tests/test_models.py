@@ -1,4 +1,4 @@
-"""Every kind of model: quantized, it computes what its dequantized twin computes, before and after a reload."""
+"""Every kind of model: quantized, it computes what its dequantized copy computes, before and after a reload."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def quantized(model: ModelMixin, **changes) -> ModelMixin:
     return quantize_model(model, BitsFusionConfig(**({"target_bits": 2.6} | changes)), progress=False)
 
 
-def twin(model: ModelMixin) -> ModelMixin:
+def dequantized(model: ModelMixin) -> ModelMixin:
     """A dequantized copy. Without gradients, as packed weights: torch chooses kernels by that."""
     return copy.deepcopy(model).dequantize().requires_grad_(False)
 
@@ -115,11 +115,11 @@ WITH_TABLE = [name for name in ALL if name not in WITHOUT_TABLE]
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_quantized_model_computes_what_its_dequantized_twin_does(name):
+def test_a_quantized_model_computes_what_its_dequantized_copy_does(name):
     model = quantized(build(name), time_embedding="keep")
     output = call(model)
     assert output.isfinite().all() and output.std() > 0
-    assert torch.equal(call(twin(model)), output)
+    assert torch.equal(call(dequantized(model)), output)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -150,12 +150,12 @@ def test_a_saved_model_comes_back_with_equal_outputs(name, kind, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ALL)
-def test_a_model_in_half_precision_equals_its_twin(name, dtype):
+def test_a_model_in_half_precision_equals_its_dequantized_copy(name, dtype):
     model = quantized(build(name).to(dtype), time_embedding="keep")
     assert model.dtype == dtype
     output = call(model)
     assert output.dtype == dtype and output.isfinite().all()
-    plain = twin(model)
+    plain = dequantized(model)
     if dtype == torch.float16:
         assert torch.equal(call(plain), output)
     else:  # in bf16 kernels of this package sum in another order than torch's
@@ -190,7 +190,7 @@ def test_time_features_take_the_place_of_the_time_embedding(name, kind):
 
 @pytest.mark.parametrize("name", [name for name in WITH_TABLE if name != "ControlNet"])
 @pytest.mark.parametrize("kind", ["table", "cache"])
-def test_a_dequantized_twin_computes_its_time_features_again(name, kind):
+def test_a_dequantized_model_computes_its_time_features_again(name, kind):
     model = quantized(build(name), time_embedding=kind)
     expected = {t: call(model, t) for t in (1, 501, 981)}
     model.dequantize()
@@ -216,7 +216,7 @@ def test_keeping_without_being_asked_for_more_is_no_news(name, caplog):
 
 
 @pytest.mark.parametrize(("width", "kind"), [(128, "keep"), (704, "table")])
-def test_the_default_takes_the_smaller_of_table_and_embedding(width, kind):
+def test_the_default_is_the_smaller_of_table_and_embedding(width, kind):
     model = quantized(tiny_unet(time_embedding_dim=width), recipe=3)
     assert model.config.quantization_config.time_embedding["type"] == kind
 
@@ -249,21 +249,21 @@ def test_a_controlnet_with_cached_features_is_restored():
 # A quantized ControlNet beside a quantized UNet.
 
 
-def test_a_quantized_unet_takes_the_residuals_of_a_quantized_controlnet():
+def test_a_quantized_unet_accepts_the_residuals_of_a_quantized_controlnet():
     unet, controlnet = quantized(tiny_unet()), quantized(build("ControlNet"))
-    twins = twin(unet), twin(controlnet)
+    plain = dequantized(unet), dequantized(controlnet)
     torch.manual_seed(0)
     sample, states, image = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32), torch.randn(1, 3, 16, 16)
 
-    def draw(unet: nn.Module, controlnet: nn.Module) -> Tensor:
+    def denoise(unet: nn.Module, controlnet: nn.Module) -> Tensor:
         down, mid = controlnet(sample, 501, states, image, return_dict=False)
         return unet(
             sample, 501, states, down_block_additional_residuals=down, mid_block_additional_residual=mid
         ).sample
 
     with torch.no_grad():
-        assert torch.equal(draw(unet, controlnet), draw(*twins))
-        assert not torch.equal(draw(unet, controlnet), unet(sample, 501, states).sample)
+        assert torch.equal(denoise(unet, controlnet), denoise(*plain))
+        assert not torch.equal(denoise(unet, controlnet), unet(sample, 501, states).sample)
 
 
 # Modules that diffusers keeps in fp32.

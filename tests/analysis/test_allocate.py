@@ -36,7 +36,7 @@ def test_bytes_are_those_of_the_file(full, small_pipe, target_of, tmp_path):
     assert Totals.of(recipe, full).bytes == found
 
 
-def test_the_knapsack_takes_no_more_bytes_than_the_data_free_recipe_and_has_the_lowest_sensitivity(full, target_of):
+def test_the_knapsack_needs_no_more_bytes_than_the_data_free_recipe_and_has_the_lowest_sensitivity(full, target_of):
     target = target_of(LAYER_BITS)
     totals = {rule: Totals.of(allocate(full, target, rule=rule), full) for rule in RULES}
     assert totals["knapsack"].bytes <= totals["data-free"].bytes

@@ -35,7 +35,7 @@ def saved(full, tmp_path):
     return tmp_path
 
 
-def test_analyze_takes_its_options(small_folder, tmp_path):
+def test_analyze_accepts_its_options(small_folder, tmp_path):
     pytest.importorskip("matplotlib")
     out = tmp_path / "new" / "analysis"
     options = {"--method": "output", "--num-images": 2, "--steps": 3, "--guidance-scale": 2.0, "--seed": 7}

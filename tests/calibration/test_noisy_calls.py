@@ -145,7 +145,7 @@ def test_a_scheduler_without_a_noise_schedule_is_said_before_anything_is_sampled
         quantize_model(pipeline, config, progress=False, calibration=make_calibration(tuning_steps=2))
 
 
-def test_a_model_that_takes_more_than_the_latents_is_named():
+def test_a_model_with_more_inputs_than_the_latents_is_named():
     call = Call((torch.zeros(4, 9, 3, 3), torch.tensor(500)), {}, torch.zeros(4, 4, 3, 3))
     with pytest.raises(ValueError, match=r"latents \[4, 3, 3\], but Model takes \[9, 3, 3\]"):
         NoisyCalls(DDIMScheduler(), 0).repeat(call, LATENTS, Model())

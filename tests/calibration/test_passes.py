@@ -65,7 +65,7 @@ def test_too_little_memory_says_how_much_is_needed():
         plan_passes(WIDE, 1e6)
 
 
-def test_rounding_takes_no_more_than_it_says(run_python):
+def test_rounding_needs_no_more_memory_than_it_says(run_python):
     """In a fresh process, on a layer large beside what the interpreter takes."""
     code = """
 import torch

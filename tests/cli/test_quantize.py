@@ -165,9 +165,9 @@ def test_a_name_that_is_nothing_is_named_in_one_line(command, tmp_path):
 
 
 def test_no_warning_that_a_cpu_cannot_compute_in_float16(source_folder, tmp_path, caplog):
-    heard = []
+    messages = []
     handler = logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
+    handler.emit = lambda record: messages.append(record.getMessage())
     logger = logging.getLogger("diffusers")
     logger.addHandler(handler)
     try:
@@ -175,7 +175,7 @@ def test_no_warning_that_a_cpu_cannot_compute_in_float16(source_folder, tmp_path
         quantize(source_folder, tmp_path / "out", *asked)
     finally:
         logger.removeHandler(handler)
-    assert not [message for message in heard if "cannot run" in message]
+    assert not [message for message in messages if "cannot run" in message]
 
 
 def test_the_warning_of_noise_comes_only_where_it_is_true(source_folder, tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_draw(source_folder, packed_folders, tmp_path):
     assert Image.open(tmp_path / "y.png").tobytes() == expected.tobytes()
 
 
-def test_draw_refuses_before_it_draws(source_folder, packed_folders, tmp_path):
+def test_draw_refuses_before_it_samples(source_folder, packed_folders, tmp_path):
     out = tmp_path / "x.png"
     out.write_bytes(b"mine")
     assert "is there already" in fails("draw", source_folder, "a", "--out", out)
@@ -219,14 +219,14 @@ def test_draw_refuses_before_it_draws(source_folder, packed_folders, tmp_path):
     assert out.read_bytes() == b"mine"
 
 
-def test_compare_looks_at_every_path_before_it_draws(source_folder, packed_folders, tmp_path, monkeypatch):
+def test_compare_checks_every_path_before_it_samples(source_folder, packed_folders, tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers_bitsfusion.evaluation.generate_images", lambda *a, **k: pytest.fail("drawn"))
     (tmp_path / "empty").mkdir()
     out = ("--prompt", "a", "--out", tmp_path / "x.png")
     assert "holds no pipeline" in fails("compare", source_folder, packed_folders["keep"], tmp_path / "empty", *out)
 
 
-def test_compare_draws_plain_prompts_with_pipelines_and_bare_unets(source_folder, packed_folders, tmp_path):
+def test_compare_samples_plain_prompts_with_pipelines_and_bare_unets(source_folder, packed_folders, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
     paths = (source_folder, packed_folders["keep"] / "unet")
     asked = ("--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "x.png", "--steps", 1, "--json")

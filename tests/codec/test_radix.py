@@ -125,7 +125,7 @@ def test_the_planes_cover_every_column_once(case):
     ("bits", "in_file", "in_memory"),
     [(1, 8 / 5, 8 / 5), (2, 8 / 3, 7 / 3), (3, 4, 16 / 5), (4, 8, 4.5), (5, 8, 8), (6, 8, 8), (7, 8, 8), (8, 8, 8)],
 )
-def test_a_weight_of_a_large_layer_takes_the_documented_bits(bits, in_file, in_memory):
+def test_a_weight_of_a_large_layer_has_the_documented_bits(bits, in_file, in_memory):
     columns = 2 * 3 * 5 * 8 * 56
     assert 8 * byte_width(columns, bits) / columns == pytest.approx(in_file)
     assert 8 * dense_width(columns, bits) / columns == pytest.approx(in_memory)

@@ -24,7 +24,7 @@ def through_dense(weight, bits, *options):
 both_ways = pytest.mark.parametrize("quantize", [quantize_rows, through_dense])
 
 
-def draw(distribution, rows, columns, seed=0):
+def random_weight(distribution, rows, columns, seed=0):
     generator = np.random.default_rng(seed)
     sample = getattr(generator, distribution)
     limits = (-1.0, 1.0) if distribution == "uniform" else (0.0, 1.0)
@@ -56,7 +56,7 @@ def error_of_best_scale(row, bits):
 
 @pytest.fixture(scope="module")
 def million():
-    return draw("normal", 8, 125_000)
+    return random_weight("normal", 8, 125_000)
 
 
 @both_ways
@@ -95,7 +95,7 @@ def test_the_start_is_better_than_min_max_at_17_levels(million, quantize):
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 7, 8])
 @pytest.mark.parametrize("balance", [True, False])
 def test_each_round_does_what_the_paper_says(quantize, bits, balance):
-    weight = draw("normal", 6, 2001, seed=1)
+    weight = random_weight("normal", 6, 2001, seed=1)
     rows = weight.double().numpy()
     previous = quantize(weight, bits, Rounding(iterations=0, balance=balance))[1].double().numpy()
     for rounds in range(1, 5):
@@ -111,7 +111,7 @@ def test_each_round_does_what_the_paper_says(quantize, bits, balance):
 @both_ways
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_more_rounds_never_hurt(quantize, bits):
-    weight = draw("laplace", 1, 5000, seed=2)
+    weight = random_weight("laplace", 1, 5000, seed=2)
     errors = [
         squared_error(weight, *quantize(weight, bits, Rounding(iterations=rounds))) for rounds in (0, 1, 2, 5, 10, 30)
     ]
@@ -122,7 +122,7 @@ def test_more_rounds_never_hurt(quantize, bits):
 @pytest.mark.parametrize("distribution", ["uniform", "laplace", "normal"])
 @pytest.mark.parametrize("bits", range(1, 8))
 def test_the_scale_is_close_to_the_best_one(quantize, distribution, bits):
-    weight = draw(distribution, 1, 4000, seed=3)
+    weight = random_weight(distribution, 1, 4000, seed=3)
     best = error_of_best_scale(weight[0].double().numpy(), bits)
     assert squared_error(weight, *quantize(weight, bits)) <= 1.05 * best
 
@@ -130,7 +130,7 @@ def test_the_scale_is_close_to_the_best_one(quantize, distribution, bits):
 @both_ways
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_min_max_puts_the_largest_weight_on_the_last_level(quantize, bits):
-    weight = draw("normal", 5, 777, seed=4)
+    weight = random_weight("normal", 5, 777, seed=4)
     rows = weight.double().numpy()
     codes, scale = quantize(weight, bits, Rounding(scale_init="minmax"))
     expected = np.abs(rows).max(1) / half_range(bits)
@@ -153,7 +153,7 @@ def test_weights_on_a_grid_come_back_exactly(quantize, bits):
 @pytest.mark.parametrize("options", [{}, {"balance": False}, {"scale_init": "minmax"}, {"iterations": 0}])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_a_row_of_zeros_gets_zero_codes_and_scale_one(quantize, bits, options):
-    weight = draw("normal", 3, 33)
+    weight = random_weight("normal", 3, 33)
     weight[1] = 0
     codes, scale = quantize(weight, bits, Rounding(**options))
     assert not codes[1].any()
@@ -166,7 +166,7 @@ def test_a_row_of_zeros_gets_zero_codes_and_scale_one(quantize, bits, options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale_init", ["alternating", "minmax"])
 def test_a_weight_that_is_not_finite_is_refused_with_its_channel(quantize, value, dtype, scale_init):
-    weight = draw("normal", 6, 50).to(dtype)
+    weight = random_weight("normal", 6, 50).to(dtype)
     weight[4, 17] = value
     with pytest.raises(ValueError, match="output channel 4 holds NaN or infinite values"):
         quantize(weight, 2, Rounding(scale_init=scale_init))
@@ -174,7 +174,7 @@ def test_a_weight_that_is_not_finite_is_refused_with_its_channel(quantize, value
 
 @both_ways
 def test_each_channel_stands_alone(quantize):
-    weight = draw("normal", 40, 3000, seed=5) * torch.logspace(-3, 3, 40)[:, None]
+    weight = random_weight("normal", 40, 3000, seed=5) * torch.logspace(-3, 3, 40)[:, None]
     codes, scale = quantize(weight, 3)
     for row in (0, 17, 39):
         alone_codes, alone_scale = quantize(weight[row : row + 1], 3)
@@ -184,7 +184,7 @@ def test_each_channel_stands_alone(quantize):
 
 @both_ways
 def test_a_scaled_row_gets_the_scaled_scale_and_the_same_codes(quantize):
-    weight = draw("normal", 4, 500, seed=6)
+    weight = random_weight("normal", 4, 500, seed=6)
     codes, scale = quantize(weight, 2)
     scaled_codes, scaled_scale = quantize(weight * 0.0078125, 2)
     assert torch.equal(codes, scaled_codes)
@@ -193,7 +193,7 @@ def test_a_scaled_row_gets_the_scaled_scale_and_the_same_codes(quantize):
 
 @both_ways
 def test_columns_of_a_transposed_weight_are_read_in_their_own_order(quantize):
-    weight = draw("normal", 31, 17, seed=7)
+    weight = random_weight("normal", 31, 17, seed=7)
     codes, scale = quantize(weight.T, 3)
     expected_codes, expected_scale = quantize(weight.T.contiguous(), 3)
     assert torch.equal(codes, expected_codes)
@@ -204,7 +204,7 @@ def test_columns_of_a_transposed_weight_are_read_in_their_own_order(quantize):
 @pytest.mark.parametrize("balance", [True, False])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_rows_of_any_size_are_rounded_as_those_of_size_one(quantize, bits, balance):
-    weight = draw("normal", 1, 400, seed=8).expand(6, -1)
+    weight = random_weight("normal", 1, 400, seed=8).expand(6, -1)
     powers = torch.tensor([0.0, -100, -73, 60, 100, -41])  # of two: from 1e-30 to 1e30
     scaled = torch.ldexp(weight, powers.int()[:, None])
     codes, scale = quantize(scaled, bits, Rounding(balance=balance))
@@ -216,7 +216,7 @@ def test_rows_of_any_size_are_rounded_as_those_of_size_one(quantize, bits, balan
 @pytest.mark.parametrize("scale_init", ["alternating", "minmax"])
 @pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-38, 1e-30, 1e-22, 1e-7, 1e18, 1e30, 3e38])
 def test_scales_are_positive_normal_numbers_and_weights_finite(quantize, scale_init, size):
-    weight = draw("uniform", 5, 100, seed=9) * torch.tensor(size)
+    weight = random_weight("uniform", 5, 100, seed=9) * torch.tensor(size)
     weight[1] = torch.tensor(size)
     weight[2, 1:] = 0
     for bits in range(1, 9):

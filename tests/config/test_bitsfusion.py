@@ -218,7 +218,7 @@ def test_the_representation_shows_the_method_and_its_values():
         ({"resident": "int8"}, 'resident="int8" is for compute="int8" only'),
     ],
 )
-def test_impossible_ways_to_compute_are_refused(options, message):
+def test_impossible_computations_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         BitsFusionConfig(**options)
 

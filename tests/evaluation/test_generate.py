@@ -40,10 +40,12 @@ def test_an_interrupted_run_goes_on(pipeline, tmp_path, monkeypatch, one_thread)
     folder = ImageFolder(tmp_path / "images", {})
     whole = generate_images(pipeline, CAPTIONS, SAMPLING, progress=False)
     generate_images(pipeline, CAPTIONS[:3], SAMPLING, folder, progress=False)
-    drawn = []
-    monkeypatch.setattr(type(pipeline), "encode_prompt", _recording(type(pipeline).encode_prompt, drawn), raising=True)
+    encoded = []
+    monkeypatch.setattr(
+        type(pipeline), "encode_prompt", _recording(type(pipeline).encode_prompt, encoded), raising=True
+    )
     resumed = generate_images(pipeline, CAPTIONS, SAMPLING, folder, progress=False)
-    assert drawn == [CAPTIONS[3:]]
+    assert encoded == [CAPTIONS[3:]]
     assert np.abs(resumed.astype(int) - whole).max() <= 1
 
 

@@ -80,7 +80,7 @@ def test_images_are_kept_and_tied_to_what_drew_them(make, source_folder, packed_
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_what_cannot_be_measured_is_said_before_drawing(make, prompts, monkeypatch):
+def test_what_cannot_be_measured_is_said_before_sampling(make, prompts, monkeypatch):
     nowhere = "/nowhere"  # never read
     with pytest.raises(ValueError, match="There are no prompts"):
         make(nowhere, [], scorer=bright)

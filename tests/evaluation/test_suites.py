@@ -103,7 +103,7 @@ def test_all_suites_against_a_reference(run, source_folder, packed_folders, tmp_
     report = run(*ALL, path=packed_folders["table"], reference=source_folder, images=tmp_path / "images")
     suites = report["suites"]
     assert list(suites) == list(ALL)
-    # Three lists of captions, drawn by two pipelines: the last three suites share theirs.
+    # Three lists of captions, sampled by two pipelines: the last three suites share theirs.
     assert len(list((tmp_path / "images").glob("*/00000.png"))) == 6
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
@@ -190,7 +190,7 @@ def test_a_run_killed_at_any_picture_goes_on(run, tmp_path, monkeypatch, at):
         run("geneval", "clip", images=tmp_path / "killed")
     monkeypatch.setattr(ImageFolder, "save", lambda *a: (saved.append(a[1]), save(*a)))
     resumed = run("geneval", "clip", images=tmp_path / "killed")
-    assert len(saved) == 11  # every picture was drawn once
+    assert len(saved) == 11  # every image was sampled once
     assert format_report(resumed) == format_report(whole)
 
 
@@ -235,7 +235,7 @@ def test_several_guidance_scales_and_some_of_the_prompts(files, run, source_fold
         load_suites(["geneval"], replace(files, num_images=0))
 
 
-def test_what_is_missing_is_said_before_drawing(run, files, tmp_path):
+def test_what_is_missing_is_said_before_sampling(run, files, tmp_path):
     with pytest.raises(ValueError, match="The suite pickscore compares with a reference"):
         run("pickscore", path="/nowhere")
     with pytest.raises(ValueError, match="There is no suite 'fid'; choose of geneval, tifa, clip, pickscore, hpsv2"):

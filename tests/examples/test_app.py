@@ -32,7 +32,7 @@ def pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB")).astype(int)
 
 
-def draw_directly(folder, seed: int) -> np.ndarray:
+def sample_directly(folder, seed: int) -> np.ndarray:
     pipe = StableDiffusionPipeline.from_pretrained(folder)
     return pixels(pipe(**ARGUMENTS, generator=torch.Generator().manual_seed(seed)).images[0])
 
@@ -41,13 +41,13 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return 20 * np.log10(255) - 10 * np.log10(np.mean((a - b) ** 2.0))
 
 
-def test_draws_what_the_pipeline_draws_and_tells_each_step(source_folder):
+def test_samples_what_the_pipeline_samples_and_reports_each_step(source_folder):
     seen = []
     pipe = models.load(source_folder)
     first, seconds = sampling.sample(pipe, 5, lambda *step: seen.append(step), **ARGUMENTS)
     second, _ = sampling.sample(pipe, 5, lambda *step: None, **ARGUMENTS)
     other, _ = sampling.sample(pipe, 6, lambda *step: None, **ARGUMENTS)
-    assert np.array_equal(pixels(first), draw_directly(source_folder, 5)) and seconds > 0
+    assert np.array_equal(pixels(first), sample_directly(source_folder, 5)) and seconds > 0
     assert seen == [(step, STEPS) for step in range(1, STEPS + 1)]
     picture, value = sampling.difference(first, second)
     assert not pixels(picture).any() and value == np.inf
@@ -121,19 +121,19 @@ def test_several_quantized_models_to_choose_from(source_folder, packed_folders):
         else:
             expected = StableDiffusionPipeline.from_pretrained(folder)
         arguments = ARGUMENTS | {"num_inference_steps": 2}
-        drawn = expected(**arguments, generator=torch.Generator().manual_seed(5)).images[0]
-        assert np.array_equal(pixels(second), pixels(drawn))
+        sampled = expected(**arguments, generator=torch.Generator().manual_seed(5)).images[0]
+        assert np.array_equal(pixels(second), pixels(sampled))
         assert np.array_equal(pixels(apart), abs(pixels(first) - pixels(second)))
         assert "times smaller" in figures and "dB" in figures
 
 
-def test_warming_up_takes_one_step_and_changes_no_picture(source_folder, monkeypatch):
+def test_warming_up_is_one_step_and_changes_no_image(source_folder, monkeypatch):
     pipe, calls = models.load(source_folder), []
     pipe.unet.register_forward_hook(lambda *_: calls.append(1))
     sampling.warm_up(pipe, **ARGUMENTS)
     assert len(calls) == 1
     image, _ = sampling.sample(pipe, 5, lambda *step: None, **ARGUMENTS)
-    assert np.array_equal(pixels(image), draw_directly(source_folder, 5))
+    assert np.array_equal(pixels(image), sample_directly(source_folder, 5))
 
 
 def test_refuses_a_quantized_pipeline_as_full_precision(packed_folders, source_folder):
@@ -207,7 +207,7 @@ def figures(page) -> dict[str, list[str]]:
     return {name.strip(): [cell.strip() for cell in cells] for name, *cells in rows}
 
 
-def test_draws_both_pictures_with_progress_sizes_and_times(page, monkeypatch, source_folder, packed_folders):
+def test_samples_both_images_with_progress_sizes_and_times(page, monkeypatch, source_folder, packed_folders):
     sample, resume = sampling.sample, threading.Semaphore(0)
 
     def pausing_sample(pipe, seed, on_step, **arguments):
@@ -231,8 +231,8 @@ def test_draws_both_pictures_with_progress_sizes_and_times(page, monkeypatch, so
     quantized, apart = served(page, 1), served(page, 2)
 
     # Another number of threads may round another way.
-    assert abs(full - draw_directly(source_folder, 5)).max() <= 1
-    assert abs(quantized - draw_directly(packed_folders["cache"], 5)).max() <= 1
+    assert abs(full - sample_directly(source_folder, 5)).max() <= 1
+    assert abs(quantized - sample_directly(packed_folders["cache"], 5)).max() <= 1
     assert np.array_equal(apart, abs(full - quantized)) and apart.any()
 
     page.get_by_text("PSNR").wait_for()

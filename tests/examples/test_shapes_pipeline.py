@@ -36,7 +36,7 @@ def test_it_loads_where_this_package_is_not_imported():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_it_draws_what_it_is_asked_for():
+def test_images_show_what_the_prompts_say():
     """Guessing draws nothing right. 24 prompts and ten steps: a look at it, not its score."""
     pipeline = StableDiffusionPipeline.from_pretrained(FOLDER, dtype=torch.float32)
     pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)  # needs few steps

@@ -79,7 +79,7 @@ def test_a_graph_of_the_step_trains_what_separate_launches_train(before_unet):
     assert torch.cosine_similarity(graphed, launched, dim=0) > 0.95
 
 
-def test_tokenizer_knows_words_and_takes_any_text(tmp_path):
+def test_tokenizer_knows_words_and_accepts_any_text(tmp_path):
     captions = ["a red circle", "two small triangles above the right ring", "one image"]
     create_tokenizer(captions).save_pretrained(tmp_path)
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path)

@@ -11,7 +11,7 @@ from examples.shapes.scenes import CATEGORIES, SHAPES, ObjectSpec, PromptSpec, S
 from examples.shapes.scorer import UNKNOWN, detect, score
 
 
-def _drawn(category, style, n):
+def _rendered(category, style, n):
     """Specifications, scenes and images, half of them held out."""
     rng = random.Random(3)
     specs = [sample_prompt(rng, category, held_out=index % 2 == 0).spec for index in range(n)]
@@ -23,7 +23,7 @@ def _drawn(category, style, n):
 @pytest.mark.parametrize("style", ["hard", "soft"])
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_right_on_ground_truth_and_on_other_captions(category, style):
-    specs, scenes, images = _drawn(category, style, 200)
+    specs, scenes, images = _rendered(category, style, 200)
     assert np.mean(score(images, specs)) >= 0.98
     detected = [detect(image) for image in images]
     false_yes = [
@@ -54,7 +54,7 @@ def test_noise_empty_and_merged_images_fit_no_prompt():
     assert [found.shape for found in detect(merged)] == [UNKNOWN]
 
 
-def test_takes_pil_images_and_refuses_unequal_lengths():
+def test_accepts_pil_images_and_refuses_unequal_lengths():
     spec = PromptSpec("single_object", (ObjectSpec("heart"),))
     image = Image.fromarray(render((SceneObject("heart", "red", 30, 30, 10),)))
     assert score([image], [spec]) == [True]

@@ -26,7 +26,7 @@ def test_it_is_small_and_of_the_published_average():
     assert report.weights == float_weights(SHAPES / "pipeline" / "unet")
 
 
-def test_it_draws_what_it_is_asked_for():
+def test_images_show_what_the_prompts_say():
     """Rounded to as many bits without training, the same pipeline draws 0.29 of these prompts."""
     unet = UNet2DConditionModel.from_pretrained(TRAINED, dtype=torch.float32)
     pipeline = StableDiffusionPipeline.from_pretrained(SHAPES / "pipeline", unet=unet, dtype=torch.float32)

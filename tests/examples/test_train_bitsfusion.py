@@ -457,7 +457,7 @@ def test_pipelines_of_another_kind(command, data, tmp_path):
         train_bitsfusion.main(arguments)
 
 
-def test_a_unet_that_takes_more_than_latents(command, data, source_folder, tmp_path):
+def test_a_unet_with_more_inputs_than_latents(command, data, source_folder, tmp_path):
     pipeline = StableDiffusionPipeline.from_pretrained(source_folder, unet=tiny_unet(in_channels=9))
     pipeline.save_pretrained(tmp_path / "inpainting")
     arguments = command("--train_data_dir", data)

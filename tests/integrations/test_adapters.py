@@ -1,4 +1,4 @@
-"""What users put onto a pipeline, on packed models as on their dequantized twins."""
+"""What users put onto a pipeline, on packed models as on dequantized ones."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def pipes(packed_folders) -> tuple[StableDiffusionPipeline, StableDiffusionPipeline]:
-    """A packed pipeline and its dequantized twin."""
-    packed, twin = (StableDiffusionPipeline.from_pretrained(packed_folders["keep"]) for _ in range(2))
-    twin.unet.dequantize().requires_grad_(False)  # torch chooses kernels by that
-    for pipe in (packed, twin):
+    """A packed pipeline and its dequantized copy."""
+    packed, dequantized = (StableDiffusionPipeline.from_pretrained(packed_folders["keep"]) for _ in range(2))
+    dequantized.unet.dequantize().requires_grad_(False)  # torch chooses kernels by that
+    for pipe in (packed, dequantized):
         pipe.set_progress_bar_config(disable=True)
-    return packed, twin
+    return packed, dequantized
 
 
-def draw(pipe, prompt: str = "ab", **arguments) -> Tensor:
+def sample_latents(pipe, prompt: str = "ab", **arguments) -> Tensor:
     arguments = {"num_inference_steps": 3, "output_type": "latent", "height": 16, "width": 16} | arguments
     return pipe(prompt, generator=torch.Generator().manual_seed(2), **arguments).images
 
 
-def assert_equal_but_not(found: Tensor, twin: Tensor, plain: Tensor) -> None:
-    """Equal to what the twin draws, and different from the picture without the adapter."""
-    assert torch.equal(found, twin)
+def assert_equal_but_not(found: Tensor, dequantized: Tensor, plain: Tensor) -> None:
+    """Equal to what the dequantized pipeline gives, and different from the image without the adapter."""
+    assert torch.equal(found, dequantized)
     assert (found - plain).norm() > 1e-3 * plain.norm()
 
 
@@ -51,8 +51,8 @@ def test_textual_inversion(pipes):
     pictures = []
     for pipe in pipes:
         pipe.load_textual_inversion(token)
-        pictures.append(draw(pipe, "a <cat>"))
-        plain = draw(pipe, "a")
+        pictures.append(sample_latents(pipe, "a <cat>"))
+        plain = sample_latents(pipe, "a")
         pipe.unload_textual_inversion()
     assert_equal_but_not(*pictures, plain)
 
@@ -87,30 +87,30 @@ def test_ip_adapter(packed_folders, kind):
         pipe.set_progress_bar_config(disable=True)
         if dequantized:
             pipe.unet.dequantize().requires_grad_(False)
-        plain = draw(pipe)
+        plain = sample_latents(pipe)
         pipe.load_ip_adapter(ip_adapter(pipe.unet, 24), subfolder="", weight_name="", image_encoder_folder=None)
         pipe.set_ip_adapter_scale(0.8)
-        pictures.append(draw(pipe, ip_adapter_image_embeds=[embeds]))
+        pictures.append(sample_latents(pipe, ip_adapter_image_embeds=[embeds]))
         pipe.unload_ip_adapter()
-        assert torch.equal(draw(pipe), plain)
+        assert torch.equal(sample_latents(pipe), plain)
     if kind == "keep":
         assert_equal_but_not(*pictures, plain)
-    else:  # the twin's time embedding is fitted anew
+    else:  # the dequantized model's time embedding is fitted anew
         assert (pictures[0] - pictures[1]).norm() < 1e-3 * pictures[1].norm() < (pictures[0] - plain).norm()
 
 
 def test_an_ip_adapter_follows_the_models_dtype_and_stays_out_of_its_file(packed_folders, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"], dtype=torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    plain = draw(pipe)
+    plain = sample_latents(pipe)
     adapter = ip_adapter(pipe.unet, 24)
     pipe.load_ip_adapter(adapter, subfolder="", weight_name="", image_encoder_folder=None)
     assert {p.dtype for p in pipe.unet.parameters() if p.is_floating_point()} == {torch.bfloat16}
-    assert draw(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, 24, dtype=torch.bfloat16)]).isfinite().all()
+    assert sample_latents(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, 24, dtype=torch.bfloat16)]).isfinite().all()
     pipe.save_pretrained(tmp_path)
     again = StableDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(draw(again), plain)
+    assert torch.equal(sample_latents(again), plain)
 
 
 def test_an_ip_adapter_beside_integers(packed_folders):
@@ -118,16 +118,16 @@ def test_an_ip_adapter_beside_integers(packed_folders):
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
     pipe.set_progress_bar_config(disable=True)
     set_compute(pipe.unet, "int8")
-    plain = draw(pipe)
+    plain = sample_latents(pipe)
     pipe.load_ip_adapter(ip_adapter(pipe.unet, 24), subfolder="", weight_name="", image_encoder_folder=None)
     assert size_report(pipe.unet).attention_kernels.keys() == {
         name for name, _ in pipe.unet.named_modules() if name.endswith("attn1")
     }
-    with_adapter = draw(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, 24)])
+    with_adapter = sample_latents(pipe, ip_adapter_image_embeds=[torch.ones(2, 1, 24)])
     assert with_adapter.isfinite().all() and not torch.equal(with_adapter, plain)
     pipe.unload_ip_adapter()
     set_compute(pipe.unet, "int8")
-    assert torch.equal(draw(pipe), plain)
+    assert torch.equal(sample_latents(pipe), plain)
 
 
 @pytest.mark.parametrize("packed_too", [False, True])
@@ -138,15 +138,15 @@ def test_controlnet(pipes, make_config, packed_too):
         nn.init.normal_(module.weight, std=0.3)  # fresh ones are zero and let nothing through
     if packed_too:
         quantize_model(controlnet, make_config(time_embedding="keep"), progress=False)
-    twin = copy.deepcopy(controlnet)
+    dequantized = copy.deepcopy(controlnet)
     if packed_too:
-        twin.dequantize().requires_grad_(False)
+        dequantized.dequantize().requires_grad_(False)
     pictures = []
-    for pipe, control in zip(pipes, (controlnet, twin), strict=True):
+    for pipe, control in zip(pipes, (controlnet, dequantized), strict=True):
         guided = StableDiffusionControlNetPipeline(**pipe.components, controlnet=control)
         guided.set_progress_bar_config(disable=True)
-        pictures.append(draw(guided, image=Image.new("RGB", (16, 16), "red")))
-    assert_equal_but_not(*pictures, draw(pipes[1]))
+        pictures.append(sample_latents(guided, image=Image.new("RGB", (16, 16), "red")))
+    assert_equal_but_not(*pictures, sample_latents(pipes[1]))
 
 
 def test_t2i_adapter(pipes):
@@ -157,8 +157,8 @@ def test_t2i_adapter(pipes):
         components = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
         guided = StableDiffusionAdapterPipeline(**components, adapter=adapter)
         guided.set_progress_bar_config(disable=True)
-        pictures.append(draw(guided, image=Image.new("RGB", (16, 16), "red")))
-    assert_equal_but_not(*pictures, draw(pipes[1]))
+        pictures.append(sample_latents(guided, image=Image.new("RGB", (16, 16), "red")))
+    assert_equal_but_not(*pictures, sample_latents(pipes[1]))
 
 
 # LoRA through the pipeline; the layers themselves are in test_lora.py.
@@ -174,15 +174,15 @@ def test_a_lora_is_hot_swapped_through_the_pipeline(pipes):
     for pipe in pipes:
         pipe.enable_lora_hotswap(target_rank=8, check_compiled="ignore")
         pipe.load_lora_weights(loras[0], adapter_name="style")
-        before = draw(pipe)
+        before = sample_latents(pipe)
         layers = [id(module) for module in pipe.unet.modules()]
         pipe.load_lora_weights(loras[1], adapter_name="style", hotswap=True)
         assert [id(module) for module in pipe.unet.modules()] == layers
-        pictures.append(draw(pipe))
+        pictures.append(sample_latents(pipe))
     assert_equal_but_not(*pictures, before)
     pipes[0].load_lora_weights(loras[1], adapter_name="other")
     pipes[0].set_adapters(["other"])
-    assert torch.allclose(draw(pipes[0]), pictures[0], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(sample_latents(pipes[0]), pictures[0], rtol=1e-4, atol=1e-5)
 
 
 def test_hot_swapping_what_is_not_loaded_is_refused(pipes):
@@ -200,7 +200,7 @@ def test_hot_swapping_what_is_not_loaded_is_refused(pipes):
 )
 def test_a_lora_for_another_architecture_leaves_nothing(pipes, lora, error):
     packed, _ = pipes
-    before = draw(packed)
+    before = sample_latents(packed)
     state = {}
     for name, (rank, inputs, outputs) in lora.items():
         state |= {
@@ -210,30 +210,30 @@ def test_a_lora_for_another_architecture_leaves_nothing(pipes, lora, error):
     with pytest.raises((ValueError, RuntimeError), match=error):
         packed.load_lora_weights(state)
     assert packed.get_active_adapters() == []
-    assert torch.equal(draw(packed), before)
+    assert torch.equal(sample_latents(packed), before)
 
 
 def test_a_pipeline_fuses_once_and_unfuses_what_was_fused(pipes):
     packed, _ = pipes
     packed.load_lora_weights(pipeline_lora(packed.unet, 4, 0))
-    unfused = draw(packed)
+    unfused = sample_latents(packed)
     with pytest.warns(UserWarning, match="Already unmerged"):
         packed.unfuse_lora()
     packed.fuse_lora()
-    fused = draw(packed)
+    fused = sample_latents(packed)
     with pytest.warns(UserWarning, match="already merged"):
         packed.fuse_lora()
-    assert torch.equal(draw(packed), fused)
+    assert torch.equal(sample_latents(packed), fused)
     packed.unfuse_lora()
-    assert torch.equal(draw(packed), unfused)
+    assert torch.equal(sample_latents(packed), unfused)
 
 
 def test_fusing_query_key_and_value_is_refused_through_the_pipeline(pipes):
     packed, _ = pipes
-    before = draw(packed)
+    before = sample_latents(packed)
     with pytest.raises(ValueError, match=r"dequantize\(\)"):
         packed.fuse_qkv_projections()
-    assert torch.equal(draw(packed), before)
+    assert torch.equal(sample_latents(packed), before)
 
 
 FAMILIES = {
@@ -250,17 +250,17 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("build", FAMILIES.values(), ids=FAMILIES)
-def test_a_lora_on_a_model_of_every_family_is_its_twins_and_fuses(build, make_config):
+def test_a_lora_on_a_model_of_every_family_equals_that_on_the_dequantized_one_and_fuses(build, make_config):
     packed = quantize_model(build(), make_config(), progress=False)
-    twin = copy.deepcopy(packed).dequantize()
+    dequantized = copy.deepcopy(packed).dequantize()
     generator = torch.Generator().manual_seed(0)
-    for model in (packed, twin):
+    for model in (packed, dequantized):
         model.load_lora_adapter(tiny_lora(model, ("to_q", "to_out.0"), rank=2), prefix=None)
     layers = {name: module for name, module in packed.named_modules() if isinstance(module, PackedLoraLayer)}
     assert layers
     for fused in (False, True):
         for name, layer in layers.items():
             x = torch.randn(2, layer.get_base_layer().in_features, generator=generator)
-            torch.testing.assert_close(layer(x), twin.get_submodule(name)(x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(layer(x), dequantized.get_submodule(name)(x), rtol=1e-4, atol=1e-5)
         if not fused:
             packed.fuse_lora()

@@ -39,7 +39,7 @@ huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 10_000  # of 10 MB: what came of
 results = {}
 
 
-def draw(pipe):
+def sample_latents(pipe):
     arguments = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
     return pipe("ab", generator=torch.Generator().manual_seed(1), **arguments).images
 
@@ -58,7 +58,7 @@ def attempt(name, call):
 PUSH = """
 config = BitsFusionConfig(target_bits=2.6)
 pipe = StableDiffusionPipeline.from_pretrained("studio/base", quantization_config=config, token=token)
-torch.save({"latents": draw(pipe), "unet": pipe.unet.state_dict()}, folder / "expected.pt")
+torch.save({"latents": sample_latents(pipe), "unet": pipe.unet.state_dict()}, folder / "expected.pt")
 pipe.push_to_hub("me/pipe", token=token)
 pipe.unet.push_to_hub("me/unet", token=token)
 for status in (401, 403, 429, 500):
@@ -76,12 +76,12 @@ attempt("model, save", lambda: pipe.unet.save_pretrained(folder / "refused", pus
 PULL = """
 expected = torch.load(folder / "expected.pt")
 pipe = StableDiffusionPipeline.from_pretrained("me/pipe", token=token)
-assert torch.equal(draw(pipe), expected["latents"])
+assert torch.equal(sample_latents(pipe), expected["latents"])
 unet = UNet2DConditionModel.from_pretrained("me/unet", token=token)
 for state in (pipe.unet.state_dict(), unet.state_dict()):
     assert state.keys() == expected["unet"].keys()
     assert all(torch.equal(state[name], tensor) for name, tensor in expected["unet"].items())
-print("drawn alike, tensor by tensor alike")
+print("sampled alike, tensor by tensor alike")
 for status in (401, 403, 429, 500):
     for kind, part in ((StableDiffusionPipeline, {}), (UNet2DConditionModel, {"subfolder": "unet"})):
         attempt(f"{kind.__name__} {status}", lambda: kind.from_pretrained(f"me/pull-{status}", token=token, **part))
@@ -186,7 +186,7 @@ def test_what_is_pushed_is_what_would_be_saved(hub, pushed):
 
 
 def test_a_fresh_process_loads_pipeline_and_model_by_name_without_arguments(pulled):
-    assert "drawn alike, tensor by tensor alike" in pulled.stdout
+    assert "sampled alike, tensor by tensor alike" in pulled.stdout
 
 
 def test_the_card_names_base_model_licence_and_the_way_to_load(hub, pushed):

@@ -1,4 +1,4 @@
-"""Quantizing while loading: every way in gives the same packed model."""
+"""Quantizing while loading: every entry gives the same packed model."""
 
 from __future__ import annotations
 
@@ -194,15 +194,15 @@ def test_packed_loads_have_the_same_codes_and_scales_in_every_dtype(packed_folde
     tensors, expected = unet.state_dict(), exact.state_dict()
     assert all(torch.equal(tensors[name], expected[name]) for name in integers)
     assert all(tensors[name].dtype == dtype for name in tensors if name not in integers)
-    twin = copy.deepcopy(unet).dequantize()
-    assert {p.dtype for p in twin.parameters()} == {dtype}
+    dequantized = copy.deepcopy(unet).dequantize()
+    assert {p.dtype for p in dequantized.parameters()} == {dtype}
     if kind == "keep" and dtype != torch.bfloat16:
-        assert torch.equal(call_unet(unet), call_unet(twin))
+        assert torch.equal(call_unet(unet), call_unet(dequantized))
     elif kind == "keep":  # in bf16 kernels of this package sum in another order than torch's
-        in_fp32, errors = copy.deepcopy(twin).float(), torch.zeros(2)
+        in_fp32, errors = copy.deepcopy(dequantized).float(), torch.zeros(2)
         for timestep in range(1, 1000, 37):  # the errors of one input scatter
             wanted = call_unet(in_fp32, timestep)
-            outputs = torch.stack([call_unet(model, timestep).float() for model in (unet, twin)])
+            outputs = torch.stack([call_unet(model, timestep).float() for model in (unet, dequantized)])
             errors += (outputs - wanted).square().flatten(1).sum(dim=1)
         assert errors[0].sqrt() <= 1.02 * errors[1].sqrt()
 
@@ -377,7 +377,7 @@ def test_a_pipeline_from_a_single_file_quantizes_the_unet_only(ldm, make_config,
     assert not packed_layers(pipe.vae)
 
 
-def test_a_pipeline_from_a_single_file_saves_reloads_and_draws(ldm, make_config, tmp_path):
+def test_a_pipeline_from_a_single_file_saves_reloads_and_samples(ldm, make_config, tmp_path):
     folder, file = ldm
     pipe = StableDiffusionPipeline.from_single_file(
         str(file), config=str(folder), local_files_only=True, quantization_config=make_config()

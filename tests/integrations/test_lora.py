@@ -1,4 +1,4 @@
-"""LoRA on packed layers, against the same adapters on the dequantized twin."""
+"""LoRA on packed layers, against the same adapters on the dequantized model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def layers(model: nn.Module, kind: type) -> list:
 
 @pytest.fixture(scope="module")
 def originals(make_config):
-    """Quantized UNets and their dequantized twins by dtype, to copy from."""
+    """Quantized UNets and their dequantized copies by dtype, to copy from."""
     packed = {d: quantize_model(tiny_unet().to(d), make_config(), progress=False) for d in DTYPES}
     return {d: (unet, copy.deepcopy(unet).dequantize()) for d, unet in packed.items()}
 
@@ -76,15 +76,15 @@ def unet(unets):
 @every_dtype
 @every_kind
 def test_an_adapter_does_what_it_does_on_the_dequantized_model(unets, call_unet, kind, dtype):
-    packed, twin = unets(dtype)
+    packed, dequantized = unets(dtype)
     bare, lora = call_unet(packed), make_lora(packed, kind)
-    for model in (packed, twin):
+    for model in (packed, dequantized):
         model.load_lora_adapter(lora, prefix=None)
-    close(call_unet(packed), call_unet(twin), TOLERANCE[dtype])
+    close(call_unet(packed), call_unet(dequantized), TOLERANCE[dtype])
     assert (call_unet(packed) - bare).float().norm() > 0.1 * bare.float().norm()
     assert layers(packed, PackedLoraLinear if kind == "linear" else PackedLoraConv2d)
     assert not [layer for layer in layers(packed, LoraLayer) if not isinstance(layer, PackedLoraLayer)]
-    assert not layers(twin, PackedLoraLayer)
+    assert not layers(dequantized, PackedLoraLayer)
     assert {a.weight.dtype for layer in layers(packed, LoraLayer) for a in layer.lora_A.values()} == {dtype}
     packed.unload_lora()
     assert torch.equal(call_unet(packed), bare)
@@ -93,11 +93,11 @@ def test_an_adapter_does_what_it_does_on_the_dequantized_model(unets, call_unet,
 @every_dtype
 def test_a_pipeline_mixes_adapters_by_their_weights(packed_folders, dtype):
     packed = StableDiffusionPipeline.from_pretrained(packed_folders["keep"], dtype=dtype)
-    twin = StableDiffusionPipeline.from_pretrained(packed_folders["keep"], dtype=dtype)
-    twin.unet.dequantize()
+    dequantized = StableDiffusionPipeline.from_pretrained(packed_folders["keep"], dtype=dtype)
+    dequantized.unet.dequantize()
     loras = {"a": make_lora(packed.unet, "linear"), "b": make_lora(packed.unet, "conv", seed=1)}
     images = []
-    for pipe in (packed, twin):
+    for pipe in (packed, dequantized):
         pipe.set_progress_bar_config(disable=True)
         for name, lora in loras.items():
             pipe.load_lora_weights({f"unet.{key}": value for key, value in lora.items()}, adapter_name=name)
@@ -197,12 +197,12 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_of_an_adapter_are_those_on_the_dequantized_model(unets, checkpointing):
-    packed, twin = with_trainable_adapter(unets())
-    for model in (packed, twin):
+    packed, dequantized = with_trainable_adapter(unets())
+    for model in (packed, dequantized):
         if checkpointing:
             model.enable_gradient_checkpointing()
         train_step(model)
-    found, expected = gradients(packed), gradients(twin)
+    found, expected = gradients(packed), gradients(dequantized)
     assert found.keys() == expected.keys() and found
     assert all(".lora_" in name for name in found)
     for name, gradient in found.items():
@@ -210,7 +210,7 @@ def test_gradients_of_an_adapter_are_those_on_the_dequantized_model(unets, check
 
 
 def test_training_lowers_the_loss_and_the_adapter_fits_the_full_model(unets, call_unet, tmp_path):
-    packed, twin = unets()
+    packed, dequantized = unets()
     packed.add_adapter(train_config())
     packed.train()
     trained = [p for p in packed.parameters() if p.requires_grad]
@@ -222,8 +222,8 @@ def test_training_lowers_the_loss_and_the_adapter_fits_the_full_model(unets, cal
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0]
     packed.save_lora_adapter(tmp_path)
-    twin.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-    close(call_unet(packed.eval()), call_unet(twin), 1e-5)
+    dequantized.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
+    close(call_unet(packed.eval()), call_unet(dequantized), 1e-5)
 
 
 # Fusing.
@@ -279,7 +279,7 @@ def test_fusing_one_adapter_of_scale_one_changes_no_bit(unets, call_unet, kind, 
     assert torch.equal(call_unet(unet), unfused)
 
 
-def test_fusing_takes_the_named_adapters_and_the_scale(unets, call_unet):
+def test_fusing_applies_to_the_named_adapters_at_the_scale(unets, call_unet):
     (unet, _), (other, _) = unets(), unets()
     for model in (unet, other):
         fuse_two(model)
@@ -364,10 +364,10 @@ def test_fusing_twice_and_unfusing_the_unfused_warn_and_change_nothing(unet, cal
 
 
 def test_merging_by_peft_alone_works_too(unets, call_unet):
-    unet, twin = unets()
+    unet, dequantized = unets()
     config = train_config(target_modules=["to_q", "conv1"], init_lora_weights=False)
     outputs = []
-    for model in (unet, twin):
+    for model in (unet, dequantized):
         torch.manual_seed(0)
         outputs.append(call_unet(get_peft_model(model, config).merge_and_unload(safe_merge=True)))
     close(*outputs, 1e-5)
@@ -419,13 +419,13 @@ def test_dequantizing_folds_the_branch_into_the_weight(unets, call_unet, tmp_pat
 
 
 def test_after_dequantizing_adapters_are_peft_s_own(unets, call_unet):
-    unet, twin = unets()
+    unet, dequantized = unets()
     unet.load_lora_adapter(make_lora(unet, "linear"), prefix=None)
     unet.fuse_lora()
     unet.dequantize()
     unet.unfuse_lora()
     unet.unload_lora()
-    close(call_unet(unet), call_unet(twin), 1e-5)
+    close(call_unet(unet), call_unet(dequantized), 1e-5)
 
 
 # Variants, and what cannot be.
@@ -433,12 +433,12 @@ def test_after_dequantizing_adapters_are_peft_s_own(unets, call_unet):
 
 @pytest.mark.parametrize("variant", ["use_rslora", "use_dora"])
 def test_variants_of_lora_do_what_they_do_on_the_dequantized_model(unets, call_unet, variant):
-    packed, twin = with_trainable_adapter(unets(), train_config(**{variant: True}))
-    for model in (packed, twin):
+    packed, dequantized = with_trainable_adapter(unets(), train_config(**{variant: True}))
+    for model in (packed, dequantized):
         train_step(model)
     for name, gradient in gradients(packed).items():
-        close(gradient, gradients(twin)[name], 1e-4)
-    close(call_unet(packed.eval()), call_unet(twin.eval()), 1e-5)
+        close(gradient, gradients(dequantized)[name], 1e-4)
+    close(call_unet(packed.eval()), call_unet(dequantized.eval()), 1e-5)
 
 
 def test_rslora_is_fused_with_its_scale(unet, call_unet):
@@ -469,7 +469,7 @@ def test_what_is_no_low_rank_addition_is_refused_before_anything_is_fused(unet, 
 
 
 @pytest.mark.filterwarnings("ignore:LoRA adapter added to ConvNd layer with groups")
-def test_a_grouped_convolution_takes_an_adapter_but_no_fusing():
+def test_a_grouped_convolution_accepts_an_adapter_but_no_fusing():
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 8, 3, groups=2)
     packed = packed_from_float(conv, 4, torch.float32)
@@ -493,25 +493,25 @@ def test_initialisations_that_rewrite_the_base_weight_are_refused(unet, init):
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_what_an_initialisation_takes_from_the_base_weight_is_a_branch(unets, call_unet, tmp_path, init):
-    unet, twin = unets()
+def test_what_an_initialisation_subtracts_from_the_base_weight_is_a_branch(unets, call_unet, tmp_path, init):
+    unet, dequantized = unets()
     bare = call_unet(unet)
     config = LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=init)
-    for model in (unet, twin):
+    for model in (unet, dequantized):
         model.add_adapter(copy.deepcopy(config))
         close(call_unet(model), bare, 1e-5)
         for layer in layers(model, LoraLayer):
             layer.lora_B["default"].weight.data *= 1.1  # a training
-    close(call_unet(unet), call_unet(twin), 1e-5)
+    close(call_unet(unet), call_unet(dequantized), 1e-5)
     unet.fuse_lora()
-    close(call_unet(unet), call_unet(twin), 1e-5)
+    close(call_unet(unet), call_unet(dequantized), 1e-5)
     with pytest.raises(ValueError, match="unmerge the other adapters first"):
         unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=init), adapter_name="second")
     unet.unfuse_lora()
-    close(call_unet(unet), call_unet(twin), 1e-5)
-    for model in (unet, twin):
+    close(call_unet(unet), call_unet(dequantized), 1e-5)
+    for model in (unet, dequantized):
         model.unload_lora()  # which leaves the rest, as PEFT does
-    close(call_unet(unet), call_unet(twin), 1e-5)
+    close(call_unet(unet), call_unet(dequantized), 1e-5)
     unet.save_pretrained(tmp_path)
     assert torch.equal(call_unet(UNet2DConditionModel.from_pretrained(tmp_path)), call_unet(unet))
 

@@ -80,17 +80,17 @@ def test_a_model_of_packed_layers_alone_has_the_dtype_of_their_weights():
 @pytest.mark.parametrize("kind", ["table", "cache", "keep"])
 def test_casting_whatever_has_one_dimension_is_harmless(call_unet, kind):
     packed = quantized(tiny_unet(), time_embedding=kind)
-    before, twin = call_unet(packed), copy.deepcopy(packed)
-    for parameter in twin.parameters():
+    before, copied = call_unet(packed), copy.deepcopy(packed)
+    for parameter in copied.parameters():
         if parameter.ndim == 1:
             assert parameter.is_floating_point()
             parameter.data = parameter.data.float()
-    assert torch.equal(call_unet(twin), before)
-    twin = copy.deepcopy(packed)
-    for parameter in twin.parameters():
+    assert torch.equal(call_unet(copied), before)
+    copied = copy.deepcopy(packed)
+    for parameter in copied.parameters():
         if parameter.ndim <= 1:
             parameter.data = parameter.data.half().float()
-    assert call_unet(twin).isfinite().all()
+    assert call_unet(copied).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["table", "cache", "keep"])

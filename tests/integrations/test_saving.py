@@ -81,7 +81,7 @@ def test_a_fresh_process_reloads_bit_for_bit_without_arguments(tmp_path, make_co
     assert result.stdout.count("equal") == len(cases)
 
 
-def test_a_reloaded_pipeline_draws_the_same_picture(packed_folders, tmp_path):
+def test_a_reloaded_pipeline_samples_the_same_image(packed_folders, tmp_path):
     arguments = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "np"}
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
     pipe.save_pretrained(tmp_path)
@@ -404,7 +404,7 @@ def test_moving_without_casting_is_allowed(packed_unet, call_unet):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_another_pipeline_takes_a_packed_model_over(source_folder, make_config, dtype):
+def test_another_pipeline_shares_a_packed_model(source_folder, make_config, dtype):
     pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=make_config(), dtype=dtype)
     pipe.to("cpu", dtype)
     image_to_image = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
@@ -491,9 +491,9 @@ def test_the_memory_footprint_shrinks(make_config):
 def test_a_deep_copy_is_a_model_of_its_own(make_config, call_unet, tmp_path, kind):
     unet = quantize_model(tiny_unet(), make_config(time_embedding=kind), progress=False)
     expected = call_unet(unet)
-    twin = copy.deepcopy(unet)
-    assert_same_tensors(twin, unet)
-    twin.dequantize()
+    dequantized = copy.deepcopy(unet)
+    assert_same_tensors(dequantized, unet)
+    dequantized.dequantize()
     assert isinstance(unet.conv_in, PackedWeight) and unet.is_quantized and hasattr(unet, "hf_quantizer")
     assert torch.equal(call_unet(unet), expected)
     unet.save_pretrained(tmp_path)

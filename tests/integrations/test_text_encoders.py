@@ -1,4 +1,4 @@
-"""Text encoders packed through transformers' own loading: saved, reloaded, equal to their dequantized twins."""
+"""Text encoders packed through transformers' own loading: saved, reloaded, equal to their dequantized copies."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_linear_layer_is_packed_and_no_embedding(encoder, packed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_packed_encoder_encodes_what_its_twin_does_and_comes_back_from_its_folder(encoder, tmp_path, dtype):
+def test_a_packed_encoder_encodes_as_dequantized_and_comes_back_from_its_folder(encoder, tmp_path, dtype):
     encoder.to(dtype).save_pretrained(tmp_path / "source")
     plain = type(encoder).from_pretrained(tmp_path / "source", dtype=dtype)
     config = BitsFusionConfig(**CONFIG)
@@ -123,7 +123,7 @@ def test_an_image_encoder_comes_back_with_what_no_file_holds(tmp_path, family):
 
 
 class OnADevice(Tensor):
-    """Like a tensor on a GPU: numpy gets it by way of the CPU only."""
+    """Like a tensor on a GPU: numpy gets it by given of the CPU only."""
 
     def numpy(self):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
@@ -142,14 +142,14 @@ def test_codes_that_were_read_onto_a_device_are_decoded(compression):
     assert all(torch.equal(decoded[f"{name}.codes"], layer.codes) for name, layer in all_packed_layers(packed).items())
 
 
-def test_a_lora_on_a_packed_encoder_is_its_twins(packed):
-    twin = copy.deepcopy(packed).dequantize()
+def test_a_lora_on_a_packed_encoder_equals_that_on_the_dequantized_one(packed):
+    dequantized = copy.deepcopy(packed).dequantize()
     plain = encode(packed)
-    for model in (packed, twin):
+    for model in (packed, dequantized):
         torch.manual_seed(2)
         model.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "q", "wi_0", "fc1"], init_lora_weights=False))
     assert any(isinstance(module, PackedLoraLayer) for module in packed.modules())
-    torch.testing.assert_close(encode(packed), encode(twin), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(encode(packed), encode(dequantized), rtol=1e-4, atol=1e-5)
     assert (encode(packed) - plain).norm() > 1e-3 * plain.norm()
 
 
@@ -185,33 +185,33 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-def draw(pipe: StableDiffusionPipeline) -> Tensor:
+def sample_latents(pipe: StableDiffusionPipeline) -> Tensor:
     pipe.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
     return pipe("ab", generator=torch.Generator().manual_seed(1), **arguments).images
 
 
-@pytest.mark.parametrize("way", ["while loading", "in memory", "mapping"])
-def test_the_whole_pipeline_shrinks(source, tmp_path, way):
+@pytest.mark.parametrize("given", ["while loading", "in memory", "mapping"])
+def test_the_whole_pipeline_shrinks(source, tmp_path, given):
     config = BitsFusionConfig(**CONFIG, components=["unet", "text_encoder"], time_embedding="keep")
-    if way == "in memory":
+    if given == "in memory":
         pipe = quantize_model(StableDiffusionPipeline.from_pretrained(source), config, progress=False)
     else:
         mapping = PipelineQuantizationConfig(
             quant_mapping={"unet": BitsFusionConfig(**CONFIG, time_embedding="keep"), "text_encoder": config}
         )
-        asked = mapping if way == "mapping" else config
+        asked = mapping if given == "mapping" else config
         pipe = StableDiffusionPipeline.from_pretrained(source, quantization_config=asked)
     assert packed_layers(pipe.unet) and packed_layers(pipe.text_encoder) and not packed_layers(pipe.vae)
     pipe.save_pretrained(tmp_path)
     again = StableDiffusionPipeline.from_pretrained(tmp_path)
-    assert torch.equal(draw(again), draw(pipe))
+    assert torch.equal(sample_latents(again), sample_latents(pipe))
     assert set(size_report(tmp_path).quantized) == {"unet", "text_encoder"}
     card = (tmp_path / "README.md").read_text()
     assert "bits_text_encoder.png" in card and (tmp_path / "bits_text_encoder.png").is_file()
     again.unet.dequantize().requires_grad_(False)
     again.text_encoder.dequantize().requires_grad_(False)
-    assert torch.equal(draw(again), draw(pipe))
+    assert torch.equal(sample_latents(again), sample_latents(pipe))
 
 
 def test_a_pipeline_of_which_only_the_text_encoder_is_packed(source, tmp_path):
@@ -220,7 +220,7 @@ def test_a_pipeline_of_which_only_the_text_encoder_is_packed(source, tmp_path):
     assert type(pipe.unet) is UNet2DConditionModel
     pipe.save_pretrained(tmp_path)
     assert "import diffusers_bitsfusion" in (tmp_path / "README.md").read_text()
-    assert torch.equal(draw(StableDiffusionPipeline.from_pretrained(tmp_path)), draw(pipe))
+    assert torch.equal(sample_latents(StableDiffusionPipeline.from_pretrained(tmp_path)), sample_latents(pipe))
 
 
 def test_by_default_the_text_encoder_is_left_alone(source):

@@ -1,4 +1,4 @@
-"""PEFT's tuners on packed layers, against the same on the dequantized twin; refusals that leave nothing behind."""
+"""PEFT's tuners on packed layers, against the same on the dequantized model; refusals that leave nothing behind."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ def packed_net() -> Net:
 
 
 def dequantized(net: Net) -> Net:
-    twin = copy.deepcopy(net)
-    for name, layer in list(twin.named_modules()):
+    dequantized = copy.deepcopy(net)
+    for name, layer in list(dequantized.named_modules()):
         if isinstance(layer, PackedWeight):
-            replace_module(twin, name, float_from_packed(layer))
-    return twin
+            replace_module(dequantized, name, float_from_packed(layer))
+    return dequantized
 
 
 TUNERS = {
@@ -112,7 +112,7 @@ def training_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 @every_tuner
-def test_outputs_and_gradients_are_those_on_the_dequantized_twin(tuner):
+def test_outputs_and_gradients_are_those_on_the_dequantized_model(tuner):
     net = packed_net()
     models = adapted(net, tuner), adapted(dequantized(packed_net()), tuner)
     outputs = []
@@ -305,20 +305,20 @@ def test_a_hot_swap_with_the_time_embedding_is_refused_and_keeps_what_was_there(
     assert set(tabled.peft_config) == {"style"}
 
 
-def test_a_pipeline_that_refuses_a_lora_draws_what_it_drew(packed_folders):
+def test_a_pipeline_that_refuses_a_lora_samples_as_before(packed_folders):
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["table"])
     pipe.set_progress_bar_config(disable=True)
 
-    def draw() -> Tensor:
+    def sample_latents() -> Tensor:
         return pipe(
             "ab", num_inference_steps=2, output_type="latent", generator=torch.Generator().manual_seed(2)
         ).images
 
-    before = draw()
+    before = sample_latents()
     with pytest.raises(ValueError, match='time_embedding="keep"'):
         pipe.load_lora_weights({f"unet.{name}": half for name, half in lcm_lora(pipe.unet).items()})
     assert pipe.get_active_adapters() == []
-    assert torch.equal(draw(), before)
+    assert torch.equal(sample_latents(), before)
 
 
 @pytest.mark.parametrize("loaded", [False, True])

@@ -254,7 +254,7 @@ class Longer(ctypes.Structure):
     _fields_ = [*DecodeArguments._fields_, ("more", ctypes.c_int64)]
 
 
-def test_a_library_that_takes_other_arguments_is_refused(fresh_library, monkeypatch, caplog):
+def test_a_library_with_other_arguments_is_refused(fresh_library, monkeypatch, caplog):
     monkeypatch.setitem(native.ARGUMENTS, "decode", Longer)
     assert native.native_library() is None
     assert (

@@ -65,7 +65,7 @@ def test_both_residents_give_the_same_bits(packed_unet, call_unet):
     assert torch.equal(call_unet(packed_unet), expected)
 
 
-def test_kept_codes_are_never_decoded_while_drawing(packed_unet, call_unet, decodes):
+def test_kept_codes_are_never_decoded_while_sampling(packed_unet, call_unet, decodes):
     set_compute(packed_unet, "int8", "int8")
     decodes.update(read=0, call=0)
     call_unet(packed_unet)
@@ -104,8 +104,8 @@ def test_saving_writes_the_packed_form_and_loading_is_exact_again(packed_unet, c
 def test_copies_keep_their_way(packed_unet, call_unet):
     set_compute(packed_unet, "int8", "int8")
     expected = call_unet(packed_unet)
-    for twin in (copy.deepcopy(packed_unet), pickle.loads(pickle.dumps(packed_unet.conv_out))):
-        assert all(layer.int8_weight is not None for layer in in_integers(nn.ModuleList([twin])).values())
+    for copied in (copy.deepcopy(packed_unet), pickle.loads(pickle.dumps(packed_unet.conv_out))):
+        assert all(layer.int8_weight is not None for layer in in_integers(nn.ModuleList([copied])).values())
     assert torch.equal(call_unet(copy.deepcopy(packed_unet)), expected)
 
 
@@ -347,14 +347,14 @@ def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
     shapes = (1, 4, 8, 8), (1, 5, 32)
     primals, tangents = (tuple(torch.randn(shape, generator=generator) for shape in shapes) for _ in range(2))
 
-    def draw(sample, states):
+    def predict(sample, states):
         with sdpa_kernel(SDPBackend.MATH):  # torch's others have no forward mode
             return packed_unet(sample, 501, states).sample
 
     set_compute(packed_unet.requires_grad_(False), "int8")
-    found = torch.func.jvp(draw, primals, tangents)
+    found = torch.func.jvp(predict, primals, tangents)
     packed_unet.dequantize()
-    torch.testing.assert_close(found, torch.func.jvp(draw, primals, tangents), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found, torch.func.jvp(predict, primals, tangents), rtol=1e-3, atol=1e-3)
 
 
 # Memory formats.
@@ -458,11 +458,11 @@ def test_impossible_settings_are_refused(packed_unet, settings):
         set_compute(packed_unet, *settings)
 
 
-def test_a_pipeline_draws_in_integers(packed_folders):
+def test_a_pipeline_samples_in_integers(packed_folders):
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["table"])
     pipe.set_progress_bar_config(disable=True)
-    draw = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
-    exact = pipe("ab", generator=torch.Generator().manual_seed(0), **draw).images
+    arguments = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "latent"}
+    exact = pipe("ab", generator=torch.Generator().manual_seed(0), **arguments).images
     set_compute(pipe.unet, "int8", "int8")
-    rounded = pipe("ab", generator=torch.Generator().manual_seed(0), **draw).images
+    rounded = pipe("ab", generator=torch.Generator().manual_seed(0), **arguments).images
     assert 0 < relative_error(rounded, exact) < 0.1

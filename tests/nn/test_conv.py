@@ -38,15 +38,15 @@ def close(found, expected, factor=1.0):
 def assert_same_layer(packed, reference, x):
     """Same output, same gradients of input and bias."""
     x = x.clone().requires_grad_()
-    twin = x.detach().clone().requires_grad_()
-    found, expected = packed(x), reference(twin)
+    x_reference = x.detach().clone().requires_grad_()
+    found, expected = packed(x), reference(x_reference)
     close(found, expected)
     with torch.no_grad():
         close(packed(x), expected)
     grad = torch.randn_like(expected)
     found.backward(grad)
     expected.backward(grad)
-    close(x.grad, twin.grad)
+    close(x.grad, x_reference.grad)
     if reference.bias is not None:
         close(packed.bias.grad, reference.bias.grad, factor=4)
 
@@ -156,10 +156,10 @@ def test_the_gradient_through_two_layers_is_right_though_they_share_a_scratch():
     first, first_float = packed_and_float(3, 8, 3, padding=1, seed=1)
     second, second_float = packed_and_float(8, 4, 3, bits=4, seed=2)
     x = torch.randn(2, 3, 7, 7, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
+    x_reference = x.detach().clone().requires_grad_()
     second(first(x).relu()).square().sum().backward()
-    second_float(first_float(twin).relu()).square().sum().backward()
-    close(x.grad, twin.grad, factor=5)
+    second_float(first_float(x_reference).relu()).square().sum().backward()
+    close(x.grad, x_reference.grad, factor=5)
 
 
 @pytest.mark.parametrize("options", [{"padding": 1}, {"padding": 1, "padding_mode": "reflect"}])
@@ -167,16 +167,16 @@ def test_the_gradient_through_two_layers_is_right_though_they_share_a_scratch():
 def test_autocast_computes_in_its_own_dtype(options, grad):
     packed, reference = packed_and_float(6, 5, 3, **options)
     x = torch.randn(2, 6, 7, 7, requires_grad=grad)
-    twin = x.detach().clone().requires_grad_(grad)
+    x_reference = x.detach().clone().requires_grad_(grad)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = packed(x), reference(twin)
+        found, expected = packed(x), reference(x_reference)
     assert found.dtype == torch.bfloat16
     close(found, expected)
     if grad:
         found.float().sum().backward()
         expected.float().sum().backward()
         assert x.grad.dtype == torch.float32
-        torch.testing.assert_close(x.grad, twin.grad, rtol=3e-2, atol=3e-2)
+        torch.testing.assert_close(x.grad, x_reference.grad, rtol=3e-2, atol=3e-2)
 
 
 def test_an_input_of_the_wrong_channels_is_refused():
@@ -186,12 +186,12 @@ def test_an_input_of_the_wrong_channels_is_refused():
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_float_twin_is_an_ordinary_layer_with_the_same_output(options):
+def test_the_dequantized_layer_is_an_ordinary_one_with_the_same_output(options):
     packed, reference = packed_and_float(6, 12, 3, **options)
-    twin = float_from_packed(packed)
-    assert type(twin) is nn.Conv2d
-    assert repr(twin) == repr(reference)
-    assert set(twin.__dict__) == set(reference.__dict__)
+    dequantized = float_from_packed(packed)
+    assert type(dequantized) is nn.Conv2d
+    assert repr(dequantized) == repr(reference)
+    assert set(dequantized.__dict__) == set(reference.__dict__)
     x = torch.randn(1, 6, 10, 10)
-    assert torch.equal(twin.weight, reference.weight)
-    close(twin(x), reference(x))
+    assert torch.equal(dequantized.weight, reference.weight)
+    close(dequantized(x), reference(x))

@@ -165,7 +165,7 @@ def test_it_refuses_to_be_written(layer, dense, write, grad):
 
 
 @pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(6, 10)), torch.zeros(6, 10), None])
-def test_the_layer_takes_no_other_weight(layer, dense, value):
+def test_the_layer_accepts_no_other_weight(layer, dense, value):
     with pytest.raises(RuntimeError, match=REFUSAL):
         layer.weight = value
     assert torch.equal(layer.weight, dense)

@@ -57,14 +57,14 @@ def test_the_output_is_that_of_the_dequantized_layer(bits, bias, dtype):
 def test_outputs_and_gradients_are_those_of_the_dequantized_layer(inputs, outputs, bits, batch, bias, seed):
     packed, reference = packed_and_float(inputs, outputs, bits, bias, seed=seed)
     x = torch.randn(*batch, inputs, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
-    found, expected = packed(x), reference(twin)
+    x_reference = x.detach().clone().requires_grad_()
+    found, expected = packed(x), reference(x_reference)
     close(found, expected)
     grad = torch.randn_like(expected)
     found.backward(grad)
     packed_bias_grad = packed.bias.grad.clone() if bias else None
     expected.backward(grad)
-    close(x.grad, twin.grad)
+    close(x.grad, x_reference.grad)
     if bias:
         close(packed_bias_grad, reference.bias.grad)
 
@@ -83,10 +83,10 @@ def test_a_single_vector_has_output_and_gradients():
 def test_gradients_in_every_dtype(dtype):
     packed, reference = packed_and_float(48, 24, dtype=dtype)
     x = torch.randn(6, 48, dtype=dtype, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
+    x_reference = x.detach().clone().requires_grad_()
     packed(x).square().sum().backward()
-    reference(twin).square().sum().backward()
-    close(x.grad, twin.grad, factor=8)
+    reference(x_reference).square().sum().backward()
+    close(x.grad, x_reference.grad, factor=8)
     close(packed.bias.grad, reference.bias.grad, factor=8)
 
 
@@ -131,10 +131,10 @@ def test_the_gradient_through_two_layers_is_right_though_they_share_a_scratch():
     first, first_float = packed_and_float(12, 20, bits=2, seed=1)
     second, second_float = packed_and_float(20, 6, bits=3, seed=2)
     x = torch.randn(4, 12, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
+    x_reference = x.detach().clone().requires_grad_()
     second(first(x).relu()).square().sum().backward()
-    second_float(first_float(twin).relu()).square().sum().backward()
-    close(x.grad, twin.grad, factor=10)
+    second_float(first_float(x_reference).relu()).square().sum().backward()
+    close(x.grad, x_reference.grad, factor=10)
 
 
 def test_a_checkpointed_layer_has_the_same_gradient():
@@ -148,16 +148,16 @@ def test_a_checkpointed_layer_has_the_same_gradient():
 def test_autocast_computes_in_its_own_dtype(grad):
     packed, reference = packed_and_float(33, 9)
     x = torch.randn(4, 33, requires_grad=grad)
-    twin = x.detach().clone().requires_grad_(grad)
+    x_reference = x.detach().clone().requires_grad_(grad)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = packed(x), reference(twin)
+        found, expected = packed(x), reference(x_reference)
     assert found.dtype == torch.bfloat16
     close(found, expected)
     if grad:
         found.float().sum().backward()
         expected.float().sum().backward()
         assert x.grad.dtype == torch.float32
-        torch.testing.assert_close(x.grad, twin.grad, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(x.grad, x_reference.grad, rtol=2e-2, atol=2e-2)
 
 
 def test_autocast_leaves_double_precision_alone_as_torch_does():
@@ -180,15 +180,15 @@ def test_an_input_of_the_wrong_width_is_refused():
 
 
 @pytest.mark.parametrize("bits", [1, 2, 5])
-def test_the_float_twin_is_an_ordinary_layer_on_the_same_weight(bits):
+def test_the_dequantized_layer_is_an_ordinary_one_on_the_same_weight(bits):
     packed, reference = packed_and_float(31, 7, bits)
-    twin = float_from_packed(packed)
-    assert type(twin) is nn.Linear
-    assert set(twin.state_dict()) == {"weight", "bias"}
-    assert torch.equal(twin.weight, reference.weight)
-    assert twin.weight.requires_grad
-    assert set(twin.__dict__) == set(nn.Linear(31, 7).__dict__)
-    assert repr(twin) == repr(nn.Linear(31, 7))
+    dequantized = float_from_packed(packed)
+    assert type(dequantized) is nn.Linear
+    assert set(dequantized.state_dict()) == {"weight", "bias"}
+    assert torch.equal(dequantized.weight, reference.weight)
+    assert dequantized.weight.requires_grad
+    assert set(dequantized.__dict__) == set(nn.Linear(31, 7).__dict__)
+    assert repr(dequantized) == repr(nn.Linear(31, 7))
 
 
 def test_the_representation_tells_sizes_and_bits():

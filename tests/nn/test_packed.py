@@ -91,7 +91,7 @@ def test_asking_for_gradients_of_the_codes_raises(kind, base, sizes):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sizes", "way"),
+    ("kind", "sizes", "instead"),
     [
         (BitsFusionLinear, (10, 6), "quantize_model"),
         (BitsFusionConv2d, (4, 6, 3), "quantize_model"),
@@ -99,8 +99,8 @@ def test_asking_for_gradients_of_the_codes_raises(kind, base, sizes):
         (QATConv2d, (4, 6, 3), "prepare_qat"),
     ],
 )
-def test_constructing_a_layer_directly_is_refused(kind, sizes, way):
-    with pytest.raises(TypeError, match=rf"{kind.__name__} has no constructor.*{way}.*{kind.__name__}.from_float"):
+def test_constructing_a_layer_directly_is_refused(kind, sizes, instead):
+    with pytest.raises(TypeError, match=rf"{kind.__name__} has no constructor.*{instead}.*{kind.__name__}.from_float"):
         kind(*sizes)
 
 
@@ -116,9 +116,11 @@ def test_the_geometry_is_copied_and_nothing_else(layer):
     layer = copy.deepcopy(layer)
     layer.note = "of somebody else"
     layer.register_forward_hook(lambda *_: None)
-    for twin in (packed_from_float(layer, 2, torch.float32), fake_quantized_from_float(layer, 2)):
-        assert repr(twin).replace(type(twin).__name__, type(layer).__name__).replace(", bits=2", "") == repr(layer)
-        assert not hasattr(twin, "note") and not twin._forward_hooks
+    for converted in (packed_from_float(layer, 2, torch.float32), fake_quantized_from_float(layer, 2)):
+        assert repr(converted).replace(type(converted).__name__, type(layer).__name__).replace(", bits=2", "") == repr(
+            layer
+        )
+        assert not hasattr(converted, "note") and not converted._forward_hooks
 
 
 @every_kind
@@ -161,14 +163,14 @@ def test_a_whole_model_decodes_each_layer_once_a_call(model, decodes):
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_a_copy_computes_the_same_and_shares_nothing(kind, base, sizes, copier):
     layer = packed_layer(base, sizes)
-    twin = copier(layer)
+    copied = copier(layer)
     x = example_input(base)
     expected = layer(x)
-    assert type(twin) is kind
-    assert torch.equal(twin(x), expected)
-    assert twin.codes.data_ptr() != layer.codes.data_ptr()
+    assert type(copied) is kind
+    assert torch.equal(copied(x), expected)
+    assert copied.codes.data_ptr() != layer.codes.data_ptr()
     layer.codes.data.zero_()
-    assert torch.equal(twin(x), expected)
+    assert torch.equal(copied(x), expected)
 
 
 @every_kind
@@ -181,12 +183,12 @@ def test_the_state_dict_carries_the_layer_to_another(kind, base, sizes):
 
 
 @every_kind
-def test_a_twin_waits_for_its_codes_on_the_meta_device_with_the_bias_of_the_layer(kind, base, sizes):
+def test_a_packed_layer_waits_for_its_codes_on_the_meta_device_with_the_bias_of_its_source(kind, base, sizes):
     layer = base(*sizes)
-    twin = packed_from_float(layer, 3, torch.float16)
-    assert twin.codes.is_meta and twin.scale.is_meta
-    assert twin.bias is layer.bias
-    assert twin.weight_shape == tuple(layer.weight.shape)
+    packed = packed_from_float(layer, 3, torch.float16)
+    assert packed.codes.is_meta and packed.scale.is_meta
+    assert packed.bias is layer.bias
+    assert packed.weight_shape == tuple(layer.weight.shape)
 
 
 @every_kind
@@ -230,10 +232,10 @@ def test_a_branch_is_an_addition_to_the_weight(base, sizes, options):
     bare, weight = packed(x), packed.weight
     down, up = random_branch(packed, 3)
     packed.extend_branch(down, up)
-    twin = float_from_packed(packed)
-    torch.testing.assert_close(twin.weight.data, weight + (up.flatten(1) @ down.flatten(1)).view_as(weight))
-    assert torch.equal(twin.weight, packed.weight)
-    found, expected = packed(x), twin(x)
+    dequantized = float_from_packed(packed)
+    torch.testing.assert_close(dequantized.weight.data, weight + (up.flatten(1) @ down.flatten(1)).view_as(weight))
+    assert torch.equal(dequantized.weight, packed.weight)
+    found, expected = packed(x), dequantized(x)
     torch.testing.assert_close(found, expected)
     grad = torch.randn_like(found)
     torch.testing.assert_close(*(torch.autograd.grad(y, x, grad)[0] for y in (found, expected)))
@@ -290,17 +292,17 @@ def test_forward_mode_is_that_of_the_float_layer(kind, base, sizes, compute, dty
     packed = packed_layer(base, sizes, dtype=dtype).to(dtype)
     packed.extend_branch(*random_branch(packed, rank))
     packed.set_compute(compute, "packed")
-    twin = float_from_packed(packed)
+    dequantized = float_from_packed(packed)
     primals = example_input(base).to(dtype), packed.bias.detach()
     tangents = tuple(torch.randn_like(primal) for primal in primals)
 
     def derivative(layer):
         return torch.func.jvp(lambda x, b: torch.func.functional_call(layer, {"bias": b}, x), primals, tangents)
 
-    torch.testing.assert_close(derivative(packed), derivative(twin))
+    torch.testing.assert_close(derivative(packed), derivative(dequantized))
 
 
-def test_forward_mode_takes_no_other_layout(monkeypatch):
+def test_forward_mode_accepts_no_other_layout(monkeypatch):
     packed = packed_layer(nn.Conv2d, (4, 6, 3))
     monkeypatch.setattr(conv, "wants_channels_last", lambda *_: True)  # as on a GPU; batched tangents have no layout
     x = example_input(nn.Conv2d)
@@ -379,11 +381,11 @@ def test_an_output_may_be_changed_in_place(kind, base, sizes, compute, bias, dim
 )
 def test_inputs_are_taken_by_the_name_that_torch_gives_them(base, sizes, make):
     layer = base(*sizes)
-    twin = make(layer, 2, torch.float32)
-    if isinstance(twin, PackedWeight):
-        pack_weight(twin, layer.weight, Rounding(iterations=2))
+    converted = make(layer, 2, torch.float32)
+    if isinstance(converted, PackedWeight):
+        pack_weight(converted, layer.weight, Rounding(iterations=2))
     x = example_input(base)
-    assert torch.equal(twin(input=x), twin(x))
+    assert torch.equal(converted(input=x), converted(x))
 
 
 # Layers that are more than they are called.

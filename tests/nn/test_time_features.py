@@ -120,7 +120,7 @@ def test_a_timestep_outside_the_table_is_refused_naming_it_and_the_range(asked):
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.float16])
-def test_the_table_takes_timesteps_of_any_dtype(dtype):
+def test_the_table_accepts_timesteps_of_any_dtype(dtype):
     table = filled_table(waves)
     found = table(torch.tensor([7, 49], dtype=dtype))
     assert found.dtype == torch.float32

@@ -322,11 +322,11 @@ FIRST_AT_1000 = {
 def test_schedulers_that_start_at_1000_start_there_with_a_table(make):
     plain = tiny_unet()
     packed = quantize_model(tiny_unet(), BitsFusionConfig(recipe=8, time_embedding="table"), progress=False)
-    twin = copy.deepcopy(packed).dequantize()
+    dequantized = copy.deepcopy(packed).dequantize()
     scheduler = make()
     scheduler.set_timesteps(1000)
     first = scheduler.timesteps[0]
     assert first == 1000
     found, expected = call(packed, first), call(plain, first)
     assert relative(found, expected) < 0.02
-    assert relative(call(twin, first), found) < 1e-3
+    assert relative(call(dequantized, first), found) < 1e-3

@@ -1,4 +1,4 @@
-"""Activations to eight bits, against the same arithmetic in numpy, by the compiled way and by plain torch."""
+"""Activations to eight bits, against the same arithmetic in numpy, by the compiled kernels and by plain torch."""
 
 import math
 
@@ -149,15 +149,15 @@ def test_bad_values_make_an_image_bad(quantize, bad):
     assert not quantize(x)[1].isfinite()
 
 
-@pytest.mark.parametrize("way", [rescale, rescale_reference])
+@pytest.mark.parametrize("kernel", [rescale, rescale_reference])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_are_scaled_by_token_and_by_output(way, bias, dtype):
+def test_sums_are_scaled_by_token_and_by_output(kernel, bias, dtype):
     generator = torch.Generator().manual_seed(3)
     sums = torch.randint(-(2**22), 2**22, (5, 37), generator=generator, dtype=torch.int32)
     token, weight = torch.rand(5, generator=generator), torch.rand(37, generator=generator)
     offset = torch.randn(37, generator=generator) if bias else None
-    found = way(sums, token, weight, offset, torch.empty(5, 37, dtype=dtype))
+    found = kernel(sums, token, weight, offset, torch.empty(5, 37, dtype=dtype))
     expected = sums.double() * weight.double() * token.double()[:, None] + (offset.double() if bias else 0)
     assert found.dtype == dtype
     tolerance = max(torch.finfo(dtype).eps, 3e-7)
@@ -166,17 +166,17 @@ def test_sums_are_scaled_by_token_and_by_output(way, bias, dtype):
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-5)
 
 
-@pytest.mark.parametrize("way", [rescale_geglu, rescale_geglu_reference])
+@pytest.mark.parametrize("kernel", [rescale_geglu, rescale_geglu_reference])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=st.integers(0, 5), half=st.integers(1, 40), seed=st.integers(0, 1000))
 @settings(deadline=None, max_examples=20)
-def test_gated_sums_are_the_product_with_the_normal_integral(way, bias, dtype, rows, half, seed):
+def test_gated_sums_are_the_product_with_the_normal_integral(kernel, bias, dtype, rows, half, seed):
     generator = torch.Generator().manual_seed(seed)
     sums = torch.randint(-(2**22), 2**22, (rows, 2 * half), generator=generator, dtype=torch.int32)
     token, weight = 1e-3 * torch.rand(rows, generator=generator), 1e-3 * torch.rand(2 * half, generator=generator)
     offset = torch.randn(2 * half, generator=generator) if bias else None
-    found = way(sums, token, weight, offset, torch.empty(rows, half, dtype=dtype))
+    found = kernel(sums, token, weight, offset, torch.empty(rows, half, dtype=dtype))
     y = sums.double() * weight.double() * token.double()[:, None] + (offset.double() if bias else 0)
     hidden, gate = y.chunk(2, dim=1)
     expected = hidden * gate * 0.5 * torch.special.erfc(-gate / 2**0.5)
@@ -186,11 +186,11 @@ def test_gated_sums_are_the_product_with_the_normal_integral(way, bias, dtype, r
     assert (error <= bound).all()
 
 
-@pytest.mark.parametrize("way", [rescale_geglu, rescale_geglu_reference])
-def test_large_gates_pass_or_stop_what_they_gate_and_bad_ones_are_bad(way):
+@pytest.mark.parametrize("kernel", [rescale_geglu, rescale_geglu_reference])
+def test_large_gates_pass_or_stop_what_they_gate_and_bad_ones_are_bad(kernel):
     sums = torch.tensor([[3, 3, 3, 3, 1000, -1000, 0, 1]], dtype=torch.int32)
     weight = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, float("nan")])
-    found = way(sums, torch.ones(1), weight, None, torch.empty(1, 4))
+    found = kernel(sums, torch.ones(1), weight, None, torch.empty(1, 4))
     assert found[0].tolist() == pytest.approx([3000.0, 0.0, 0.0, float("nan")], nan_ok=True)
 
 
@@ -202,23 +202,23 @@ def test_without_a_compiler_plain_torch_serves(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize("way", [geglu, geglu_reference])
+@pytest.mark.parametrize("kernel", [geglu, geglu_reference])
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(rows=st.integers(0, 5), half=st.integers(1, 70), seed=st.integers(0, 1000), exponent=st.integers(-3, 3))
 @settings(deadline=None, max_examples=20)
-def test_halves_are_gated_by_the_normal_integral(way, dtype, rows, half, seed, exponent):
+def test_halves_are_gated_by_the_normal_integral(kernel, dtype, rows, half, seed, exponent):
     x = (values((rows, 2 * half), seed) * 2.0**exponent).to(dtype)
-    found = way(x, torch.empty(rows, half, dtype=dtype))
+    found = kernel(x, torch.empty(rows, half, dtype=dtype))
     hidden, gate = x.double().chunk(2, dim=1)
     expected = hidden * gate * 0.5 * torch.special.erfc(-gate / 2**0.5)
     bound = 1e-6 * (hidden.abs() + 1) * (gate.abs() + 1) + torch.finfo(dtype).eps * expected.abs()
     assert ((found.double() - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("way", [geglu, geglu_reference])
+@pytest.mark.parametrize("kernel", [geglu, geglu_reference])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gates_of_bad_values_are_bad(way, dtype):
+def test_gates_of_bad_values_are_bad(kernel, dtype):
     nan, infinite = float("nan"), float("inf")
     x = torch.tensor([[1.0, nan, infinite, 2.0, nan, 1.0, 1.0, -1e30]], dtype=dtype)
-    found = way(x, torch.empty(1, 4, dtype=dtype))[0].tolist()
+    found = kernel(x, torch.empty(1, 4, dtype=dtype))[0].tolist()
     assert all(map(math.isnan, found[:2])) and found[2:] == [infinite, 0.0]

@@ -182,8 +182,8 @@ def test_any_padding_is_near_the_exact_layer_and_has_its_gradients(resident, mod
     layer = int8_conv(resident=resident, padding_mode=mode, **options)
     exact = float_from_packed(layer)
     x = torch.randn(batch, layer.in_channels, 8, 9, requires_grad=True)
-    twin = x.detach().clone().requires_grad_()
-    found, expected = layer(x), exact(twin)
+    x_reference = x.detach().clone().requires_grad_()
+    found, expected = layer(x), exact(x_reference)
     # Half a step of the inputs, over all products of an output.
     bound = (x.detach().max() - x.detach().min()) / 255 * exact.weight.detach().abs().sum((1, 2, 3))
     assert ((found - expected).abs() <= 0.51 * bound[:, None, None] + 1e-5).all()
@@ -192,7 +192,7 @@ def test_any_padding_is_near_the_exact_layer_and_has_its_gradients(resident, mod
     bias_grad = None if layer.bias is None else layer.bias.grad.clone()
     layer.zero_grad()
     expected.backward(grad)
-    torch.testing.assert_close(x.grad, twin.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(x.grad, x_reference.grad, rtol=1e-4, atol=1e-4)
     if bias_grad is not None:
         torch.testing.assert_close(bias_grad, exact.bias.grad, rtol=1e-4, atol=1e-4)
 

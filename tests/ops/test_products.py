@@ -25,9 +25,9 @@ def operands(tokens, rows, columns, bits, seed=0):
     return x, rng.integers(low, high + 1, (rows, columns), dtype=np.int8)
 
 
-def multiply(way, x, weight, *bits):
+def multiply(kernel, x, weight, *bits):
     sums = torch.full((len(x) + 1, len(weight)), 7, dtype=torch.int32)
-    found = way(torch.from_numpy(x), torch.from_numpy(weight), *bits, sums)
+    found = kernel(torch.from_numpy(x), torch.from_numpy(weight), *bits, sums)
     assert found.data_ptr() == sums.data_ptr() and torch.equal(sums[-1], torch.full_like(sums[-1], 7))
     return found.numpy()
 

@@ -123,13 +123,13 @@ def made(model, folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("recipe", "is_noise"), [(1, True), (2, True), (3, False), (5, False), (8, False)])
-def test_a_rounded_model_is_said_to_draw_noise_only_at_few_bits(tmp_path, recipe, is_noise):
+def test_a_rounded_model_is_said_to_give_noise_only_at_few_bits(tmp_path, recipe, is_noise):
     text = made(quantize_model(tiny_unet(), BitsFusionConfig(recipe=recipe), progress=False), tmp_path)
     assert "were rounded" in text and (NOISE in text) == is_noise and TRAINED not in text
     assert origin(tmp_path) == "rounded"
 
 
-def test_a_rounded_vae_draws_no_noise(source_folder, tmp_path):
+def test_a_rounded_vae_gives_no_noise(source_folder, tmp_path):
     pipe = StableDiffusionPipeline.from_pretrained(source_folder)
     text = made(quantize_model(pipe.vae, BitsFusionConfig(recipe=2), progress=False), tmp_path)
     assert "were rounded" in text and NOISE not in text

@@ -70,7 +70,7 @@ def test_workers_change_nothing(make):
     assert_equal(next_batches(make(Sharing(2), num_workers=1), 2), next_batches(make(Sharing(2)), 2))
 
 
-def test_an_epoch_takes_every_sample_once_in_a_new_order():
+def test_an_epoch_has_every_sample_once_in_a_new_order():
     epochs = [[sample_at(5, epoch * 50 + place, 50) for place in range(50)] for epoch in range(3)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]

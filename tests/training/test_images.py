@@ -121,7 +121,7 @@ def test_pixels_are_cut_scaled_and_mirrored(tmp_path):
     assert len(crops) > 1
 
 
-def test_one_of_several_captions_is_drawn():
+def test_one_of_several_captions_is_sampled():
     source = DatasetImages(a_dataset(text=[["x", "y"]] * 4 + [None]))
     images = TrainingImages(source, 8)
     assert {images.load(0, generator(seed))["caption"] for seed in range(20)} == {"x", "y"}

@@ -176,7 +176,7 @@ def test_the_average_is_validated_and_given_back(make_loop):
     assert torch.equal(loop.finish().conv_in.weight, seen[4])
 
 
-def test_stage_two_takes_the_averaged_weights(make_loop):
+def test_stage_two_starts_from_the_averaged_weights(make_loop):
     loop = make_loop(steps=2)
     loop.train()
     fresh = make_loop("other").student
@@ -292,15 +292,15 @@ def test_a_step_costs_its_share_of_the_sampling(make_loop, monkeypatch):
     loop, clock = make_loop(accumulation=2), [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
 
-    def takes(seconds, function):
+    def delayed(seconds, function):
         def call(*args):
             clock[0] += seconds
             return function(*args)
 
         return call
 
-    loop.batches.start = takes(30, loop.batches.start)
-    loop.objective = takes(2, loop.objective)
+    loop.batches.start = delayed(30, loop.batches.start)
+    loop.objective = delayed(2, loop.objective)
     cost = estimate(loop, {})
     assert cost.seconds_per_step == 2 * 2 + 30 / 3  # two forward passes; a set serves three steps
 

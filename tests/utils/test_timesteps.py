@@ -16,10 +16,10 @@ def test_beta_is_the_power_of_a_uniform_number(alpha):
 
 
 def test_beta_has_the_moments_of_numpys():
-    drawn = TimestepDistribution.beta(1000).timesteps(UNIFORM).double() / 1000
+    timesteps = TimestepDistribution.beta(1000).timesteps(UNIFORM).double() / 1000
     reference = np.random.default_rng(0).beta(3, 1, 20_000)
-    assert float(drawn.mean()) == pytest.approx(reference.mean(), abs=0.005)
-    assert float(drawn.std()) == pytest.approx(reference.std(), abs=0.005)
+    assert float(timesteps.mean()) == pytest.approx(reference.mean(), abs=0.005)
+    assert float(timesteps.std()) == pytest.approx(reference.std(), abs=0.005)
 
 
 def test_uniform_and_its_ends():
