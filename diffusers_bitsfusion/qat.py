@@ -20,10 +20,13 @@ from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish
 from .nn.conversion import packed_from_float, replace_module
 from .nn.fake_quantized import QATConv2d, QATLinear, fake_quantized_from_float
+from .ops.dispatch import check_device
 from .packing.packer import install_time_features
 from .packing.plan import Plan, make_plan
+from .utils.finite import refuse_not_finite
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
+from .utils.undo import unchanged_on_error
 
 
 @dataclass
@@ -73,22 +76,26 @@ def prepare_qat(
 
     Raises:
         ValueError: the model is quantized, prepared or offloaded already, holds NaN or infinite weights, or does not
-            suit the config; `layers` names a layer that the config does not quantize; calibration is requested, and
-            the object is not a pipeline that accepts prompts and has one model to train, or the calibration is to
-            tune, which training does itself.
+            suit the config; `layers` names a layer that the config does not quantize; the config asks for integers
+            that this machine cannot compute with; calibration is requested, and the object is not a pipeline that
+            accepts prompts and has one model to train, or the calibration is to tune, which training does itself.
+            After an error or an interruption the model is as it was.
     """
     config = copy.deepcopy(config or BitsFusionConfig())
     settings = Calibration.of(config.calibration if calibration is None else calibration)
     if settings is None:
-        return _prepare(model, config, _plan(model, config, layers))
+        plan = _plan(model, config, layers)
+        with unchanged_on_error(model):
+            return _prepare(model, config, plan)
     check_pipeline(model)
     component = _only_component(model, config)
     if settings.tuning_steps:
         raise ValueError("tuning_steps of the calibration tune a packed model; training trains more. Leave them 0.")
     config.calibration = settings.summary()
     plan = _plan(component, config, layers)
-    calibrated = calibrate(model, component, plan.bits, settings, config.rounding)
-    start_calibrated(_prepare(component, config, plan), calibrated)
+    with unchanged_on_error(component):
+        calibrated = calibrate(model, component, plan.bits, settings, config.rounding)
+        start_calibrated(_prepare(component, config, plan), calibrated)
     return model
 
 
@@ -117,6 +124,8 @@ def _only_component(pipeline: DiffusionPipeline, config: BitsFusionConfig) -> Mo
 
 def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | None) -> Plan:
     refuse_dispatched(model, "prepare")
+    refuse_not_finite(model, "quantize")
+    check_device(config.compute, model.device)  # `convert` would refuse it after the training.
     plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
     if layers is not None:
         plan.bits = _selected(plan.bits, layers)
@@ -154,13 +163,18 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
         The same object, as `quantize_model` returns it: it can be saved, reloaded, dequantized.
 
     Raises:
-        ValueError: the model was not prepared, is offloaded, or holds NaN or infinite values.
+        ValueError: the model was not prepared, is offloaded, or holds NaN or infinite values. After an error or an
+            interruption the model is as it was.
     """
     if not hasattr(model, "qat_state"):
         raise ValueError(f"This {type(model).__name__} is not in training. Call `prepare_qat()` on it first.")
     refuse_dispatched(model, "convert")
-    _refuse_not_finite(model)
-    dtype = dtype or model.dtype
+    refuse_not_finite(model, "convert")
+    with unchanged_on_error(model):
+        return _convert(model, dtype or model.dtype)
+
+
+def _convert(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     config, plan = model.qat_state.config, model.qat_state.plan
     schema = plan.schema(model, config)
     for name, layer in qat_layers(model).items():
@@ -176,12 +190,6 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
     quantizer.trained = True
     finish(model, quantizer, resolved, dtype)
     return model.requires_grad_(False)
-
-
-def _refuse_not_finite(model: ModelMixin) -> None:
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ValueError(f"Cannot convert: {name} holds NaN or infinite values.")
 
 
 def _cast_floats(model: ModelMixin, dtype: torch.dtype) -> None:

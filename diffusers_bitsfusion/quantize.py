@@ -19,10 +19,13 @@ from .config.calibration import Calibration
 from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
+from .ops.dispatch import check_device
 from .packing.packer import ModelPacker
 from .packing.plan import check_excluded
+from .utils.finite import refuse_not_finite
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
+from .utils.undo import unchanged_on_error
 
 
 @torch.no_grad()
@@ -48,8 +51,9 @@ def quantize_model(
 
     Raises:
         ValueError: the model is quantized already or offloaded, holds NaN or infinite weights, or does not suit the
-            config; calibration is requested, and the object is not a pipeline that accepts prompts. A model that
-            failed half way is not usable; one whose calibration failed or was interrupted is unchanged.
+            config; the config asks for integers that this machine cannot compute with; or calibration is requested,
+            and the object is not a pipeline that accepts prompts. After an error or an interruption all models are
+            as they were.
     """
     config = config or BitsFusionConfig()
     settings = Calibration.of(config.calibration if calibration is None else calibration)
@@ -57,13 +61,17 @@ def quantize_model(
         check_pipeline(model, tunes=settings.tuning_steps > 0)
     if not isinstance(model, DiffusionPipeline):
         _check_kind(model, "this")
-        return _quantize(model, config, progress)
+        _check_values(model, config)
+        with unchanged_on_error(model):
+            return _quantize(model, config, progress)
     components = _requested_components(model, config)
     for name, component in components.items():
         _check_kind(component, name)
+        _check_values(component, config)
     check_excluded(list(components.values()), config)
-    for name, component in components.items():
-        _quantize(component, config, progress, model, _for_component(settings, name))
+    with unchanged_on_error(*components.values()):
+        for name, component in components.items():
+            _quantize(component, config, progress, model, _for_component(settings, name))
     return model
 
 
@@ -128,6 +136,18 @@ def _check_kind(model: Any, name: str) -> None:
             f"Cannot quantize {name}: {type(model).__name__} is no single model of diffusers or transformers. "
             "Quantize its parts by `quantize_model(part)`, each on its own."
         )
+
+
+def _check_values(model: ModelMixin | PreTrainedModel, config: BitsFusionConfig) -> None:
+    """Refuse, before hours of calibration, what would be refused after them.
+
+    Raises:
+        ValueError: a parameter holds NaN or infinite values, or the model's device has no integer arithmetic and
+            `config.compute` asks for it.
+    """
+    refuse_not_finite(model, "quantize")
+    if isinstance(model, ModelMixin):
+        check_device(config.compute, model.device)
 
 
 def _for_component(calibration: Calibration | None, name: str) -> Calibration | None:

@@ -19,7 +19,7 @@ from ..utils.private_names import DIFFUSERS_UPLOAD, PEFT_MERGE, PEFT_NEW_MODULE,
 from .diffusers_quantizer import BitsFusionQuantizer
 from .peft_checks import wrap_fuse_lora, wrap_inject_adapter, wrap_merge
 from .peft_lora import wrap_create_new_module
-from .saving_pipelines import wrap_from_pipe, wrap_push_to_hub, wrap_save_pretrained, wrap_upload_folder
+from .saving_pipelines import wrap_from_pipe, wrap_push_to_hub, wrap_save_pretrained, wrap_to, wrap_upload_folder
 from .transformers_quantizer import BitsFusionTextQuantizer
 
 logger = logging.get_logger(__name__)
@@ -42,6 +42,7 @@ def register() -> None:
     DiffusionPipeline.save_pretrained = wrap_save_pretrained(DiffusionPipeline.save_pretrained)
     DiffusionPipeline.push_to_hub = wrap_push_to_hub(DiffusionPipeline.push_to_hub)
     DiffusionPipeline.from_pipe = classmethod(wrap_from_pipe(DiffusionPipeline.from_pipe.__func__))
+    DiffusionPipeline.to = wrap_to(DiffusionPipeline.to)
     LoraBaseMixin.fuse_lora = wrap_fuse_lora(LoraBaseMixin.fuse_lora)
     BaseTuner.inject_adapter = wrap_inject_adapter(BaseTuner.inject_adapter)
     BaseTuner.merge_adapter = wrap_merge(BaseTuner.merge_adapter)

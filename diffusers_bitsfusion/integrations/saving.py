@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import PackedWeight, TimeFeatures
 from ..nn.compute import packed_layers
 from ..nn.packed import refuse_gradients
+from ..ops.dispatch import check_device
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
@@ -142,6 +143,19 @@ class QuantizedModelMixin(_Base):
         if "dtype" in kwargs and kwargs["dtype"] in (None, self.dtype):
             del kwargs["dtype"]
         return super().to(*(None if argument is self.dtype else argument for argument in args), **kwargs)
+
+    def check_device(self, device: torch.device | str | int) -> None:
+        """Refuse a device that cannot compute as the layers were told to.
+
+        Raises:
+            ValueError: the layers compute in integers, which the device cannot.
+        """
+        for layer in packed_layers(self).values():
+            check_device(layer.compute, torch.device(device))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.check_device(fn(torch.empty(0, device=self.device)).device)  # The first layer would be moved before.
+        return super()._apply(fn, recurse)
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:
         """Load as UNets do, which end by casting the model to its own dtype, and cast the added modules alone."""

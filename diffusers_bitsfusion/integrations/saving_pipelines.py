@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config.bitsfusion import BitsFusionConfig
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hub import explaining_refusals
@@ -18,6 +20,11 @@ from .save_then_upload import (
     save_even_if_refused,
     upload_or_defer,
 )
+from .saving import QuantizedModelMixin
+
+
+def _quantized_models(pipeline: Any) -> list[QuantizedModelMixin]:
+    return [part for part in pipeline.components.values() if isinstance(part, QuantizedModelMixin)]
 
 
 def _holds_quantized_model(pipeline: Any) -> bool:
@@ -81,6 +88,23 @@ def wrap_upload_folder(original: Callable[..., Any]) -> Callable[..., Any]:
         return upload_or_defer(send, working_dir)
 
     return upload_folder
+
+
+def wrap_to(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `DiffusionPipeline.to`, so that what a packed model refuses is refused before another model is changed."""
+
+    @functools.wraps(original)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        requested = [*args, kwargs.get("device"), kwargs.get("dtype")]
+        for model in _quantized_models(self):
+            for value in requested:
+                if isinstance(value, torch.dtype):
+                    model.to(dtype=value)  # It raises, or changes nothing: only the model's own is accepted.
+                elif value is not None:
+                    model.check_device(value)
+        return original(self, *args, **kwargs)
+
+    return to
 
 
 def wrap_from_pipe(original: Callable[..., Any]) -> Callable[..., Any]:

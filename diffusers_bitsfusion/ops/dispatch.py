@@ -198,9 +198,7 @@ def select_for_layer(
     if compute != "int8":
         reason = 'compute="auto" uses exact' if compute == "auto" else 'compute="exact"'
         return KernelSelection("exact", _decoding(device, linear), reason)
-    obstacle = why_no_int8(device)
-    if obstacle is not None:
-        raise ValueError(f'compute="int8" is not possible here: {obstacle}. Use compute="exact".')
+    check_device(compute, device)
     if sensitive:
         return KernelSelection(
             "exact", _decoding(device, linear), "its input is not normalised: eight bits are too few for it"
@@ -212,6 +210,20 @@ def select_for_layer(
     if device.type == "meta":
         raise ValueError('resident="int8" keeps all weights in memory, but the model is offloaded. Use "packed".')
     return KernelSelection("int8", "int8 codes kept in memory", 'compute="int8", resident="int8"')
+
+
+def check_device(compute: str, device: torch.device) -> None:
+    """Refuse what no layer can do on a device.
+
+    Args:
+        compute: one of `COMPUTES`.
+        device: device of a model.
+
+    Raises:
+        ValueError: integers are asked for, and the device has no integer arithmetic.
+    """
+    if compute == "int8" and (obstacle := why_no_int8(device)) is not None:
+        raise ValueError(f'compute="int8" is not possible here: {obstacle}. Use compute="exact".')
 
 
 def _why_slow_integers(bits: int, device: torch.device, linear: bool) -> str | None:

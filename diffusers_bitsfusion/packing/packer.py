@@ -20,6 +20,7 @@ from ..nn.conversion import pack_weight, packed_from_float, replace_module
 from ..nn.time_features import TimeFeatureCache
 from ..nn.time_path import empty_lookup, install
 from ..utils.errors import printable
+from ..utils.finite import refuse_not_finite
 from .plan import Plan, make_plan
 
 # Floating dtypes that layers of torch compute in; fp8, for example, only stores.
@@ -127,9 +128,7 @@ class ModelPacker:
         Raises:
             ValueError: a parameter that was not quantized holds NaN or infinite values.
         """
-        for name, parameter in self.model.named_parameters():
-            if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
-                raise ValueError(f"Cannot quantize: {name} holds NaN or infinite values.")
+        refuse_not_finite(self.model, "quantize")
         self._bar.close()
         return self._config.resolved(self.schema, calibration)
 
