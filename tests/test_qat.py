@@ -141,7 +141,7 @@ def test_bad_input(make_config):
         prepare_qat(quantize_model(tiny_unet(), make_config(), progress=False), make_config())
     broken = tiny_unet()
     broken.conv_out.weight.data[0, 0] = torch.inf
-    with pytest.raises(ValueError, match=r"Cannot quantize conv_out.weight: output channel 0"):
+    with pytest.raises(ValueError, match=r"Cannot quantize: conv_out.weight holds NaN"):
         prepare_qat(broken, make_config())
     prepared.conv_norm_out.bias.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"Cannot convert: conv_norm_out.bias holds NaN"):

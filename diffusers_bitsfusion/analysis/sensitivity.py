@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.image_distances import require_image_metrics
 from ..utils.fingerprints import hash_of_settings, hash_of_weights
-from ..utils.processes import process_state
+from ..utils.processes import failing_together, process_state
 from . import estimates, single_layer
 from .header import Header, Item
 from .journal import Journal, finish, open_journal, read_manifest, read_records
@@ -70,6 +70,7 @@ METHODS = {
 }
 
 
+@failing_together()
 def analyze(
     source: str | os.PathLike[str],
     out: str | os.PathLike[str],

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..codec.rounding import Rounding
 from ..config.calibration import Calibration
 from ..utils.fingerprints import hash_of_sums
-from ..utils.processes import process_state
+from ..utils.processes import failing_together, process_state
 from .calls import Call
 from .denoising import Denoising
 from .folder import CalibrationFolder, TuningFolder, using_alone
@@ -32,6 +32,7 @@ _SAVE_EVERY = 120.0
 _SAVE_SHARE = 0.1
 
 
+@failing_together()
 def calibrate(
     pipeline: DiffusionPipeline,
     model: ModelMixin,
@@ -103,6 +104,7 @@ def _calibrate(
     return _of_all_processes(done)
 
 
+@failing_together()
 def record_calls(
     pipeline: DiffusionPipeline,
     model: ModelMixin,
@@ -153,6 +155,7 @@ def _record_batches(
     return own
 
 
+@failing_together()
 def tune_packed(
     model: ModelMixin,
     calls: list[Call],

@@ -92,5 +92,8 @@ TORCH_PADDING = PrivateName(
 )
 TORCH_VNNI = PrivateName("torch.cpu", "_is_vnni_supported", 'compute="int8" on a CPU')
 TORCH_AMX = PrivateName("torch.cpu", "_is_amx_tile_supported", "attention by bf16 dot products")
+TORCH_STORE = PrivateName(
+    "torch.distributed.distributed_c10d", "_get_default_store", "telling other processes of an error"
+)
 TORCH_EXTENSION = PrivateName("torch", "_C", "compiled loops on several threads")
 TORCH_FORWARD_LEVEL = PrivateName("torch.autograd.forward_ad", "_current_level", "forward-mode differentiation")

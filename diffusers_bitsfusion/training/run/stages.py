@@ -23,6 +23,7 @@ from ...qat import convert
 from ...reporting.model_card import add_section
 from ...reporting.size_report import size_report
 from ...utils.hub import explaining_refusals
+from ...utils.processes import failing_together
 from ...utils.timesteps import TimestepDistribution
 from ..batches import Batches, Sharing
 from ..checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights, read_settings
@@ -57,6 +58,7 @@ def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
 class Training:
     """A run by the arguments of the command line: the teacher's pipeline, the student, and the stages of training."""
 
+    @failing_together()
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output_dir)
         self.accelerator = Accelerator(
@@ -86,6 +88,7 @@ class Training:
             self.images = open_training_images(args, self.teacher)
         self.validation = Validation.from_args(args, self.teacher, self.accelerator)
 
+    @failing_together()
     def run(self) -> None:
         """Run all stages, then save the packed pipeline."""
         args = self.args
