@@ -15,13 +15,11 @@ from ..codec.checksums import checksums_metadata, verify_files
 from ..codec.schema import TimeFeaturesSchema
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..config.bitsfusion import BitsFusionConfig
-from ..nn.attention import restore_attention
+from ..nn.compute import undo_fusions
 from ..nn.conversion import float_from_packed, replace_module
-from ..nn.feed_forward import set_geglu
 from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures
 from ..nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
-from ..nn.transformer import set_channels_last
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..utils.hooks import refuse_dispatched
 from ..utils.private_names import ACCELERATE_HOOK
@@ -231,9 +229,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             restore(model, dtype)  # It comes first, since it may refuse, and then nothing has changed.
         for name, module in packed:
             replace_module(model, name, float_from_packed(module))
-        restore_attention(model)
-        set_geglu(model, fused=False)
-        set_channels_last(model, False)
+        undo_fusions(model)
         as_plain_model(model)
         del model.quantization_method
         return model

@@ -6,7 +6,7 @@ from torch import nn
 
 from ..ops.dispatch import check_settings
 from . import PackedWeight
-from .attention import set_attention
+from .attention import restore_attention, set_attention
 from .feed_forward import set_geglu
 from .transformer import set_channels_last
 
@@ -52,6 +52,13 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None:
         config.compute, config.resident = compute, resident
+
+
+def undo_fusions(model: nn.Module) -> None:
+    """Give every module that `set_compute` made compute several operations in one its own class back."""
+    restore_attention(model)
+    set_geglu(model, fused=False)
+    set_channels_last(model, False)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
