@@ -14,7 +14,7 @@ from .entropy import compress, decompress
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
 from .schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, branch_shapes
-from .time_table import decode_table, encode_table
+from .time_table import decode_table, encode_table, pack_table, unpack_rows
 from .values import check_values
 
 
@@ -33,7 +33,9 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
     for key in _float_bits(schema):
         encoded[key] = encoded[key].view(-1)
     if schema.time_features.kind == "table":
-        encoded["time_proj.codes"] = encode_table(encoded["time_proj.codes"].cpu())
+        packed, high_bits = encoded["time_proj.codes"].cpu(), encoded.pop("time_proj.high_bits").cpu()
+        codes = unpack_rows(packed, high_bits, torch.arange(len(packed)))
+        encoded["time_proj.codes"] = encode_table(codes)
     return encoded
 
 
@@ -76,9 +78,10 @@ def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> 
     if time.kind == "table" and "time_proj.codes" in decoded:
         frame = _frame("time_proj.codes", decoded["time_proj.codes"])
         try:
-            decoded["time_proj.codes"] = decode_table(frame, time.num_timesteps + 2, time.num_features)
+            codes = decode_table(frame, time.num_timesteps + 2, time.num_features)
         except ValueError as error:
             raise ValueError(f"time_proj.codes {error}.") from error
+        decoded["time_proj.codes"], decoded["time_proj.high_bits"] = pack_table(codes)
 
 
 def _check_time_features(state_dict: Mapping[str, Tensor], time: TimeFeaturesSchema) -> None:

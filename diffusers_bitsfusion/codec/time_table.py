@@ -1,6 +1,8 @@
-"""Time features over all training timesteps as small integers, and their coding in the file (docs/FORMAT.md).
+"""Time features over all training timesteps as small integers: coded in the file (docs/FORMAT.md), packed in memory.
 
-Features are smooth along time: third differences of their codes are near zero and entropy-code well.
+Features are smooth along time: third differences of their codes are near zero and entropy-code well. In memory any row
+must be read alone, on any device: there the low byte of each code is kept, and of every third row two bits more. A
+code in between is the one of its low byte that is nearest to the line between the rows around it that are known.
 """
 
 from __future__ import annotations
@@ -16,6 +18,10 @@ from .entropy import compress, decompress
 _RELATIVE_ERROR = 0.0044
 
 _DIFFERENCES = 3
+
+# Of every so many rows, and of the last, the codes are known in ten bits.
+_ANCHOR_DISTANCE = 3
+_LARGEST_ANCHOR = 511
 
 
 def quantize_table(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,6 +69,75 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
         difference = ((zigzag >> 1) & 0x7FFF) ^ -(zigzag & 1)
         codes[t] = third.add_(second.add_(first.add_(difference)))  # sums wrap around, as the differences do
     return codes
+
+
+def high_bits_rows(timesteps: int) -> int:
+    """Rows of the high bits of a table of so many rows, four anchors a byte."""
+    return math.ceil(_anchors(timesteps) / 4)
+
+
+def pack_table(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack codes into 8.67 bits each, where they are smooth enough for that.
+
+    Args:
+        codes: int16 [timesteps, features].
+
+    Returns:
+        The low bytes of all codes, uint8 [timesteps, features], and the high bits of the anchors, uint8
+        [high_bits_rows(timesteps), features]. Where they would not give back the codes, the codes themselves, int16,
+        and zeros.
+    """
+    timesteps, features = codes.shape
+    low = torch.empty(timesteps, features, dtype=torch.uint8, device=codes.device)
+    high = torch.zeros(high_bits_rows(timesteps), features, dtype=torch.uint8, device=codes.device)
+    rows = torch.arange(timesteps, device=codes.device)
+    for part in _column_parts(features):
+        exact = codes[:, part].to(torch.int32)
+        low[:, part] = exact & 255
+        bits = torch.zeros(4 * len(high), exact.shape[1], dtype=torch.int32, device=codes.device)
+        bits[: _anchors(timesteps)] = (exact[_anchor_rows(timesteps, codes.device)] >> 8) & 3
+        bits = bits.view(len(high), 4, -1)
+        high[:, part] = bits[:, 0] | bits[:, 1] << 2 | bits[:, 2] << 4 | bits[:, 3] << 6
+        if not torch.equal(unpack_rows(low[:, part], high[:, part], rows), exact):
+            return codes, torch.zeros_like(high)
+    return low, high
+
+
+def unpack_rows(codes: Tensor, high_bits: Tensor, rows: Tensor) -> Tensor:
+    """Return rows of what `pack_table` packed.
+
+    Args:
+        codes: uint8 or int16 [timesteps, features].
+        high_bits: uint8 [high_bits_rows(timesteps), features].
+        rows: int64 [...], each in 0 ... timesteps - 1.
+
+    Returns:
+        The codes, int32 [..., features].
+    """
+    if codes.dtype == torch.int16:
+        return codes[rows].to(torch.int32)
+    timesteps = codes.shape[0]
+    last = timesteps - 1
+    anchor = rows.div(_ANCHOR_DISTANCE, rounding_mode="floor")
+    before, after = anchor * _ANCHOR_DISTANCE, ((anchor + 1) * _ANCHOR_DISTANCE).clamp(max=last)
+
+    def known(number: Tensor, row: Tensor) -> Tensor:
+        bits = high_bits[number.div(4, rounding_mode="floor")].to(torch.int32) >> (2 * (number % 4)).unsqueeze(-1)
+        return ((codes[row].to(torch.int32) | (bits & 3) << 8) ^ (_LARGEST_ANCHOR + 1)) - (_LARGEST_ANCHOR + 1)
+
+    start, end = known(anchor, before), known((anchor + 1).clamp(max=_anchors(timesteps) - 1), after)
+    step, distance = (rows - before).unsqueeze(-1), (after - before).clamp(min=1).unsqueeze(-1)
+    line = start + ((end - start) * step).div(distance, rounding_mode="floor")
+    return (line + ((codes[rows].to(torch.int32) - line + 128) & 255) - 128).to(torch.int32)
+
+
+def _anchors(timesteps: int) -> int:
+    return math.ceil((timesteps - 1) / _ANCHOR_DISTANCE) + 1
+
+
+def _anchor_rows(timesteps: int, device: torch.device) -> Tensor:
+    """Row of each anchor, the last row among them."""
+    return (torch.arange(_anchors(timesteps), device=device) * _ANCHOR_DISTANCE).clamp(max=timesteps - 1)
 
 
 def _column_parts(columns: int) -> list[slice]:

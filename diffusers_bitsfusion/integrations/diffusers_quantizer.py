@@ -18,7 +18,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..nn.compute import undo_fusions
 from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
-from ..nn.time_features import TimeFeatures
+from ..nn.time_features import TimeFeatures, TimeFeatureTable
 from ..nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..utils.hooks import refuse_dispatched
@@ -41,6 +41,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         self._packer: ModelPacker | None = None
         self._keep_float = False
         self._files: list[Path] = []
+        self._table: TimeFeatureTable | None = None
         # `qat.convert` sets it for the model card; the config of a checkpoint does not hold it.
         self.trained = False
 
@@ -129,7 +130,9 @@ class BitsFusionQuantizer(DiffusersQuantizer):
                 f"{why_not_cacheable(model) or 'its blocks have other sizes'}."
             )
         with torch.device("meta"):
-            install(model, empty_lookup(time), path.sizes)
+            lookup = empty_lookup(time)
+        install(model, lookup, path.sizes)
+        self._table = lookup if isinstance(lookup, TimeFeatureTable) else None
 
     # While loading.
 
@@ -147,7 +150,10 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         """Decode the tensors of a file when diffusers has read it."""
         if self._keep_float or not self.pre_quantized or not self.quantization_config.is_resolved:
             return state_dict
-        return decode_state_dict(state_dict, self.quantization_config.schema)
+        decoded = decode_state_dict(state_dict, self.quantization_config.schema)
+        if self._table is not None and "time_proj.codes" in decoded:
+            self._table.expect(decoded["time_proj.codes"].dtype)
+        return decoded
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
         """Refuse an incomplete checkpoint when diffusers has compared its keys with the model's.
@@ -155,6 +161,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: tensors are missing.
         """
+        # No file has it: it is made of the table's codes, when they are decoded.
+        missing_keys = [name for name in missing_keys if name != "time_proj.high_bits"]
         if missing_keys and not self._keep_float:
             raise_missing(model, missing_keys)
         return missing_keys
@@ -202,6 +210,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         if missing:
             raise_missing(model, missing)
         config = self.quantization_config
+        self._table = None
         if self._packer is not None:
             config = self._packer.finish()
             self._packer = None

@@ -6,9 +6,12 @@ all blocks' F side by side, `time_embedding` passes it on, and each `time_emb_pr
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from ..codec.time_table import high_bits_rows, pack_table, unpack_rows
 from .packed import float_bits
 
 
@@ -68,14 +71,20 @@ class TimeFeatureTable(TimeFeatures):
     an offset of 1.
 
     Attributes:
-        codes (`nn.Parameter`): int16 [num_timesteps + 2, features]; row i is timestep i - 1.
+        codes (`nn.Parameter`): [num_timesteps + 2, features], row i is timestep i - 1: uint8, the codes' low bytes, or
+            int16, the codes themselves, where they are not smooth.
+        high_bits (`nn.Parameter`): uint8 [high_bits_rows(num_timesteps + 2), features]; see `codec.time_table`.
         scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
     """
 
     def __init__(self, num_timesteps: int, features: int) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
-        self.codes = nn.Parameter(torch.empty(num_timesteps + 2, features, dtype=torch.int16), requires_grad=False)
+        rows = num_timesteps + 2
+        self.codes = nn.Parameter(torch.zeros(rows, features, dtype=torch.uint8), requires_grad=False)
+        self.high_bits = nn.Parameter(
+            torch.zeros(high_bits_rows(rows), features, dtype=torch.uint8), requires_grad=False
+        )
         self.scale = float_bits(torch.empty(features))
 
     @property
@@ -91,13 +100,33 @@ class TimeFeatureTable(TimeFeatures):
     def set_codes(self, codes: Tensor, scale: Tensor, start: int = 0) -> None:
         """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
         part = slice(start, start + len(scale))
-        self.codes[:, part] = codes
+        low, high = pack_table(codes)
+        if low.dtype != self.codes.dtype:  # one part that is not smooth has all parts kept whole
+            self.codes = nn.Parameter(self._unpack(self._all_rows).to(torch.int16), requires_grad=False)
+            low = codes
+        self.codes[:, part], self.high_bits[:, part] = low, high
         self._scale[part] = scale
+
+    def expect(self, dtype: torch.dtype) -> None:
+        """Make room for codes of `dtype`, which loaders would cast to that of the parameter."""
+        if dtype != self.codes.dtype:
+            self.codes = nn.Parameter(torch.empty_like(self.codes, dtype=dtype), requires_grad=False)
+
+    @property
+    def _all_rows(self) -> Tensor:
+        return torch.arange(self.num_timesteps + 2, device=self.codes.device)
+
+    def _unpack(self, rows: Tensor) -> Tensor:
+        return unpack_rows(self.codes, self.high_bits, rows)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}codes" in state_dict:
+            self.expect(state_dict[f"{prefix}codes"].dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps."""
-        rows = slice(1, None)
-        return self.rows[rows].float(), self.codes[rows].float() * self._scale
+        return self.rows[1:].float(), self._unpack(self._all_rows[1:]).float() * self._scale
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return the features of `timesteps` [batch], or of the block."""
@@ -106,22 +135,36 @@ class TimeFeatureTable(TimeFeatures):
         self._require(
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
-        # Lagrange's cubic through the rows at -1, 0, 1 and 2 from the whole step, or near the end from an earlier one,
-        # where there are such rows; exact on whole steps.
-        whole = t.floor().clamp(max=last - 2)
-        f = (t - whole).unsqueeze(1)
-        weights = torch.stack(
-            [
-                -f * (f - 1) * (f - 2) / 6,
-                (f + 1) * (f - 1) * (f - 2) / 2,
-                -(f + 1) * f * (f - 2) / 2,
-                (f + 1) * f * (f - 1) / 6,
-            ],
-            dim=1,
-        )
-        neighbours = whole.to(torch.int64).unsqueeze(1) + torch.arange(4, device=t.device)
-        rows = self.codes[neighbours.clamp(0, self.num_timesteps + 1)]
-        return (rows * weights).sum(dim=1) * self._scale
+        rows, weights = cubic_weights(t, last)
+        return (self._unpack(rows) * weights).sum(dim=1) * self._scale
+
+
+def cubic_weights(timesteps: Tensor, last: int) -> tuple[Tensor, Tensor]:
+    """Return the four rows of a table around each timestep, and their shares in Lagrange's cubic through them.
+
+    The rows are those at -1, 0, 1 and 2 from the whole step, or near the end from an earlier one, where there are such
+    rows; on whole steps one of them has the share 1 and the others 0.
+
+    Args:
+        timesteps: fp32 [batch], 0 to `last`.
+        last: the last timestep that the table was made for.
+
+    Returns:
+        Rows int64 [batch, 4] and shares fp32 [batch, 4, 1].
+    """
+    whole = timesteps.floor().clamp(max=last - 2)
+    f = (timesteps - whole).unsqueeze(1)
+    weights = torch.stack(
+        [
+            -f * (f - 1) * (f - 2) / 6,
+            (f + 1) * (f - 1) * (f - 2) / 2,
+            -(f + 1) * f * (f - 2) / 2,
+            (f + 1) * f * (f - 1) / 6,
+        ],
+        dim=1,
+    )
+    neighbours = whole.to(torch.int64).unsqueeze(1) + torch.arange(4, device=timesteps.device)
+    return neighbours.clamp(0, last + 1), weights
 
 
 class TimeFeaturePassThrough(nn.Module):

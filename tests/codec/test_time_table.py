@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffusers_bitsfusion.codec.entropy import compress
-from diffusers_bitsfusion.codec.time_table import decode_table, encode_table, quantize_table
+from diffusers_bitsfusion.codec.time_table import (
+    decode_table,
+    encode_table,
+    high_bits_rows,
+    pack_table,
+    quantize_table,
+    unpack_rows,
+)
 
 
 def smooth_features(timesteps, features, seed=0):
@@ -91,3 +98,38 @@ def test_a_table_of_arbitrary_bytes_does_not_raise_or_overrun():
     noise = np.random.default_rng(0).integers(0, 256, 2 * 50 * 20, dtype=np.uint8)
     decoded = decode_table(compress(torch.from_numpy(noise)), 50, 20)
     assert decoded.shape == (50, 20) and decoded.dtype == torch.int16
+
+
+def packed_and_back(codes):
+    packed = pack_table(codes)
+    return packed, unpack_rows(*packed, torch.arange(len(codes)))
+
+
+def smooth_codes(timesteps, features):
+    return quantize_table(smooth_features(timesteps, features))[0]
+
+
+@pytest.mark.parametrize("timesteps", [1, 2, 3, 4, 5, 12, 13, 14, 1002])
+def test_smooth_codes_are_packed_in_nine_bits_at_most_and_come_back(timesteps):
+    codes = smooth_codes(1002, 2100)[:timesteps]
+    (low, high), found = packed_and_back(codes)
+    assert low.dtype == high.dtype == torch.uint8 and len(high) == high_bits_rows(timesteps)
+    assert torch.equal(found, codes.int())
+    if timesteps == 1002:
+        assert 8 * (low.nbytes + high.nbytes) < 8.7 * codes.numel()
+
+
+@given(st.integers(1, 40), st.integers(1, 30), st.sampled_from([100, 300, 511, 2000]), st.integers(0, 2**32 - 1))
+@settings(deadline=None, max_examples=60)
+def test_any_codes_come_back_from_memory(timesteps, features, largest, seed):
+    generator = np.random.default_rng(seed)
+    codes = torch.from_numpy(generator.integers(-largest, largest + 1, (timesteps, features), dtype=np.int16))
+    (kept, _), found = packed_and_back(codes)
+    assert torch.equal(found, codes.int())
+    assert kept.dtype == torch.int16 or codes.abs().max() < 512
+
+
+def test_rows_are_read_in_any_order_and_shape():
+    codes = smooth_codes(50, 7)
+    rows = torch.tensor([[49, 0], [13, 13]])
+    assert torch.equal(unpack_rows(*pack_table(codes), rows), codes[rows].int())

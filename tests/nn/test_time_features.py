@@ -85,7 +85,9 @@ def test_the_cache_tells_what_it_keeps():
 
 def test_the_table_gives_scale_times_code_at_whole_steps():
     table = filled_table(waves)
-    expected = table.codes[1:] * table.scale.view(torch.float32).T
+    codes, scale = quantize_table(torch.stack([waves(torch.tensor(float(t))) for t in range(-1, 51)]))
+    expected = codes[1:] * scale
+    assert table.codes.dtype == torch.uint8
     assert torch.equal(table(torch.arange(51)), expected)
     timesteps, features = table.features()
     assert timesteps.tolist() == list(range(51))
@@ -138,3 +140,16 @@ def test_slices_side_by_side_give_all_features():
     parts = [TimeFeatureSlice(start, stop)(features) for start, stop in ((0, 3), (3, 9), (9, 10))]
     assert [part.shape[1] for part in parts] == [3, 6, 1]
     assert torch.equal(torch.cat(parts, dim=1), features)
+
+
+def test_a_part_that_is_not_smooth_has_the_table_kept_whole():
+    codes = torch.arange(52, dtype=torch.int16).view(52, 1).repeat(1, 3)
+    table = TimeFeatureTable(50, 6)
+    table.set_codes(codes, torch.ones(3))
+    jumps = (codes % 2) * 1000
+    table.set_codes(jumps, torch.ones(3), start=3)
+    assert table.codes.dtype == torch.int16
+    assert torch.equal(table(torch.arange(51)), torch.cat([codes, jumps], dim=1)[1:].float())
+    loaded = TimeFeatureTable(50, 6)
+    loaded.load_state_dict(table.state_dict())
+    assert torch.equal(loaded(torch.arange(51)), table(torch.arange(51)))

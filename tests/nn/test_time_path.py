@@ -330,3 +330,16 @@ def test_schedulers_that_start_at_1000_start_there_with_a_table(make):
     found, expected = call(packed, first), call(plain, first)
     assert relative(found, expected) < 0.02
     assert relative(call(dequantized, first), found) < 1e-3
+
+
+def test_a_table_that_is_not_smooth_survives_saving(tmp_path):
+    model = quantize_model(tiny_unet(), BitsFusionConfig(recipe=8, time_embedding="table"), progress=False)
+    lookup = model.time_proj
+    assert lookup.codes.dtype == torch.uint8
+    codes = torch.randint(-2000, 2000, lookup.codes.shape, generator=torch.Generator().manual_seed(0))
+    lookup.set_codes(codes.to(torch.int16), lookup.scale.view(torch.float32).view(-1))
+    model.save_pretrained(tmp_path)
+    loaded = UNet2DConditionModel.from_pretrained(tmp_path).time_proj
+    asked = torch.tensor([0.0, 7.5, 1000.0])
+    assert loaded.codes.dtype == torch.int16
+    assert torch.equal(loaded(asked), lookup(asked))
