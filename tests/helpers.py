@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 
 from diffusers_bitsfusion.nn import PackedWeight
@@ -24,3 +28,14 @@ def layer_sizes(model: nn.Module) -> dict[str, int]:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     assert layers, f"This {type(model).__name__} has no layer."
     return {name: layer.weight.numel() for name, layer in layers.items()}
+
+
+@contextmanager
+def files_no_larger_than(size: int) -> Iterator[None]:
+    """Let every write beyond a size of a file fail within the block, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

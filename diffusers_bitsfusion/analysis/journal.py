@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..utils.files import write_atomically
+from ..utils.files import naming_file, write_atomically
 from ..utils.json_files import changed_keys, read_json
 from .header import Header, Item
 from .results import RESULT_FILE, Analysis, check_record, format_record, parse_line
@@ -94,20 +94,25 @@ class Journal:
 
     def __init__(self, folder: Path, header: Header, process: int) -> None:
         self._header = header
-        file = folder / _PARTS / f"{process:04}.jsonl"
+        self._file = file = folder / _PARTS / f"{process:04}.jsonl"
         file.parent.mkdir(exist_ok=True)
         file.touch()
         _, whole = _whole_lines(file)
-        self._stream = file.open("r+b")
+        self._stream = file.open("r+b", buffering=0)  # Closing writes nothing.
         self._stream.truncate(whole)
         self._stream.seek(whole)
 
     def append(self, item: Item, metrics: Mapping[str, float | None]) -> None:
-        """Write one line through to the disk."""
-        line = json.dumps(format_record(self._header, item, metrics), allow_nan=False)
-        self._stream.write(line.encode() + b"\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        """Write one line through to the disk.
+
+        Raises:
+            OSError: it cannot be written, for example to a full disk; the message names the file.
+        """
+        line = json.dumps(format_record(self._header, item, metrics), allow_nan=False).encode() + b"\n"
+        with naming_file(self._file):
+            while line:  # A disk that becomes full takes a part of it.
+                line = line[self._stream.write(line) :]
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         """Close the file."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..utils.errors import DamagedFileError
-from ..utils.files import write_atomically
+from ..utils.files import naming_file, write_atomically
 from ..utils.json_files import is_count, parse_json
 from .batches import Batch, Batches
 from .checkpoints import checkpoints, load_checkpoint, read_settings, save_checkpoint
@@ -255,7 +255,7 @@ class _LossLog:
         self.path = path
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        with self.path.open("a") as stream:
+        with naming_file(self.path), self.path.open("a") as stream:
             stream.write(json.dumps({"step": step} | values) + "\n")
 
 

@@ -65,19 +65,40 @@ def replacing_file(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written; the message names `path`, and the earlier file is kept.
     """
     partial = path.with_name(f".{path.name}.part")
-    try:
-        yield partial
-        flush_file(partial)
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if is_write_error(error):
-            raise OSError(
-                f"Could not write {path}: {error}. What was there before is kept; do the same again when there is "
-                "room."
-            ) from error
-        raise
+    with naming_file(path):
+        try:
+            yield partial
+            flush_file(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
     flush_folder(path.parent)
+
+
+@contextmanager
+def naming_file(path: Path) -> Iterator[None]:
+    """Name a file in the error of a failed write, which says that the disk is full but not where.
+
+    Args:
+        path: file that the block writes, and of which an earlier content is not lost.
+
+    Raises:
+        OSError: the block could not write; the message says what is kept and what to do.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_write_error(error):
+            raise
+        raise OSError(
+            f"Could not write {path}: {_first_line(error)}. What was there before is kept; do the same again when "
+            "there is room."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -1,9 +1,7 @@
 import copy
 import json
 import math
-import resource
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from helpers import files_no_larger_than
 from safetensors.torch import load_file
 
 from diffusers_bitsfusion import prepare_qat
@@ -242,17 +241,6 @@ def test_nan_stops_the_run_and_names_the_batch(make_loop):
         loop.train()
     assert [path.name for path in checkpoints(loop.folder)] == ["checkpoint-2"]
     assert [entry["step"] for entry in losses(loop)] == [1, 2, 3]
-
-
-@contextmanager
-def files_no_larger_than(size):
-    """Every write beyond it fails, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(make_loop):
