@@ -48,7 +48,7 @@ def folder(packed_folders):
 
 
 @pytest.mark.parametrize(
-    ("bits", "dtype"), itertools.product(range(1, 9), (torch.float32, torch.bfloat16, torch.float16, torch.int8))
+    ("bits", "dtype"), [*itertools.product(range(1, 9), (torch.float32, torch.bfloat16, torch.float16, torch.int8))]
 )
 def test_decoding_equals_the_reference(bits, dtype):
     generator = torch.Generator().manual_seed(bits)
@@ -62,7 +62,7 @@ def test_decoding_equals_the_reference(bits, dtype):
 
 
 @pytest.mark.parametrize(
-    ("bits", "dtype"), itertools.product(range(1, 9), (torch.float32, torch.bfloat16, torch.float16, torch.int8))
+    ("bits", "dtype"), [*itertools.product(range(1, 9), (torch.float32, torch.bfloat16, torch.float16, torch.int8))]
 )
 def test_decoding_channels_last_equals_the_reference(bits, dtype):
     generator = torch.Generator().manual_seed(bits)
