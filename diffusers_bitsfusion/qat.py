@@ -135,7 +135,7 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
 def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMixin:
     for name, bits in plan.bits.items():
         try:
-            layer = fake_quantized_from_float(model.get_submodule(name), bits, config.rounding)
+            layer = fake_quantized_from_float(model.get_submodule(name), bits, plan.rounding)
         except ValueError as error:
             raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
         replace_module(model, name, layer)
@@ -176,7 +176,7 @@ def convert(model: ModelMixin, dtype: torch.dtype | None = None) -> ModelMixin:
 
 def _convert(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     config, plan = model.qat_state.config, model.qat_state.plan
-    schema = plan.schema(model, config)
+    schema = plan.schema(model)
     for name, layer in qat_layers(model).items():
         packed = packed_from_float(layer, layer.bits, dtype)
         codes, scale = layer.codes_and_scale()

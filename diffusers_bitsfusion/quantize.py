@@ -21,7 +21,7 @@ from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .ops.dispatch import check_device
 from .packing.packer import ModelPacker
-from .packing.plan import check_excluded
+from .packing.plan import check_excluded, make_plan
 from .utils.finite import refuse_not_finite
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
@@ -107,12 +107,13 @@ def _quantize(
     refuse_dispatched(model, "quantize")
     dtype = model.dtype
     exclude = DIFFUSERS_FP32.read(model) or []
-    packer = ModelPacker(model, config, dtype, exclude, progress)
+    plan = make_plan(model, config, exclude)
+    packer = ModelPacker(model, plan, dtype, progress)
     calibrated: dict[str, CalibratedLayer] = {}
     calls: list[Call] = []
-    timesteps = packer.plan.timesteps if packer.plan.time_embedding == "cache" else None
+    timesteps = plan.timesteps if plan.time_embedding == "cache" else None
     if calibration is not None:
-        calibrated = calibrate(pipeline, model, packer.plan.bits, calibration, config.rounding, progress)
+        calibrated = calibrate(pipeline, model, plan.bits, calibration, plan.rounding, progress)
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
@@ -121,7 +122,7 @@ def _quantize(
             packer.take_calibrated(layer, calibrated[layer], parameter.device)
         elif packer.wants(name):
             packer.take(name, parameter, parameter.device)
-    packed = packer.finish(None if calibration is None else calibration.summary())
+    packed = config.resolved(packer.finish(), None if calibration is None else calibration.summary())
     finish(model, BitsFusionQuantizer(packed, pre_quantized=True), packed, dtype)
     warn_untrained(model, packed)
     if calibration is not None and calls:

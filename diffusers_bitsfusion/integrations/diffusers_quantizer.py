@@ -21,6 +21,7 @@ from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures, TimeFeatureTable
 from ..nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
+from ..packing.plan import make_plan
 from ..utils.hooks import refuse_dispatched
 from ..utils.private_names import ACCELERATE_HOOK
 from .finish import finish, warn_untrained
@@ -105,7 +106,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
                     "without quantization_config, then call quantize_model(pipeline, config)."
                 )
             exclude = [name for name in keep_in_fp32_modules or [] if name is not None]
-            self._packer = ModelPacker(model, self.quantization_config, self._dtype, exclude)
+            self._packer = ModelPacker(model, make_plan(model, self.quantization_config, exclude), self._dtype)
 
     def _prepare_packed(self, model: ModelMixin) -> None:
         """Install in the meta model the layers that the checkpoint describes.
@@ -212,7 +213,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         config = self.quantization_config
         self._table = None
         if self._packer is not None:
-            config = self._packer.finish()
+            config = self.quantization_config.resolved(self._packer.finish())
             self._packer = None
             warn_untrained(model, config)
         finish(model, self, config)

@@ -18,7 +18,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
-from ..packing.plan import matches
+from ..packing.plan import make_plan, matches
 from ..utils.hooks import refuse_dispatched, refuse_offloaded_to_disk
 from ..utils.private_names import (
     TORCH_BUFFERS,
@@ -138,13 +138,13 @@ class BitsFusionTextQuantizer(HfQuantizer):
         config.time_embedding = "keep"  # A text encoder has none.
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
-        packer = ModelPacker(model, config, model.dtype, tied, progress)
+        packer = ModelPacker(model, make_plan(model, config, tied), model.dtype, progress)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # Layers may share a weight.
             if packer.wants(name):
                 packer.take(name, parameter, parameter.device)
         for name in packer.plan.bits:
             model.get_submodule(name).weight_dtype = _weight_dtype(model, name, model.dtype)
-        finish(model, self, packer.finish())
+        finish(model, self, config.resolved(packer.finish()))
 
     # Saving and undoing.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from ..calibration.layers import CalibratedLayer
 from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
 from ..codec.time_table import quantize_table
-from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import pack_weight, packed_from_float, replace_module
 from ..nn.time_features import TimeFeatureCache
 from ..nn.time_path import empty_lookup, install
 from ..utils.errors import printable
 from ..utils.finite import refuse_not_finite
-from .plan import Plan, make_plan
+from .plan import Plan
 
 # Floating dtypes that layers of torch compute in; fp8, for example, only stores.
 _COMPUTING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -32,27 +31,25 @@ class ModelPacker:
 
     Args:
         model: diffusers model, whose parameters may be on the meta device.
-        config: requested config, which is not changed.
+        plan: plan of the model.
         dtype: dtype of the parameters that stay in floating point.
-        exclude: names of modules that are not quantized.
         progress: whether to show a progress bar.
 
     Attributes:
         model: the model.
         dtype: the dtype.
-        plan: plan of the model.
+        plan: the plan.
         schema: schema of the checkpoint.
 
     Raises:
-        ValueError: see `plan.make_plan`.
+        ValueError: layers do not compute in the dtype.
     """
 
     def __init__(
         self,
         model: ModelMixin,
-        config: BitsFusionConfig,
+        plan: Plan,
         dtype: torch.dtype,
-        exclude: Iterable[str] = (),
         progress: bool = True,
     ) -> None:
         if dtype not in _COMPUTING_DTYPES:
@@ -62,10 +59,9 @@ class ModelPacker:
             )
         self.model = model
         self.dtype = dtype
-        self.plan = make_plan(model, config, exclude)
-        self.schema = self.plan.schema(model, config)
-        self._config = config
-        path = self.plan.replaced_path
+        self.plan = plan
+        self.schema = plan.schema(model)
+        path = plan.replaced_path
         time_layers = {} if path is None else path.layers
         self._time_parameters = {
             f"{name}.{kind}" for name, layer in time_layers.items() for kind, _ in layer.named_parameters()
@@ -104,7 +100,7 @@ class ModelPacker:
         name = parameter.removesuffix(".weight")
         packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
         try:
-            pack_weight(packed, value.to(device), self._config.rounding)
+            pack_weight(packed, value.to(device), self.plan.rounding)
         except ValueError as error:
             raise ValueError(f"Cannot quantize {parameter}: {error}.") from error
         replace_module(self.model, name, packed)
@@ -119,18 +115,15 @@ class ModelPacker:
         replace_module(self.model, name, packed)
         self._bar.update()
 
-    def finish(self, calibration: Mapping[str, Any] | None = None) -> BitsFusionConfig:
-        """Close the progress bar, and return the config that describes the packed model.
-
-        Args:
-            calibration: summary of the calibration that was run, see `Calibration.summary`.
+    def finish(self) -> CheckpointSchema:
+        """Close the progress bar, and return the schema of the packed model's checkpoint.
 
         Raises:
             ValueError: a parameter that was not quantized holds NaN or infinite values.
         """
         refuse_not_finite(self.model, "quantize")
         self._bar.close()
-        return self._config.resolved(self.schema, calibration)
+        return self.schema
 
 
 def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSchema) -> None:

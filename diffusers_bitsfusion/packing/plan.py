@@ -16,6 +16,7 @@ from torch import nn
 from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bits
 from ..allocation.data_free import allocate_data_free
 from ..codec.grid import cost_in_bits
+from ..codec.rounding import Rounding
 from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
@@ -45,6 +46,8 @@ class Plan:
         time_path: path from the timestep to the features of each ResBlock; None where they depend on more than it.
         num_timesteps: number of training timesteps, for "table".
         left_alone: reason of each layer that stays in floating point since it cannot be replaced, by name.
+        rounding: settings of rounding to the grid.
+        compression: "zstd", or None for plain packed bytes in the file.
     """
 
     bits: dict[str, int]
@@ -53,24 +56,25 @@ class Plan:
     time_path: TimePath | None
     num_timesteps: int = _NUM_TIMESTEPS
     left_alone: dict[str, str] = field(default_factory=dict)
+    rounding: Rounding = Rounding()
+    compression: str | None = "zstd"
 
     @property
     def replaced_path(self) -> TimePath | None:
         """Time path that a look-up of its features replaces; None where it is kept."""
         return None if self.time_embedding == "keep" else self.time_path
 
-    def schema(self, model: nn.Module, config: BitsFusionConfig) -> CheckpointSchema:
+    def schema(self, model: nn.Module) -> CheckpointSchema:
         """Return the schema of the checkpoint.
 
         Args:
             model: model with its float layers, which may be on the meta device.
-            config: requested config.
         """
         return CheckpointSchema(
             layers={name: LayerSchema(bits, _weight_shape(model, name)) for name, bits in self.bits.items()},
             time_features=self._time_features(),
-            balance=config.balance,
-            compression=config.compression,
+            balance=self.rounding.balance,
+            compression=self.compression,
         )
 
     def _time_features(self) -> TimeFeaturesSchema:
@@ -148,7 +152,14 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     exclude = [*config.modules_to_not_convert, *exclude]
     layers = quantizable_layers(model, exclude)
     path = TimePath.find(model)
-    plan = Plan({}, *_plan_time(model, path, config), path, left_alone=unpackable_layers(model))
+    plan = Plan(
+        {},
+        *_plan_time(model, path, config),
+        path,
+        left_alone=unpackable_layers(model),
+        rounding=config.rounding,
+        compression=config.compression,
+    )
     for name, reason in plan.left_alone.items():
         logger.warning("%s stays in floating point: %s.", name, reason)
     time_layers = _time_names(path, layers)

@@ -106,7 +106,7 @@ def predict_size(
     config = config or BitsFusionConfig()
     kept_in_fp32 = DIFFUSERS_FP32.read(model) or []
     plan = make_plan(model, config, kept_in_fp32)
-    schema = plan.schema(model, config)
+    schema = plan.schema(model)
     tensors = [*_packed(schema), *_time_features(schema.time_features), *_others(model, plan, dtype)]
     texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**8, 10**8]} for name, shape, _ in tensors}
     checksums = {METADATA_KEY: json.dumps({"tensors": dict.fromkeys(texts, "0" * 8)})}
