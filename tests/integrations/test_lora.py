@@ -592,7 +592,7 @@ def change_tensors(folder: Path, change) -> str:
     ],
     ids=["missing", "shape", "dtype"],
 )
-def test_a_damaged_branch_is_refused(fused_folder, change, message):
+def test_a_corrupted_branch_is_refused(fused_folder, change, message):
     name = change_tensors(fused_folder, change)
     with pytest.raises(ValueError, match=message.format(name)):
         UNet2DConditionModel.from_pretrained(fused_folder)
