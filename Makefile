@@ -5,13 +5,17 @@ BIN = $(VENV)/bin
 # A machine without a GPU wants exactly this version: others bring several gigabytes of CUDA packages.
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test wheel lint benchmark clean
+.PHONY: demo test coverage wheel lint benchmark clean
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py --out demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n 2 --durations=20
+
+# Lines of the package that the suite runs, by file; on processors with and without GPUs the figure differs.
+coverage: $(VENV)/installed
+	$(BIN)/python -m pytest -n 2 --cov
 
 # The wheel as users install it, in an environment that sees the dependencies of $(VENV) but not the working tree.
 wheel: $(VENV)/installed
