@@ -182,7 +182,7 @@ def _convert(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)
-    install_time_features(model, plan, schema.time_features)
+    install_time_features(model, plan, schema.time_features, dtype)
     _cast_floats(model, dtype)
     del model.qat_state
     resolved = config.resolved(schema, config.calibration)

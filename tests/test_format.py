@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tiny import tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
@@ -43,6 +44,20 @@ def test_reader_gets_the_weights_that_dequantize_gives(tmp_path, compression, sh
     for name, weight in weights.items():
         expected = plain.get_submodule(name).weight.detach().to(torch.float32).numpy()
         assert np.array_equal(weight, expected), name
+
+
+def test_reader_gets_the_time_embedding(tmp_path):
+    unet = quantize_model(tiny_unet(), BitsFusionConfig(recipe=2, time_embedding="table"), progress=False)
+    unet.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
+    scope: dict = {}
+    exec(reader_source(), scope)
+    names = ("time_proj.embedding_codes", "time_proj.embedding_scale")
+    table = scope["read_table"](*(tensors[name] for name in names), 1000)
+    plain = tiny_unet()
+    with torch.no_grad():
+        expected = plain.time_embedding(plain.time_proj(torch.arange(-1, 1001))).numpy()
+    assert np.linalg.norm(table - expected) < 0.005 * np.linalg.norm(expected)
 
 
 def _ordinary_layers() -> list[str]:

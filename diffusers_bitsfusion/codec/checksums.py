@@ -168,5 +168,5 @@ def _seed(name: str, dtype: str, shape: tuple[int, ...], schema: CheckpointSchem
         layer = schema.layers[owner]
         meaning += [layer.bits, list(layer.shape), schema.compression]
     elif owner == "time_proj":
-        meaning.append(schema.time_features.to_json())
+        meaning.append(schema.time_features.meaning())
     return zlib.crc32(json.dumps(meaning).encode())

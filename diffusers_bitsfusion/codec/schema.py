@@ -24,6 +24,9 @@ TIME_FEATURES = ("keep", "table", "cache")
 # timesteps overflow int16.
 MAX_TIMESTEPS = 3800
 
+# Largest width of a time embedding in a table, which bounds the same.
+MAX_EMBEDDING_WIDTH = 1 << 16
+
 # Largest rank of a low-rank branch, which bounds the memory that a file can request.
 MAX_BRANCH_RANK = 1 << 16
 
@@ -91,6 +94,7 @@ class TimeFeaturesSchema:
         removed_parameters: its parameters, biases included.
         timesteps: of a cache.
         num_timesteps: of a table.
+        embedding_width: width of the time embedding that a table has beside the features; 0 where it has none.
     """
 
     kind: str = "keep"
@@ -99,6 +103,7 @@ class TimeFeaturesSchema:
     removed_parameters: int = 0
     timesteps: tuple[float, ...] = ()
     num_timesteps: int = 0
+    embedding_width: int = 0
 
     @property
     def num_features(self) -> int:
@@ -132,6 +137,11 @@ class TimeFeaturesSchema:
         num_timesteps = content["num_timesteps"] if kind == "table" else 0
         if num_timesteps > MAX_TIMESTEPS:
             raise ValueError(f'time_embedding["num_timesteps"] must be at most {MAX_TIMESTEPS}')
+        width = content.get("embedding_width", 0) if kind == "table" else 0
+        if not is_count(width) or width > MAX_EMBEDDING_WIDTH:
+            raise ValueError(
+                f'time_embedding["embedding_width"] must be from 0 to {MAX_EMBEDDING_WIDTH}, got {width!r}'
+            )
         return cls(
             kind=kind,
             features=tuple((name, size) for name, size in features),
@@ -139,10 +149,16 @@ class TimeFeaturesSchema:
             removed_parameters=content["removed_parameters"],
             timesteps=tuple(content["timesteps"]) if kind == "cache" else (),
             num_timesteps=num_timesteps,
+            embedding_width=width,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
+        width = {"embedding_width": self.embedding_width} if self.embedding_width else {}
+        return self.meaning() | width
+
+    def meaning(self) -> dict[str, Any]:
+        """Return what checksums cover: the keys that every reader of the format knows."""
         if self.kind == "keep":
             return {"type": "keep"}
         steps = {"timesteps": list(self.timesteps)} if self.kind == "cache" else {"num_timesteps": self.num_timesteps}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..native.library import native_library
@@ -14,7 +15,7 @@ from .entropy import compress, decompress
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
 from .schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, branch_shapes
-from .time_table import decode_table, encode_table, pack_table, unpack_rows
+from .time_table import decode_table, dequantize_table, encode_table, pack_table, quantize_table, unpack_rows
 from .values import check_values
 
 
@@ -26,17 +27,45 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         schema: what the checkpoint holds.
     """
     encoded, _ = split_adapters(state_dict)
+    if schema.time_features.kind == "table":
+        packed, high_bits = encoded["time_proj.codes"].cpu(), encoded.pop("time_proj.high_bits").cpu()
+        encoded["time_proj.codes"] = unpack_rows(packed, high_bits, torch.arange(len(packed)))
+        _fold_time_branches(encoded, schema.time_features)
     for name, layer in schema.layers.items():
         key = f"{name}.codes"
         packed = bytes_from_dense(encoded[key].cpu(), layer.bits, layer.columns)
         encoded[key] = compress(packed) if schema.compression == "zstd" else packed
     for key in _float_bits(schema):
         encoded[key] = encoded[key].view(-1)
-    if schema.time_features.kind == "table":
-        packed, high_bits = encoded["time_proj.codes"].cpu(), encoded.pop("time_proj.high_bits").cpu()
-        codes = unpack_rows(packed, high_bits, torch.arange(len(packed)))
-        encoded["time_proj.codes"] = encode_table(codes)
+    for key in _tables(schema.time_features):
+        encoded[key] = encode_table(encoded[key].cpu())
     return encoded
+
+
+def _fold_time_branches(state_dict: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
+    """Fold the branches of time projections, from fused LoRAs, into the table of time features.
+
+    So the file needs no place for them; the features are rounded once more.
+    """
+    branches = {name.rpartition(".")[0] for name in state_dict if name.endswith(".time_emb_proj.branch_down")}
+    if not branches:
+        return
+    codes = state_dict["time_proj.codes"]
+    bits = state_dict["time_proj.scale"] = state_dict["time_proj.scale"].cpu().clone()
+    scale = bits.view(-1).view(torch.float32)
+    embedding = dequantize_table(
+        state_dict["time_proj.embedding_codes"].cpu(),
+        state_dict["time_proj.embedding_scale"].cpu().view(-1).view(torch.float32),
+    )
+    embedding = F.silu(embedding)
+    stop = 0
+    for block, size in time.features:
+        part = slice(stop, stop := stop + size)
+        name = f"{block}.time_emb_proj"
+        if name in branches:
+            down, up = (state_dict.pop(f"{name}.branch_{half}").cpu().float() for half in ("down", "up"))
+            added = embedding @ down.T @ up.T
+            codes[:, part], scale[part] = quantize_table(dequantize_table(codes[:, part], scale[part]) + added)
 
 
 def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
@@ -70,26 +99,38 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
 
 def _float_bits(schema: CheckpointSchema) -> set[str]:
     """Return the names of the tensors that are the bits of fp32 values."""
-    time = {"keep": set(), "cache": {"time_proj.timesteps"}, "table": {"time_proj.scale"}}
-    return {f"{name}.scale" for name in schema.layers} | time[schema.time_features.kind]
+    scales = {f"{name}.scale" for name in schema.layers}
+    scales |= {key.replace("codes", "scale") for key in _tables(schema.time_features)}
+    return scales | ({"time_proj.timesteps"} if schema.time_features.kind == "cache" else set())
+
+
+def _tables(time: TimeFeaturesSchema) -> dict[str, int]:
+    """Return the number of columns of the tables by the name of their codes."""
+    tables = {"time_proj.codes": time.num_features, "time_proj.embedding_codes": time.embedding_width}
+    return {key: columns for key, columns in tables.items() if time.kind == "table" and columns}
 
 
 def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
-    if time.kind == "table" and "time_proj.codes" in decoded:
-        frame = _frame("time_proj.codes", decoded["time_proj.codes"])
+    for key, columns in _tables(time).items():
+        if key not in decoded:
+            continue
+        frame = _frame(key, decoded[key])
         try:
-            codes = decode_table(frame, time.num_timesteps + 2, time.num_features)
+            codes = decode_table(frame, time.num_timesteps + 2, columns)
         except ValueError as error:
-            raise ValueError(f"time_proj.codes {error}.") from error
-        decoded["time_proj.codes"], decoded["time_proj.high_bits"] = pack_table(codes)
+            raise ValueError(f"{key} {error}.") from error
+        if key == "time_proj.codes":
+            decoded[key], decoded["time_proj.high_bits"] = pack_table(codes)
+        else:
+            decoded[key] = codes
 
 
 def _check_time_features(state_dict: Mapping[str, Tensor], time: TimeFeaturesSchema) -> None:
     if time.kind == "cache":
         _check(state_dict, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
         _check(state_dict, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
-    elif time.kind == "table":
-        _check(state_dict, "time_proj.scale", torch.int32, (time.num_features,))
+    for key, columns in _tables(time).items():
+        _check(state_dict, key.replace("codes", "scale"), torch.int32, (columns,))
 
 
 def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str | None) -> Tensor:

@@ -39,6 +39,11 @@ def quantize_table(features: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(features / scale).to(torch.int16), scale
 
 
+def dequantize_table(codes: Tensor, scale: Tensor) -> Tensor:
+    """Return features fp32 [timesteps, features] of codes int16 [timesteps, features] and scale fp32 [features]."""
+    return codes.float() * scale
+
+
 def encode_table(codes: Tensor) -> Tensor:
     """Encode codes int16 [timesteps, features] as one zstd frame, uint8 [frame bytes].
 

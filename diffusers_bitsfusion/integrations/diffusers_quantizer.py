@@ -19,7 +19,8 @@ from ..nn.compute import undo_fusions
 from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
 from ..nn.time_features import TimeFeatures, TimeFeatureTable
-from ..nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
+from ..nn.time_path import TimePath, empty_lookup, install, why_not_cacheable
+from ..nn.time_restoration import restore
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..packing.plan import make_plan
 from ..utils.hooks import refuse_dispatched
@@ -132,7 +133,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             )
         with torch.device("meta"):
             lookup = empty_lookup(time)
-        install(model, lookup, path.sizes)
+        install(model, lookup, path.sizes, self._dtype)
         self._table = lookup if isinstance(lookup, TimeFeatureTable) else None
 
     # While loading.

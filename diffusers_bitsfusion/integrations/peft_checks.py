@@ -7,13 +7,15 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..nn import PackedWeight, TimeFeatures
+from ..nn.low_rank_branch import LowRankBranch
 from ..nn.time_features import TimeFeaturePassThrough, TimeFeatureSlice
 from ..utils.private_names import PEFT_ADAPTERS, PEFT_TARGETS
-from .peft_lora import PackedLoraLayer
+from .peft_lora import PackedLoraLayer, reads_base_weight
 
 _REMOVED = (TimeFeatures, TimeFeaturePassThrough, TimeFeatureSlice)
 
@@ -30,36 +32,55 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
         config = self.peft_config[adapter_name]
         arguments = signature.bind(self, model, adapter_name, *args, **kwargs).arguments
         names = [name for name, _ in model.named_modules() if PEFT_TARGETS.require(self)(config, name)]
-        check_targets(model, arguments.get("state_dict") or names)
+        check_targets(model, arguments.get("state_dict") or names, config)
         _check_modules_to_save(model, config.modules_to_save or ())
         before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+        branches = [(module, module.branch_rank) for module in model.modules() if isinstance(module, LowRankBranch)]
         try:
             original(self, model, adapter_name, *args, **kwargs)
         except Exception:
             _remove_adapter(model, adapter_name, before)
+            for module, rank in branches:  # PiSSA extends them
+                if module.branch_rank > rank:
+                    module.shrink_branch(rank)
             raise
 
     return inject_adapter
 
 
-def check_targets(model: nn.Module, names: Iterable[str]) -> None:
+def check_targets(model: nn.Module, names: Iterable[str], config: PeftConfig | None = None) -> None:
     """Refuse adapters of modules that time features have replaced.
+
+    A plain LoRA of a block's `time_emb_proj` is welcome where the table has the time embedding beside the features.
 
     Args:
         model: packed model.
         names: names of the modules that an adapter is for, or of its tensors.
+        config: config of the adapter; a plain LoRA's when None.
 
     Raises:
-        ValueError: a name is of the time embedding, which the model no longer has.
+        ValueError: a name is of a module that the model no longer has.
     """
-    removed = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _REMOVED))
-    refused = sorted(name for name in names if f"{name}.".startswith(removed)) if removed else []
-    if refused:
-        more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
-        raise ValueError(
-            f"LoRA cannot adapt {refused[0]}{more}: this model's time embedding was replaced by its features. "
-            'Quantize with time_embedding="keep", or leave out what the adapter has for it.'
-        )
+    modules = {f"{name.removesuffix('.base_layer')}.": module for name, module in model.named_modules()}
+    replaced = {name: module for name, module in modules.items() if isinstance(module, _REMOVED)}
+    projections = tuple(name for name, m in replaced.items() if isinstance(m, TimeFeatureSlice) and m.in_features)
+    plain = config is None or (isinstance(config, LoraConfig) and not reads_base_weight(config))
+    refused = sorted(
+        name
+        for name in names
+        if f"{name}.".startswith(tuple(replaced)) and not (plain and f"{name}.".startswith(projections))
+    )
+    if not refused:
+        return
+    more = f" and {len(refused) - 1} more" if len(refused) > 1 else ""
+    if not projections:
+        lacking = " alone (a cache, or a file of an earlier version, lacks the time embedding)"
+    else:
+        lacking = "" if plain else ", without the weights of time_emb_proj; a plain LoRA does not need them"
+    raise ValueError(
+        f"LoRA cannot adapt {refused[0]}{more}: this model's time embedding was replaced by its features{lacking}. "
+        'Quantize with time_embedding="keep", or leave out what the adapter has for it.'
+    )
 
 
 def _check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:
@@ -127,7 +148,7 @@ def check_fusable(model: nn.Module, adapter_names: list[str] | None, safe: bool 
         ValueError: an adapter is no LoRA (but LoKr, for example); or see `PackedLoraLayer.check_foldable`.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not isinstance(module.get_base_layer(), PackedWeight):
+        if not isinstance(module, BaseTunerLayer) or not isinstance(module.get_base_layer(), LowRankBranch):
             continue
         names = module.active_adapters if adapter_names is None else adapter_names
         present = PEFT_ADAPTERS.require(module)()

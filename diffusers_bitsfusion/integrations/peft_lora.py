@@ -6,7 +6,8 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeGuard
+from dataclasses import fields
+from typing import Any
 
 import torch
 from diffusers.utils import logging
@@ -16,7 +17,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight, QATConv2d
+from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed import without_weight
+from ..nn.time_features import TimeFeatureSlice
 from ..utils.private_names import PEFT_ADAPTERS
 
 logger = logging.get_logger(__name__)
@@ -26,6 +29,10 @@ _SUBTRACTING_INITS = ("pissa", "olora")
 
 # Names of initialisations of PEFT that change the base weight otherwise, or need statistics of it.
 _REWRITING_INITS = ("corda", "loftq", "lora_ga")
+
+
+# Names of initialisations of PEFT that do not look at the base weight.
+_PLAIN_INITS = ("gaussian", "eva")
 
 
 class SubstitutedBaseLayer(LoraLayer):
@@ -68,7 +75,7 @@ class PackedLoraLayer(SubstitutedBaseLayer):
                 Nothing has been merged then.
         """
         base = self.get_base_layer()
-        if not _is_packed(base):
+        if not isinstance(base, LowRankBranch):
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
             return
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
@@ -85,7 +92,7 @@ class PackedLoraLayer(SubstitutedBaseLayer):
     def unmerge(self) -> None:
         """Remove all merged adapters from the branch of the packed layer, which is then as before, bit for bit."""
         base = self.get_base_layer()
-        if not _is_packed(base):
+        if not isinstance(base, LowRankBranch):
             super().unmerge()
         elif not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
@@ -114,7 +121,7 @@ class PackedLoraLayer(SubstitutedBaseLayer):
                 reason = "it has a bias (lora_bias=True)"
             elif getattr(base, "groups", 1) > 1:
                 reason = f"a convolution of {base.groups} groups has no low-rank branch"
-            elif base.codes.is_meta or self.lora_A[name].weight.is_meta:
+            elif any(p.is_meta for p in base.parameters()) or self.lora_A[name].weight.is_meta:
                 reason = "the weights are offloaded; fuse before offloading"
             elif finite and not all(torch.isfinite(half[name].weight).all() for half in (self.lora_A, self.lora_B)):
                 raise ValueError(f"The adapters {name} hold NaN or infinite values; they were not merged.")
@@ -135,7 +142,7 @@ class PackedLoraLayer(SubstitutedBaseLayer):
                 while adapters are merged.
         """
         base, init = self.get_base_layer(), config.init_lora_weights
-        if not _is_packed(base) or not isinstance(init, str):
+        if not isinstance(base, PackedWeight) or not isinstance(init, str):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
         if init.startswith(_REWRITING_INITS):
@@ -143,7 +150,7 @@ class PackedLoraLayer(SubstitutedBaseLayer):
                 f"init_lora_weights={init!r} changes the base weight, which packed weights cannot take. "
                 'Use True, "gaussian", "pissa" or "olora".'
             )
-        if not init.startswith(_SUBTRACTING_INITS):
+        if not init.startswith(_SUBTRACTING_INITS) or isinstance(base, nn.Conv2d):  # where PEFT knows of none
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
         if self.merged:
@@ -186,6 +193,43 @@ class PackedLoraConv2d(PackedLoraLayer, QATLoraConv2d):
     """PEFT's LoRA layer around a `BitsFusionConv2d`."""
 
 
+def reads_base_weight(config: LoraConfig) -> bool:
+    """Return whether a LoRA reads the weight that it is added to, as DoRA and starts such as PiSSA do."""
+    variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
+    init = config.init_lora_weights
+    return any(getattr(config, name) for name in variants) or (isinstance(init, str) and init not in _PLAIN_INITS)
+
+
+class TimeProjectionLora(PackedLoraLayer, Linear):
+    """PEFT's LoRA layer around the `TimeFeatureSlice` of a `time_emb_proj`, which has no weight.
+
+    The two halves of an adapter take the time embedding, which comes after the features.
+    """
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        sizes: Any = module
+        return sizes.in_features, sizes.out_features
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the block's features with the adapters' products added."""
+        base = self.get_base_layer()
+        if not isinstance(base, TimeFeatureSlice):  # the model was dequantized
+            dense: Tensor = super().forward(x, *args, **kwargs)
+            return dense
+        self._check_forward_args(x, *args, **kwargs)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        features: Tensor = base(x)
+        if self.disable_adapters or self.merged:
+            return features
+        result, embedding = features, base.embedding(x)
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                taken = self.lora_dropout[name](self._cast_input_dtype(embedding, self.lora_A[name].weight.dtype))
+                result = result + self.lora_B[name](self.lora_A[name](taken)) * self.scaling[name]
+        return result.to(features.dtype)
+
+
 def _dense_layer(layer: PackedWeight) -> nn.Linear:
     """Return an `nn.Linear` with a copy of the decoded weight."""
     dense = without_weight(nn.Linear, layer)
@@ -197,11 +241,8 @@ _LORA_LAYERS: dict[type[nn.Module], Any] = {
     BitsFusionLinear: PackedLoraLinear,
     BitsFusionConv2d: PackedLoraConv2d,
     QATConv2d: QATLoraConv2d,
+    TimeFeatureSlice: TimeProjectionLora,
 }
-
-
-def _is_packed(layer: nn.Module) -> TypeGuard[PackedWeight]:
-    return isinstance(layer, PackedWeight)
 
 
 def wrap_create_new_module(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

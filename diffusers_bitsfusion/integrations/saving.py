@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..nn import PackedWeight, TimeFeatures
 from ..nn.compute import packed_layers
+from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed import refuse_gradients
 from ..ops.dispatch import check_device
 from ..reporting.model_card import is_users_own, write_card
@@ -44,7 +45,7 @@ def _num_packed_parameters(model: Any) -> int:
     for module in model.modules():
         if isinstance(module, PackedWeight):
             count += torch.Size(module.weight_shape).numel()
-        if isinstance(module, (PackedWeight, TimeFeatures)):
+        if isinstance(module, (LowRankBranch, TimeFeatures)):
             count -= sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "bias")
     return count
 

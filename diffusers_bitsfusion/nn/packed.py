@@ -15,6 +15,7 @@ from ..ops.decode import decode_weight
 from ..ops.dispatch import KernelSelection, select_for_layer
 from ..ops.forward_mode import weight
 from .lazy_weight import LazyWeight, refuse_writing
+from .low_rank_branch import LowRankBranch
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
 AnyLayerT = TypeVar("AnyLayerT", bound=nn.Module)
@@ -66,7 +67,7 @@ def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
     return made
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(LowRankBranch):
     """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is kept as codes and scales, made by `from_float`.
 
     `weight` is not stored but decoded where it is used, see `LazyWeight`. Codes and scales are integer parameters
@@ -152,27 +153,6 @@ class PackedWeight(nn.Module):
     def scale_bits(self) -> Tensor:
         """The scales as operators take them: the bits of fp32, int32 [out]."""
         return self.scale.view(-1)
-
-    @property
-    def branch_rank(self) -> int:
-        """Rank of the low-rank branch; 0 where there is none."""
-        return 0 if self.branch_down is None else self.branch_down.shape[0]
-
-    def extend_branch(self, down: Tensor, up: Tensor) -> None:
-        """Add up @ down to the weight: down [rank, ...] and up [out, rank, ...], floating, as in `branch_shapes`."""
-        down, up = (half.detach().to(self.codes.device, self.weight_dtype) for half in (down, up))
-        if self.branch_rank:
-            down, up = torch.cat([self.branch_down, down]), torch.cat([self.branch_up, up], dim=1)
-        self._set_branch(down, up)
-
-    def shrink_branch(self, rank: int) -> None:
-        """Undo what `extend_branch` added after the branch had `rank`."""
-        self._set_branch(self.branch_down[:rank], self.branch_up[:, :rank])
-
-    def _set_branch(self, down: Tensor, up: Tensor) -> None:
-        for name, half in (("branch_down", down), ("branch_up", up)):
-            parameter = nn.Parameter(half.detach().clone(), requires_grad=False) if len(down) else None
-            self.register_parameter(name, parameter)
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Return the weight of the codes in `dtype`, a new tensor."""

@@ -1,22 +1,39 @@
 """Time features looked up instead of computed (paper, section 3.3 "time embedding caching").
 
 A ResBlock uses the timestep only through F = time_emb_proj(silu(time_embedding(t))). `time_proj` becomes a look-up of
-all blocks' F side by side, `time_embedding` passes it on, and each `time_emb_proj` takes its slice.
+all blocks' F side by side, `time_embedding` passes it on, and each `time_emb_proj` takes its slice. Beside them a
+table has time_embedding(t), from which an adapter of a `time_emb_proj` computes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec.time_table import high_bits_rows, pack_table, unpack_rows
+from .lazy_weight import LazyWeight
+from .low_rank_branch import LowRankBranch
 from .packed import float_bits
 
 
 class TimeFeatures(nn.Module):
-    """Base of the look-ups: timesteps [batch], of any dtype, to features fp32 [batch, features]."""
+    """Base of the look-ups: timesteps [batch], of any dtype, to features fp32 [batch, features + embedding].
+
+    Attributes:
+        num_features (`int`): features of all blocks.
+        embedding_width (`int`): width of the time embedding that follows the features; 0 where it is not kept.
+    """
+
+    num_features: int
+    embedding_width: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the features."""
+        return next(self.parameters()).device
 
     def _require(self, known: Tensor, timesteps: Tensor, problem: str) -> None:
         """Refuse timesteps where `known` is false: at once on a CPU, without a synchronisation elsewhere."""
@@ -39,6 +56,7 @@ class TimeFeatureCache(TimeFeatures):
 
     def __init__(self, timesteps: list[float], features: int) -> None:
         super().__init__()
+        self.num_features = features
         self.known_timesteps = timesteps
         self.values = nn.Parameter(torch.empty(len(timesteps), features, dtype=torch.int16), requires_grad=False)
         self.timesteps = float_bits(torch.tensor(timesteps, dtype=torch.float32))
@@ -75,27 +93,32 @@ class TimeFeatureTable(TimeFeatures):
             int16, the codes themselves, where they are not smooth.
         high_bits (`nn.Parameter`): uint8 [high_bits_rows(num_timesteps + 2), features]; see `codec.time_table`.
         scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
+        embedding_codes, embedding_scale (`nn.Parameter`): int16 [num_timesteps + 2, embedding_width] and int32
+            [embedding_width, 1], the codes and scale of the time embedding before its SiLU, which so can be given
+            back; where `embedding_width` is not 0.
     """
 
-    def __init__(self, num_timesteps: int, features: int) -> None:
+    def __init__(self, num_timesteps: int, features: int, embedding_width: int = 0) -> None:
         super().__init__()
         self.num_timesteps = num_timesteps
+        self.num_features = features
+        self.embedding_width = embedding_width
         rows = num_timesteps + 2
         self.codes = nn.Parameter(torch.zeros(rows, features, dtype=torch.uint8), requires_grad=False)
         self.high_bits = nn.Parameter(
             torch.zeros(high_bits_rows(rows), features, dtype=torch.uint8), requires_grad=False
         )
         self.scale = float_bits(torch.empty(features))
+        if embedding_width:
+            self.embedding_codes = nn.Parameter(
+                torch.empty(num_timesteps + 2, embedding_width, dtype=torch.int16), requires_grad=False
+            )
+            self.embedding_scale = float_bits(torch.empty(embedding_width))
 
     @property
     def rows(self) -> Tensor:
         """Timesteps of the rows, -1 to num_timesteps."""
         return torch.arange(-1, self.num_timesteps + 1)
-
-    @property
-    def _scale(self) -> Tensor:
-        """fp32 [features], in the memory of `scale`."""
-        return self.scale.view(torch.float32).view(-1)
 
     def set_codes(self, codes: Tensor, scale: Tensor, start: int = 0) -> None:
         """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
@@ -105,7 +128,12 @@ class TimeFeatureTable(TimeFeatures):
             self.codes = nn.Parameter(self._unpack(self._all_rows).to(torch.int16), requires_grad=False)
             low = codes
         self.codes[:, part], self.high_bits[:, part] = low, high
-        self._scale[part] = scale
+        _floats(self.scale)[part] = scale
+
+    def set_embedding(self, codes: Tensor, scale: Tensor) -> None:
+        """Take the time embedding before its SiLU: codes int16 [num_timesteps + 2, embedding_width] and scale fp32."""
+        self.embedding_codes.copy_(codes)
+        _floats(self.embedding_scale).copy_(scale)
 
     def expect(self, dtype: torch.dtype) -> None:
         """Make room for codes of `dtype`, which loaders would cast to that of the parameter."""
@@ -126,7 +154,11 @@ class TimeFeatureTable(TimeFeatures):
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps."""
-        return self.rows[1:].float(), self._unpack(self._all_rows[1:]).float() * self._scale
+        return self.rows[1:].float(), self._unpack(self._all_rows[1:]).float() * _floats(self.scale)
+
+    def embedding(self) -> Tensor:
+        """Return the time embedding before its SiLU as kept, fp32 [T, embedding_width], timesteps as `features`."""
+        return self.embedding_codes[1:].float() * _floats(self.embedding_scale)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return the features of `timesteps` [batch], or of the block."""
@@ -136,7 +168,16 @@ class TimeFeatureTable(TimeFeatures):
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
         rows, weights = cubic_weights(t, last)
-        return (self._unpack(rows) * weights).sum(dim=1) * self._scale
+        features = (self._unpack(rows) * weights).sum(dim=1) * _floats(self.scale)
+        if not self.embedding_width:
+            return features
+        embedding = (self.embedding_codes[rows] * weights).sum(dim=1) * _floats(self.embedding_scale)
+        return torch.cat([features, F.silu(embedding)], dim=1)
+
+
+def _floats(bits: Tensor) -> Tensor:
+    """fp32 [n] in the memory of `float_bits`."""
+    return bits.view(torch.float32).view(-1)
 
 
 def cubic_weights(timesteps: Tensor, last: int) -> tuple[Tensor, Tensor]:
@@ -175,17 +216,56 @@ class TimeFeaturePassThrough(nn.Module):
         return sample
 
 
-class TimeFeatureSlice(nn.Module):
-    """Stands where a block's `time_emb_proj` was: features [batch, all] to the block's own [batch, stop - start]."""
+class TimeFeatureSlice(LowRankBranch):
+    """Stands where a block's `time_emb_proj` was: features [batch, all] to the block's own [batch, stop - start].
 
-    def __init__(self, start: int, stop: int) -> None:
+    With a branch, from merged adapters, its product with the time embedding is added.
+
+    Args:
+        lookup: what the features come from.
+        start, stop: columns of the block's features.
+        dtype: dtype of the weight that `time_emb_proj` had.
+
+    Attributes:
+        in_features (`int`): width of the time embedding; 0 where it is not kept, and no adapter can be added.
+        out_features (`int`): features of the block.
+    """
+
+    _lookup: TimeFeatures
+
+    def __init__(self, lookup: TimeFeatures, start: int, stop: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.start, self.stop = start, stop
+        self.__dict__["_lookup"] = lookup  # nn.Module would register an attribute as a submodule
+        self.start, self.stop, self.weight_dtype = start, stop, dtype
+        self.in_features, self.out_features = lookup.embedding_width, stop - start
+        self.register_parameter("branch_down", None)
+        self.register_parameter("branch_up", None)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that there was, of which dtype, device and shape are left."""
+        like = torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
+        return LazyWeight(_refuse_weight, like, self._lookup.device)
+
+    def embedding(self, input: Tensor) -> Tensor:
+        """Return silu(time_embedding(t)) [batch, in_features], which `input` has after the features."""
+        return input[:, self._lookup.num_features :]
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the features of `timesteps` [batch], or of the block."""
-        return input[:, self.start : self.stop]
+        features = input[:, self.start : self.stop]
+        if not self.branch_rank:
+            return features
+        down, up = self.branch_down.to(input.dtype), self.branch_up.to(input.dtype)
+        return features + F.linear(F.linear(self.embedding(input), down), up)
 
     def extra_repr(self) -> str:
         """Return what a printed model shows of the slice."""
         return f"{self.start}, {self.stop}"
+
+
+def _refuse_weight() -> NoReturn:
+    raise RuntimeError(
+        "The weight of this time_emb_proj is gone: the model keeps the time features that it gave. Quantize with "
+        'time_embedding="keep" to keep the weight.'
+    )

@@ -1,8 +1,7 @@
-"""The time path of a UNet or ControlNet: where it is, what it computes, taking it out and putting it back."""
+"""The time path of a UNet or ControlNet: where it is, what it computes, and taking it out."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -15,11 +14,6 @@ from torch import Tensor, nn
 
 from ..codec.schema import TimeFeaturesSchema
 from .time_features import TimeFeatureCache, TimeFeaturePassThrough, TimeFeatures, TimeFeatureSlice, TimeFeatureTable
-
-# Width of the MLP that `restore` fits to a table: enough to pass through 1000 timesteps.
-_RESTORED_WIDTH = 1280
-_RESTORED_SEED = 0
-_RESTORED_TOLERANCE = 0.01
 
 
 def why_not_cacheable(model: ModelMixin) -> str | None:
@@ -92,89 +86,56 @@ class TimePath:
         """Parameters that taking the path out removes."""
         return sum(p.numel() for layer in self.layers.values() for p in layer.parameters())
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of the time embedding, which every block's projection takes."""
+        width: int = self.model.time_embedding.linear_2.out_features
+        return width
+
     @torch.no_grad()
-    def compute(self, timesteps: Tensor) -> Iterator[Tensor]:
-        """Exact features of one block after another, fp32 [timesteps, size], computed in fp32."""
-        layers = self.layers
+    def compute(self, timesteps: Tensor) -> tuple[Tensor, Iterator[Tensor]]:
+        """Compute exactly, in fp32.
 
-        def linear(name: str, x: Tensor) -> Tensor:
-            layer = layers[name]
-            x = x.to(layer.weight.device)  # a model may be spread over several
-            with torch.autocast(x.device.type, enabled=False):
-                return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
-
-        device = layers["time_embedding.linear_1"].weight.device
+        Returns:
+            (time embedding before its SiLU, fp32 [timesteps, embedding_width]; the features of one block after
+            another, fp32 [timesteps, size]).
+        """
+        device = self.layers["time_embedding.linear_1"].weight.device
         hidden = self.model.time_proj(timesteps.to(device)).float()
-        hidden = self.model.time_embedding.act(linear("time_embedding.linear_1", hidden))
-        hidden = F.silu(linear("time_embedding.linear_2", hidden))
-        for name in self.blocks:
-            yield linear(f"{name}.time_emb_proj", hidden).to(device)
+        hidden = self.model.time_embedding.act(self._linear("time_embedding.linear_1", hidden))
+        embedding = self._linear("time_embedding.linear_2", hidden).to(device)
+        projections = (f"{name}.time_emb_proj" for name in self.blocks)
+        return embedding, (self._linear(name, F.silu(embedding)).to(device) for name in projections)
+
+    @torch.no_grad()
+    def _linear(self, name: str, x: Tensor) -> Tensor:
+        layer = self.layers[name]
+        x = x.to(layer.weight.device)  # a model may be spread over several
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
 
-def install(model: ModelMixin, lookup: TimeFeatures, sizes: Iterable[tuple[str, int]]) -> None:
-    """Replace the time path of `model` by `lookup`, whose features belong to the blocks of `sizes` in order."""
+def install(model: ModelMixin, lookup: TimeFeatures, sizes: Iterable[tuple[str, int]], dtype: torch.dtype) -> None:
+    """Replace the time path of a model by a look-up.
+
+    Args:
+        model: model with its time path.
+        lookup: look-up, whose features belong to the blocks of `sizes` in order.
+        sizes: (block name, number of features), as `TimePath.sizes`.
+        dtype: dtype of the model.
+    """
     model.time_proj = lookup
     model.time_embedding = TimeFeaturePassThrough()
     start = 0
     for name, size in sizes:
         block = model.get_submodule(name)
-        block.time_emb_proj = TimeFeatureSlice(start, start + size)
+        block.time_emb_proj = TimeFeatureSlice(lookup, start, start + size, dtype)
         block.skip_time_act = True  # the features are those after the activation
         start += size
-
-
-@torch.no_grad()
-def restore(model: ModelMixin, dtype: torch.dtype) -> None:
-    """Put an ordinary time path back in, fitted to the features that the look-up holds.
-
-    The original MLP is gone, but a plain model needs one. A two-layer MLP of fixed random weights, as wide as the
-    timesteps are many, has features rich enough that the blocks' projections, fitted by least squares, reproduce
-    the kept values on every kept timestep (relative error about 1e-5).
-
-    Raises:
-        ValueError: the fit misses the features by more than 1 % (a ControlNet too narrow for its timesteps).
-    """
-    lookup = model.time_proj
-    timesteps, features = (t.cpu() for t in lookup.features())
-    device = next(lookup.parameters()).device
-    channels = model.config.block_out_channels[0]
-    width = model.config.get("time_embedding_dim") or 4 * channels
-    # A UNet too narrow to pass through all its timesteps is given a wider time embedding; a ControlNet cannot be.
-    widened = isinstance(model, UNet2DConditionModel) and len(timesteps) > width // 2 and width < _RESTORED_WIDTH
-    width = _RESTORED_WIDTH if widened else width
-
-    proj = Timesteps(channels, model.config.flip_sin_to_cos, model.config.freq_shift)
-    embedding = TimestepEmbedding(channels, width, act_fn="silu")
-    generator = torch.Generator().manual_seed(_RESTORED_SEED)
-    for layer, gain in ((embedding.linear_1, 2.0), (embedding.linear_2, 1.0)):
-        nn.init.normal_(layer.weight, std=math.sqrt(gain / layer.in_features), generator=generator)
-        nn.init.normal_(layer.bias, std=0.5, generator=generator)
-    hidden = F.silu(embedding(proj(timesteps))).double()
-    hidden = torch.cat([hidden, torch.ones(len(hidden), 1, dtype=torch.float64)], dim=1)
-    gram = hidden.T @ hidden
-    gram.diagonal().add_(1e-9 * gram.trace() / len(gram))
-    fitted = torch.linalg.solve(gram, hidden.T @ features.double())
-    error = float((hidden @ fitted - features).norm() / features.norm().clamp_min(1e-12))
-    if error > _RESTORED_TOLERANCE:
-        raise ValueError(
-            f"The time features of {len(timesteps)} timesteps cannot be turned back into a time embedding of width "
-            f'{width} (relative error {error:.2%}). Quantize with time_embedding="keep" to dequantize this model.'
-        )
-
-    if widened:
-        model.register_to_config(time_embedding_dim=width)
-    model.time_proj, model.time_embedding = proj, embedding.to(device, dtype)
-    for block in model.modules():
-        if isinstance(block, ResnetBlock2D):
-            part = slice(block.time_emb_proj.start, block.time_emb_proj.stop)
-            projection = nn.Linear(width, part.stop - part.start, device=device, dtype=dtype)
-            projection.weight.copy_(fitted[:-1, part].T)
-            projection.bias.copy_(fitted[-1, part])
-            block.time_emb_proj, block.skip_time_act = projection, False
 
 
 def empty_lookup(schema: TimeFeaturesSchema) -> TimeFeatureCache | TimeFeatureTable:
     """Return the look-up that a checkpoint describes, which must have one, without its features."""
     if schema.kind == "cache":
         return TimeFeatureCache(list(schema.timesteps), schema.num_features)
-    return TimeFeatureTable(schema.num_timesteps, schema.num_features)
+    return TimeFeatureTable(schema.num_timesteps, schema.num_features, schema.embedding_width)

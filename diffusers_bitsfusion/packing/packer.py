@@ -95,7 +95,7 @@ class ModelPacker:
             set_module_tensor_to_device(self.model, parameter, device, value=value)
             self._time_parameters.discard(parameter)
             if not self._time_parameters:
-                install_time_features(self.model, self.plan, self.schema.time_features)
+                install_time_features(self.model, self.plan, self.schema.time_features, self.dtype)
             return
         name = parameter.removesuffix(".weight")
         packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
@@ -126,13 +126,14 @@ class ModelPacker:
         return self.schema
 
 
-def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSchema) -> None:
+def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSchema, dtype: torch.dtype) -> None:
     """Replace the time path of `model`, whose weights are complete, by the look-up that `plan` asks for, if any.
 
     Args:
         model: model that the plan was made for.
         plan: plan of the model.
         schema: schema of the time features in the checkpoint.
+        dtype: dtype of the model.
     """
     path = plan.replaced_path
     if path is None:
@@ -140,14 +141,17 @@ def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSch
     lookup = empty_lookup(schema)
     if isinstance(lookup, TimeFeatureCache):
         timesteps = torch.tensor(schema.timesteps, dtype=torch.float32)
-        lookup.set_features(torch.cat(list(path.compute(timesteps)), dim=1))
+        _, blocks = path.compute(timesteps)
+        lookup.set_features(torch.cat(list(blocks), dim=1))
     else:
+        embedding, blocks = path.compute(lookup.rows)
+        lookup.set_embedding(*quantize_table(embedding))
         start = 0
-        for features in path.compute(lookup.rows):
+        for features in blocks:
             lookup.set_codes(*quantize_table(features), start=start)
             start += features.shape[1]
     lookup.to(path.layers["time_embedding.linear_1"].weight.device)
-    install(model, lookup, path.sizes)
+    install(model, lookup, path.sizes, dtype)
 
 
 def install_packed_layers(

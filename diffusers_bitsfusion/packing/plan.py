@@ -89,6 +89,7 @@ class Plan:
             removed_parameters=path.num_parameters,
             timesteps=tuple(self.timesteps) if cached else (),
             num_timesteps=0 if cached else self.num_timesteps,
+            embedding_width=0 if cached else path.embedding_width,
         )
 
 

@@ -143,9 +143,10 @@ def _time_features(time: TimeFeaturesSchema) -> Iterator[TensorSize]:
         yield "time_proj.values", (steps, features), 2 * steps * features
         yield "time_proj.timesteps", (steps,), 4 * steps
     else:
-        size = round(features * TABLE_BITS_PER_FEATURE / 8)
-        yield "time_proj.codes", (size,), size
-        yield "time_proj.scale", (features,), 4 * features
+        for prefix, width in (("", features), ("embedding_", time.embedding_width)):
+            size = round(width * TABLE_BITS_PER_FEATURE / 8)
+            yield f"time_proj.{prefix}codes", (size,), size
+            yield f"time_proj.{prefix}scale", (width,), 4 * width
 
 
 def _others(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[TensorSize]:

@@ -117,6 +117,8 @@ def _needed(schema: CheckpointSchema) -> Iterator[str]:
             yield from (f"{name}.branch_down", f"{name}.branch_up")
     kinds = {"keep": (), "table": ("codes", "scale"), "cache": ("values", "timesteps")}
     yield from (f"time_proj.{kind}" for kind in kinds[schema.time_features.kind])
+    if schema.time_features.embedding_width:
+        yield from ("time_proj.embedding_codes", "time_proj.embedding_scale")
 
 
 def _decode(file: Path, header: SafetensorsHeader, schema: CheckpointSchema) -> None:

@@ -557,7 +557,7 @@ def test_an_adapter_of_another_architecture_gives_peft_s_error(packed_folders, c
 
 
 def test_an_adapter_of_the_time_embedding_needs_the_time_embedding(packed_folders):
-    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["table"])
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["cache"])
     name = "unet.down_blocks.0.resnets.0.time_emb_proj"
     lora = {f"{name}.lora_A.weight": torch.zeros(4, 128), f"{name}.lora_B.weight": torch.zeros(32, 4)}
     with pytest.raises(ValueError, match='time_embedding="keep"'):

@@ -244,8 +244,9 @@ def test_training_a_packed_model_whole_says_what_to_do(packed_unet):
 
 
 @pytest.fixture
-def tabled():
-    return quantize_model(tiny_unet(), BitsFusionConfig(recipe=2, time_embedding="table"), progress=False)
+def cached():
+    """Without the time embedding that a table has beside its features."""
+    return quantize_model(tiny_unet(), BitsFusionConfig(recipe=2, time_embedding="cache"), progress=False)
 
 
 def lcm_lora(unet) -> dict[str, Tensor]:
@@ -283,30 +284,30 @@ LOADS = {
 
 
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
-def test_an_adapter_of_the_time_embedding_is_refused_and_leaves_nothing(tabled, call_unet, load):
-    before, modules = call_unet(tabled), [(name, type(module)) for name, module in tabled.named_modules()]
+def test_an_adapter_of_the_time_embedding_is_refused_and_leaves_nothing(cached, call_unet, load):
+    before, modules = call_unet(cached), [(name, type(module)) for name, module in cached.named_modules()]
     for _ in range(2):
         with pytest.raises(ValueError, match=r'LoRA cannot adapt .*time_emb.*time_embedding="keep"'):
-            load(tabled, lcm_lora(tabled))
-        assert untouched(tabled, modules)
-        assert torch.equal(call_unet(tabled), before)
-    tabled.load_lora_adapter(tiny_lora(tabled, ("to_q",), 4), prefix=None)
-    assert not torch.equal(call_unet(tabled), before)
+            load(cached, lcm_lora(cached))
+        assert untouched(cached, modules)
+        assert torch.equal(call_unet(cached), before)
+    cached.load_lora_adapter(tiny_lora(cached, ("to_q",), 4), prefix=None)
+    assert not torch.equal(call_unet(cached), before)
 
 
-def test_a_hot_swap_with_the_time_embedding_is_refused_and_keeps_what_was_there(tabled, call_unet):
-    tabled.load_lora_adapter(tiny_lora(tabled, ("to_q", "conv1"), 4), prefix=None, adapter_name="style")
-    before = call_unet(tabled)
+def test_a_hot_swap_with_the_time_embedding_is_refused_and_keeps_what_was_there(cached, call_unet):
+    cached.load_lora_adapter(tiny_lora(cached, ("to_q", "conv1"), 4), prefix=None, adapter_name="style")
+    before = call_unet(cached)
     with pytest.raises(ValueError, match='time_embedding="keep"'):
-        tabled.load_lora_adapter(lcm_lora(tabled), prefix=None, adapter_name="style", hotswap=True)
+        cached.load_lora_adapter(lcm_lora(cached), prefix=None, adapter_name="style", hotswap=True)
     with pytest.raises(ValueError, match='time_embedding="keep"'):
-        tabled.load_lora_adapter(lcm_lora(tabled), prefix=None, adapter_name="other")
-    assert torch.equal(call_unet(tabled), before)
-    assert set(tabled.peft_config) == {"style"}
+        cached.load_lora_adapter(lcm_lora(cached), prefix=None, adapter_name="other")
+    assert torch.equal(call_unet(cached), before)
+    assert set(cached.peft_config) == {"style"}
 
 
 def test_a_pipeline_that_refuses_a_lora_samples_as_before(packed_folders):
-    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["table"])
+    pipe = StableDiffusionPipeline.from_pretrained(packed_folders["cache"])
     pipe.set_progress_bar_config(disable=True)
 
     def sample_latents() -> Tensor:
@@ -322,19 +323,26 @@ def test_a_pipeline_that_refuses_a_lora_samples_as_before(packed_folders):
 
 
 @pytest.mark.parametrize("loaded", [False, True])
-def test_an_adapter_refused_half_way_leaves_nothing(tabled, call_unet, loaded):
+def test_an_adapter_refused_half_way_leaves_nothing(cached, call_unet, loaded):
     if loaded:
-        tabled.load_lora_adapter(tiny_lora(tabled, ("to_q", "to_k"), 4), prefix=None, adapter_name="style")
-    before, modules = call_unet(tabled), [(name, type(module)) for name, module in tabled.named_modules()]
-    parameters = {name: p.requires_grad for name, p in tabled.named_parameters()}
+        cached.load_lora_adapter(tiny_lora(cached, ("to_q", "to_k"), 4), prefix=None, adapter_name="style")
+    before, modules = call_unet(cached), [(name, type(module)) for name, module in cached.named_modules()]
+    parameters = {name: p.requires_grad for name, p in cached.named_parameters()}
     config = LoraConfig(target_modules=["to_q", "to_v"], init_lora_weights="corda")
     with pytest.raises(ValueError, match="changes the base weight"):
-        tabled.add_adapter(config, adapter_name="second")
-    assert [(name, type(module)) for name, module in tabled.named_modules()] == modules
-    assert {name: p.requires_grad for name, p in tabled.named_parameters()} == parameters
-    assert set(getattr(tabled, "peft_config", ())) == ({"style"} if loaded else set())
-    assert torch.equal(call_unet(tabled), before)
-    tabled.add_adapter(LoraConfig(target_modules=["to_q"]), adapter_name="second")
+        cached.add_adapter(config, adapter_name="second")
+    assert [(name, type(module)) for name, module in cached.named_modules()] == modules
+    assert {name: p.requires_grad for name, p in cached.named_parameters()} == parameters
+    assert set(getattr(cached, "peft_config", ())) == ({"style"} if loaded else set())
+    assert torch.equal(call_unet(cached), before)
+    cached.add_adapter(LoraConfig(target_modules=["to_q"]), adapter_name="second")
+
+
+def test_a_start_that_changes_the_base_weight_leaves_nothing_when_it_is_refused(cached, call_unet):
+    before = call_unet(cached)
+    with pytest.raises(ValueError, match="pissa"):
+        cached.add_adapter(LoraConfig(target_modules=["to_q", "conv_out"], init_lora_weights="pissa"))
+    assert torch.equal(call_unet(cached), before)
 
 
 def test_no_component_of_a_pipeline_is_fused_when_one_cannot_be(source_folder):

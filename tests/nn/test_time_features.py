@@ -137,7 +137,8 @@ def test_the_pass_through_gives_what_it_gets():
 
 def test_slices_side_by_side_give_all_features():
     features = torch.randn(2, 10)
-    parts = [TimeFeatureSlice(start, stop)(features) for start, stop in ((0, 3), (3, 9), (9, 10))]
+    lookup = TimeFeatureCache([1.0], 10)
+    parts = [TimeFeatureSlice(lookup, *part, torch.float32)(features) for part in ((0, 3), (3, 9), (9, 10))]
     assert [part.shape[1] for part in parts] == [3, 6, 1]
     assert torch.equal(torch.cat(parts, dim=1), features)
 

@@ -17,7 +17,8 @@ from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.codec.schema import TimeFeaturesSchema
 from diffusers_bitsfusion.codec.time_table import quantize_table
 from diffusers_bitsfusion.nn.time_features import TimeFeatureCache, TimeFeatures, TimeFeatureTable
-from diffusers_bitsfusion.nn.time_path import TimePath, empty_lookup, install, restore, why_not_cacheable
+from diffusers_bitsfusion.nn.time_path import TimePath, empty_lookup, install, why_not_cacheable
+from diffusers_bitsfusion.nn.time_restoration import restore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,16 +36,18 @@ def exact_features(model, timesteps):
 def with_cache(model, timesteps):
     path = TimePath.find(model)
     cache = TimeFeatureCache([float(t) for t in timesteps], sum(size for _, size in path.sizes))
-    cache.set_features(torch.cat(list(path.compute(torch.tensor(timesteps))), dim=1))
-    install(model, cache, path.sizes)
+    cache.set_features(torch.cat(list(path.compute(torch.tensor(timesteps))[1]), dim=1))
+    install(model, cache, path.sizes, model.dtype)
     return model
 
 
 def with_table(model, num_timesteps=1000):
     path = TimePath.find(model)
-    table = TimeFeatureTable(num_timesteps, sum(size for _, size in path.sizes))
-    table.set_codes(*quantize_table(torch.cat(list(path.compute(table.rows)), dim=1)))
-    install(model, table, path.sizes)
+    table = TimeFeatureTable(num_timesteps, sum(size for _, size in path.sizes), path.embedding_width)
+    embedding, features = path.compute(table.rows)
+    table.set_codes(*quantize_table(torch.cat(list(features), dim=1)))
+    table.set_embedding(*quantize_table(embedding))
+    install(model, table, path.sizes, model.dtype)
     return model
 
 
@@ -85,7 +88,7 @@ def test_the_features_are_those_of_the_models_own_modules(make):
     model = make()
     timesteps = torch.tensor(TIMESTEPS)
     path = TimePath.find(model)
-    parts = list(path.compute(timesteps))
+    parts = list(path.compute(timesteps)[1])
     assert [part.shape[1] for part in parts] == [size for _, size in path.sizes]
     torch.testing.assert_close(torch.cat(parts, dim=1), exact_features(model, timesteps), rtol=1e-5, atol=1e-6)
 
@@ -93,7 +96,7 @@ def test_the_features_are_those_of_the_models_own_modules(make):
 def test_features_of_a_half_precision_model_are_computed_in_fp32():
     model = tiny_unet()
     rounded = copy.deepcopy(model).half().float()
-    (features,) = [torch.cat(list(TimePath.find(model.half()).compute(torch.tensor([999.0]))), dim=1)]
+    (features,) = [torch.cat(list(TimePath.find(model.half()).compute(torch.tensor([999.0]))[1]), dim=1)]
     assert features.dtype == torch.float32
     torch.testing.assert_close(features, exact_features(rounded, torch.tensor([999.0])), rtol=1e-5, atol=1e-6)
 
@@ -186,7 +189,8 @@ def wide():
 def test_the_table_is_within_half_a_percent_at_every_whole_step(wide):
     plain, tabled = wide
     timesteps = torch.arange(1001)
-    found, expected = tabled.time_proj(timesteps), exact_features(plain, timesteps)
+    expected = exact_features(plain, timesteps)
+    found = tabled.time_proj(timesteps)[:, : expected.shape[1]]
     assert relative(found, expected) < 0.005
     by_step = (found - expected).norm(dim=1) / expected.norm(dim=1)
     assert by_step.max() < 0.01
@@ -195,7 +199,26 @@ def test_the_table_is_within_half_a_percent_at_every_whole_step(wide):
 def test_the_table_is_within_one_percent_at_half_steps(wide):
     plain, tabled = wide
     timesteps = torch.arange(1000) + 0.5
-    assert relative(tabled.time_proj(timesteps), exact_features(plain, timesteps)) < 0.01
+    expected = exact_features(plain, timesteps)
+    assert relative(tabled.time_proj(timesteps)[:, : expected.shape[1]], expected) < 0.01
+
+
+@pytest.mark.parametrize("offset", [0, 0.5])
+def test_the_time_embedding_follows_the_features(wide, offset):
+    plain, tabled = wide
+    timesteps = torch.arange(1000) + offset
+    with torch.no_grad():
+        expected = F.silu(plain.time_embedding(plain.time_proj(timesteps)))
+    assert relative(tabled.time_proj(timesteps)[:, tabled.time_proj.num_features :], expected) < 0.006
+
+
+def test_a_wide_table_gives_the_time_embedding_back(wide):
+    plain, tabled = wide
+    model, timesteps = copy.deepcopy(tabled), torch.arange(1001)
+    restore(model, torch.float32)
+    with torch.no_grad():
+        found, expected = (F.silu(m.time_embedding(m.time_proj(timesteps))) for m in (model, plain))
+    assert relative(found, expected) < 0.006
 
 
 def test_a_wide_table_is_restored_to_a_plain_time_path(wide):

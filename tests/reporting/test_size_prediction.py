@@ -99,9 +99,9 @@ def test_the_full_size_configs_build_models_of_the_known_size(name):
 
 
 def test_the_published_recipe_is_predicted_at_the_size_measured_on_the_whole_model():
-    # docs/RESULTS.md: 205.3 MB with 50 cached steps, 216.7 MB with a table
+    # docs/MODELS.md: 205.3 MB with 50 cached steps, 216.7 MB with a table, and 0.87 MB for its time embedding
     model = model_from_config(CONFIGS / "stable-diffusion-v1-5.json")
-    for kind, measured in (("cache", 205.318), ("table", 216.734)):
+    for kind, measured in (("cache", 205.318), ("table", 216.734 + 0.874)):
         predicted = predict_size(model, BitsFusionConfig(time_embedding=kind))
         assert predicted.total_bytes / 1e6 == pytest.approx(measured, rel=0.003)
         assert predicted.average_bits.paper == pytest.approx(1.988, abs=1e-3)
