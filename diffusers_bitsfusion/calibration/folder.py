@@ -69,6 +69,11 @@ class CalibrationFolder:
         self._process = process
         claim_folder(self._folder, settings, kind=_KIND, clash=_CLASH, other=_OTHER, prefix=f"{process}-")
 
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing of the calibration is kept yet."""
+        return not any(self._folder.glob("*.pt"))
+
     def save_moments(self, index: int, batches: int, moments: Mapping[str, InputMoments]) -> None:
         """Save the moments of pass `index` after its first `batches` batches, in place of earlier ones."""
         states = {name: moment.state_dict() for name, moment in moments.items()}

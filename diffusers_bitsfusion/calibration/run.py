@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from .folder import CalibrationFolder, TuningFolder, using_alone
 from .layers import CalibratedLayer, quantize_layer
 from .moments import InputMoments
 from .passes import plan_passes
+from .time_estimate import estimate_time
 from .tuning import CALLS, tune
 
 # Seconds of sampling that an interruption may cost; moments are large, so they are not written after every batch.
@@ -82,6 +84,8 @@ def _calibrate(
         settings = _settings(pipeline, bits, calibration) | asdict(rounding)
         folder = CalibrationFolder(calibration.cache_dir, settings, state.process_index)
 
+    if _shows(progress) and (folder is None or folder.is_new):
+        tqdm.write(str(estimate_time(pipeline, model, bits, calibration, rounding)), file=sys.stderr)
     done: dict[str, CalibratedLayer] = {}
     for index, names in enumerate(passes.groups):
         own = names[state.process_index :: state.num_processes]
