@@ -10,7 +10,7 @@ import typer
 
 from .common import default_prompts, show
 from .options import Dtype, Json
-from .sources import config_folder
+from .sources import check_holds_something, config_folder
 
 _SUITES = "Suites"
 _MODELS = "Models of the suites: folders or Hub ids"
@@ -20,6 +20,10 @@ def evaluate(
     path: Annotated[str, typer.Argument(help="Folder or Hub id of a pipeline, packed or in full precision.")],
     reference: Annotated[
         str | None, typer.Option(help="Full-precision pipeline to compare with; default: none.")
+    ] = None,
+    unet: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a UNet or transformer in place of that of PATH; default: its own."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -116,9 +120,14 @@ def _evaluate(args: Namespace) -> None:
     from diffusers_bitsfusion.evaluation import Sampling
     from diffusers_bitsfusion.utils.processes import process_state
 
+    if args.unet is not None and args.card:
+        raise ValueError("--card writes into the card in PATH, whose UNet --unet replaces; use --json.")
     _check_paths(args.path, args.json_file, args.card)
+    if args.unet is not None:
+        check_holds_something(config_folder(args.unet), args.unet)
     shared = {
         "reference": args.reference,
+        "unet": args.unet,
         "sampling": Sampling(steps=args.steps, seed=args.seed, batch_size=args.batch_size, scheduler=args.scheduler),
         "guidance_scales": args.guidance_scale or (),
         "images": args.images,

@@ -49,6 +49,12 @@ class Clip:
         processors = processors or path
         return cls(model, CLIPImageProcessor.from_pretrained(processors), CLIPTokenizer.from_pretrained(processors))
 
+    @property
+    def width(self) -> int:
+        """The number d of features."""
+        width: int = self.model.config.projection_dim
+        return width
+
     @torch.no_grad()
     def image_features(self, images: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
         """Return projected embeddings, not normalized: n of (height, width, 3) uint8 to (n, d) float32."""

@@ -39,6 +39,7 @@ def generate_image_sets(
     root: Path,
     dtype: torch.dtype | None = None,
     progress: bool = True,
+    unet: str | None = None,
 ) -> ImageSets:
     """Generate the images of every list of captions with every sampling, except those that exist already.
 
@@ -52,6 +53,7 @@ def generate_image_sets(
         root: folder of the folders; processes that were launched together all see it.
         dtype: as of `load_pipeline`.
         progress: whether to show progress bars.
+        unet: folder or Hub id of a UNet or transformer in place of the pipeline's own.
 
     Raises:
         OSError, ValueError: as of `load_pipeline`, `ImageFolder` and `draw_images`.
@@ -63,12 +65,12 @@ def generate_image_sets(
     for captions in caption_lists:
         folders.append([])
         for sampling in samplings:
-            settings = _settings(path, captions, sampling, scheduler, dtype)
+            settings = _settings(path, captions, sampling, scheduler, dtype, unet)
             with state.main_process_first():
-                folder = ImageFolder(root / f"{Path(path).name}-{hash_of_settings(settings)[:8]}", settings)
+                folder = ImageFolder(root / f"{Path(unet or path).name}-{hash_of_settings(settings)[:8]}", settings)
                 missing = folder.missing(len(captions))
             if missing:
-                pipeline = pipeline or load_pipeline(path, samplings[0].scheduler, dtype)
+                pipeline = pipeline or load_pipeline(path, samplings[0].scheduler, dtype, unet=unet)
                 draw_images(pipeline, captions, sampling, folder, progress)
             folders[-1].append(folder)
     return ImageSets(scheduler, folders)
@@ -91,7 +93,7 @@ def image_root(images: str | os.PathLike[str] | None) -> Iterator[Path]:
 
 
 def _settings(
-    path: str, captions: Sequence[str], sampling: Sampling, scheduler: str, dtype: torch.dtype | None
+    path: str, captions: Sequence[str], sampling: Sampling, scheduler: str, dtype: torch.dtype | None, unet: str | None
 ) -> dict[str, Any]:
     settings = {
         "files": hash_of_folder(path),
@@ -102,5 +104,7 @@ def _settings(
         "seed": sampling.seed,
         "device": default_device().type,
     }
-    # The default dtype is left out, as by earlier versions, so that their images remain valid.
+    # Defaults are left out, as by earlier versions, so that their images remain valid.
+    if unet is not None:
+        settings |= {"unet": hash_of_folder(unet)}
     return settings if dtype is None else settings | {"dtype": str(dtype).removeprefix("torch.")}

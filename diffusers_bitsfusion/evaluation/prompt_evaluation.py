@@ -50,11 +50,12 @@ def evaluate(
     images: str | os.PathLike[str] | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
+    unet: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Generate an image for every prompt and measure the images.
 
-    Images go to the disk and are read a block at a time. Under `accelerate launch` the processes share the work, and
-    all of them get the report.
+    Images and their features go to the disk and are read a block at a time. Under `accelerate launch` the processes
+    share the work, and all of them get the report.
 
     Args:
         path: folder or Hub id of the pipeline, packed or in full precision.
@@ -69,6 +70,7 @@ def evaluate(
             of an interrupted run or of a reference evaluated before, are not generated again.
         progress: whether to show progress bars.
         dtype: of the pipelines, as of `load_pipeline`.
+        unet: folder or Hub id of a UNet or transformer in place of the pipeline's own, not of the reference's.
 
     Returns:
         JSON-safe. `"compositional"` (`"overall"`, the mean over categories, and each category), `"clip_score"`, and
@@ -94,15 +96,17 @@ def evaluate(
     reports = {}
     with image_root(images) as root:
         captions = [prompt.caption for prompt in prompts]
-        generated = generate_image_sets(path, [captions], samplings, root, dtype, progress)
+        replacement = None if unet is None else os.fspath(unet)
+        generated = generate_image_sets(path, [captions], samplings, root, dtype, progress, unet=replacement)
         others = (
             None if reference is None else generate_image_sets(reference, [captions], samplings, root, dtype, progress)
         )
         for index, chosen in enumerate(samplings):
             references = None if others is None else others.folders[0][index]
-            report = _report(prompts, scorer, model, generated.folders[0][index], references, lpips)
+            report = _report(prompts, scorer, model, generated.folders[0][index], references, lpips, root)
             used = asdict(chosen) | {"scheduler": generated.scheduler}
             inputs = {"pipeline": path, "reference": reference, "clip": clip, "images": len(prompts)}
+            inputs |= {} if replacement is None else {"unet": replacement}
             reports[str(chosen.guidance_scale)] = report | {"settings": inputs | used}
     first = next(iter(reports.values()))
     return first if len(reports) == 1 else first | {"by_guidance_scale": reports}
@@ -138,12 +142,13 @@ def _report(
     images: ImageFolder,
     references: ImageFolder | None,
     lpips: bool,
+    root: Path,
 ) -> dict[str, Any]:
-    scores = _scores(prompts, scorer, clip, images)
+    scores = _scores(prompts, scorer, clip, images, root)
     intervals = _intervals(prompts, scores)
     if references is None:
         return as_figures(intervals)
-    other = _scores(prompts, scorer, clip, references)
+    other = _scores(prompts, scorer, clip, references, root)
     metrics = _gathered(
         len(prompts),
         lambda block: image_metrics(images.block(block), references.block(block), lpips),
@@ -159,20 +164,35 @@ def _report(
     }
 
 
-def _scores(prompts: Sequence[Prompt], scorer: Scorer | None, clip: Clip | None, folder: ImageFolder) -> _Scores:
+def _scores(
+    prompts: Sequence[Prompt], scorer: Scorer | None, clip: Clip | None, folder: ImageFolder, root: Path
+) -> _Scores:
+    """Score the images in a folder; their features lie in a file in `root`, so that memory does not grow with them."""
+    file = None if clip is None else _feature_file(root / f"{folder.folder.name}-features.npy", len(prompts), clip)
+
     def measure(block: range) -> dict[str, np.ndarray]:
         images, of_block = folder.block(block), [prompts[index] for index in block]
         values = {}
         if scorer is not None:
             values["compositional"] = judge(scorer, images, [prompt.spec for prompt in of_block])
-        if clip is not None:
-            values["features"] = clip.image_features(images)
-            values["clip_score"] = clip_score(
-                values["features"], clip.text_features([prompt.caption for prompt in of_block])
-            )
+        if clip is not None and file is not None:
+            features = clip.image_features(images)
+            values["clip_score"] = clip_score(features, clip.text_features([prompt.caption for prompt in of_block]))
+            mapped = np.lib.format.open_memmap(file, "r+")
+            mapped[block.start : block.stop] = features
+            mapped.flush()
         return values
 
-    return _Scores(**_gathered(len(prompts), measure))
+    scores = _gathered(len(prompts), measure)  # all processes have written when it returns
+    return _Scores(**scores, features=None if file is None else np.load(file, mmap_mode="r"))
+
+
+def _feature_file(path: Path, count: int, clip: Clip) -> Path:
+    """Return the path of a new array of features, (count, d) float32, that all processes write to."""
+    with process_state().main_process_first():
+        if process_state().is_main_process:
+            np.lib.format.open_memmap(path, "w+", np.float32, (count, clip.width)).flush()
+    return path
 
 
 def _gathered(count: int, measure: Callable[[range], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -111,6 +111,20 @@ def test_evaluate(run, source_folder, packed_folders, prompts_file, scorer, tmp_
     assert len(list((tmp_path / "images").rglob("*.png"))) == 2 * 2 * 4
 
 
+def test_evaluate_takes_a_unet_alone(run, fails, source_folder, packed_folders, prompts_file, tmp_path):
+    """The source with the packed UNet generates the packed pipeline's images."""
+    pytest.importorskip("torchmetrics")
+    written, packed = tmp_path / "report.json", packed_folders["table"]
+    asked = ("evaluate", source_folder, "--unet", packed / "unet", "--prompts", prompts_file)
+    result = run(*asked, "--reference", packed, "--steps", 2, "--json", written)
+    assert result.exit_code == 0, result.output
+    report = json.loads(written.read_text())
+    assert report["mse"] == 0 and report["settings"]["unet"] == str(packed / "unet")
+    result = run(*asked, "--reference", source_folder, "--steps", 2, "--json", written)
+    assert result.exit_code == 0 and json.loads(written.read_text())["mse"] > 0
+    assert "--card writes into the card in PATH" in fails(*asked, "--reference", source_folder, "--card")
+
+
 def test_evaluate_some_prompts_of_the_file_beside_the_pipeline(run, source_folder, prompts_file, scorer, tmp_path):
     pipeline = Path(shutil.copytree(source_folder, tmp_path / "pipeline"))
     shutil.move(prompts_file, pipeline / "prompts.tsv")

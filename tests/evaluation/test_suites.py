@@ -325,13 +325,14 @@ def test_the_command_says_what_is_wrong(files, source_folder, more, message):
 
 MEMORY = """
 import resource, sys
-from diffusers_bitsfusion.evaluation import Sampling, Prompt, evaluate_suites
+from diffusers_bitsfusion.evaluation import Sampling, Prompt, evaluate, evaluate_suites
 from diffusers_bitsfusion.evaluation.suites.clip_score import ClipScore
 pipeline, clip, folder = sys.argv[1:]
 SAMPLING = Sampling(steps=1, guidance_scale=1, batch_size=50, scheduler="DDIMScheduler")
 for count in (500, 5000):
-    suite = ClipScore([Prompt("abcdefgh"[i % 8] * (1 + i % 7)) for i in range(count)], clip)
-    evaluate_suites(pipeline, [suite], sampling=SAMPLING, images=folder, progress=False)
+    prompts = [Prompt("abcdefgh"[i % 8] * (1 + i % 7)) for i in range(count)]
+    evaluate_suites(pipeline, [ClipScore(prompts, clip)], sampling=SAMPLING, images=folder, progress=False)
+    evaluate(pipeline, prompts, clip=clip, sampling=SAMPLING, images=folder, progress=False)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 

@@ -33,6 +33,7 @@ def evaluate_suites(
     images: str | os.PathLike[str] | None = None,
     progress: bool = True,
     dtype: torch.dtype | None = None,
+    unet: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
     """Generate the images that the suites need, score them, and compare them with a reference's of equal seeds.
 
@@ -49,6 +50,7 @@ def evaluate_suites(
         images: folder that keeps images and scores; needed by several processes.
         progress: whether to show progress bars.
         dtype: of the pipelines, as of `load_pipeline`.
+        unet: folder or Hub id of a UNet or transformer in place of the pipeline's own.
 
     Returns:
         JSON-safe: under "suites" by name what each found, its scores beside "intervals", "reference", "difference" and
@@ -67,7 +69,11 @@ def evaluate_suites(
     samplings = [replace(sampling, guidance_scale=scale) for scale in dict.fromkeys(guidance_scales)] or [sampling]
     with image_root(images) as root:
         captions = [suite.captions for suite in suites]
-        image_sets = [generate_image_sets(place, captions, samplings, root, dtype, progress) for place in paths]
+        own_unet = None if unet is None else os.fspath(unet)
+        image_sets = [
+            generate_image_sets(place, captions, samplings, root, dtype, progress, unet=replacement)
+            for place, replacement in zip(paths, (own_unet, None), strict=False)
+        ]
         reports = {}
         for number, suite in enumerate(suites):
             note = {"note": suite.note} if suite.note else {}
@@ -76,6 +82,7 @@ def evaluate_suites(
                 folders = [image_set.folders[number][index] for image_set in image_sets]
                 used = asdict(chosen) | {"scheduler": image_sets[0].scheduler, "images": len(suite.captions)}
                 inputs = {"pipeline": paths[0], "reference": paths[1] if len(paths) > 1 else None}
+                inputs |= {} if own_unet is None else {"unet": own_unet}
                 report = _report(suite, _scored(suite, folders, root, progress))
                 settings = inputs | used | suite.settings
                 by_scale[str(chosen.guidance_scale)] = report | note | {"settings": settings}
