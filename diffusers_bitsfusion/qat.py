@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,8 @@ def prepare_qat(
     Each layer that `quantize_model` would pack becomes a fake-quantized `QATLinear` or `QATConv2d`, an `nn.Linear` or
     `nn.Conv2d` with an fp32 latent `weight` and an fp32 `scale` [out], both requiring gradients, and rounds to the
     same codes and scales as post-training quantization. Everything else stays as it is, time embedding included:
-    `convert` replaces that by the look-up that the config requests. Load the model in fp32 and train under autocast.
+    `convert` replaces that by the look-up that the config requests. Load the model in fp32 and train under autocast;
+    `save_pretrained` is refused until `convert`.
 
     Args:
         model: diffusers model that is not quantized; with `calibration` the pipeline around it, of which the component
@@ -140,7 +142,25 @@ def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMi
             raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
         replace_module(model, name, layer)
     model.qat_state = QATState(config, plan)
+    model.save_pretrained = functools.partial(_refuse_to_save, type(model).__name__)
     return model
+
+
+def end_training(model: ModelMixin) -> None:
+    """Take off what `prepare_qat` has put on the model itself; its layers are the caller's to replace."""
+    del model.qat_state, model.save_pretrained
+
+
+def _refuse_to_save(kind: str, *args: Any, **kwargs: Any) -> None:
+    """Stand in for `save_pretrained` of a model in training, whose file would load as a plain model, and a worse one.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        f"This {kind} is in training: saved now it would load as a plain model, without the scales that it has "
+        "learned. Save `convert(model)` when it is trained, and its `state_dict()` as a checkpoint."
+    )
 
 
 def _selected(bits: dict[str, int], layers: Iterable[str]) -> dict[str, int]:
@@ -184,7 +204,7 @@ def _convert(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
         replace_module(model, name, packed)
     install_time_features(model, plan, schema.time_features, dtype)
     _cast_floats(model, dtype)
-    del model.qat_state
+    end_training(model)
     resolved = config.resolved(schema, config.calibration)
     quantizer = BitsFusionQuantizer(resolved, pre_quantized=True)
     quantizer.trained = True

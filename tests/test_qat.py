@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft import LoraConfig
 from tiny import tiny_unet
 from torch import nn
 
@@ -126,6 +127,28 @@ def test_recipe_and_grid_are_those_of_the_config():
 def _is_ordinary(name, module):
     time = "time_emb" in name
     return isinstance(module, (nn.Linear, nn.Conv2d)) and name not in ("conv_in", "conv_out") and not time
+
+
+def test_saving_in_training_is_refused_until_converted(make_config, tmp_path):
+    prepared = copy.deepcopy(prepare_qat(tiny_unet(), make_config()))  # as an average of weights copies it
+    with pytest.raises(ValueError, match=r"in training: .* Save `convert\(model\)`"):
+        prepared.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    convert(prepared).save_pretrained(tmp_path)
+    assert UNet2DConditionModel.from_pretrained(tmp_path).is_quantized
+
+
+def test_training_a_packed_model_whole_is_warned_of(make_config, caplog):
+    unet = quantize_model(tiny_unet(), make_config(), progress=False)
+    caplog.clear()  # of the warning of noise
+    assert unet.eval() is unet and not caplog.records
+    assert unet.train() is unet and unet.training
+    assert "biases and norms can be trained. Add an adapter" in caplog.text
+    caplog.clear()
+    unet.requires_grad_(False).train()
+    unet.add_adapter(LoraConfig(target_modules=["to_q"]))
+    unet.train()
+    assert not caplog.records
 
 
 def test_bad_input(make_config):

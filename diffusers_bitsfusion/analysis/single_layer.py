@@ -16,7 +16,7 @@ from ..calibration.calls import Call
 from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import clip_score, generate_images, image_metrics
 from ..nn.conversion import replace_module
-from ..qat import prepare_qat
+from ..qat import end_training, prepare_qat
 from .header import Item
 from .layer_cost import temporary_weight
 from .study import Record, Study
@@ -58,7 +58,7 @@ def trained_weight(
         return weight
     finally:
         replace_module(model, name, original)
-        del model.qat_state
+        end_training(model)
 
 
 def measure(study: Study, items: Iterable[Item]) -> Iterator[Record]:

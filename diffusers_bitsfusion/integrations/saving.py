@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..nn import PackedWeight, TimeFeatures
@@ -32,6 +33,8 @@ from .save_then_upload import (
     save_even_if_refused,
     upload_or_defer,
 )
+
+logger = logging.get_logger(__name__)
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin as _Base  # The class that the mixin is mixed into is one.
@@ -202,6 +205,18 @@ class QuantizedModelMixin(_Base):
             names = [name.removeprefix(f"{prefix}.") for name in pretrained_model_name_or_path_or_dict]
             check_targets(self, names)
         super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the mode as `nn.Module.train`; say, where no adapter is in training, how little would be trained."""
+        if mode and not getattr(self, "peft_config", None):
+            trained = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+            if trained:
+                logger.warning(
+                    f"{type(self).__name__} is packed: of its {self.num_parameters():,} parameters only {trained:,} "
+                    "biases and norms can be trained. Add an adapter (`add_adapter`), or train the full-precision "
+                    "model by `prepare_qat`."
+                )
+        return super().train(mode)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freeze as `nn.Module.requires_grad_`; refuse, before anything is changed, what packed layers cannot do.
