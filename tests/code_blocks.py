@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 from diffusers_bitsfusion.cli import app
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+    REPOSITORY / "examples" / "README.md",
+    REPOSITORY / "examples" / "shapes" / "README.md",
+    REPOSITORY / "examples" / "shapes" / "MODEL_CARD.md",
+]
 RUN = ("python", "bash")
 NEVER_RUN = ("text", "yaml", "json")
 NOT_RUN = re.compile(r"<!-- not run: (\S.*) -->")
@@ -26,6 +33,8 @@ SMALLER = {
     "calibration=True": "calibration={'num_samples': 1, 'num_inference_steps': 1}",
     '"an astronaut riding a horse")': '"an astronaut riding a horse", num_inference_steps=2)',
     '.to("cuda")': "",
+    "heldout_prompts(600)": "heldout_prompts(2)",
+    "num_inference_steps=50": "num_inference_steps=1",
     "--calibrate": "--calibrate --samples 1 --steps 1",
     "bitsfusion evaluate": "bitsfusion evaluate --steps 2",
     "bitsfusion compare": "bitsfusion compare --steps 2",

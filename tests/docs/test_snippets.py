@@ -1,4 +1,4 @@
-"""Every code block of README and docs runs in order, or says why it does not.
+"""Every code block of README, docs and examples runs in order, or says why it does not.
 
 Tiny models stand in for the Hub's: folders of the working directory that bear the ids of the pages.
 """
@@ -33,6 +33,7 @@ def stand_ins(tmp_path_factory, clip_folder) -> Path:
     save_file({f"unet.{name}": tensor for name, tensor in lora.items()}, folder / "lora.safetensors")
     shutil.copytree(clip_folder, folder / CLIP)
     shutil.copytree(REPOSITORY / "docs" / "configs", folder / "docs" / "configs")
+    (folder / "examples").symlink_to(REPOSITORY / "examples")
     (folder / "prompts.txt").write_text("a cat in a hat\na red car\n")
     (folder / "prompts.tsv").write_text("Prompt\tCategory\na cat\tone\na red car\tone\n")
     return folder
@@ -58,7 +59,7 @@ def hub(monkeypatch) -> None:
 
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.relative_to(REPOSITORY).as_posix())
 def test_the_blocks_of_a_page_run_in_order(page, stand_ins, tmp_path, monkeypatch, hub):
-    shutil.copytree(stand_ins, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(stand_ins, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     run(page_blocks(page))
 
