@@ -19,7 +19,17 @@ from matplotlib.figure import Figure
 
 from diffusers_bitsfusion.training.loop import LOG_FILE
 
-STAGES = {"stage1": "Stage I: error against the teacher", "stage2": "Stage II: error of the noise"}
+STAGES = {
+    "stage1": "Stage I: difference from the teacher's noise",
+    "stage2": "Stage II: difference from the true noise",
+}
+# What the picture calls the rows of benchmarks.ablation; others keep their names.
+LABELS = {
+    "+ Beta timesteps = Stage I": "from plain rounding",
+    "Stage I, calibrated start": "from calibrated rounding",
+    "Stage II, calibrated start": "2 bits, calibrated start",
+    "full precision, Stage II's data": "full precision (control)",
+}
 
 # Row and seed to the errors of the noise, step by step.
 Curves = dict[tuple[str, str], list[float]]
@@ -38,7 +48,7 @@ def plot(axes: Axes, curves: Curves, window: int) -> None:
     labelled = set()
     for (row, _), errors in curves.items():
         means = np.convolve(errors, np.full(window, 1 / window), mode="valid")
-        label = None if row in labelled else row
+        label = None if row in labelled else LABELS.get(row, row)
         axes.plot(np.arange(len(means)) + window, means, c=colours[row], lw=1, label=label)
         labelled.add(row)
     axes.legend(frameon=False)
@@ -53,7 +63,7 @@ def main() -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, (stage, title) in zip(figure.subplots(1, len(STAGES)), STAGES.items(), strict=True):
         plot(axes, read(arguments.works, stage), arguments.window)
-        axes.set(yscale="log", xlabel="step", title=title)
+        axes.set(yscale="log", xlabel="training step", ylabel="mean squared error", title=title)
         axes.grid(alpha=0.3)
     figure.savefig(arguments.out, dpi=110)
 
