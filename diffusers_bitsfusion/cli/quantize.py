@@ -34,7 +34,10 @@ def quantize(
         int | None, typer.Option(min=1, max=8, help="Bits of the text encoders; default: they stay as they are.")
     ] = None,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="dtype of what stays in floating point.")
+        Literal["float16", "bfloat16", "float32"],
+        typer.Option(
+            help="dtype of what stays in floating point in the files; a CPU calibrates and loads them in float32."
+        ),
     ] = "float16",
     device: Device = None,
     variant: Variant = None,

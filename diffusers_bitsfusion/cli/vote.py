@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .common import default_prompts
-from .options import Dtype
+from .common import default_prompts, say, show
+from .options import Dtype, Json
 
 
 def vote(
@@ -34,6 +34,7 @@ def vote(
     batch_size: Annotated[int, typer.Option(help="Images sampled at once; does not change them.")] = 8,
     dtype: Dtype = "auto",
     scheduler: Annotated[str | None, typer.Option(help="diffusers scheduler; default: the pipelines' own.")] = None,
+    json_file: Json = None,
 ) -> None:
     """Ask people which of two pipelines' images they prefer, on a page in the browser, or sum up what they said.
 
@@ -41,8 +42,10 @@ def vote(
     by their name.
     """
     if report:
-        _report(out)
+        _report(out, json_file)
         return
+    if json_file is not None:
+        raise typer.BadParameter("--json: only with --report")
     if source is None or destination is None:
         raise ValueError("Two pipelines are needed: bitsfusion vote SRC DST (or --report).")
     import torch
@@ -70,7 +73,7 @@ def vote(
     build_page(store, folders).launch(show_error=True)
 
 
-def _report(out: Path) -> None:
+def _report(out: Path, json_file: Path | None) -> None:
     from diffusers_bitsfusion.evaluation.grid import distinct_labels
     from diffusers_bitsfusion.evaluation.votes import VoteStore, preference_report
     from diffusers_bitsfusion.evaluation.votes.bars import save_bars
@@ -78,9 +81,10 @@ def _report(out: Path) -> None:
 
     store = VoteStore(out)
     report = preference_report(store.votes, store.prompts)
-    typer.echo(f"{store.settings['destination']} against {store.settings['source']}: {report}")
-    content = json.dumps({"settings": store.settings} | report.as_dict(), indent=2)
-    write_atomically(out / "report.json", content + "\n")
+    content = {"settings": store.settings} | report.as_dict()
+    show(f"{store.settings['destination']} against {store.settings['source']}: {report}", content, json_file)
+    write_atomically(out / "report.json", json.dumps(content, indent=2) + "\n")
     labels = distinct_labels([store.settings["destination"], store.settings["source"]])
     save_bars(report, out / "report.png", *labels)
-    typer.echo(f"Written: {out / 'report.json'}, {out / 'report.png'}")
+    if str(json_file) != "-":
+        say(f"Written: {out / 'report.json'}, {out / 'report.png'}")
