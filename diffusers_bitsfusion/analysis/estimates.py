@@ -22,7 +22,7 @@ from .study import Record, Study
 
 # Number of random directions of the output that each call is differentiated along. With 8 calls each estimate has a
 # relative deviation of 25 %, partly the same for all layers: little against sensitivities that differ a thousandfold.
-_PROBES = 4
+PROBES = 4
 
 # Number of positions of each sample, on average, whose inputs calibrate a layer: more than in a calibration run, since
 # there are only a few calls.
@@ -76,7 +76,7 @@ def measure_gradient(study: Study, items: Iterable[Item]) -> Iterator[Record]:
     items = list(items)
     widths = _by_layer(items)
     calls = study.reference.calls
-    scale = 1 / (len(calls) * _PROBES)
+    scale = 1 / (len(calls) * PROBES)
 
     def gradient_hook(name: str) -> Callable[[Tensor], None]:
         def hook(weight: Tensor) -> None:
@@ -96,10 +96,10 @@ def measure_gradient(study: Study, items: Iterable[Item]) -> Iterator[Record]:
             stack.callback(weight.register_post_accumulate_grad_hook(gradient_hook(name)).remove)
         for call in calls:
             prediction = call.repeat(study.model)
-            for probe in range(_PROBES):
+            for probe in range(PROBES):
                 direction = torch.randn(prediction.shape, generator=generator).to(prediction.device)
                 along = (direction * prediction).sum() / prediction.numel() ** 0.5
-                along.backward(retain_graph=probe < _PROBES - 1)
+                along.backward(retain_graph=probe < PROBES - 1)
     for item in items:  # The error of a layer that the prediction does not depend on is 0.
         yield item, {"gradient_error": errors[item]}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation import Clip, load_pipeline
 from ..evaluation.image_distances import require_image_metrics
+from ..utils.durations import as_duration
 from ..utils.fingerprints import hash_of_settings, hash_of_weights
 from ..utils.processes import failing_together, process_state
 from . import estimates, single_layer
@@ -25,6 +27,7 @@ from .layer_cost import layer_cost
 from .recording import Reference, record
 from .results import Analysis
 from .study import Record, Settings, Study, analysed_layers, denoiser, undecided_bits
+from .time_estimate import estimate_seconds
 
 # Numbers of bits that every layer is measured at (paper, section 4).
 BITS = (1, 2, 3)
@@ -115,6 +118,9 @@ def analyze(
     study = Study(pipeline, captions, settings, scorer, Reference.empty())
 
     folder = Path(out)
+    if progress and not (folder.is_dir() and any(folder.iterdir())):
+        seconds = estimate_seconds(study, method, len(BITS), state.num_processes)
+        tqdm.write(f"This analysis takes about {as_duration(seconds)}.", file=sys.stderr)
     if state.is_main_process:
         open_journal(folder, _header(study, method, progress))
         if chosen.needs_sampling and not (folder / _REFERENCE).is_file():

@@ -128,7 +128,7 @@ def test_calibrating_needs_a_call_beside_the_one_that_is_measured(study):
 
 def test_gradient_error_is_the_first_order_change_of_the_prediction(study, monkeypatch):
     """||J d||^2 by forward differentiation, which needs no random directions."""
-    monkeypatch.setattr(module, "_PROBES", 100)
+    monkeypatch.setattr(module, "PROBES", 100)
     names = [LINEAR, STRIDED]
     found = {
         item: metrics["gradient_error"] for item, metrics in module.measure_gradient(study, [(n, 1) for n in names])
@@ -189,7 +189,7 @@ def transformer_study() -> Study:
 
 
 def test_transformers_and_layers_that_are_never_called(transformer_study, monkeypatch):
-    monkeypatch.setattr(module, "_PROBES", 40)
+    monkeypatch.setattr(module, "PROBES", 40)
     items = [(name, 2) for name in transformer_study.layers]
     unread, rest = "transformer_blocks.1.unread", "transformer_blocks.0.attn.to_v"
     sensitivity = {}
