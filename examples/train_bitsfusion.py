@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 
+from diffusers_bitsfusion.cli.common import loudness
 from diffusers_bitsfusion.cli.train_arguments import parse_args
 from diffusers_bitsfusion.training.run.stages import Training
 
@@ -19,7 +20,9 @@ from diffusers_bitsfusion.training.run.stages import Training
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    Training(parse_args(arguments, "train_bitsfusion.py", "accelerate launch examples/train_bitsfusion.py")).run()
+    args = parse_args(arguments, "train_bitsfusion.py", "accelerate launch examples/train_bitsfusion.py")
+    with loudness(args.quiet, args.verbose):
+        Training(args).run()
 
 
 if __name__ == "__main__":

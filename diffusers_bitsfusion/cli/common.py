@@ -43,7 +43,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, quiet: bool, verbose: bool, **kwargs: Any) -> None:
         if quiet and verbose:
             raise typer.BadParameter("--quiet and --verbose exclude each other")
-        with _loudness(quiet, verbose), user_errors():
+        with loudness(quiet, verbose), user_errors():
             function(*args, **kwargs)
 
     signature = inspect.signature(function, eval_str=True)
@@ -58,7 +58,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextmanager
-def _loudness(quiet: bool, verbose: bool) -> Iterator[None]:
+def loudness(quiet: bool, verbose: bool) -> Iterator[None]:
     """Let libraries log and show progress bars as requested, and as before afterwards."""
     if not (quiet or verbose):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .common import user_errors
+from .common import loudness, user_errors
 from .train_arguments import parse_args
 
 LAUNCHED_AS = "accelerate launch -m diffusers_bitsfusion train"
@@ -16,7 +16,7 @@ def train(context: typer.Context) -> None:
     On several devices: `accelerate launch -m diffusers_bitsfusion train ...`.
     """
     args = parse_args(context.args, "bitsfusion train", LAUNCHED_AS)
-    with user_errors():
+    with loudness(args.quiet, args.verbose), user_errors():
         from diffusers_bitsfusion.training.run.stages import Training
 
         Training(args).run()

@@ -128,7 +128,7 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--init_from",
         help="Where --stage 2 starts: a checkpoint of Stage I, or 'rounding' for none. Default: the last in "
-        "OUTPUT_DIR/stage1.",
+        "OUTPUT_DIR/stage1; with --full_precision the original where there is none.",
     )
     group.add_argument("--feature_weight", type=float, default=0.01, help="Lambda of Stage I; 0 for no features.")
     group.add_argument(
@@ -193,12 +193,19 @@ def _add_output(parser: argparse.ArgumentParser) -> None:
         "--output_dir", default="bitsfusion-model", help="For checkpoints, logs and the packed pipeline."
     )
     group.add_argument("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
-    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many of each stage; below 1: all.")
+    group.add_argument("--checkpoints_total_limit", type=int, help="Keep so many of each stage. Default: all.")
     group.add_argument(
         "--resume_from_checkpoint",
         help='"latest", or the path of a checkpoint or its name in OUTPUT_DIR/stage1 or stage2.',
     )
     group.add_argument("--estimate_only", action="store_true", help="Print the time and memory of the run; end.")
+    group.add_argument("-q", "--quiet", action="store_true", help="Print results and errors only.")
+    group.add_argument(
+        "-v",
+        "--verbose",
+        action="store_true",
+        help="Print what diffusers and transformers log, and where an error arose.",
+    )
     group.add_argument("--report_to", help='"tensorboard", "wandb", ... or "all". Default: none.')
     group.add_argument("--logging_dir", default="logs", help="Within OUTPUT_DIR.")
     group.add_argument("--tracker_project_name", default="train_bitsfusion", help="Of the trackers.")
@@ -235,6 +242,8 @@ def _check_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
 
 
 def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.quiet and args.verbose:
+        parser.error("--quiet and --verbose exclude each other.")
     if args.validation_scorer is not None and args.validation_file is None:
         parser.error("--validation_scorer needs --validation_file, whose Spec column it reads.")
     if args.init_from is not None and args.stage != "2":

@@ -54,6 +54,7 @@ class LoopOptions:
         checkpoints_total_limit: number of checkpoints to keep; None for all.
         validation_steps: number of steps between calls of `validate`; None for no calls.
         tracker_offset: number that is added to the step in trackers, so that a second stage follows the first.
+        progress: whether to show a progress bar.
     """
 
     max_train_steps: int
@@ -62,6 +63,7 @@ class LoopOptions:
     checkpoints_total_limit: int | None = None
     validation_steps: int | None = None
     tracker_offset: int = 0
+    progress: bool = True
 
 
 class TrainingLoop:
@@ -162,7 +164,11 @@ class TrainingLoop:
         self.batches.start(self.step)
         log = _LossLog(self.folder / LOG_FILE, self.step) if is_main else None
         bar = tqdm(
-            initial=self.step, total=options.max_train_steps, desc=self.folder.name, disable=not is_main, mininterval=1
+            initial=self.step,
+            total=options.max_train_steps,
+            desc=self.folder.name,
+            disable=not (is_main and options.progress),
+            mininterval=1,
         )
         while self.step < options.max_train_steps:
             values = self._train_step()

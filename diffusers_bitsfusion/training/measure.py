@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import ModelMixin, SchedulerMixin
 from torch import nn
 
+from ..utils.durations import as_duration
 from .batches import Batches
 from .loop import TrainingLoop
 from .losses import predict
@@ -28,15 +29,27 @@ class Estimate:
         seconds_per_step: seconds of an optimizer step.
         steps: number of remaining steps.
         memory: bytes by part.
+        validations: number of validations among the remaining steps.
+        seconds_per_validation: seconds of one.
     """
 
     seconds_per_step: float
     steps: int
     memory: dict[str, int]
+    validations: int = 0
+    seconds_per_validation: float = 0.0
+
+    @property
+    def total_seconds(self) -> float:
+        """Seconds of all steps and validations."""
+        return self.seconds_per_step * self.steps + self.seconds_per_validation * self.validations
 
     def __str__(self) -> str:
-        hours = self.seconds_per_step * self.steps / 3600
-        lines = [f"{self.steps} steps at {self.seconds_per_step:.2f} s: about {hours:.1f} h"]
+        lines = [f"about {as_duration(self.total_seconds)}"]
+        lines += [f"  {f'{self.steps} steps':<34}{as_duration(self.seconds_per_step):>11} each"]
+        if self.validations:
+            each = as_duration(self.seconds_per_validation)
+            lines += [f"  {f'{self.validations} samplings of validation images':<34}{each:>11} each"]
         lines += [f"  {part:<34}{size / _GB:>8.2f} GB" for part, size in self.memory.items()]
         lines += [f"  {'memory of each process':<34}{sum(self.memory.values()) / _GB:>8.2f} GB"]
         return "\n".join(lines)

@@ -80,7 +80,7 @@ def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
     )
     out = tmp_path / "out"
     printed = capsys.readouterr().out
-    assert "Stage 1, 2 samples a step: 2 steps at" in printed and "memory of each process" in printed
+    assert "Stage 1, 2 samples a step: about" in printed and "memory of each process" in printed
     assert "stage2, step 2: compositional score" in printed
     assert set(losses(out / "stage1")[0]) == {"step", "loss", "noise", "feature", "lr", "grad_norm"}
     assert "feature" not in losses(out / "stage2")[0]
@@ -202,8 +202,7 @@ def test_every_part_can_be_switched_off(command, data, tmp_path):
 
 
 def test_the_control_in_full_precision(command, data, tmp_path):
-    stage_two = ("--stage", 2, "--init_from", "rounding")
-    train_bitsfusion.main(command("--train_data_dir", data, *stage_two, "--full_precision", steps=1))
+    train_bitsfusion.main(command("--train_data_dir", data, "--full_precision", "--stage", 2, steps=1))
     unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet
     assert "quantization_config" not in unet.config and type(unet.conv_in) is torch.nn.Conv2d
 
@@ -405,10 +404,27 @@ def test_stage_two_starts_from_stage_one(command, data, tmp_path):
         train_bitsfusion.main(command("--train_data_dir", data, *arguments, output="other"))
 
 
-def test_only_an_estimate(command, data, tmp_path, capsys):
-    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 1, "--estimate_only"))
-    assert "memory of each process" in capsys.readouterr().out
+def test_only_an_estimate_of_calibration_steps_and_validation(command, data, tmp_path, capsys):
+    validation = ("--validation_prompts", "a", "b", "--validation_steps", 2, "--num_inference_steps", 2)
+    train_bitsfusion.main(
+        command("--train_data_dir", data, "--init", "calibrated", *validation, "--estimate_only", steps=5)
+    )
+    printed = capsys.readouterr().out
+    order = ("Calibration takes about", "Stage 1, 2 samples", "Stage 2, 2 samples", "In all about")
+    assert sorted(order, key=printed.index) == list(order)
+    # Of each stage the teacher's images, and the student's after 2, 4 and 5 steps.
+    assert printed.count("memory of each process") == 2 == printed.count("4 samplings of validation images")
     assert not (tmp_path / "out" / "unet").exists() and not (tmp_path / "out" / "stage1" / "losses.jsonl").exists()
+
+
+def test_quiet_training_prints_its_results_alone(command, data, capsys):
+    arguments = command("--train_data_dir", data, "--stage", 1, "--quiet")
+    train_bitsfusion.main(arguments)
+    told = capsys.readouterr()
+    assert "packed weights" in told.out and "about" not in told.out and "stage1" not in told.err
+    with pytest.raises(SystemExit):
+        train_bitsfusion.main([*arguments, "--verbose"])
+    assert "--quiet and --verbose exclude each other" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -270,7 +270,7 @@ def test_what_an_interrupted_save_left_is_no_checkpoint(make_loop):
 def test_the_trial_step_learns_nothing(make_loop):
     plain, tried = make_loop("plain", steps=2), make_loop("tried", steps=2)
     cost = estimate(tried, static_memory(tried.student, [tried.objective.teacher]))
-    assert cost.seconds_per_step > 0 and cost.steps == 2 and "2 steps at" in str(cost)
+    assert cost.seconds_per_step > 0 and cost.steps == 2 and "2 steps" in str(cost)
     plain.train()
     tried.train()
     assert losses(tried) == losses(plain)

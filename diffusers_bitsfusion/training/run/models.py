@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from ...calibration.run import calibrate
+from ...calibration.time_estimate import CalibrationTime, estimate_time
 from ...config.bitsfusion import BitsFusionConfig
 from ...config.calibration import Calibration
 from ...packing.plan import matches
@@ -85,8 +86,18 @@ def calibrate_student(
     args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline, prompts: Sequence[str]
 ) -> None:
     """Set the start of a prepared student to weights rounded for the layers' inputs while the teacher samples."""
-    bits = {name: layer.bits for name, layer in qat_layers(student).items()}
-    calibration = Calibration(prompts, seed=args.seed)
-    config = student.qat_state.config
-    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, config.rounding))
+    bits, calibration, config = _bits(student), Calibration(prompts, seed=args.seed), student.qat_state.config
+    start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, config.rounding, not args.quiet))
     config.calibration = calibration.summary()  # As `prepare_qat` records it.
+
+
+def calibration_time(
+    args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline, prompts: Sequence[str]
+) -> CalibrationTime:
+    """Return the time that `calibrate_student` will take, by its arguments."""
+    calibration, config = Calibration(prompts, seed=args.seed), student.qat_state.config
+    return estimate_time(teacher, teacher.unet, _bits(student), calibration, config.rounding)
+
+
+def _bits(student: UNet2DConditionModel) -> dict[str, int]:
+    return {name: layer.bits for name, layer in qat_layers(student).items()}

@@ -6,7 +6,7 @@ Stage I distils the full-precision model into the quantized one; Stage II trains
 from __future__ import annotations
 
 import argparse
-import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import ModelCard, create_repo
+from huggingface_hub import create_repo
 
-from ...qat import convert
-from ...reporting.model_card import add_section
-from ...reporting.size_report import size_report
+from ...utils.durations import as_duration
 from ...utils.hub import explaining_refusals
 from ...utils.processes import failing_together
 from ...utils.timesteps import TimestepDistribution
@@ -29,13 +27,14 @@ from ..batches import Batches, Sharing
 from ..checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights, read_settings
 from ..loop import LoopOptions, TrainingLoop
 from ..losses import Distillation, NoisePrediction
-from ..measure import estimate, measure_timestep_errors, static_memory
+from ..measure import Estimate, estimate, measure_timestep_errors, static_memory
 from ..optimizer import make_optimizer
 from ..prompt_embeddings import TextEncoder
 from ..sharding import ShardedModel
 from ..timestep_errors import TimestepErrors
 from .data import calibration_prompts, make_batches, open_training_images
-from .models import calibrate_student, load_teacher, prepare_student
+from .models import calibrate_student, calibration_time, load_teacher, prepare_student
+from .saving import save_pipeline
 from .validation import Validation
 
 logger = get_logger(__name__)
@@ -97,9 +96,11 @@ class Training:
             return
         settings = {name: str(value) for name, value in vars(args).items() if name != "hub_token"}
         self.accelerator.init_trackers(args.tracker_project_name, settings)
-        for stage in self._stages():
-            self._run_stage(stage)
+        if args.estimate_only or not args.quiet:
+            self._print_estimates()
         if not args.estimate_only:
+            for stage in self._stages():
+                self._run_stage(stage)
             self._save_pipeline()
         self.accelerator.end_training()
 
@@ -154,6 +155,8 @@ class Training:
         if start == "rounding":
             return
         path = find_checkpoint(self.folder / "stage1", start or "latest")
+        if path is None and self.args.full_precision:
+            return  # The control of Stage II starts from the original.
         if path is None:
             raise FileNotFoundError(
                 f"{self.folder / 'stage1'} holds no checkpoint to start Stage II from. Run Stage I, name one with "
@@ -208,9 +211,59 @@ class Training:
             self._restore_calibration(checkpoint)
         elif args.stage == "2":
             self._load_stage_1()
-        elif stage == 1 and args.init == "calibrated" and not args.estimate_only:
+        elif self._calibrates(stage):
             calibrate_student(args, self.student, self.teacher, calibration_prompts(args, self.images))
-        batches = self._batches(stage, self._distribution())
+        loop = self._make_loop(stage, self._distribution())
+        if checkpoint is not None:
+            loop.resume(checkpoint)
+        validation = self.validation
+        student, offset = loop.student, loop.options.tracker_offset
+        loop.train(None if validation is None else validation.of_stage(name, student, offset))
+        if loop.batches.skipped:
+            logger.warning("%d images did not decode and were skipped.", len(loop.batches.skipped))
+        self.student = loop.finish()
+
+    def _calibrates(self, stage: int) -> bool:
+        """Return whether a stage that begins anew starts from calibrated weights."""
+        return stage == 1 and self.args.init == "calibrated"
+
+    def _print_estimates(self) -> None:
+        """Print what each stage that is left takes in time and memory, and the time of all, calibration included."""
+        args, total = self.args, 0.0
+        uniform = TimestepDistribution.uniform(self.scheduler.config.num_train_timesteps)
+        for stage in self._stages():
+            checkpoint = self._checkpoint(stage)
+            if checkpoint is None and self._calibrates(stage):
+                prompts = calibration_prompts(args, self.images)
+                calibration = calibration_time(args, self.student, self.teacher, prompts)
+                self.accelerator.print(calibration)
+                total += calibration.total
+            loop = self._make_loop(stage, uniform)
+            loop.step = 0 if checkpoint is None else read_settings(checkpoint)[0]
+            if loop.step < loop.options.max_train_steps:
+                cost = self._estimate(loop)
+                self.accelerator.print(f"Stage {stage}, {loop.batches.sharing.total} samples a step: {cost}")
+                total += cost.total_seconds
+            self.student = loop.finish()
+        self.accelerator.print(f"In all about {as_duration(total)}, loading and saving not counted.")
+
+    def _estimate(self, loop: TrainingLoop) -> Estimate:
+        """Return the time and memory of a stage from trials, validation included."""
+        args, options = self.args, loop.options
+        frozen = (self.teacher.unet, self.teacher.vae, self.teacher.text_encoder)
+        memory = static_memory(loop.student, frozen, args.use_ema, 2 if args.use_8bit_adam else 8)
+        cost = estimate(loop, memory)
+        if self.validation is None or not options.validation_steps:
+            return cost
+        every, last = options.validation_steps, options.max_train_steps
+        count = -(-last // every) - loop.step // every + 1  # One more for the teacher.
+        with loop.averaged():
+            return replace(cost, validations=count, seconds_per_validation=self.validation.seconds(loop.student))
+
+    def _make_loop(self, stage: int, distribution: TimestepDistribution) -> TrainingLoop:
+        """Return the loop of a stage at its first step."""
+        args = self.args
+        batches = self._batches(stage, distribution)
         student = self.student.to(self.accelerator.device)
         sharded = ShardedModel(self.accelerator, student) if args.shard else None
         distils = stage == 1
@@ -232,8 +285,9 @@ class Training:
             checkpoints_total_limit=args.checkpoints_total_limit,
             validation_steps=args.validation_steps,
             tracker_offset=0 if distils else args.max_train_steps,
+            progress=not args.quiet,
         )
-        loop = TrainingLoop(
+        return TrainingLoop(
             self.accelerator,
             sharded or student,
             objective,
@@ -242,53 +296,16 @@ class Training:
             get_scheduler(
                 args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=steps
             ),
-            self.folder / name,
+            self.folder / f"stage{stage}",
             settings | {"seed": args.seed, "use_ema": args.use_ema, "calibration": self._calibration},
             options,
             EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
         )
-        if checkpoint is not None:
-            loop.resume(checkpoint)
-        if loop.step < steps:
-            frozen = (self.teacher.unet, self.teacher.vae, self.teacher.text_encoder)
-            memory = static_memory(student, frozen, args.use_ema, 2 if args.use_8bit_adam else 8)
-            cost = estimate(loop, memory)
-            self.accelerator.print(f"Stage {stage}, {batches.sharing.total} samples a step: {cost}")
-        if not args.estimate_only:
-            validation = self.validation
-            loop.train(validation.of_stage(name, student, options.tracker_offset) if validation is not None else None)
-            if batches.skipped:
-                logger.warning("%d images did not decode and were skipped.", len(batches.skipped))
-        self.student = loop.finish()
 
     def _save_pipeline(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        args = self.args
-        student = self.student.cpu()
-        student = student.to(torch.float16) if args.full_precision else convert(student, dtype=torch.float16)
-        pipeline = DiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path,
-            revision=args.revision,
-            variant=args.variant,
-            unet=student,
-            scheduler=self.teacher.scheduler,
-            dtype=torch.float16,
-        )
-        pipeline.save_pretrained(self.folder)
-        if not args.full_precision:
-            add_section(self.folder, "Training", self._description())
-            print(size_report(self.folder / "unet"))
-        if args.push_to_hub:
-            self._push(pipeline)
-
-    def _push(self, pipeline: DiffusionPipeline) -> None:
-        """Push the pipeline from a temporary folder, since OUTPUT_DIR holds checkpoints and logs as well."""
-        with explaining_refusals(self.hub["repo_id"]), tempfile.TemporaryDirectory() as folder:
-            pipeline.save_pretrained(folder, push_to_hub=True, **self.hub)
-            if not self.args.full_precision:
-                add_section(Path(folder), "Training", self._description())
-                ModelCard.load(Path(folder) / "README.md").push_to_hub(**self.hub)
+        if self.accelerator.is_main_process:
+            description = None if self.args.full_precision else self._description()
+            save_pipeline(self.args, self.student.cpu(), self.teacher.scheduler, description, self.hub)
 
     def _description(self) -> str:
         """Return the model card's description of the training."""

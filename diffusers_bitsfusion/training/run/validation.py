@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch.distributed.fsdp import FSDPModule
 
 from ... import evaluation
+from ...calibration.time_estimate import time_sampling
 from ...evaluation.compositional import judge
 
 
@@ -59,6 +61,13 @@ class Validation:
         folder = Path(args.output_dir) / "validation"
         return cls(prompts, teacher, accelerator, sampling, folder, scorer, args.validation_grid)
 
+    def seconds(self, student: ModelMixin) -> float:
+        """Return the time that sampling all images takes, from a trial of two steps; every process must call it."""
+        count = len(self.prompts)
+        batch = min(self.sampling.batch_size, count)
+        trial = time_sampling(self.teacher, student, lambda steps: self._generate(student, batch, steps))
+        return -(-count // batch) * trial.seconds(self.sampling.steps)
+
     def of_stage(self, name: str, student: ModelMixin, tracker_offset: int) -> Callable[[int], None]:
         """Return the function that the training loop calls with its step.
 
@@ -104,12 +113,19 @@ class Validation:
         )
         self.accelerator.log({f"{name}/compositional": overall.value}, tracked_step)
 
-    def _generate(self, unet: ModelMixin) -> np.ndarray:
-        """Generate all prompts' images by the pipeline with `unet` in it, uint8 [prompts, height, width, 3]."""
+    def _generate(self, unet: ModelMixin, count: int | None = None, steps: int | None = None) -> np.ndarray:
+        """Generate images by the pipeline with `unet` in it, uint8 [prompts, height, width, 3].
+
+        Args:
+            unet: the teacher's or the student.
+            count: number of the prompts; all when left out.
+            steps: inference steps; those of the settings when left out.
+        """
         teacher, self.teacher.unet = self.teacher.unet, unet
-        captions = [prompt.caption for prompt in self.prompts]
+        captions = [prompt.caption for prompt in self.prompts[:count]]
+        sampling = self.sampling if steps is None else replace(self.sampling, steps=steps)
         try:
             with self.accelerator.autocast():
-                return evaluation.generate_images(self.teacher, captions, self.sampling, progress=False)
+                return evaluation.generate_images(self.teacher, captions, sampling, progress=False)
         finally:
             self.teacher.unet = teacher
