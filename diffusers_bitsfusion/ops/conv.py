@@ -134,7 +134,7 @@ def _multiply_on_gpu(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     from .triton.activations import quantize_image_triton  # imports Triton, which takes a second and may be missing
-    from .triton.int8 import conv2d_triton
+    from .triton.int8_conv import conv2d_triton
 
     stride, padding, dilation, groups = geometry
     image = quantize_image_triton(_channels_last(x), padding)

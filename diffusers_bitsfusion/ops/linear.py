@@ -192,7 +192,7 @@ def _multiply_on_cpu(
 
 def _multiply_on_gpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     from .triton.activations import quantize_tokens_triton  # imports Triton, which takes a second and may be missing
-    from .triton.int8 import linear_triton
+    from .triton.int8_linear import linear_triton
 
     return linear_triton(*quantize_tokens_triton(x.contiguous()), weight, scale, bias, x.dtype)
 

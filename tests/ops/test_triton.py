@@ -81,7 +81,7 @@ for bad in (float("nan"), float("inf"), -float("inf")):
 """
 
 LINEAR = """
-from diffusers_bitsfusion.ops.triton.int8 import linear_triton
+from diffusers_bitsfusion.ops.triton.int8_linear import linear_triton
 for (tokens, inputs, outputs), bias, dtype in itertools.product(
     ((0, 5, 3), (1, 1, 1), (7, 33, 11), (16, 64, 128), (130, 70, 140)), (True, False), (torch.float32, torch.bfloat16)
 ):
@@ -114,7 +114,7 @@ for bits, (tokens, columns, outputs) in itertools.product(range(1, 9), shapes):
 """
 
 CONV = """
-from diffusers_bitsfusion.ops.triton.int8 import conv2d_triton
+from diffusers_bitsfusion.ops.triton.int8_conv import conv2d_triton
 settings = [
     dict(),
     dict(padding=(1, 1)),

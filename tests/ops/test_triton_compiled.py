@@ -148,9 +148,10 @@ TILES = [(128, 128), (128, 64), (64, 128), (64, 64), (16, 64)]
     [*itertools.product((320, 4), TILES, CAPABILITIES), (320, (128, 256), 90)],
 )
 def test_integer_products(check, monkeypatch, channels, tile, capability):
-    from diffusers_bitsfusion.ops.triton import int8 as triton_int8
+    from diffusers_bitsfusion.ops.triton import int8_conv, int8_linear
 
-    monkeypatch.setattr(triton_int8, "_tile", lambda *_: tile)
+    for module in (int8_linear, int8_conv):
+        monkeypatch.setattr(module, "tile_of", lambda *_: tile)
     scale, bias = torch.empty(320), torch.empty(320, dtype=torch.float16)
     tokens, weight = torch.empty(256, channels, dtype=torch.int8), torch.empty(320, channels, dtype=torch.int8)
     image = torch.empty(2, channels, 18, 18, dtype=torch.int8).to(memory_format=torch.channels_last)
@@ -158,8 +159,8 @@ def test_integer_products(check, monkeypatch, channels, tile, capability):
     geometry = (3, 3), (1, 1), (1, 1), 1
     zero_point, one = torch.empty(1, dtype=torch.int32), torch.empty(1)
     for call in (
-        lambda: triton_int8.linear_triton(tokens, torch.empty(256), weight, scale, bias, torch.float16),
-        lambda: triton_int8.conv2d_triton(image, one, zero_point, kernel, scale, bias, *geometry, torch.float16),
+        lambda: int8_linear.linear_triton(tokens, torch.empty(256), weight, scale, bias, torch.float16),
+        lambda: int8_conv.conv2d_triton(image, one, zero_point, kernel, scale, bias, *geometry, torch.float16),
     ):
         ptx = check(call, capability)
         if capability == 90 and tile[0] >= 64:

@@ -1,8 +1,4 @@
-"""Integer products in Triton, for GPUs: a GEMM, and the convolution as an implicit one, which torch lacks there.
-
-Imported where Triton is installed only. Scales and bias are applied before the sums leave the registers. Loads have no
-masks but for the last channels: rows and columns beyond the output repeat others, and are not stored.
-"""
+"""Integer convolutions in Triton, as implicit products, for GPUs. Imported where Triton is installed only."""
 
 from __future__ import annotations
 
@@ -13,151 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..dispatch import FEW_TOKENS
-
-# Rows and columns of the output that a program may compute; tensor cores of Hopper need 64 rows. The largest tile is
-# for whole blocks on Hopper: elsewhere it spills registers.
-_TILES = ((128, 128), (128, 64), (64, 128), (64, 64))
-_TILE_OF_HOPPER, _HOPPER = (128, 256), 9
-_TILE_OF_FEW_ROWS = (FEW_TOKENS, 64)
-# Inputs of a block and stages of the pipeline: four stages of the largest tile are 96 KB of shared memory, which GPUs
-# of all sizes have.
-_BLOCK_K, _STAGES = 64, 4
+from .int8_product import BLOCK_K, STAGES, load_operands, store_scaled, tile_of, warps
 
 # Weights that are added up at a time.
 _SUMMED = 4096
-
-
-def _tile(rows: int, columns: int, groups: int, whole: bool, device: torch.device) -> tuple[int, int]:
-    """Return the tile by which the busiest multiprocessor loads the fewest operands, which bound int8 products."""
-    if rows <= FEW_TOKENS:
-        return _TILE_OF_FEW_ROWS
-    tiles: tuple[tuple[int, int], ...] = _TILES
-    processors = 1  # the interpreter's
-    if device.type == "cuda":
-        gpu = torch.cuda.get_device_properties(device)
-        processors = gpu.multi_processor_count
-        if whole and gpu.major == _HOPPER:
-            tiles = (_TILE_OF_HOPPER, *tiles)
-
-    def loaded(tile: tuple[int, int]) -> int:
-        programs = triton.cdiv(rows, tile[0]) * triton.cdiv(columns, tile[1]) * groups
-        waves: int = triton.cdiv(programs, processors)
-        return waves * sum(tile)
-
-    return min(tiles, key=loaded)
-
-
-def _warps(tile: tuple[int, int]) -> int:
-    return 8 if tile[0] * tile[1] > 64 * 64 else 4
-
-
-@triton.jit
-def _load_operands(a_place, b_place, k, left, WHOLE: tl.constexpr):
-    """Load blocks [BLOCK_M, BLOCK_K] and [BLOCK_K, BLOCK_N]; zeros from k = left on, unless WHOLE."""
-    if WHOLE:
-        return tl.load(a_place), tl.load(b_place)
-    else:
-        a = tl.load(a_place, mask=k[None, :] < left, other=0)
-        b = tl.load(b_place, mask=k[:, None] < left, other=0)
-        return a, b
-
-
-@triton.jit
-def _store_scaled(
-    out, sums, row_scale, weight_scale, bias, row, column, rows, columns, stride, HAS_BIAS: tl.constexpr
-):
-    """Store sums [BLOCK_M, BLOCK_N] times their scales, in fp32 and rounded once."""
-    factors = tl.load(weight_scale + column, mask=column < columns, other=0.0)
-    y = sums.to(tl.float32) * factors[None, :] * row_scale
-    if HAS_BIAS:
-        y += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    inside = (row[:, None] < rows) & (column[None, :] < columns)
-    place = row[:, None].to(tl.int64) * stride + column[None, :]
-    tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _linear_kernel(
-    x,
-    weight,
-    out,
-    token_scale,
-    weight_scale,
-    bias,
-    tokens,
-    outputs,
-    inputs,
-    HAS_BIAS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Compute out[m, n] = token_scale[m] * weight_scale[n] * sum_k x[m, k] weight[n, k] + bias[n].
-
-    The inputs are whole blocks if WHOLE.
-    """
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    a_place = x + (row % tokens)[:, None].to(tl.int64) * inputs + k[None, :]
-    b_place = weight + (column % outputs)[None, :].to(tl.int64) * inputs + k[:, None]
-    sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for start in range(0, inputs, BLOCK_K):
-        a, b = _load_operands(a_place + start, b_place + start, k, inputs - start, WHOLE)
-        sums = tl.dot(a, b, sums, out_dtype=tl.int32)
-    scales = tl.load(token_scale + row, mask=row < tokens, other=0.0)[:, None]
-    _store_scaled(out, sums, scales, weight_scale, bias, row, column, tokens, outputs, outputs, HAS_BIAS)
-
-
-def linear_triton(
-    tokens: Tensor,
-    token_scale: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return the product of codes, scaled.
-
-    Args:
-        tokens: int8 [M, in], contiguous.
-        token_scale: fp32 [M].
-        weight: int8 [out, in], contiguous.
-        weight_scale: fp32 [out].
-        bias: floating [out].
-        dtype: of the output.
-
-    Returns:
-        [M, out].
-    """
-    (rows, inputs), outputs = tokens.shape, weight.shape[0]
-    out = torch.empty(rows, outputs, dtype=dtype, device=tokens.device)
-    if rows == 0:
-        return out
-    whole = inputs % _BLOCK_K == 0
-    block_m, block_n = tile = _tile(rows, outputs, 1, whole, tokens.device)
-    with torch.cuda.device_of(tokens):  # Triton launches on the current device
-        _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))](
-            tokens,
-            weight,
-            out,
-            token_scale,
-            weight_scale,
-            weight_scale if bias is None else bias.contiguous(),
-            rows,
-            outputs,
-            inputs,
-            HAS_BIAS=bias is not None,
-            WHOLE=whole,
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=_BLOCK_K,
-            num_warps=_warps(tile),
-            num_stages=_STAGES,
-        )
-    return out
 
 
 @triton.jit
@@ -224,7 +79,7 @@ def _conv_kernel(
     down = (dilation_h * width - (kernel_width - 1) * dilation_w) * groups * channels  # to the first of the next row
     start, position_in_row, a_step, b_step = 0, 0, 0, 0
     for _ in range(positions * tl.cdiv(channels, BLOCK_K)):
-        a, b = _load_operands(a_place + a_step, b_place + b_step, c, channels - start, WHOLE)
+        a, b = load_operands(a_place + a_step, b_place + b_step, c, channels - start, WHOLE)
         sums = tl.dot(a, b, sums, out_dtype=tl.int32)
         last = start + BLOCK_K >= channels
         position_in_row += last.to(tl.int32)
@@ -235,7 +90,7 @@ def _conv_kernel(
         position_in_row = tl.where(turn, 0, position_in_row)
     zero = tl.load(zero_point) - 128
     sums -= zero * tl.load(weight_sums + first + column, mask=column < outputs, other=0)[None, :]
-    _store_scaled(
+    store_scaled(
         out + first,
         sums,
         tl.load(image_scale),
@@ -301,8 +156,8 @@ def conv2d_triton(
         memory_format=torch.channels_last,
     )
     rows = batch * out_height * out_width
-    whole = channels % _BLOCK_K == 0
-    block_m, block_n = tile = _tile(rows, outputs // groups, groups, whole, image.device)
+    whole = channels % BLOCK_K == 0
+    block_m, block_n = tile = tile_of(rows, outputs // groups, groups, whole, image.device)
     weight_sums = torch.empty(outputs, dtype=torch.int32, device=image.device)
     with torch.cuda.device_of(image):  # Triton launches on the current device
         _row_sums_kernel[(outputs,)](weight, weight_sums, positions * channels, BLOCK=_SUMMED)
@@ -331,8 +186,8 @@ def conv2d_triton(
             WHOLE=whole,
             BLOCK_M=block_m,
             BLOCK_N=block_n,
-            BLOCK_K=_BLOCK_K,
-            num_warps=_warps(tile),
-            num_stages=_STAGES,
+            BLOCK_K=BLOCK_K,
+            num_warps=warps(tile),
+            num_stages=STAGES,
         )
     return out
