@@ -16,6 +16,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 
 from ..config.bitsfusion import BitsFusionConfig, BitsFusionMethod
 from ..utils.private_names import DIFFUSERS_UPLOAD, PEFT_MERGE, PEFT_NEW_MODULE, PrivateName
+from .derived_models import register_derived_models
 from .diffusers_quantizer import BitsFusionQuantizer
 from .peft_checks import wrap_fuse_lora, wrap_inject_adapter, wrap_merge
 from .peft_lora import wrap_create_new_module
@@ -43,6 +44,7 @@ def register() -> None:
     DiffusionPipeline.push_to_hub = wrap_push_to_hub(DiffusionPipeline.push_to_hub)
     DiffusionPipeline.from_pipe = classmethod(wrap_from_pipe(DiffusionPipeline.from_pipe.__func__))
     DiffusionPipeline.to = wrap_to(DiffusionPipeline.to)
+    register_derived_models()
     LoraBaseMixin.fuse_lora = wrap_fuse_lora(LoraBaseMixin.fuse_lora)
     BaseTuner.inject_adapter = wrap_inject_adapter(BaseTuner.inject_adapter)
     BaseTuner.merge_adapter = wrap_merge(BaseTuner.merge_adapter)

@@ -24,6 +24,7 @@ from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
 from ..utils.hub import explaining_refusals
 from ..utils.private_names import DIFFUSERS_CONFIG
+from .derived_models import PACKED_KEYS
 from .peft_checks import check_fusable, check_targets
 from .peft_lora import prepare_saving
 from .save_then_upload import (
@@ -279,5 +280,4 @@ def as_plain_model(model: ModelMixin) -> None:
     """Remove the mixin and the quantization config from a model, so that it saves and loads without this package."""
     config = DIFFUSERS_CONFIG.require(model)
     model.__class__ = _plain_class(model)
-    dropped = ("quantization_config", "_pre_quantization_dtype")
-    setattr(model, DIFFUSERS_CONFIG.name, FrozenDict({k: v for k, v in config.items() if k not in dropped}))
+    setattr(model, DIFFUSERS_CONFIG.name, FrozenDict({k: v for k, v in config.items() if k not in PACKED_KEYS}))

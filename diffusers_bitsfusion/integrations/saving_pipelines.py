@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ from .saving import QuantizedModelMixin
 
 def _quantized_models(pipeline: Any) -> list[QuantizedModelMixin]:
     return [part for part in pipeline.components.values() if isinstance(part, QuantizedModelMixin)]
+
+
+# Whether `from_pipe` is at work without a dtype: it ends in a cast that nobody asked for.
+_keeps_dtypes: ContextVar[bool] = ContextVar("keeps_dtypes", default=False)
 
 
 def _holds_quantized_model(pipeline: Any) -> bool:
@@ -95,6 +100,8 @@ def wrap_to(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _keeps_dtypes.get():
+            return self
         requested = [*args, kwargs.get("device"), kwargs.get("dtype")]
         for model in _quantized_models(self):
             for value in requested:
@@ -108,12 +115,18 @@ def wrap_to(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wrap_from_pipe(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `DiffusionPipeline.from_pipe`, which casts to fp32 where no dtype is given: packed models refuse that."""
+    """Wrap `DiffusionPipeline.from_pipe`, which casts to fp32 where no dtype is given: every part keeps its own.
+
+    A packed model refuses a cast; and a VAE may be in fp32 beside a denoiser in half precision.
+    """
 
     @functools.wraps(original)
     def from_pipe(cls: type, pipeline: Any, **kwargs: Any) -> Any:
-        if _holds_quantized_model(pipeline) and not {"dtype", "torch_dtype"} & kwargs.keys():
-            kwargs["dtype"] = pipeline.dtype
-        return original(cls, pipeline, **kwargs)
+        given = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        token = _keeps_dtypes.set(_holds_quantized_model(pipeline) and given is None)
+        try:
+            return original(cls, pipeline, **kwargs)
+        finally:
+            _keeps_dtypes.reset(token)
 
     return from_pipe
