@@ -74,9 +74,9 @@ class Hub:
         self.url = ""
 
     @contextmanager
-    def running(self) -> Iterator[Hub]:
-        """Serve on a free port of loopback within the block."""
-        server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+    def running(self, port: int = 0) -> Iterator[Hub]:
+        """Serve on a port of loopback, by default a free one, within the block."""
+        server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever)
         thread.start()

@@ -3,7 +3,7 @@
 A save runs in a forked child that ends, without any clean-up, before its n-th opening, renaming, removing, making or
 flushing of a file or folder. The folder must then hold the old files or the new ones, byte for byte, or be refused by
 loading with the command that finishes the save; that command must give the new files, and the next save must leave
-nothing hidden.
+nothing hidden. Where the save pushes as well, to a Hub on loopback, the Hub must never have seen a hidden file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections import Counter
@@ -18,12 +19,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        PORT = found.getsockname()[1]
+    # huggingface_hub reads them when it is imported.
+    os.environ |= {"HF_ENDPOINT": f"http://127.0.0.1:{PORT}", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_kills"}
+    os.environ |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for part in (".", "../examples", ".."):
+        sys.path.insert(0, str(Path(__file__).parent / part))
+
 import pytest
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
-from hub_server import content
+from hub_server import Hub, content
 from tiny import tiny_pipeline, tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
@@ -31,6 +41,9 @@ from diffusers_bitsfusion.integrations.folder_commit import PREFIX, finish_saves
 
 # Names of the audit events of Python that count as steps.
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
+
+# Repository that one of the saves is pushed to.
+_REPOSITORY = "me/unet"
 
 # Exit code of a child that ended at its step.
 _KILLED = 77
@@ -156,6 +169,9 @@ def scenarios(work: Path) -> dict[str, tuple[Save, Save, Callable[[Path], None]]
     def load_pipeline(folder: Path) -> None:
         StableDiffusionPipeline.from_pretrained(folder)
 
+    def push(folder: Path) -> None:
+        second.save_pretrained(folder, push_to_hub=True, repo_id=_REPOSITORY)
+
     return {
         "single over single": (first.save_pretrained, second.save_pretrained, load_unet),
         "single over sharded": (_sharded(first), second.save_pretrained, load_unet),
@@ -167,6 +183,7 @@ def scenarios(work: Path) -> dict[str, tuple[Save, Save, Callable[[Path], None]]
             pipes[1].save_pretrained,
             load_pipeline,
         ),
+        "single over single, pushed": (first.save_pretrained, push, load_unet),
     }
 
 
@@ -174,18 +191,23 @@ def _sharded(model: UNet2DConditionModel) -> Save:
     return lambda folder: model.save_pretrained(folder, max_shard_size="60KB")
 
 
-def main(every: int) -> None:
-    """Print the outcomes of every scenario."""
+def main(every: int, only: str) -> None:
+    """Print the outcomes of every scenario whose name contains `only`."""
     torch.set_num_threads(1)  # Forked children have no other threads.
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
+    hub = Hub()
+    with tempfile.TemporaryDirectory() as folder, hub.running(PORT):
         for number, (name, saves) in enumerate(scenarios(Path(folder)).items()):
+            if only not in name:
+                continue
             work = Path(folder) / str(number)
             work.mkdir()
             counts = Counter(outcomes(*saves, work, every))
+            if name.endswith("pushed"):
+                assert hub.repositories[_REPOSITORY].files == visible(work / "after" / "model")
             print(f"{name:<30} {sum(counts.values()):>4} kills: {dict(sorted(counts.items()))}", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1, sys.argv[2] if len(sys.argv) > 2 else "")

@@ -24,7 +24,7 @@ def test_no_kill_leaves_a_mixture_or_leftovers():
     result = subprocess.run([sys.executable, KILLS, "9"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if " kills: " in line]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for outcome in ("'old'", "'new'", "'refused'"):
         assert outcome in result.stdout
 
