@@ -8,7 +8,7 @@
 
 #include <stdlib.h>
 
-enum { LANES = TILE, WORDS = TILE }; /* outputs written side by side: a cache line; words of a tile of rows */
+enum { LANES = TILE, HALF = LANES / 2, WORDS = TILE }; /* outputs of a row of the loop; words of a tile of rows */
 
 typedef struct {
     const uint8_t *dense; /* [outputs, row_bytes_in] */
@@ -16,7 +16,7 @@ typedef struct {
     void *blocked;        /* [ceil(outputs / block), taps, ceil(inputs / pack), block, pack] of `kind` (fp32 or bf16),
                            * where `pack` values take four bytes */
     int64_t outputs, inputs, taps, row_bytes_in, bits, kind;
-    int64_t block; /* a multiple of 16 */
+    int64_t block; /* a multiple of 8 */
     int32_t failed;
 } DecodeBlockedArguments;
 
@@ -29,9 +29,14 @@ static void transpose_part(const char *from, int64_t stride, int64_t lanes, int6
     transpose((const char *)tile, sizeof tile[0], to);
 }
 
+/* Where the first outputs of a row of the loop go, and the other half of them, which may lie in the next block. */
+typedef struct {
+    char *first, *second; /* second: NULL where there is none */
+} Lanes;
+
 /* Of the transposed words of one group of inputs (of one input in fp32, of two in bf16), those of each tap. */
-INLINE void store_group(uint32_t (*words)[LANES], int64_t taps, int kind, char *to, int64_t tap_bytes) {
-    for (int64_t tap = 0; tap < taps; tap++) {
+INLINE void store_group(uint32_t (*words)[LANES], int64_t taps, int kind, Lanes to, int64_t offset, int64_t tap_bytes) {
+    for (int64_t tap = 0; tap < taps; tap++, offset += tap_bytes) {
         uint32_t out[LANES];
         if (kind == FLOAT32) memcpy(out, words[tap], sizeof out);
         else {
@@ -39,7 +44,11 @@ INLINE void store_group(uint32_t (*words)[LANES], int64_t taps, int kind, char *
             const int low = 16 * (int)(tap % 2), high = 16 * (int)((taps + tap) % 2);
             for (int o = 0; o < LANES; o++) out[o] = (first[o] >> low & 0xffffu) | (second[o] >> high & 0xffffu) << 16;
         }
-        memcpy(to + tap * tap_bytes, out, sizeof out);
+        if (to.second == to.first + sizeof out / 2) memcpy(to.first + offset, out, sizeof out);
+        else {
+            memcpy(to.first + offset, out, sizeof out / 2);
+            if (to.second) memcpy(to.second + offset, out + HALF, sizeof out / 2);
+        }
     }
 }
 
@@ -64,7 +73,9 @@ EXPORT void bitsfusion_decode_blocked(DecodeBlockedArguments *a, int64_t start, 
                                       .bits = a->bits,
                                       .kind = a->kind};
         bitsfusion_decode(&part, 0, lanes);
-        char *const lane = (char *)a->blocked + (first / block * block * taps * groups + first % block) * 4;
+#define LANE(OUTPUT) ((char *)a->blocked + ((OUTPUT) / block * block * taps * groups + (OUTPUT) % block) * 4)
+        const Lanes to = {LANE(first), lanes > HALF ? LANE(first + HALF) : NULL};
+#undef LANE
         for (int64_t group = 0; group < groups; group += LANES) {
             const int64_t count = min64(LANES, groups - group);
             for (int64_t w = 0; w < count * taps; w += WORDS) {
@@ -72,13 +83,12 @@ EXPORT void bitsfusion_decode_blocked(DecodeBlockedArguments *a, int64_t start, 
                 if (lanes == LANES && bytes == WORDS * 4) transpose(rows + at, row_bytes, transposed + w);
                 else transpose_part(rows + at, row_bytes, lanes, bytes, transposed + w);
             }
-            for (int64_t g = 0; g < count; g++)
+            for (int64_t g = 0; g < count; g++) {
+                const int64_t offset = (group + g) * block * 4;
                 if (a->kind == FLOAT32)
-                    store_group(transposed + g * taps, taps, FLOAT32, lane + (group + g) * block * 4,
-                                groups * block * 4);
-                else
-                    store_group(transposed + g * taps, taps, BFLOAT16, lane + (group + g) * block * 4,
-                                groups * block * 4);
+                    store_group(transposed + g * taps, taps, FLOAT32, to, offset, groups * block * 4);
+                else store_group(transposed + g * taps, taps, BFLOAT16, to, offset, groups * block * 4);
+            }
         }
     }
     free(rows);

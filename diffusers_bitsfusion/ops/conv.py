@@ -15,7 +15,7 @@ from torch.nn.grad import conv2d_input
 
 from .activations import quantize_image
 from .decode import decode_channels_last, decode_to_scratch
-from .dispatch import PREPACKED_ONEDNN, wants_channels_last
+from .dispatch import PREPACKED, select, wants_channels_last
 from .onednn_float_weights import PackedOperand
 from .onednn_float_weights import prepack_in_place as prepack_floats_in_place
 from .onednn_weights import is_current, prepack, prepack_in_place
@@ -99,7 +99,7 @@ def _takes_layout(x: Tensor, shape: Sequence[int], geometry: Geometry) -> bool:
     """Whether oneDNN may be given a weight in its own layout, and a valid input, at whose sizes it does not look."""
     *_, groups = geometry
     fits = groups == 1 and x.dim() == 4 and x.numel() > 0 and x.shape[1] == shape[1]
-    return fits and PREPACKED_ONEDNN.why_not(x.device, x.dtype) is None
+    return fits and select(PREPACKED, x.device, x.dtype) is not None
 
 
 def _is_current(int8_weight: Tensor) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activations import geglu, quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
-from .dispatch import PREPACKED_ONEDNN, fuses_decoding
+from .dispatch import PREPACKED_BF16, fuses_decoding
 from .onednn_float_weights import PackedOperand, prepack_in_place
 from .products import int_mm
 
@@ -147,7 +147,7 @@ def _exact(x: Tensor, packed: PackedOperand, bias: Tensor | None) -> Tensor:
 def _takes_layout(tokens: Tensor, packed: PackedOperand) -> bool:
     """Whether oneDNN is given a weight in its own layout, and a valid input, at whose sizes it does not look."""
     fits = len(tokens) >= _PREPACKED_TOKENS and tokens.shape[1] == packed.shape[1] > 0
-    return fits and PREPACKED_ONEDNN.why_not(tokens.device, tokens.dtype) is None
+    return fits and PREPACKED_BF16.why_not(tokens.device, tokens.dtype) is None
 
 
 def _multiply_prepacked(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

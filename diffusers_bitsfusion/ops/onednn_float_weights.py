@@ -24,8 +24,8 @@ from ..native.arguments import DecodeBlockedArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .onednn_weights import current_settings
 
-# Outputs of a block, of which oneDNN chooses; the loop writes multiples of 16 side by side.
-_BLOCKS = (64, 48, 32, 16)
+# Outputs of a block, of which oneDNN chooses, and those that the loop decodes at a time.
+_BLOCKS = (64, 48, 32, 24, 16, 8)
 _LANES = 16
 
 # Compiled loops write so many bytes in the time that another thread takes to begin.

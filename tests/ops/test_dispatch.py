@@ -163,4 +163,4 @@ def test_exact_computing_survives_renamed_names_of_torch(run_python):
 
 def test_onednn_is_given_no_weight_in_bf16_where_it_has_no_bf16(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert "oneDNN has no bf16" in select.PREPACKED_ONEDNN.why_not(CPU)
+    assert "oneDNN has no bf16" in select.PREPACKED_BF16.why_not(CPU)

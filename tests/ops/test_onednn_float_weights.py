@@ -18,14 +18,13 @@ from diffusers_bitsfusion.ops import linear as linear_module
 from diffusers_bitsfusion.ops import onednn_float_weights
 from diffusers_bitsfusion.ops.conv import conv2d
 from diffusers_bitsfusion.ops.decode import decode_weight
-from diffusers_bitsfusion.ops.dispatch import PREPACKED_ONEDNN
+from diffusers_bitsfusion.ops.dispatch import PREPACKED, select
 from diffusers_bitsfusion.ops.linear import linear
 from diffusers_bitsfusion.ops.onednn_float_weights import PackedOperand, prepack_in_place
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.skipif(PREPACKED_ONEDNN.why_not(CPU) is not None, reason="there is no C compiler or oneDNN")
-
-DTYPES = [torch.bfloat16, torch.float32]
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if select(PREPACKED, CPU, dtype) is not None]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="there is no C compiler or oneDNN")
 
 
 @pytest.fixture(autouse=True)
@@ -100,22 +99,22 @@ def test_memory_is_used_again_and_forgotten_with_its_settings(threads):
     geometry = (1, 1), (1, 1), (1, 1), 1
     first, second = (packed_operand((64, 32, 3, 3), 2, geometry, seed) for seed in (0, 1))
     for size in (8, 12, 16, 20, 24):  # of some of which the weight has the same layout
-        x = torch.zeros(1, 32, size, size, dtype=torch.bfloat16)
+        x = torch.zeros(1, 32, size, size, dtype=DTYPES[-1])
         tensors = {id(prepack_in_place(packed, x)) for packed in (first, second)}
         assert len(tensors) == 1
     assert len(onednn_float_weights._scratch.tensors) <= len(onednn_float_weights._BLOCKS)
     threads(torch.get_num_threads() + 1)
-    prepack_in_place(packed_operand((32, 32, 1, 1), 2, geometry), torch.zeros(1, 32, 8, 8, dtype=torch.bfloat16))
+    prepack_in_place(packed_operand((32, 32, 1, 1), 2, geometry), torch.zeros(1, 32, 8, 8, dtype=DTYPES[-1]))
     assert len(onednn_float_weights._scratch.tensors) <= 1
 
 
 def test_weights_of_zeros_do_not_mislead_about_those_after_them():
-    geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.zeros(1, 64, 8, 8, dtype=torch.bfloat16)
+    geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.zeros(1, 64, 8, 8, dtype=DTYPES[-1])
     packed = packed_operand((64, 64, 3, 3), 2, geometry)
     zeros = PackedOperand(packed.codes, torch.zeros_like(packed.scale), 2, packed.shape, geometry)
     for each in (zeros, packed):
         tensor = prepack_in_place(each, x)
-        expected = onednn_float_weights._by_onednn(decoded(each, torch.bfloat16), each, x)
+        expected = onednn_float_weights._by_onednn(decoded(each, x.dtype), each, x)
         assert tensor is None or contents(tensor) == contents(expected)
 
 
@@ -128,28 +127,31 @@ def test_weights_of_zeros_do_not_mislead_about_those_after_them():
     groups=st.sampled_from([1, 1, 1, 2]),
     bias=st.booleans(),
     memory=st.sampled_from([torch.contiguous_format, torch.channels_last, "strided"]),
+    dtype=st.sampled_from(DTYPES),
 )
 @settings(deadline=None, max_examples=60)
-def test_the_convolution_is_torchs(batch, channels, kernel, stride, padding, groups, bias, memory):
+def test_the_convolution_is_torchs(batch, channels, kernel, stride, padding, groups, bias, memory, dtype):
     torch.manual_seed(0)
     layer = nn.Conv2d(channels[0] * groups, channels[1] * groups, kernel, stride, padding, groups=groups, bias=bias)
     geometry = (stride, stride), (padding, padding), (1, 1), groups
     shape = tuple(layer.weight.shape)
     packed = PackedOperand(*quantize_to_dense(layer.weight.detach().flatten(1), 3, Rounding()), 3, shape, geometry)
-    x = torch.randn(batch, channels[0] * groups, 7, 12).bfloat16()
+    x = torch.randn(batch, channels[0] * groups, 7, 12).to(dtype)
     x = x[..., ::2] if memory == "strided" else x.contiguous(memory_format=memory)
-    bias = layer.bias.detach().bfloat16() if bias else None
+    bias = layer.bias.detach().to(dtype) if bias else None
     integers = packed.scale.view(torch.int32)
     found = conv2d(x, packed.codes, integers, bias, 3, shape, *geometry, False, None)
-    expected = F.conv2d(x.double(), decoded(packed, torch.bfloat16).double(), None, *geometry)
+    expected = F.conv2d(x.double(), decoded(packed, dtype).double(), None, *geometry)
     expected = expected if bias is None else expected + bias.double().view(-1, 1, 1)
-    assert found.dtype == torch.bfloat16 and found.shape == expected.shape
+    assert found.dtype == dtype and found.shape == expected.shape
     assert found.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-3)
+    torch.testing.assert_close(
+        found.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-3 if dtype == torch.bfloat16 else 1e-5
+    )
 
 
 def test_where_the_layout_is_unknown_torch_lays_out(monkeypatch):
-    geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.randn(1, 20, 8, 8).bfloat16()
+    geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.randn(1, 20, 8, 8).to(DTYPES[-1])
     packed = packed_operand((24, 20, 3, 3), 2, geometry)
     arguments = packed.codes, packed.scale.view(torch.int32), None, 2, packed.shape, *geometry, False, None
     expected = conv2d(x, *arguments)
