@@ -84,7 +84,7 @@ class GegluArguments(Arguments):
 class BlockArguments(Arguments):
     """Arguments of the loop in `blocked.c`."""
 
-    _fields_ = [*_pointers("plain", "blocked"), *_integers("outputs", "inputs", "taps", "block")]
+    _fields_ = [*_pointers("plain", "blocked"), *_integers("outputs", "inputs", "taps", "block", "group")]
 
 
 class DecodeBlockedArguments(Arguments):

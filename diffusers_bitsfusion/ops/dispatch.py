@@ -253,8 +253,8 @@ def fuses_decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> boo
 def wants_channels_last(x: torch.Tensor, int8: bool) -> bool:
     """Return whether an exact convolution, or one in integers on a GPU, computes in channels last.
 
-    So it does in half precision on a GPU, whose tensor cores read it so, and on a CPU in bf16, and in fp32 with weights
-    in oneDNN's layout, where oneDNN does.
+    So it does in half precision on a GPU, whose tensor cores read it so, and where oneDNN does on a CPU: in bf16, and
+    in fp32 with weights in its layout.
     """
     if x.device.type == "cpu":
         return x.dim() == 4 and not int8 and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _lays_out()))

@@ -2,8 +2,9 @@
 
 oneDNN prepacks a weight by a generic loop, at about 0.3 GB/s, which took a third of a call of Stable Diffusion's UNet
 with packed weights. The layout that it chooses for convolutions without groups is a simple one ([blocks of outputs,
-taps, inputs / 4, outputs of a block, 4], then the sums that a zero point needs), so a tensor of the layout that there
-is already, or a copy of it, is written over. oneDNN does not promise the layout: that a tensor has this one is
+taps, inputs / 4, outputs of a block, 4], without AVX-512 [blocks of outputs, inputs / 8, taps, 2, outputs of a block,
+4], then the sums that a zero point needs), so a tensor of the layout that there is already, or a copy of it, is written
+over. oneDNN does not promise the layout: that a tensor has this one is
 checked, byte by byte, when the first of its shape is made, and where it has not, oneDNN prepacks every weight.
 
 The size of a block depends on the shape, the processor and the number of threads. Layouts are therefore remembered for
@@ -28,8 +29,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..native.arguments import BlockArguments
 from ..native.library import NativeLibrary, native_library
 
-# Outputs of a block; oneDNN's choice among them depends on the shape, the processor and the number of threads.
-_BLOCKS = (64, 48, 32, 16)
+
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of a layout: the outputs of one, and how many fours of inputs it has before the next tap; None for all."""
+
+    outputs: int
+    fours: int | None = None
+
+    def group(self, inputs: int) -> int:
+        """Return the fours of inputs that lie side by side."""
+        return self.fours or -(-inputs // 4)
+
+
+# oneDNN's choice among them depends on the shape, the processor and the number of threads.
+_BLOCKS = (*map(_Blocks, (64, 48, 32, 16)), _Blocks(8, 2))
 
 # Bytes of oneDNN's struct at which four bytes of padding follow a number of 32 bits (ndims, data_type, format_kind,
 # inner_nblks in memory_desc.hpp); nobody initialises them, so that they differ between tensors of one layout.
@@ -41,10 +55,10 @@ _PERIOD = 65521
 
 @dataclass(frozen=True)
 class _Layout:
-    """The descriptor that oneDNN gives a shape, and the outputs of a block, None for any other layout."""
+    """The descriptor that oneDNN gives a shape, and its blocks, None for any other layout."""
 
     descriptor: bytes
-    block: int | None
+    blocks: _Blocks | None
 
 
 # Layouts of weights by settings, shape and geometry.
@@ -85,7 +99,7 @@ def prepack_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
     key = _key(settings, plain, geometry)
     with torch.inference_mode(False):  # the tensor outlives an inference mode that this call may be under
         tensor = _prepack_into(tensors.get(key), key, plain, scale, geometry)
-    if key in _layouts and _layouts[key].block is not None:
+    if key in _layouts and _layouts[key].blocks is not None:
         tensors[key] = tensor
     return tensor
 
@@ -126,19 +140,19 @@ def _prepack_into(tensor: Tensor | None, key: Any, plain: Tensor, scale: Tensor,
     if key not in _layouts:
         probe = _probe(plain.shape)
         tensor = prepack_by_onednn(probe, scale, geometry)
-        fitting = (block for block in _BLOCKS if _has_blocks_of(native, tensor, probe, block))
+        fitting = (blocks for blocks in _BLOCKS if _has_blocks(native, tensor, probe, blocks))
         _layouts[key] = _Layout(_descriptor(tensor), next(fitting, None))
     layout = _layouts[key]
-    if tensor is None or layout.block is None or not _has_layout(tensor, plain.shape, layout):
+    if tensor is None or layout.blocks is None or not _has_layout(tensor, plain.shape, layout):
         return prepack_by_onednn(plain, scale, geometry)
-    _write(native, plain, torch.ops.mkldnn.data_ptr(tensor), layout.block)
+    _write(native, plain, torch.ops.mkldnn.data_ptr(tensor), layout.blocks)
     return tensor
 
 
 def _has_layout(tensor: Tensor, shape: torch.Size, layout: _Layout) -> bool:
     """Return whether a loop that writes weights of `shape` in `layout` stays within `tensor` and fills it rightly."""
-    assert layout.block is not None
-    fits = torch.ops.mkldnn._nbytes(tensor) == _size(shape, layout.block)
+    assert layout.blocks is not None
+    fits = torch.ops.mkldnn._nbytes(tensor) == _size(shape, layout.blocks)
     return fits and _descriptor(tensor) == layout.descriptor
 
 
@@ -158,27 +172,35 @@ def _probe(shape: torch.Size) -> Tensor:
     return codes.repeat(-(-shape.numel() // _PERIOD))[: shape.numel()].view(shape)
 
 
-def _has_blocks_of(native: NativeLibrary, tensor: Tensor, plain: Tensor, block: int) -> bool:
-    size = _size(plain.shape, block)
+def _has_blocks(native: NativeLibrary, tensor: Tensor, plain: Tensor, blocks: _Blocks) -> bool:
+    size = _size(plain.shape, blocks)
     if torch.ops.mkldnn._nbytes(tensor) != size:
         return False
     expected = torch.zeros(size, dtype=torch.int8, device="cpu")
-    _write(native, plain, expected.data_ptr(), block)
+    _write(native, plain, expected.data_ptr(), blocks)
     found = (ctypes.c_int8 * size).from_address(torch.ops.mkldnn.data_ptr(tensor))
     return torch.equal(torch.frombuffer(found, dtype=torch.int8), expected)
 
 
-def _size(shape: torch.Size, block: int) -> int:
+def _size(shape: torch.Size, blocks: _Blocks) -> int:
     """Return the bytes of a weight of `shape` in blocks, with the sums after them."""
     outputs, inputs, *kernel = shape
-    rows, columns = -(-outputs // block) * block, -(-inputs // 4) * 4 * torch.Size(kernel).numel()
+    side_by_side = 4 * blocks.group(inputs)
+    rows = -(-outputs // blocks.outputs) * blocks.outputs
+    columns = -(-inputs // side_by_side) * side_by_side * torch.Size(kernel).numel()
     return rows * (columns + 4)
 
 
-def _write(native: NativeLibrary, plain: Tensor, address: int, block: int) -> None:
+def _write(native: NativeLibrary, plain: Tensor, address: int, blocks: _Blocks) -> None:
     outputs, inputs, *kernel = plain.shape
     taps = torch.Size(kernel).numel()
     arguments = BlockArguments(
-        plain=plain.data_ptr(), blocked=address, outputs=outputs, inputs=inputs, taps=taps, block=block
+        plain=plain.data_ptr(),
+        blocked=address,
+        outputs=outputs,
+        inputs=inputs,
+        taps=taps,
+        block=blocks.outputs,
+        group=blocks.group(inputs),
     )
-    native.block_weight(-(-outputs // block), block * inputs * taps, arguments)
+    native.block_weight(-(-outputs // blocks.outputs), blocks.outputs * inputs * taps, arguments)
