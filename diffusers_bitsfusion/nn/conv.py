@@ -31,7 +31,8 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
         if in_forward_mode():
             y = F.conv2d(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias, *geometry)
         else:
-            if wants_channels_last(x, self.computes_int8):  # here, where a compiler fuses the change with what made x
+            # Here, where a compiler fuses the change with what made x.
+            if wants_channels_last(x, self.computes_int8, self.out_channels):
                 x = x.contiguous(memory_format=torch.channels_last)
             y = conv2d(x, *packed, bias, self.bits, self.weight_shape, *geometry, self.computes_int8, self.int8_weight)
         return y + self._branch(x, padding) if self.branch_rank else y

@@ -15,7 +15,7 @@ from torch.nn.grad import conv2d_input
 
 from .activations import quantize_image
 from .decode import decode_channels_last, decode_to_scratch
-from .dispatch import PREPACKED, select, wants_channels_last
+from .dispatch import takes_layout, wants_channels_last
 from .onednn_float_weights import PackedOperand
 from .onednn_float_weights import prepack_in_place as prepack_floats_in_place
 from .onednn_weights import is_current, prepack, prepack_in_place
@@ -67,7 +67,7 @@ def conv2d(
     if not int8:
         packed = PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape), geometry)
         y = _convolve(x, packed, bias, geometry)
-        return _channels_last(y) if wants_channels_last(x, int8) else y
+        return _channels_last(y) if wants_channels_last(x, int8, shape[0]) else y
     if x.shape[1] != groups * shape[1]:  # the kernels do not look
         raise RuntimeError(
             f"Given groups={groups}, weight of size {list(shape)}, expected input{list(x.shape)} to have "
@@ -91,7 +91,8 @@ def _convolve(x: Tensor, packed: PackedOperand, bias: Tensor | None, geometry: G
             _channels_last(x), weight, bias, padding, stride, dilation, groups, "none", [], ""
         )
         return y
-    decode = decode_channels_last if x.device.type == "cuda" and wants_channels_last(x, False) else decode_to_scratch
+    on_gpu = x.device.type == "cuda" and wants_channels_last(x, False, packed.shape[0])
+    decode = decode_channels_last if on_gpu else decode_to_scratch
     return F.conv2d(x, decode(packed.codes, packed.scale, packed.bits, packed.shape, x.dtype), bias, *geometry)
 
 
@@ -99,7 +100,7 @@ def _takes_layout(x: Tensor, shape: Sequence[int], geometry: Geometry) -> bool:
     """Whether oneDNN may be given a weight in its own layout, and a valid input, at whose sizes it does not look."""
     *_, groups = geometry
     fits = groups == 1 and x.dim() == 4 and x.numel() > 0 and x.shape[1] == shape[1]
-    return fits and select(PREPACKED, x.device, x.dtype) is not None
+    return fits and takes_layout(x, shape[0])
 
 
 def _is_current(int8_weight: Tensor) -> bool:
@@ -147,7 +148,7 @@ def _(
 ) -> Tensor:
     *geometry, int8, _ = others
     y = F.conv2d(x, x.new_empty(shape), None, *geometry)
-    return _channels_last(y) if int8 or wants_channels_last(x, int8) else y
+    return _channels_last(y) if int8 or wants_channels_last(x, int8, shape[0]) else y
 
 
 @torch.library.custom_op(

@@ -29,6 +29,9 @@ _ON_CPU = ("cpu", "meta")
 # Private operators of torch for weights that oneDNN has prepacked.
 _ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
 
+# Outputs from which on the weight of a convolution in fp32 is decoded into oneDNN's layout.
+_FEWEST_OUTPUTS = 256
+
 # Those that take weights in its layouts of floating point, and the one that lays them out for linear layers.
 _PREPACKED_OPERATORS = (
     "_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported",
@@ -250,21 +253,32 @@ def fuses_decoding(device: torch.device, dtype: torch.dtype, tokens: int) -> boo
     return 0 < tokens <= FEW_TOKENS and FUSED_LINEAR.why_not(device, dtype) is None
 
 
-def wants_channels_last(x: torch.Tensor, int8: bool) -> bool:
+def takes_layout(x: torch.Tensor, outputs: int) -> bool:
+    """Return whether the weight of an exact convolution is decoded into oneDNN's layout.
+
+    In fp32 small layers are not: they gain little, and so give the bits that the dequantized layer gives.
+    """
+    return (x.dtype == torch.bfloat16 or outputs >= _FEWEST_OUTPUTS) and select(
+        PREPACKED, x.device, x.dtype
+    ) is not None
+
+
+def wants_channels_last(x: torch.Tensor, int8: bool, outputs: int) -> bool:
     """Return whether an exact convolution, or one in integers on a GPU, computes in channels last.
 
     So it does in half precision on a GPU, whose tensor cores read it so, and where oneDNN does on a CPU: in bf16, and
     in fp32 with weights in its layout.
     """
     if x.device.type == "cpu":
-        return x.dim() == 4 and not int8 and (x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and _lays_out()))
+        layout = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and outputs >= _FEWEST_OUTPUTS and _lays_out())
+        return x.dim() == 4 and not int8 and layout
     return x.device.type == "cuda" and x.dim() == 4 and (int8 or x.dtype in _HALVES)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _lays_out() -> bool:
     """Return whether weights in fp32 are decoded into oneDNN's layout."""
-    return select(PREPACKED, torch.device("cpu"), torch.float32) is not None
+    return PREPACKED_FP32.why_not(torch.device("cpu")) is None
 
 
 def why_no_int8(device: torch.device) -> str | None:

@@ -2,10 +2,10 @@
 
 oneDNN prepacks a weight by a generic loop, at about 0.3 GB/s, which took a third of a call of Stable Diffusion's UNet
 with packed weights. The layout that it chooses for convolutions without groups is a simple one ([blocks of outputs,
-taps, inputs / 4, outputs of a block, 4], without AVX-512 [blocks of outputs, inputs / 8, taps, 2, outputs of a block,
-4], then the sums that a zero point needs), so a tensor of the layout that there is already, or a copy of it, is written
-over. oneDNN does not promise the layout: that a tensor has this one is
-checked, byte by byte, when the first of its shape is made, and where it has not, oneDNN prepacks every weight.
+taps, inputs / 4, outputs of a block, 4], without AVX-512 [blocks of 8 outputs, inputs / 8, taps, 2, 8, 4], then the
+sums that a zero point needs), so a tensor of the layout that there is already, or a copy of it, is written over.
+oneDNN does not promise the layout: that a tensor has this one is checked, byte by byte, when the first of its shape is
+made, and where it has not, oneDNN prepacks every weight.
 
 The size of a block depends on the shape, the processor and the number of threads. Layouts are therefore remembered for
 the settings under which they were found, and before anything is written over, the tensor's own descriptor is compared
@@ -32,7 +32,7 @@ from ..native.library import NativeLibrary, native_library
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks of a layout: the outputs of one, and how many fours of inputs it has before the next tap; None for all."""
+    """Blocks of a layout: the outputs of one, and the fours of inputs that come before the next tap, None for all."""
 
     outputs: int
     fours: int | None = None

@@ -14,8 +14,8 @@ from torch import nn
 from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.ops import conv as conv_module
+from diffusers_bitsfusion.ops import dispatch, onednn_float_weights
 from diffusers_bitsfusion.ops import linear as linear_module
-from diffusers_bitsfusion.ops import onednn_float_weights
 from diffusers_bitsfusion.ops.conv import conv2d
 from diffusers_bitsfusion.ops.decode import decode_weight
 from diffusers_bitsfusion.ops.dispatch import PREPACKED, select
@@ -140,7 +140,9 @@ def test_the_convolution_is_torchs(batch, channels, kernel, stride, padding, gro
     x = x[..., ::2] if memory == "strided" else x.contiguous(memory_format=memory)
     bias = layer.bias.detach().to(dtype) if bias else None
     integers = packed.scale.view(torch.int32)
-    found = conv2d(x, packed.codes, integers, bias, 3, shape, *geometry, False, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "_FEWEST_OUTPUTS", 1)
+        found = conv2d(x, packed.codes, integers, bias, 3, shape, *geometry, False, None)
     expected = F.conv2d(x.double(), decoded(packed, dtype).double(), None, *geometry)
     expected = expected if bias is None else expected + bias.double().view(-1, 1, 1)
     assert found.dtype == dtype and found.shape == expected.shape
@@ -151,6 +153,7 @@ def test_the_convolution_is_torchs(batch, channels, kernel, stride, padding, gro
 
 
 def test_where_the_layout_is_unknown_torch_lays_out(monkeypatch):
+    monkeypatch.setattr(dispatch, "_FEWEST_OUTPUTS", 1)
     geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.randn(1, 20, 8, 8).to(DTYPES[-1])
     packed = packed_operand((24, 20, 3, 3), 2, geometry)
     arguments = packed.codes, packed.scale.view(torch.int32), None, 2, packed.shape, *geometry, False, None
@@ -161,6 +164,14 @@ def test_where_the_layout_is_unknown_torch_lays_out(monkeypatch):
     torch.testing.assert_close(conv2d(x, *arguments), expected)
     monkeypatch.setattr(conv_module, "_takes_layout", lambda *_: False)
     torch.testing.assert_close(conv2d(x, *arguments), expected)
+
+
+def test_small_convolutions_in_fp32_have_the_bits_of_the_dequantized_layer():
+    geometry, x = ((1, 1), (1, 1), (1, 1), 1), torch.randn(1, 20, 8, 8)
+    packed = packed_operand((24, 20, 3, 3), 2, geometry)
+    found = conv2d(x, packed.codes, packed.scale.view(torch.int32), None, 2, packed.shape, *geometry, False, None)
+    assert torch.equal(found, F.conv2d(x, decoded(packed, torch.float32), None, *geometry))
+    assert found.is_contiguous()
 
 
 def test_inputs_of_other_channels_are_refused_in_torchs_words():

@@ -196,7 +196,7 @@ def assert_written_right(shape):
     scale, zeros = torch.ones(shape[0]), torch.zeros(shape[0], dtype=torch.int32)
     kept = []
     for seed in range(3):
-        plain = weight(shape, seed)
+        plain = weight(shape, seed) // 2  # without VNNI pairs of larger products overflow
         expected = torch.nn.functional.conv2d(image.double(), plain.double()).float()
         for arrange in (prepack, prepack_in_place):
             kept.append(arrange(plain, scale, geometry))
