@@ -41,7 +41,19 @@ SDXL_UNET_CONFIG = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }
-SHAPES = {"sd15": SD15_UNET_CONFIG, "sdxl": SDXL_UNET_CONFIG}
+TINY_UNET_CONFIG = {  # of no real model: for dry runs
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 4,
+}
+SHAPES = {"sd15": SD15_UNET_CONFIG, "sdxl": SDXL_UNET_CONFIG, "tiny": TINY_UNET_CONFIG}
 WEIGHT_STD = 0.02
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
