@@ -18,6 +18,7 @@ from .common import JsonCommand, command
 from .compare import compare
 from .draw import draw
 from .evaluate import evaluate
+from .export import export
 from .inspect import inspect
 from .launch_app import launch_app
 from .quantize import quantize
@@ -49,7 +50,7 @@ def main(
     """Quantize diffusion models to extremely few bits, and measure, compare and train them."""
 
 
-for _function in (quantize, inspect, draw, compare, evaluate, vote, analyze, allocate):
+for _function in (quantize, inspect, draw, compare, evaluate, vote, analyze, allocate, export):
     app.command(cls=JsonCommand)(command(_function))
 app.command("app")(command(launch_app))
 # Options of training are those of diffusers' training scripts, so argparse parses them.

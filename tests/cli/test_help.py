@@ -17,7 +17,9 @@ from diffusers_bitsfusion.cli.train_arguments import parse_args
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CLI = REPOSITORY / "diffusers_bitsfusion" / "cli"
-COMMANDS = ("quantize", "inspect", "draw", "compare", "evaluate", "vote", "analyze", "allocate", "app", "train")
+COMMANDS = (
+    "quantize", "inspect", "draw", "compare", "evaluate", "vote", "analyze", "allocate", "export", "app", "train",
+)  # fmt: skip
 # Runs the console script's entry point, then tells which of the heavy packages it imported.
 LAUNCH = """
 import sys
