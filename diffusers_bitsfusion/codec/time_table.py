@@ -96,7 +96,7 @@ def pack_table(codes: Tensor) -> tuple[Tensor, Tensor]:
     low = torch.empty(timesteps, features, dtype=torch.uint8, device=codes.device)
     high = torch.zeros(high_bits_rows(timesteps), features, dtype=torch.uint8, device=codes.device)
     rows = torch.arange(timesteps, device=codes.device)
-    for part in _column_parts(features):
+    for part in _column_parts(features, width=128):  # of many intermediates, which together stay within the caches
         exact = codes[:, part].to(torch.int32)
         low[:, part] = exact & 255
         bits = torch.zeros(4 * len(high), exact.shape[1], dtype=torch.int32, device=codes.device)
@@ -145,6 +145,6 @@ def _anchor_rows(timesteps: int, device: torch.device) -> Tensor:
     return (torch.arange(_anchors(timesteps), device=device) * _ANCHOR_DISTANCE).clamp(max=timesteps - 1)
 
 
-def _column_parts(columns: int) -> list[slice]:
+def _column_parts(columns: int, width: int = 1024) -> list[slice]:
     """Return the columns in parts that keep the int32 intermediates small."""
-    return [slice(start, start + 1024) for start in range(0, columns, 1024)]
+    return [slice(start, start + width) for start in range(0, columns, width)]
