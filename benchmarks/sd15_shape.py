@@ -47,7 +47,7 @@ TINY_UNET_CONFIG = {  # of no real model: for dry runs
     "out_channels": 4,
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "block_out_channels": (32, 64),
+    "block_out_channels": (64, 256),  # enough that the default config reaches its bits
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "cross_attention_dim": 32,
