@@ -52,12 +52,20 @@ class TraceableTimeTable(nn.Module):
         self.codes = nn.Buffer(table.codes.detach())
         self.high_bits = nn.Buffer(table.high_bits.detach())
         self.scale = nn.Buffer(table.scale.detach().view(torch.float32).view(-1))
+        self.has_embedding = table.embedding_width > 0
+        if self.has_embedding:
+            self.embedding_codes = nn.Buffer(table.embedding_codes.detach())
+            self.embedding_scale = nn.Buffer(table.embedding_scale.detach().view(torch.float32).view(-1))
 
     def forward(self, timesteps: Tensor) -> Tensor:
-        """Return the features of `timesteps` [batch], fp32 [batch, features]."""
+        """Return what the table returns for `timesteps` [batch], fp32."""
         rows, weights = cubic_weights(timesteps.to(torch.float32), self.num_timesteps)
         codes = unpack_rows(self.codes, self.high_bits, rows)
-        return (codes.to(torch.float32) * weights).sum(dim=1) * self.scale
+        features = (codes.to(torch.float32) * weights).sum(dim=1) * self.scale
+        if not self.has_embedding:
+            return features
+        embedding = (self.embedding_codes[rows].to(torch.float32) * weights).sum(dim=1) * self.embedding_scale
+        return torch.cat([features, F.silu(embedding)], dim=1)
 
 
 class TraceableTimeCache(nn.Module):
