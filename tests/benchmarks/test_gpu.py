@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import pytest
-
 from benchmarks import gpu
 
 
@@ -27,9 +25,8 @@ def test_the_limits_of_all_parts_are_nine_minutes(tmp_path):
     assert sum(part.limit for part in gpu.parts(tmp_path, "cuda", tiny=False)) <= 9 * 60
 
 
-@pytest.mark.parametrize("worker", gpu.WORKERS)
-def test_workers_run_on_a_small_model(worker, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--worker", worker])
+def test_a_step_of_training_runs_on_a_small_model(monkeypatch, capsys):  # CI's dry run does all parts
+    monkeypatch.setattr(sys, "argv", ["gpu", "--device", "cpu", "--tiny", "--worker", "qat"])
     gpu.main()
     header, _, values = capsys.readouterr().out.strip().splitlines()[-3:]
     assert "seconds" in header and float(values.split("|")[1]) > 0
