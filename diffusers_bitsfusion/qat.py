@@ -129,6 +129,7 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
     refuse_not_finite(model, "quantize")
     check_device(config.compute, model.device)  # `convert` would refuse it after the training.
     plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
+    plan.bits, plan.tensors = plan.layer_bits, {}  # parameters of other kinds are trained in floating point
     if layers is not None:
         plan.bits = _selected(plan.bits, layers)
     return plan

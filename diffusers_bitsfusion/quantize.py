@@ -113,7 +113,7 @@ def _quantize(
     calls: list[Call] = []
     timesteps = plan.timesteps if plan.time_embedding == "cache" else None
     if calibration is not None:
-        calibrated = calibrate(pipeline, model, plan.bits, calibration, plan.rounding, progress)
+        calibrated = calibrate(pipeline, model, plan.layer_bits, calibration, plan.rounding, progress)
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one

@@ -6,7 +6,7 @@ The `quantization_config` of config.json is read into these classes by `from_jso
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
@@ -14,8 +14,13 @@ from ..utils.installation import install_command
 from ..utils.json_files import is_number
 from .grid import check_bits
 
-# Version of the file format, raised when older readers could not read it.
-FORMAT_VERSION = 1
+# Newest version of the file format, raised when older readers could not read it. A file has the oldest version that
+# describes it: 2 where parameters are packed that belong to no ordinary Linear or Conv2d layer.
+FORMAT_VERSION = 2
+_LAYERS_VERSION = 1
+
+# What stands before a parameter's name in the name of the module that holds its codes.
+TENSOR_PREFIX = "packed_"
 
 COMPRESSIONS = ("zstd", None)
 TIME_FEATURES = ("keep", "table", "cache")
@@ -39,21 +44,26 @@ class LayerSchema:
         bits: 1 to 8.
         shape: of the weight, (out, in) or (out, in / groups, height, width).
         branch_rank: rank of the low-rank branch that fused LoRAs have left; 0 where there is none.
+        order: axis of `shape` that each axis of the model's own parameter is, where they differ: (1, 0, 2, 3) for a
+            transposed convolution. Empty where they do not.
+        row_dims: number of leading axes of `shape` that make the rows; 2 for (experts, out, in).
     """
 
     bits: int
     shape: tuple[int, ...]
     branch_rank: int = 0
+    order: tuple[int, ...] = ()
+    row_dims: int = 1
 
     @property
     def rows(self) -> int:
         """Output channels."""
-        return self.shape[0]
+        return math.prod(self.shape[: self.row_dims])
 
     @property
     def columns(self) -> int:
         """Weights of an output channel."""
-        return math.prod(self.shape[1:])
+        return math.prod(self.shape[self.row_dims :])
 
     @property
     def num_weights(self) -> int:
@@ -75,12 +85,24 @@ class LayerSchema:
             raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shape!r}")
         if "branch_rank" in content and (not is_count(rank) or not 1 <= rank <= MAX_BRANCH_RANK):
             raise ValueError(f"branch_rank of layer {name!r} must be from 1 to {MAX_BRANCH_RANK}, got {rank!r}")
-        return cls(bits, tuple(shape), rank)
+        order, row_dims = content.get("order", []), content.get("row_dims", 1)
+        axes = list(range(len(shape)))
+        if order and (not isinstance(order, list) or not all(map(is_count, order)) or sorted(order) != axes):
+            raise ValueError(f"order of layer {name!r} must list each axis of its shape once, got {order!r}")
+        if not is_count(row_dims) or not 1 <= row_dims <= len(shape):
+            raise ValueError(f"row_dims of layer {name!r} must be from 1 to {len(shape)}, got {row_dims!r}")
+        return cls(bits, tuple(shape), rank, tuple(order), row_dims)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
-        branch = {"branch_rank": self.branch_rank} if self.branch_rank else {}
-        return {"bits": self.bits, "shape": list(self.shape), **branch}
+        content: dict[str, Any] = {"bits": self.bits, "shape": list(self.shape)}
+        if self.branch_rank:
+            content["branch_rank"] = self.branch_rank
+        if self.order:
+            content["order"] = list(self.order)
+        if self.row_dims != 1:
+            content["row_dims"] = self.row_dims
+        return content
 
 
 @dataclass(frozen=True)
@@ -187,7 +209,7 @@ class CheckpointSchema:
     time_features: TimeFeaturesSchema = field(default_factory=TimeFeaturesSchema)
     balance: bool = True
     compression: str | None = "zstd"
-    format_version: int = FORMAT_VERSION
+    format_version: int = _LAYERS_VERSION
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> CheckpointSchema:
@@ -228,9 +250,19 @@ class CheckpointSchema:
         }
 
     def with_branch_ranks(self, ranks: Mapping[str, int]) -> CheckpointSchema:
-        """Return the same checkpoint with other ranks of the layers' branches, by layer name."""
-        layers = {name: replace(layer, branch_rank=ranks[name]) for name, layer in self.layers.items()}
+        """Return the same checkpoint with other ranks of the layers' branches, by layer name; 0 where left out."""
+        layers = {name: replace(layer, branch_rank=ranks.get(name, 0)) for name, layer in self.layers.items()}
         return replace(self, layers=layers)
+
+
+def format_version_of(layers: Iterable[str]) -> int:
+    """Return the oldest version of the format that describes packed layers of these names."""
+    return FORMAT_VERSION if any(is_tensor_name(name) for name in layers) else _LAYERS_VERSION
+
+
+def is_tensor_name(name: str) -> bool:
+    """Return whether a name in `layers` is that of a packed parameter rather than of an ordinary layer."""
+    return name.rpartition(".")[2].startswith(TENSOR_PREFIX)
 
 
 def check_time_features(content: Mapping[str, Any]) -> str:

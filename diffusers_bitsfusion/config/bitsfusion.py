@@ -71,6 +71,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             inputs. In a quantized checkpoint, a summary of the calibration that was run.
         compression: "zstd", or `None` for plain packed bytes in the file.
         components: names of the pipeline's components to quantize, text encoders (of transformers) among them.
+        embeddings: whether tables of embeddings of diffusers' models are packed, too.
         format_version: version of the checkpoint's format; set by quantizing.
         layers: bits and weight shape of every packed layer, and the rank of its branch where LoRAs were fused into it;
             set by quantizing and saving.
@@ -100,6 +101,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         calibration: Calibration | Mapping[str, Any] | bool | None = None,
         compression: str | None = "zstd",
         components: Sequence[str] = DEFAULT_COMPONENTS,
+        embeddings: bool = False,
         format_version: int | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -117,6 +119,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         self.calibration = Calibration.of(calibration) if format_version is None else calibration
         self.compression = check_compression(compression)
         self.components = _as_names(components, "components")
+        self.embeddings = embeddings
         self._check()
         self._schema: CheckpointSchema | None = None
         if format_version is not None:
@@ -134,6 +137,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             raise ValueError(f"target_bits must be a number, got {self.target_bits!r}")
         if not (is_number(self.target_bits) and self.target_bits > 0):
             raise ValueError(f"target_bits must be positive, got {shown(self.target_bits)}")
+        if not isinstance(self.embeddings, bool):
+            raise ValueError(f"embeddings must be True or False, got {self.embeddings!r}")
         Rounding(self.scale_init, self.scale_iterations, self.balance)  # The constructor checks its arguments.
         check_settings(self.compute, self.resident)
         if isinstance(self.time_embedding, dict):
@@ -233,6 +238,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             content |= {"compute": "auto", "resident": "packed"}
             if isinstance(self.recipe, str) and os.path.exists(self.recipe):
                 content["recipe"] = os.path.basename(os.path.abspath(self.recipe))
+        if not self.embeddings:  # which readers of format version 1 do not know
+            del content["embeddings"]
         if isinstance(self.calibration, Calibration):
             content["calibration"] = self.calibration.to_dict()
         return {"quant_method": self.quant_method.value, **content}

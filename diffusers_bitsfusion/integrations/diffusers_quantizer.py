@@ -18,6 +18,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..nn.compute import undo_fusions
 from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
+from ..nn.packed_tensor import restore_tensors
 from ..nn.time_features import TimeFeatures, TimeFeatureTable
 from ..nn.time_path import TimePath, empty_lookup, install, why_not_cacheable
 from ..nn.time_restoration import restore
@@ -240,6 +241,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
             restore(model, dtype)  # It comes first, since it may refuse, and then nothing has changed.
         for name, module in packed:
             replace_module(model, name, float_from_packed(module))
+        restore_tensors(model)
         undo_fusions(model)
         as_plain_model(model)
         del model.quantization_method

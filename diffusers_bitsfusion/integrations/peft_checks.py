@@ -13,10 +13,12 @@ from torch import nn
 
 from ..nn import PackedWeight, TimeFeatures
 from ..nn.low_rank_branch import LowRankBranch
+from ..nn.packed_tensor import HoldsPackedTensors
 from ..nn.time_features import TimeFeaturePassThrough, TimeFeatureSlice
 from ..utils.private_names import PEFT_ADAPTERS, PEFT_TARGETS
 from .peft_lora import PackedLoraLayer, reads_base_weight
 
+_PACKED = (PackedWeight, HoldsPackedTensors)
 _REMOVED = (TimeFeatures, TimeFeaturePassThrough, TimeFeatureSlice)
 
 
@@ -26,7 +28,7 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        if not any(isinstance(module, (PackedWeight, *_REMOVED)) for module in model.modules()):
+        if not any(isinstance(module, (*_PACKED, *_REMOVED)) for module in model.modules()):
             original(self, model, adapter_name, *args, **kwargs)
             return
         config = self.peft_config[adapter_name]
@@ -86,7 +88,7 @@ def check_targets(model: nn.Module, names: Iterable[str], config: PeftConfig | N
 def _check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:
     endings = tuple(names)
     for name, module in model.named_modules():
-        if endings and name.endswith(endings) and any(isinstance(part, PackedWeight) for part in module.modules()):
+        if endings and name.endswith(endings) and any(isinstance(part, _PACKED) for part in module.modules()):
             raise ValueError(
                 f"modules_to_save names {name}, whose weights are packed: they cannot be trained whole. Name it in "
                 "target_modules, or train the full-precision model by `prepare_qat`."
@@ -148,7 +150,9 @@ def check_fusable(model: nn.Module, adapter_names: list[str] | None, safe: bool 
         ValueError: an adapter is no LoRA (but LoKr, for example); or see `PackedLoraLayer.check_foldable`.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, BaseTunerLayer) or not isinstance(module.get_base_layer(), LowRankBranch):
+        if not isinstance(module, BaseTunerLayer) or not isinstance(
+            module.get_base_layer(), (LowRankBranch, HoldsPackedTensors)
+        ):
             continue
         names = module.active_adapters if adapter_names is None else adapter_names
         present = PEFT_ADAPTERS.require(module)()
@@ -157,7 +161,12 @@ def check_fusable(model: nn.Module, adapter_names: list[str] | None, safe: bool 
             module.check_foldable(names, finite=safe)
         elif names:
             kind = type(module).__module__.removeprefix("peft.tuners.").partition(".")[0]
+            what = (
+                f"({kind}) is no LoRA and"
+                if isinstance(module.get_base_layer(), PackedWeight)
+                else "is on a layer that"
+            )
             raise ValueError(
-                f"The adapter {names[0]!r} on {name} ({kind}) is no LoRA and cannot be fused into packed weights. It "
-                "works unfused, and can be fused after `dequantize()`."
+                f"The adapter {names[0]!r} on {name} {what} cannot be fused into packed weights. It works "
+                "unfused, and can be fused after `dequantize()`."
             )

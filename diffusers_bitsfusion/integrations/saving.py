@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils import logging
 from torch import Tensor, nn
 
@@ -19,6 +20,7 @@ from ..nn import PackedWeight, TimeFeatures
 from ..nn.compute import packed_layers
 from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed import refuse_gradients
+from ..nn.packed_tensor import PackedTensor, num_packed_weights, packed_tensors
 from ..ops.dispatch import check_device
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hooks import refuse_offloaded_to_disk
@@ -49,7 +51,9 @@ def _num_packed_parameters(model: Any) -> int:
     for module in model.modules():
         if isinstance(module, PackedWeight):
             count += torch.Size(module.weight_shape).numel()
-        if isinstance(module, (LowRankBranch, TimeFeatures)):
+        elif isinstance(module, PackedTensor):
+            count += num_packed_weights(module)
+        if isinstance(module, (LowRankBranch, PackedTensor, TimeFeatures)):
             count -= sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "bias")
     return count
 
@@ -135,8 +139,9 @@ class QuantizedModelMixin(_Base):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the model; that of the decoded weights where all layers are packed."""
-        dtype = super().dtype
-        return dtype if dtype.is_floating_point else next(iter(packed_layers(self).values())).weight_dtype
+        dtype: torch.dtype = get_parameter_dtype(self)  # as diffusers' own, which Dynamo cannot call through super()
+        packed: Mapping[str, Any] = packed_layers(self) or packed_tensors(self)
+        return dtype if dtype.is_floating_point else next(iter(packed.values())).weight_dtype
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters of the model in full precision, since a code is no parameter."""

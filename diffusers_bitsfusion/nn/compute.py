@@ -8,6 +8,7 @@ from ..ops.dispatch import check_settings
 from . import PackedWeight
 from .attention import restore_attention, set_attention
 from .feed_forward import set_geglu
+from .packed_tensor import packed_tensors
 from .transformer import set_channels_last
 
 # The first convolution and the shortcuts of residual blocks. On the shapes UNet, rounding their inputs made nearly all
@@ -39,7 +40,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
     if not isinstance(model, nn.Module):
         raise ValueError(f"set_compute takes a model, such as `pipe.unet`, got {type(model).__name__}.")
     layers = packed_layers(model)
-    if not layers:
+    if not layers and not packed_tensors(model):
         raise ValueError(f"This {type(model).__name__} has no layers quantized by diffusers_bitsfusion.")
     for name, layer in layers.items():
         layer.sensitive = name.removesuffix(".base_layer").endswith(_NOT_NORMALISED)  # which an adapter wraps

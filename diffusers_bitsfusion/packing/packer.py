@@ -13,14 +13,16 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..calibration.layers import CalibratedLayer
-from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
+from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, is_tensor_name
 from ..codec.time_table import quantize_table
 from ..nn.conversion import pack_weight, packed_from_float, replace_module
+from ..nn.packed_tensor import PackedTensor, hold, pack_tensor
 from ..nn.time_features import TimeFeatureCache
 from ..nn.time_path import empty_lookup, install
 from ..utils.errors import printable
 from ..utils.finite import refuse_not_finite
 from .plan import Plan
+from .tensors import TensorPlace, packable_tensors
 
 # Floating dtypes that layers of torch compute in; fp8, for example, only stores.
 _COMPUTING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -67,6 +69,7 @@ class ModelPacker:
             f"{name}.{kind}" for name, layer in time_layers.items() for kind, _ in layer.named_parameters()
         }
         self._progress = progress
+        self._tensors = {place.full_parameter: place for place in self.plan.tensors.values()}
 
     @functools.cached_property
     def _bar(self) -> Any:
@@ -76,7 +79,7 @@ class ModelPacker:
     def wants(self, parameter: str) -> bool:
         """Return whether `take` must receive this parameter instead of the model."""
         is_packed_weight = parameter.endswith(".weight") and parameter.removesuffix(".weight") in self.plan.bits
-        return is_packed_weight or parameter in self._time_parameters
+        return is_packed_weight or parameter in self._tensors or parameter in self._time_parameters
 
     def take(self, parameter: str, value: Tensor, device: torch.device | str | int) -> None:
         """Quantize the weight of a layer, or set a parameter of the time path until the path is complete.
@@ -97,14 +100,22 @@ class ModelPacker:
             if not self._time_parameters:
                 install_time_features(self.model, self.plan, self.schema.time_features, self.dtype)
             return
-        name = parameter.removesuffix(".weight")
-        packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
         try:
-            pack_weight(packed, value.to(device), self.plan.rounding)
+            if parameter in self._tensors:
+                self._pack_tensor(self._tensors[parameter], value.to(device))
+            else:
+                self._pack_layer(parameter.removesuffix(".weight"), value.to(device))
         except ValueError as error:
             raise ValueError(f"Cannot quantize {parameter}: {error}.") from error
-        replace_module(self.model, name, packed)
         self._bar.update()
+
+    def _pack_layer(self, name: str, value: Tensor) -> None:
+        packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        replace_module(self.model, name, pack_weight(packed, value, self.plan.rounding))
+
+    def _pack_tensor(self, place: TensorPlace, value: Tensor) -> None:
+        packed = pack_tensor(self.schema.layers[place.name], value, self.dtype, self.plan.rounding)
+        hold(self.model.get_submodule(place.owner), place.parameter, packed)
 
     def take_calibrated(self, name: str, layer: CalibratedLayer, device: torch.device) -> None:
         """Pack a layer with the codes, scale and bias of its calibration."""
@@ -168,7 +179,11 @@ def install_packed_layers(
         ValueError: the checkpoint does not fit the model.
     """
     modules = dict(model.named_modules())
+    places = packable_tensors(model, embeddings=True) if any(map(is_tensor_name, schema.layers)) else {}
     for name, layer in schema.layers.items():
+        if name in places:
+            _install_packed_tensor(model, places[name], layer, weight_dtype(name))
+            continue
         module = modules.get(name)
         if not isinstance(module, (nn.Linear, nn.Conv2d)):
             raise ValueError(
@@ -181,6 +196,16 @@ def install_packed_layers(
             )
         packed = packed_from_float(module, layer.bits, weight_dtype(name), layer.branch_rank)
         replace_module(model, name, packed)
+
+
+def _install_packed_tensor(model: nn.Module, place: TensorPlace, layer: LayerSchema, dtype: torch.dtype) -> None:
+    expected = place.schema(layer.bits)
+    if layer != expected:
+        raise ValueError(
+            f"The checkpoint's config gives {printable(place.name)} {layer.to_json()}; {type(model).__name__} has "
+            f"{expected.to_json()}."
+        )
+    hold(model.get_submodule(place.owner), place.parameter, PackedTensor(layer, dtype))
 
 
 def raise_missing(model: nn.Module, names: list[str]) -> NoReturn:

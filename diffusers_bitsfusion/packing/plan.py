@@ -17,13 +17,14 @@ from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bit
 from ..allocation.data_free import allocate_data_free
 from ..codec.grid import cost_in_bits
 from ..codec.rounding import Rounding
-from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema
+from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, format_version_of
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
 from ..nn.conversion import why_not_packable
 from ..nn.fake_quantized import FakeQuantizedWeight
 from ..nn.packed import PackedWeight
 from ..nn.time_path import TimePath, why_not_cacheable
+from .tensors import TensorPlace, packable_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -45,9 +46,9 @@ class Plan:
         timesteps: timesteps to cache, for "cache".
         time_path: path from the timestep to the features of each ResBlock; None where they depend on more than it.
         num_timesteps: number of training timesteps, for "table".
-        left_alone: reason of each layer that stays in floating point since it cannot be replaced, by name.
         rounding: settings of rounding to the grid.
         compression: "zstd", or None for plain packed bytes in the file.
+        tensors: parameters to pack that belong to no ordinary Linear or Conv2d layer; their bits are in `bits`, too.
     """
 
     bits: dict[str, int]
@@ -55,9 +56,14 @@ class Plan:
     timesteps: list[float]
     time_path: TimePath | None
     num_timesteps: int = _NUM_TIMESTEPS
-    left_alone: dict[str, str] = field(default_factory=dict)
     rounding: Rounding = Rounding()
     compression: str | None = "zstd"
+    tensors: dict[str, TensorPlace] = field(default_factory=dict)
+
+    @property
+    def layer_bits(self) -> dict[str, int]:
+        """Bits of the ordinary layers alone, by name."""
+        return {name: bits for name, bits in self.bits.items() if name not in self.tensors}
 
     @property
     def replaced_path(self) -> TimePath | None:
@@ -70,8 +76,13 @@ class Plan:
         Args:
             model: model with its float layers, which may be on the meta device.
         """
+        layers = {
+            name: tensor.schema(bits) if (tensor := self.tensors.get(name)) else LayerSchema(bits, _shape(model, name))
+            for name, bits in self.bits.items()
+        }
         return CheckpointSchema(
-            layers={name: LayerSchema(bits, _weight_shape(model, name)) for name, bits in self.bits.items()},
+            layers=layers,
+            format_version=format_version_of(layers),
             time_features=self._time_features(),
             balance=self.rounding.balance,
             compression=self.compression,
@@ -93,7 +104,7 @@ class Plan:
         )
 
 
-def _weight_shape(model: nn.Module, name: str) -> tuple[int, ...]:
+def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
     layer: Any = model.get_submodule(name)
     return tuple(layer.weight.shape)
 
@@ -111,12 +122,6 @@ def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[st
         for name, module in model.named_modules()
         if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns) and not why_not_packable(module)
     }
-
-
-def unpackable_layers(model: nn.Module) -> dict[str, str]:
-    """Return the reason of each subclass of Linear or Conv2d that stays in floating point, by name."""
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    return {name: reason for name, layer in layers.items() if (reason := why_not_packable(layer)) is not None}
 
 
 def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -157,24 +162,26 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         {},
         *_plan_time(model, path, config),
         path,
-        left_alone=unpackable_layers(model),
         rounding=config.rounding,
         compression=config.compression,
+        tensors=packable_tensors(model, exclude, config.embeddings),
     )
-    for name, reason in plan.left_alone.items():
-        logger.warning("%s stays in floating point: %s.", name, reason)
     time_layers = _time_names(path, layers)
     if plan.replaced_path is not None:
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}
-    if not layers:
-        raise ValueError(f"This {type(model).__name__} has no Linear or Conv2d layer to quantize.")
+    if not layers and not plan.tensors:
+        raise ValueError(f"This {type(model).__name__} has no layer to quantize.")
 
+    sizes = {name: layer.weight.numel() for name, layer in layers.items()}
+    sizes |= {name: tensor.num_weights for name, tensor in plan.tensors.items()}
     special = [name for name in layers if name in IN_OUT_LAYERS or name in time_layers]
+    special += [name for name, tensor in plan.tensors.items() if tensor.owner in IN_OUT_LAYERS]
     plan.bits = {name: config.in_out_bits for name in special}
-    ordinary = {name: layer.weight.numel() for name, layer in layers.items() if name not in plan.bits}
+    ordinary = {name: size for name, size in sizes.items() if name not in plan.bits}
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}
+    shapes |= {name: tensor.shape for name, tensor in plan.tensors.items()}
     plan.bits |= _ordinary_bits(model, config, plan, ordinary, shapes, exclude)
-    plan.bits = {name: plan.bits[name] for name in layers}
+    plan.bits = {name: plan.bits[name] for name in sizes if name in plan.bits}
     return plan
 
 
@@ -251,6 +258,8 @@ def _ordinary_bits(
     if isinstance(config.recipe, int):
         return dict.fromkeys(sizes, config.recipe)
     recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe.load(config.recipe)
+    for name in [name for name in plan.tensors if name not in recipe and name not in plan.bits]:
+        del plan.tensors[name], sizes[name], shapes[name]  # of a recipe that knows layers alone
     _check_recipe(recipe, model, sizes, shapes)
     return {name: bits for name, bits in recipe.items() if name in shapes}
 
@@ -258,7 +267,9 @@ def _ordinary_bits(
 def _check_recipe(recipe: Recipe, model: nn.Module, sizes: dict[str, int], shapes: dict[str, Any]) -> None:
     """Refuse a recipe that does not match the model."""
     modules = dict(model.named_modules())
-    unknown = [name for name in recipe if not isinstance(modules.get(name), (nn.Linear, nn.Conv2d))]
+    unknown = [
+        name for name in recipe if name not in shapes and not isinstance(modules.get(name), (nn.Linear, nn.Conv2d))
+    ]
     missing = [name for name in sizes if name not in recipe]
     other = [name for name in recipe if name in shapes and recipe.shapes.get(name, shapes[name]) != shapes[name]]
     for problem, names in (
@@ -303,9 +314,10 @@ def fixed_bits(
     Returns:
         (bits of `special` and of the time features, number of weights that the average is over).
     """
-    layers = quantizable_layers(model, exclude)
-    fixed: float = sum(cost_in_bits(bits) * layers[name].weight.numel() for name, bits in special.items())
+    sizes = {name: layer.weight.numel() for name, layer in quantizable_layers(model, exclude).items()}
+    sizes |= {name: tensor.num_weights for name, tensor in plan.tensors.items()}
+    fixed: float = sum(cost_in_bits(bits) * sizes[name] for name, bits in special.items())
     if plan.replaced_path is not None:
         features = sum(size for _, size in plan.replaced_path.sizes)
         fixed += cached_bits(features, len(plan.timesteps))
-    return fixed, sum(layer.weight.numel() for layer in layers.values())
+    return fixed, sum(sizes.values())

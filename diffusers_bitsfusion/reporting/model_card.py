@@ -250,5 +250,6 @@ def _figures(name: str, report: SizeReport) -> str:
         ("bits a weight, all bytes of the file", f"{report.real_bits:.3f}"),
         ("layers by bits", ", ".join(f"{n} of {b}" for b, (n, _) in sorted(report.histogram.items()))),
     ]
+    rows += [("left in floating point", f"{count:,} weights: {reason}") for reason, count in report.left.items()]
     table = "\n".join(f"| {what} | {value} |" for what, value in rows)
     return f"| {name} | |\n|---|---|\n{table}\n\n![bits of the layers of {name}]({_image_name(name)})"

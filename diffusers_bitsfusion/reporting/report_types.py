@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +56,7 @@ class SizeReport:
         kernels: how each packed layer of a model in memory computes, and why; empty for files.
         attention_kernels: the same of its attention, where `set_compute` chose it.
         checksums: whether a file has a checksum of every tensor; None of what is no file.
+        left: number of weights, of two dimensions or more, that stay in floating point, by the reason.
     """
 
     where: str
@@ -67,6 +68,7 @@ class SizeReport:
     kernels: dict[str, KernelSelection] = field(default_factory=dict)
     attention_kernels: dict[str, str] = field(default_factory=dict)
     checksums: bool | None = None
+    left: dict[str, int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -105,6 +107,7 @@ class SizeReport:
             "ways": {name: asdict(kernel) for name, kernel in self.kernels.items()},
             "attention_ways": self.attention_kernels,
             "checksums": self.checksums,
+            "left_in_floating_point": self.left,
         }
 
     def __str__(self) -> str:
@@ -125,6 +128,9 @@ class SizeReport:
         for bits, (count, weights) in sorted(self.histogram.items()):
             bar = "#" * round(40 * weights / packed)
             lines.append(f"{bits:<6}{levels(bits):>8}{count:>8}{weights / packed:>10.1%}  {bar}")
+        if self.left:
+            lines += ["", f"{'weights':>12}  left in floating point"]
+            lines += [f"{count:>12,}  {reason}" for reason, count in self.left.items()]
         if self.kernels:
             lines += ["", f"{'layers':>6}  computed"]
         for kernel, count in Counter(self.kernels.values()).most_common():
@@ -164,7 +170,11 @@ class PipelineSizeReport:
 
 
 def report_of_tensors(
-    where: str, tensors: Iterable[TensorSize], schema: CheckpointSchema, overhead: int
+    where: str,
+    tensors: Iterable[TensorSize],
+    schema: CheckpointSchema,
+    overhead: int,
+    excluded: Sequence[str] = (),
 ) -> SizeReport:
     """Return the report of a model from its tensors' names and sizes.
 
@@ -173,10 +183,12 @@ def report_of_tensors(
         tensors: of the packed model.
         schema: what the checkpoint holds.
         overhead: bytes that belong to no tensor.
+        excluded: names of modules that were not to be quantized.
     """
     layers = {name: (layer.bits, layer.num_weights) for name, layer in schema.layers.items()}
     parts = dict.fromkeys(_PARTS, 0)
     other_parameters = other_weights = 0
+    left: Counter[str] = Counter()
     for name, shape, size in tensors:
         owner, _, kind = name.rpartition(".")
         if owner in layers and kind in ("codes", "scale"):
@@ -189,6 +201,8 @@ def report_of_tensors(
             parts["biases, norms, other tensors"] += size
             count = torch.Size(shape).numel()
             other_parameters += count
+            if len(shape) > 1:
+                left[_why_left(name, shape, excluded)] += count
             is_weight = kind == "weight" and len(shape) in (2, 4) and not owner.endswith(_EMBEDDINGS)
             other_weights += count if is_weight else 0
     parts["headers and config.json"] = overhead
@@ -213,4 +227,16 @@ def report_of_tensors(
         weights=packed + other_weights + time.removed_weights,
         original_parameters=packed + other_parameters + time.removed_parameters,
         histogram=histogram,
+        left=dict(left.most_common()),
     )
+
+
+def _why_left(name: str, shape: tuple[int, ...], excluded: Sequence[str]) -> str:
+    owner, _, kind = name.rpartition(".")
+    if any(f".{pattern}." in f".{owner}." for pattern in excluded):
+        return "named in modules_to_not_convert"
+    if kind == "weight" and len(shape) == 2 and ("emb" in owner or owner.endswith(_EMBEDDINGS)):
+        return "embeddings, which embeddings=True packs"
+    if kind == "weight":
+        return "layers that the recipe leaves out, or that the model keeps in fp32"
+    return "parameters that belong to no layer, such as tables of positions"

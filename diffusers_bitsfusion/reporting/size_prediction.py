@@ -113,7 +113,7 @@ def predict_size(
     overhead = len(json.dumps(texts | checksums)) + len(
         json.dumps(dict(model.config) | {"quantization_config": config.resolved(schema).to_dict()}, indent=2)
     )
-    return report_of_tensors("predicted file", tensors, schema, overhead)
+    return report_of_tensors("predicted file", tensors, schema, overhead, config.modules_to_not_convert)
 
 
 def _packed(schema: CheckpointSchema) -> Iterator[TensorSize]:
@@ -152,9 +152,9 @@ def _time_features(time: TimeFeaturesSchema) -> Iterator[TensorSize]:
 def _others(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[TensorSize]:
     """Return biases, norms and float layers, without the time path where features replace it."""
     gone = set() if plan.replaced_path is None else set(plan.replaced_path.layers)
+    packed = {f"{name}.weight" for name in plan.layer_bits} | {t.full_parameter for t in plan.tensors.values()}
     for name, parameter in model.named_parameters():
-        owner, _, kind = name.rpartition(".")
-        if owner in gone or (owner in plan.bits and kind == "weight"):
+        if name.rpartition(".")[0] in gone or name in packed:
             continue
         in_fp32 = any(part in name.split(".") for part in DIFFUSERS_FP32.read(model) or [])
         yield name, tuple(parameter.shape), parameter.numel() * (4 if in_fp32 else dtype.itemsize)

@@ -96,13 +96,14 @@ def _is_packed(config: Mapping[str, Any]) -> bool:
 
 def _file_report(path: Path) -> SizeReport:
     schema = read_schema(path)
+    excluded = read_json(path / "config.json", non_finite=True)["quantization_config"].get("modules_to_not_convert")
     headers = read_headers(path)
     tensors = [
         (name, entry.shape, entry.num_bytes) for header in headers.values() for name, entry in header.tensors.items()
     ]
     overhead = sum(file.stat().st_size for file in headers) - sum(size for _, _, size in tensors)
     overhead += sum(file.stat().st_size for file in [path / "config.json", *index_files(path)])
-    report = report_of_tensors("file", tensors, schema, overhead)
+    report = report_of_tensors("file", tensors, schema, overhead, excluded or ())
     return replace(report, checksums=all(METADATA_KEY in header.metadata for header in headers.values()))
 
 
@@ -134,7 +135,7 @@ def _memory_report(model: nn.Module) -> SizeReport:
         raise ValueError(f"This {type(model).__name__} is not quantized by diffusers_bitsfusion.")
     plain, adapters = split_adapters(model.state_dict())
     tensors = [(name, tuple(t.shape), t.nbytes) for name, t in plain.items()]
-    report = report_of_tensors("memory", tensors, config.schema, 0)
+    report = report_of_tensors("memory", tensors, config.schema, 0, config.modules_to_not_convert)
     report.parts["LoRA branches"] += sum(t.nbytes for t in adapters.values())
     layers = {name.replace(".base_layer", ""): layer for name, layer in packed_layers(model).items()}
     kept = [layer.int8_weight for layer in layers.values() if layer.int8_weight is not None]

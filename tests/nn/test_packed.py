@@ -15,7 +15,8 @@ from diffusers_bitsfusion.codec.schema import branch_shapes
 from diffusers_bitsfusion.nn import PackedWeight, QATConv2d, QATLinear, conv
 from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float, replace_module
 from diffusers_bitsfusion.nn.fake_quantized import fake_quantized_from_float
-from diffusers_bitsfusion.packing.plan import quantizable_layers, unpackable_layers
+from diffusers_bitsfusion.packing.plan import quantizable_layers
+from diffusers_bitsfusion.packing.tensors import packable_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -418,39 +419,35 @@ def patched():
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "packed"),
     [
         (lambda: nn.Linear(10, 6), None),
         (lambda: Renamed(10, 6), None),
         (lambda: nn.Conv2d(4, 6, 3), None),
-        (lambda: Scaled(10, 6), "Scaled computes otherwise than nn.Linear"),
-        (lambda: Causal(4, 6, 3), "Causal computes otherwise than nn.Conv2d"),
-        (patched, "Linear computes otherwise"),
-        (lambda: LoRACompatibleLinear(10, 6), "LoRACompatibleLinear computes otherwise"),
-        (hooked, "hooks"),
-        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(10, 6)), "computed from other parameters"),
+        (lambda: Scaled(10, 6), "packed_weight"),
+        (lambda: Causal(4, 6, 3), "packed_weight"),
+        (patched, "packed_weight"),
+        (lambda: LoRACompatibleLinear(10, 6), "packed_weight"),
+        (hooked, "packed_weight"),
+        (lambda: nn.utils.parametrizations.weight_norm(nn.Linear(10, 6)), "parametrizations.weight.packed_original1"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:Use of `LoRACompatible:FutureWarning")
-def test_a_layer_that_is_more_than_linear_stays_and_is_named(make, reason):
-    found = unpackable_layers(nn.Sequential(nn.Linear(3, 3), make()))
-    assert set(found) == ({"1"} if reason else set())
-    assert set(quantizable_layers(nn.Sequential(make()))) == (set() if reason else {"0"})
-    if reason:
-        assert reason in found["1"]
+def test_a_layer_that_is_more_than_linear_keeps_its_class(make, packed):
+    assert set(packable_tensors(nn.Sequential(make()))) == ({f"0.{packed}"} if packed else set())
+    assert set(quantizable_layers(nn.Sequential(make()))) == (set() if packed else {"0"})
 
 
-def test_quantizing_leaves_such_layers_and_says_so(caplog):
+def test_quantizing_leaves_the_forward_of_such_layers():
     unet = tiny_unet()
     block = unet.down_blocks[0].attentions[0].transformer_blocks[0]
     block.attn1.to_q.__class__ = Scaled
-    x = torch.randn(2, block.attn1.to_q.in_features)
-    expected = block.attn1.to_q(x)
-    with caplog.at_level("WARNING", logger="diffusers"):
-        quantize_model(unet, BitsFusionConfig(recipe=2, time_embedding="keep"), progress=False)
-    assert type(block.attn1.to_q) is Scaled and torch.equal(block.attn1.to_q(x), expected)
+    quantize_model(unet, BitsFusionConfig(recipe=2, time_embedding="keep"), progress=False)
+    query = block.attn1.to_q
+    x = torch.randn(2, query.in_features)
+    assert isinstance(query, Scaled) and not isinstance(query, PackedWeight)
+    assert torch.equal(query(x), Scaled.forward(query, x)) and query.weight[0].unique().numel() <= 5
     assert isinstance(block.attn1.to_k, PackedWeight)
-    assert "transformer_blocks.0.attn1.to_q stays in floating point: Scaled computes" in caplog.text
 
 
 def test_layers_that_share_a_weight_are_each_packed(call_unet, tmp_path):

@@ -1,0 +1,167 @@
+"""Parameters of modules of any kind as codes and scales, beside the module's own forward."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codec.quantize_dense import quantize_to_dense
+from ..codec.radix import dense_width
+from ..codec.rounding import Rounding
+from ..codec.schema import TENSOR_PREFIX, LayerSchema
+from ..ops.forward_mode import weight
+from .lazy_weight import LazyWeight, refuse_writing
+from .packed import float_bits, refuse_gradients
+
+
+class PackedTensor(nn.Module):
+    """A parameter of a module, kept as codes and scales; made by `pack_tensor` or `empty_tensor`.
+
+    Calling it gives the parameter as a tensor that is decoded where it is used, see `LazyWeight`.
+
+    Attributes:
+        codes (`nn.Parameter`): uint8 [rows, dense_width(columns, bits)], the dense form of `codec.radix`.
+        scale (`nn.Parameter`): int32 [rows, 1], the bits of the fp32 scales.
+        schema (`LayerSchema`): bits, and how rows and columns become the parameter.
+        weight_dtype (`torch.dtype`): dtype of the parameter.
+    """
+
+    codes: nn.Parameter
+    scale: nn.Parameter
+
+    def __init__(self, schema: LayerSchema, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.schema = schema
+        self.weight_dtype = dtype
+        with torch.device("meta"):
+            codes = torch.empty(schema.rows, dense_width(schema.columns, schema.bits), dtype=torch.uint8)
+            self.set_codes(codes, torch.empty(schema.rows))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+        return tuple(self.schema.shape[axis] for axis in self._axes)
+
+    @property
+    def _axes(self) -> tuple[int, ...]:
+        return self.schema.order or tuple(range(len(self.schema.shape)))
+
+    def set_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Take codes uint8 [rows, dense_width(columns, bits)] and scale fp32 [rows]."""
+        self.codes = nn.Parameter(codes, requires_grad=False)
+        self.scale = float_bits(scale)
+
+    def forward(self) -> Tensor:
+        """Return the parameter, decoded where it is used."""
+        decode = functools.partial(_decode, self.codes, self.scale, self.schema, self._axes, self.weight_dtype)
+        if torch.compiler.is_compiling():
+            return decode()
+        like = torch.empty(self.shape, dtype=self.weight_dtype, device="meta")
+        return LazyWeight(decode, like, self.codes.device)
+
+    def decode(self) -> Tensor:
+        """Return the parameter, a new tensor."""
+        return _decode(self.codes, self.scale, self.schema, self._axes, self.weight_dtype)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`.
+
+        Raises:
+            RuntimeError: gradients are asked for; nothing has changed then.
+        """
+        if requires_grad:
+            refuse_gradients(type(self).__name__)
+        return super().requires_grad_(False)
+
+    def extra_repr(self) -> str:
+        """Return what a printed model shows of it."""
+        return f"{tuple(self.shape)}, bits={self.schema.bits}"
+
+
+def _decode(codes: Tensor, scale: Tensor, schema: LayerSchema, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    rows: Tensor = weight(codes, scale.view(-1), schema.bits, (schema.rows, schema.columns), dtype)
+    return rows.view(schema.shape).permute(axes).contiguous()
+
+
+class HoldsPackedTensors(nn.Module):
+    """Mixin of a module some of whose parameters are packed: its own forward reads them as if they were there."""
+
+    def __getattr__(self, name: str) -> Any:
+        packed = self.__dict__.get("_modules", {}).get(TENSOR_PREFIX + name)
+        return super().__getattr__(name) if packed is None else packed()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if TENSOR_PREFIX + name in self.__dict__.get("_modules", ()):
+            refuse_writing()
+        super().__setattr__(name, value)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """Return what pickles and copies need, since the module has only the plain class under this class's name."""
+        return _empty_holder, (type(self).__mro__[2],), self.__dict__
+
+
+@functools.cache
+def _holder_class(plain: Any) -> Any:
+    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+    return type(plain.__name__, (HoldsPackedTensors, plain), names)
+
+
+def _empty_holder(plain: Any) -> nn.Module:
+    kind = _holder_class(plain)
+    holder: nn.Module = kind.__new__(kind)
+    return holder
+
+
+def pack_tensor(schema: LayerSchema, value: Tensor, dtype: torch.dtype, rounding: Rounding) -> PackedTensor:
+    """Quantize a parameter.
+
+    Args:
+        schema: bits, and how the parameter becomes rows.
+        value: of the parameter, any floating dtype and device.
+        dtype: that reading it gives.
+        rounding: settings of rounding.
+
+    Raises:
+        ValueError: the parameter holds NaN or infinite values.
+    """
+    packed = PackedTensor(schema, dtype)
+    back = [schema.order.index(axis) for axis in range(value.dim())] if schema.order else range(value.dim())
+    rows = value.detach().permute(*back).reshape(schema.rows, schema.columns)
+    packed.set_codes(*quantize_to_dense(rows, schema.bits, rounding))
+    return packed
+
+
+def hold(owner: nn.Module, parameter: str, packed: PackedTensor) -> None:
+    """Put a packed tensor in the place of a parameter; the module keeps its class, hooks and everything else."""
+    if not isinstance(owner, HoldsPackedTensors):
+        plain: Any = type(owner)
+        owner.__class__ = _holder_class(plain)
+    del owner._parameters[parameter]
+    owner.add_module(TENSOR_PREFIX + parameter, packed)
+
+
+def restore_tensors(model: nn.Module) -> None:
+    """Put decoded parameters in the place of all packed tensors of a model."""
+    for owner in list(model.modules()):
+        if not isinstance(owner, HoldsPackedTensors):
+            continue
+        packed = [name for name, part in owner.named_children() if isinstance(part, PackedTensor)]
+        values = {name: getattr(owner, name).decode() for name in packed}
+        owner.__class__ = type(owner).__mro__[2]
+        for name, value in values.items():
+            delattr(owner, name)
+            owner.register_parameter(name.removeprefix(TENSOR_PREFIX), nn.Parameter(value))
+
+
+def packed_tensors(model: nn.Module) -> dict[str, PackedTensor]:
+    """Return the packed tensors of a model by name, that of the layer and `packed_` with that of the parameter."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, PackedTensor)}
+
+
+def num_packed_weights(packed: PackedTensor) -> int:
+    """Return the number of elements of the parameter."""
+    return math.prod(packed.schema.shape)
