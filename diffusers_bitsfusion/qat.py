@@ -128,6 +128,8 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
     refuse_dispatched(model, "prepare")
     refuse_not_finite(model, "quantize")
     check_device(config.compute, model.device)  # `convert` would refuse it after the training.
+    if config.target_bytes is not None:
+        raise ValueError("target_bytes is for quantizing; training keeps the step of its scales. Give target_bits.")
     plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
     plan.bits, plan.tensors = plan.layer_bits, {}  # parameters of other kinds are trained in floating point
     if layers is not None:

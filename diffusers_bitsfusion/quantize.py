@@ -20,8 +20,9 @@ from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .ops.dispatch import check_device
+from .packing.file_budget import make_fitting_plan
 from .packing.packer import ModelPacker
-from .packing.plan import check_excluded, make_plan
+from .packing.plan import check_excluded
 from .utils.finite import refuse_not_finite
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
@@ -107,13 +108,13 @@ def _quantize(
     refuse_dispatched(model, "quantize")
     dtype = model.dtype
     exclude = DIFFUSERS_FP32.read(model) or []
-    plan = make_plan(model, config, exclude)
+    plan = make_fitting_plan(model, config, dtype, exclude)
     packer = ModelPacker(model, plan, dtype, progress)
     calibrated: dict[str, CalibratedLayer] = {}
     calls: list[Call] = []
     timesteps = plan.timesteps if plan.time_embedding == "cache" else None
     if calibration is not None:
-        calibrated = calibrate(pipeline, model, plan.layer_bits, calibration, plan.rounding, progress)
+        calibrated = calibrate(pipeline, model, plan.layer_bits, calibration, plan.rounding, progress, plan.rates)
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one

@@ -9,8 +9,8 @@ from ..codec.grid import cost_in_bits
 
 # Mean squared errors of a unit Gaussian rounded to 1, 2, ... 7 bits on the paper's balanced grid (section 3.1), each
 # at the scale of least error; computed numerically.
-_GAUSSIAN_ERROR = (0.190174, 0.082178, 0.030696, 0.010405, 0.003313, 0.001012, 0.000300)
-_WIDTHS = range(1, len(_GAUSSIAN_ERROR) + 1)
+GAUSSIAN_ERROR = (0.190174, 0.082178, 0.030696, 0.010405, 0.003313, 0.001012, 0.000300)
+_WIDTHS = range(1, len(GAUSSIAN_ERROR) + 1)
 
 
 def allocate_data_free(sizes: Mapping[str, int], budget: float, *, balance: bool = True) -> dict[str, int]:
@@ -48,7 +48,7 @@ def allocate_data_free(sizes: Mapping[str, int], budget: float, *, balance: bool
         """Return (error removed per bit of budget, negated for the heap; layer; bits of budget) of one bit more."""
         now = bits[name]
         cost = (cost_in_bits(now + 1, balance) - cost_in_bits(now, balance)) * sizes[name]
-        return (_GAUSSIAN_ERROR[now] - _GAUSSIAN_ERROR[now - 1]) / cost, name, cost
+        return (GAUSSIAN_ERROR[now] - GAUSSIAN_ERROR[now - 1]) / cost, name, cost
 
     steps = [step(name) for name in sizes]
     heapq.heapify(steps)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..codec.grid import code_range
+from ..codec.rate_distortion import PRICE, cheap_codes
 
 # Damping that is added to the diagonal, as a share of its mean, so that directions which the samples hardly show do
 # not absorb the errors of the others. 0.03 was the best of 0.0001 to 0.1 (docs/METHOD.md).
@@ -72,7 +73,13 @@ def factorize(second_moment: Tensor, start: int = 0, damping: float = DAMPING) -
 
 
 def round_with_compensation(
-    weight: Tensor, factors: Sequence[Factor], scale: Tensor, bits: int, *, balance: bool = True
+    weight: Tensor,
+    factors: Sequence[Factor],
+    scale: Tensor,
+    bits: int,
+    *,
+    balance: bool = True,
+    symbols: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Round to codes at given scales, each column's error compensated in the columns that are rounded after it.
 
@@ -82,6 +89,8 @@ def round_with_compensation(
         scale: fp32 [rows], positive.
         bits: number of bits, 1 to 8.
         balance: whether the grid has 2**bits + 1 symmetric levels; `False` for the plain grid of 2**bits.
+        symbols: fp32 [levels], bits that each level takes in the file; codes are then those of least squared error of
+            the output + `codec.rate_distortion.PRICE` × bits, on the balanced grid. None for the nearest codes.
 
     Returns:
         codes int8 [rows, columns]; residual fp32 [rows, columns] in the factors' order, R (w − s·k), whose squares add
@@ -89,16 +98,32 @@ def round_with_compensation(
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     residual = torch.empty_like(weight)
+    low, high = code_range(bits, balance)
+    level = torch.cat([factor.upper.diagonal() for factor in factors]).square().mean()
     for factor in factors:
         columns = factor.columns
-        rounded, residual[:, columns] = _round_block(weight[:, columns][:, factor.order], factor, scale, bits, balance)
+        prices = None
+        if symbols is not None:  # A column's squared error counts by the square of its diagonal element.
+            prices = PRICE * level * symbols / factor.upper.diagonal().square().unsqueeze(1)
+        rounded, residual[:, columns] = _round_block(
+            weight[:, columns][:, factor.order], factor, scale, (low, high), prices
+        )
         codes[:, columns][:, factor.order] = rounded
     return codes, residual
 
 
-def _round_block(weight: Tensor, factor: Factor, scale: Tensor, bits: int, balance: bool) -> tuple[Tensor, Tensor]:
-    """Return codes and residual of columns that stand in the factor's order."""
-    low, high = code_range(bits, balance)
+def _round_block(
+    weight: Tensor, factor: Factor, scale: Tensor, code_limits: tuple[int, int], prices: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return codes and residual of columns that stand in the factor's order.
+
+    Args:
+        weight: fp32 [rows, columns].
+        factor: factor of the columns.
+        scale: fp32 [rows].
+        code_limits: smallest and largest code.
+        prices: fp32 [columns, levels], price of each code in squared steps; None for the nearest codes.
+    """
     inverse, diagonal = scale.reciprocal(), factor.upper.diagonal()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     residual = torch.empty_like(weight)
@@ -111,7 +136,11 @@ def _round_block(weight: Tensor, factor: Factor, scale: Tensor, bits: int, balan
         ideal = (weight[:, part] + error[:, stop:] @ shares[:, stop:].T).T.contiguous()
         exact, rounded, inner = weight[:, part].T.contiguous(), torch.empty_like(ideal), shares[:, part].T.contiguous()
         for column in range(len(ideal) - 1, -1, -1):
-            code = torch.mul(ideal[column], inverse, out=rounded[column]).round_().clamp_(low, high)
+            code = torch.mul(ideal[column], inverse, out=rounded[column])
+            if prices is None:
+                code.round_().clamp_(*code_limits)
+            else:
+                code.copy_(cheap_codes(code, prices[part.start + column]))
             ideal[:column].addr_(inner[column, :column], torch.addcmul(exact[column], code, scale, value=-1))
         codes[:, part] = rounded.T
         error[:, part] = (exact - rounded * scale).T

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from ..codec.scales import quantize_rows
 from .compensated_rounding import Factor, factorize
 from .input_weighted_scales import quantize_rows_for_inputs
 from .moments import InputMoments, column_blocks
+from .rate_target import quantize_rows_at_rate
 
 # Number of weights that are rounded at once, which bounds the memory of rounding.
 _WEIGHTS_AT_ONCE = 1 << 23
@@ -43,7 +43,11 @@ class CalibratedLayer:
 
 @torch.no_grad()
 def quantize_layer(
-    layer: nn.Linear | nn.Conv2d, moments: InputMoments, bits: int, rounding: Rounding = Rounding()
+    layer: nn.Linear | nn.Conv2d,
+    moments: InputMoments,
+    bits: int,
+    rounding: Rounding = Rounding(),
+    rate: float | None = None,
 ) -> CalibratedLayer:
     """Round a layer's weight for the inputs that `moments` has counted.
 
@@ -55,6 +59,8 @@ def quantize_layer(
         moments: moments of the layer's inputs.
         bits: number of bits, 1 to 8.
         rounding: how scales are computed, and on which grid.
+        rate: bits a weight that the codes may take in the file, see `rate_target.quantize_rows_at_rate`; None for the
+            least error and entropy at the grid's own step.
 
     Raises:
         ValueError: the weight holds NaN or infinite values.
@@ -65,12 +71,15 @@ def quantize_layer(
     codes, scales = [], []
     for group, rows in enumerate(weight.chunk(groups)):
         blocks = range(group * blocks_per_group, (group + 1) * blocks_per_group)
-        round_rows = quantize_rows  # Rounding of a layer that was never called.
-        if moments.count:
-            factors = _factors(moments, blocks, centred=layer.bias is not None)
-            round_rows = partial(quantize_rows_for_inputs, factors=factors)
+        # Nothing is known of the inputs of a layer that was never called.
+        factors = _factors(moments, blocks, centred=layer.bias is not None) if moments.count else []
         for part in rows.split(max(1, _WEIGHTS_AT_ONCE // rows.shape[1])):
-            part_codes, part_scale = round_rows(part, bits=bits, rounding=rounding)
+            if rate is not None:
+                part_codes, part_scale = quantize_rows_at_rate(part, factors, bits, rate)
+            elif factors:
+                part_codes, part_scale = quantize_rows_for_inputs(part, factors, bits, rounding)
+            else:
+                part_codes, part_scale = quantize_rows(part, bits, rounding)
             codes.append(part_codes)
             scales.append(part_scale)
     code, scale = torch.cat(codes), torch.cat(scales)

@@ -42,6 +42,7 @@ def calibrate(
     calibration: Calibration,
     rounding: Rounding = Rounding(),
     progress: bool = True,
+    rates: Mapping[str, float] | None = None,
 ) -> dict[str, CalibratedLayer]:
     """Quantize a model's layers for the inputs that they have while the pipeline samples.
 
@@ -55,6 +56,8 @@ def calibrate(
         calibration: settings of the run.
         rounding: how scales are computed, and on which grid.
         progress: whether to show progress bars.
+        rates: bits a weight that the codes of a layer may take in the file, by name; layers without are rounded to
+            the least error and entropy.
 
     Returns:
         A calibrated layer for each name in `bits`, on the CPU.
@@ -65,7 +68,7 @@ def calibrate(
         FolderInUseError: another calibration is using the cache folder.
     """
     with using_alone(calibration.cache_dir, process_state().process_index):
-        return _calibrate(pipeline, model, bits, calibration, rounding, progress)
+        return _calibrate(pipeline, model, bits, calibration, rounding, progress, rates or {})
 
 
 def _calibrate(
@@ -75,6 +78,7 @@ def _calibrate(
     calibration: Calibration,
     rounding: Rounding,
     progress: bool,
+    rates: Mapping[str, float],
 ) -> dict[str, CalibratedLayer]:
     layers = {name: model.get_submodule(name) for name in bits}
     passes = plan_passes(layers, calibration.memory_gb * 1e9)
@@ -82,6 +86,8 @@ def _calibrate(
     folder = None
     if calibration.cache_dir is not None:
         settings = _settings(pipeline, bits, calibration) | asdict(rounding)
+        if rates:  # Folders of earlier versions have no such setting.
+            settings["rates"] = dict(rates)
         folder = CalibrationFolder(calibration.cache_dir, settings, state.process_index)
 
     if _shows(progress) and (folder is None or folder.is_new):
@@ -100,7 +106,7 @@ def _calibrate(
         _gather(Denoising(pipeline, model, calibration), moments, folder, index, title, progress)
         moments = _summed(moments, missing)
         for name in tqdm(missing, desc=f"Rounding layers, {title}", disable=not _shows(progress)):
-            done[name] = _round(layers[name], name, moments.pop(name), bits[name], rounding)
+            done[name] = _round(layers[name], name, moments.pop(name), bits[name], rounding, rates.get(name))
             if folder is not None:
                 folder.save_layer(name, done[name])
         if folder is not None:
@@ -251,10 +257,15 @@ def _summed(moments: Mapping[str, InputMoments], names: Sequence[str]) -> dict[s
 
 
 def _round(
-    layer: nn.Linear | nn.Conv2d, name: str, moments: InputMoments, bits: int, rounding: Rounding
+    layer: nn.Linear | nn.Conv2d,
+    name: str,
+    moments: InputMoments,
+    bits: int,
+    rounding: Rounding,
+    rate: float | None,
 ) -> CalibratedLayer:
     try:
-        return quantize_layer(layer, moments, bits, rounding).to("cpu")
+        return quantize_layer(layer, moments, bits, rounding, rate).to("cpu")
     except ValueError as error:
         raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
 

@@ -20,6 +20,13 @@ def quantize(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     recipe: Annotated[str, typer.Option(help='"auto", a shipped name, a JSON file, a Hub id, or 1 to 8.')] = "auto",
     target_bits: Annotated[float, typer.Option(help="Average bits a weight that allocation aims at.")] = 1.99,
+    max_bytes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Instead, bytes of the model's weight file, or by --budget of its memory; default: no bound."
+        ),
+    ] = None,
+    budget: Annotated[Literal["file", "memory"], typer.Option(help="What --max-bytes counts.")] = "file",
     time_embedding: TimeEmbedding = "auto",
     in_out_bits: Annotated[int, typer.Option(min=1, max=8, help="Bits of the first and last layer.")] = 8,
     not_convert: Annotated[
@@ -99,6 +106,8 @@ def quantize(
     options: dict[str, Any] = {
         "recipe": int(recipe) if recipe.isdecimal() else recipe,
         "target_bits": target_bits,
+        "target_bytes": max_bytes,
+        "budget": budget,
         "time_embedding": time_embedding,
         "in_out_bits": in_out_bits,
         "modules_to_not_convert": not_convert,
@@ -122,7 +131,18 @@ def quantize(
     report = size_report(destination)
     show(str(report), report.to_dict(), json_file)
     if str(json_file) != "-":
+        if max_bytes is not None and budget == "file":
+            say(_memory_line(loaded))
         say(_next_lines(found, loaded, destination, push_to_hub))
+
+
+def _memory_line(loaded: Any) -> str:
+    """Return what grids that were chosen for the file cost in memory."""
+    from diffusers_bitsfusion import size_report
+
+    report: Any = size_report(loaded)
+    total = sum(part.total_bytes for part in getattr(report, "quantized", {"": report}).values())
+    return f"\nIn memory {total / 1e6:.1f} MB: grids are as wide as the file allows. --budget memory bounds these."
 
 
 def _text_encoder_configs(source: Source, components: list[str], bits: int | None) -> list[Any]:

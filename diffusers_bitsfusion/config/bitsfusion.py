@@ -19,12 +19,14 @@ from ..codec.rounding import Rounding
 from ..codec.schema import TIME_FEATURES, CheckpointSchema, check_compression, check_time_features
 from ..ops.dispatch import check_settings
 from ..utils.errors import UnfinishedSaveError, printable, shown
-from ..utils.json_files import is_number
+from ..utils.json_files import is_count, is_number
 from .calibration import Calibration
 from .recipe import Recipe
 
 logger = logging.get_logger(__name__)
 
+# Values of `budget`.
+BUDGETS = ("file", "memory")
 # Values of `time_embedding` that are not mappings.
 TIME_EMBEDDINGS = ("auto", *TIME_FEATURES)
 # Names of a pipeline's components that are quantized by default; a pipeline has one of them.
@@ -70,6 +72,11 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             pipeline on prompts and rounds for the inputs of its layers. `None` rounds weights without regard to
             inputs. In a quantized checkpoint, a summary of the calibration that was run.
         compression: "zstd", or `None` for plain packed bytes in the file.
+        target_bytes: bytes that the model is to take, in place of `target_bits`. The recipe then says only how
+            sensitive layers are relative to each other. `None` for no such target.
+        budget: what `target_bytes` counts: "file", the model's weight files, for which layers get wide grids whose
+            codes are cheap to code, rounded by error and bits; or "memory", the loaded model, for which they get the
+            widths that fit.
         components: names of the pipeline's components to quantize, text encoders (of transformers) among them.
         embeddings: whether tables of embeddings of diffusers' models are packed, too.
         format_version: version of the checkpoint's format; set by quantizing.
@@ -102,6 +109,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         compression: str | None = "zstd",
         components: Sequence[str] = DEFAULT_COMPONENTS,
         embeddings: bool = False,
+        target_bytes: int | None = None,
+        budget: str = "file",
         format_version: int | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
@@ -120,6 +129,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         self.compression = check_compression(compression)
         self.components = _as_names(components, "components")
         self.embeddings = embeddings
+        self.target_bytes = target_bytes
+        self.budget = budget
         self._check()
         self._schema: CheckpointSchema | None = None
         if format_version is not None:
@@ -139,6 +150,12 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             raise ValueError(f"target_bits must be positive, got {shown(self.target_bits)}")
         if not isinstance(self.embeddings, bool):
             raise ValueError(f"embeddings must be True or False, got {self.embeddings!r}")
+        if self.target_bytes is not None and not (is_count(self.target_bytes) and self.target_bytes):
+            raise ValueError(f"target_bytes must be a positive integer, got {shown(self.target_bytes)}")
+        if self.budget not in BUDGETS:
+            raise ValueError(f"budget must be one of {BUDGETS}, got {shown(self.budget)}")
+        if self.target_bytes is not None and not self.balance:
+            raise ValueError("target_bytes needs balanced grids; leave balance True.")
         Rounding(self.scale_init, self.scale_iterations, self.balance)  # The constructor checks its arguments.
         check_settings(self.compute, self.resident)
         if isinstance(self.time_embedding, dict):
@@ -234,6 +251,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         content = {name: copy.deepcopy(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
         if isinstance(self.recipe, Recipe):
             content["recipe"] = dict(self.recipe)
+        if self.target_bytes is None:  # Readers of earlier versions do not know these keys.
+            del content["target_bytes"], content["budget"]
         if self.is_resolved:  # Kernels and paths of one machine do not suit others that load the checkpoint.
             content |= {"compute": "auto", "resident": "packed"}
             if isinstance(self.recipe, str) and os.path.exists(self.recipe):

@@ -22,8 +22,8 @@ from ..nn.packed_tensor import restore_tensors
 from ..nn.time_features import TimeFeatures, TimeFeatureTable
 from ..nn.time_path import TimePath, empty_lookup, install, why_not_cacheable
 from ..nn.time_restoration import restore
+from ..packing.file_budget import make_fitting_plan
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
-from ..packing.plan import make_plan
 from ..utils.hooks import refuse_dispatched
 from ..utils.private_names import ACCELERATE_HOOK
 from .finish import finish, warn_untrained
@@ -108,7 +108,9 @@ class BitsFusionQuantizer(DiffusersQuantizer):
                     "without quantization_config, then call quantize_model(pipeline, config)."
                 )
             exclude = [name for name in keep_in_fp32_modules or [] if name is not None]
-            self._packer = ModelPacker(model, make_plan(model, self.quantization_config, exclude), self._dtype)
+            self._packer = ModelPacker(
+                model, make_fitting_plan(model, self.quantization_config, self._dtype, exclude), self._dtype
+            )
 
     def _prepare_packed(self, model: ModelMixin) -> None:
         """Install in the meta model the layers that the checkpoint describes.

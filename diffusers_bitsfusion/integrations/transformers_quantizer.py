@@ -17,8 +17,9 @@ from ..codec.values import check_file_values
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
+from ..packing.file_budget import make_fitting_plan
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
-from ..packing.plan import make_plan, matches
+from ..packing.plan import matches
 from ..utils.hooks import refuse_dispatched, refuse_offloaded_to_disk
 from ..utils.private_names import (
     TORCH_BUFFERS,
@@ -138,7 +139,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         config.time_embedding = "keep"  # A text encoder has none.
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
-        packer = ModelPacker(model, make_plan(model, config, tied), model.dtype, progress)
+        packer = ModelPacker(model, make_fitting_plan(model, config, model.dtype, tied), model.dtype, progress)
         for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # Layers may share a weight.
             if packer.wants(name):
                 packer.take(name, parameter, parameter.device)

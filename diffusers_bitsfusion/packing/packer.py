@@ -13,6 +13,8 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..calibration.layers import CalibratedLayer
+from ..calibration.rate_target import quantize_rows_at_rate
+from ..codec.radix import pack_dense
 from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, is_tensor_name
 from ..codec.time_table import quantize_table
 from ..nn.conversion import pack_weight, packed_from_float, replace_module
@@ -111,7 +113,12 @@ class ModelPacker:
 
     def _pack_layer(self, name: str, value: Tensor) -> None:
         packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
-        replace_module(self.model, name, pack_weight(packed, value, self.plan.rounding))
+        if (rate := self.plan.rates.get(name)) is None:
+            pack_weight(packed, value, self.plan.rounding)
+        else:
+            codes, scale = quantize_rows_at_rate(value.detach().flatten(1).float(), [], packed.bits, rate)
+            packed.set_codes(pack_dense(codes, packed.bits), scale)
+        replace_module(self.model, name, packed)
 
     def _pack_tensor(self, place: TensorPlace, value: Tensor) -> None:
         packed = pack_tensor(self.schema.layers[place.name], value, self.dtype, self.plan.rounding)

@@ -32,6 +32,10 @@ logger = logging.get_logger(__name__)
 # in_out_bits a weight, so the table is smaller where the time embedding is wider than this number over in_out_bits.
 TABLE_BITS_PER_FEATURE = 5.4 * 1002
 
+# Average bits of the data-free recipe that tells how sensitive layers are relative to each other: in the middle of the
+# widths, so that few layers are at an end.
+_MIDDLE_BITS = 4
+
 # Number of training timesteps of Stable Diffusion and of most diffusers schedulers.
 _NUM_TIMESTEPS = 1000
 
@@ -46,6 +50,8 @@ class Plan:
         timesteps: timesteps to cache, for "cache".
         time_path: path from the timestep to the features of each ResBlock; None where they depend on more than it.
         num_timesteps: number of training timesteps, for "table".
+        rates: bits a weight in the file by name of each layer whose rounding is to reach them; empty where layers are
+            rounded with least error.
         rounding: settings of rounding to the grid.
         compression: "zstd", or None for plain packed bytes in the file.
         tensors: parameters to pack that belong to no ordinary Linear or Conv2d layer; their bits are in `bits`, too.
@@ -56,6 +62,7 @@ class Plan:
     timesteps: list[float]
     time_path: TimePath | None
     num_timesteps: int = _NUM_TIMESTEPS
+    rates: dict[str, float] = field(default_factory=dict)
     rounding: Rounding = Rounding()
     compression: str | None = "zstd"
     tensors: dict[str, TensorPlace] = field(default_factory=dict)
@@ -254,6 +261,8 @@ def _ordinary_bits(
         present = shapes | {name: published.shapes[name] for name in skipped}
         if default_target and published.fits(present) and set(sizes) <= set(published):
             return {name: published[name] for name in sizes}
+        if config.target_bytes is not None:  # Only the differences between layers count.
+            return allocate_data_free(sizes, cost_in_bits(_MIDDLE_BITS) * sum(sizes.values()))
         return _allocate(model, config, plan, sizes, exclude)
     if isinstance(config.recipe, int):
         return dict.fromkeys(sizes, config.recipe)

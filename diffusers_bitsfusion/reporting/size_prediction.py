@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ from ..codec.radix import byte_width, bytes_from_dense
 from ..codec.rounding import Rounding
 from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
-from ..packing.plan import TABLE_BITS_PER_FEATURE, Plan, make_plan
+from ..packing.file_budget import float_tensors, make_fitting_plan
+from ..packing.plan import TABLE_BITS_PER_FEATURE
 from ..utils.errors import DamagedFileError, shown
 from ..utils.json_files import is_number, read_json
 from ..utils.private_names import DIFFUSERS_FP32
@@ -105,9 +106,9 @@ def predict_size(
     """
     config = config or BitsFusionConfig()
     kept_in_fp32 = DIFFUSERS_FP32.read(model) or []
-    plan = make_plan(model, config, kept_in_fp32)
+    plan = make_fitting_plan(model, config, dtype, kept_in_fp32)
     schema = plan.schema(model)
-    tensors = [*_packed(schema), *_time_features(schema.time_features), *_others(model, plan, dtype)]
+    tensors = [*_packed(schema, plan.rates), *_time_features(schema.time_features), *float_tensors(model, plan, dtype)]
     texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**8, 10**8]} for name, shape, _ in tensors}
     checksums = {METADATA_KEY: json.dumps({"tensors": dict.fromkeys(texts, "0" * 8)})}
     overhead = len(json.dumps(texts | checksums)) + len(
@@ -116,10 +117,12 @@ def predict_size(
     return report_of_tensors("predicted file", tensors, schema, overhead, config.modules_to_not_convert)
 
 
-def _packed(schema: CheckpointSchema) -> Iterator[TensorSize]:
+def _packed(schema: CheckpointSchema, rates: Mapping[str, float]) -> Iterator[TensorSize]:
     for name, layer in schema.layers.items():
         size = layer.rows * byte_width(layer.columns, layer.bits)
-        if schema.compression is not None:
+        if name in rates:
+            size = round(rates[name] * layer.num_weights / 8)
+        elif schema.compression is not None:
             size = round(_compressed_share(layer.bits, schema.balance) * size)
         yield f"{name}.codes", (size,), size
         yield f"{name}.scale", (layer.rows,), 4 * layer.rows
@@ -147,14 +150,3 @@ def _time_features(time: TimeFeaturesSchema) -> Iterator[TensorSize]:
             size = round(width * TABLE_BITS_PER_FEATURE / 8)
             yield f"time_proj.{prefix}codes", (size,), size
             yield f"time_proj.{prefix}scale", (width,), 4 * width
-
-
-def _others(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[TensorSize]:
-    """Return biases, norms and float layers, without the time path where features replace it."""
-    gone = set() if plan.replaced_path is None else set(plan.replaced_path.layers)
-    packed = {f"{name}.weight" for name in plan.layer_bits} | {t.full_parameter for t in plan.tensors.values()}
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[0] in gone or name in packed:
-            continue
-        in_fp32 = any(part in name.split(".") for part in DIFFUSERS_FP32.read(model) or [])
-        yield name, tuple(parameter.shape), parameter.numel() * (4 if in_fp32 else dtype.itemsize)

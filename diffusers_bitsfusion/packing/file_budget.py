@@ -1,0 +1,162 @@
+"""A plan that fits a number of bytes: of the file, or of the memory that the model then takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from ..allocation.data_free import GAUSSIAN_ERROR
+from ..allocation.file_bytes import GAUSSIAN_ENTROPY, allocate_rates, grid_of_rate
+from ..allocation.knapsack import knapsack
+from ..codec.checksums import ALGORITHM, METADATA_KEY
+from ..codec.radix import byte_width, dense_width
+from ..codec.time_table import encode_table, high_bits_rows, pack_table, quantize_table
+from ..config.bitsfusion import BitsFusionConfig
+from ..nn.time_path import TimePath
+from ..utils.private_names import DIFFUSERS_FP32
+from .plan import TABLE_BITS_PER_FEATURE, Plan, make_plan, recipe_layers
+
+# Name, shape and bytes of a tensor.
+TensorSize = tuple[str, tuple[int, ...], int]
+
+# Bytes in memory of an entry of the time embedding's table.
+_ENTRY_BYTES = 2
+
+
+def make_fitting_plan(
+    model: ModelMixin, config: BitsFusionConfig, dtype: torch.dtype, exclude: Iterable[str] = ()
+) -> Plan:
+    """Return the plan of `plan.make_plan`, its bits changed so that the model takes `config.target_bytes`, if any.
+
+    The bits by the recipe say how sensitive layers are relative to each other. Of the file (`config.budget`) layers
+    get bits a weight, `plan.rates`, and grids wide enough for them. Of memory, or of a file that is not entropy coded,
+    layers get the widths of least error whose codes fit.
+
+    Args:
+        model: unquantized model, which may be on the meta device; the table of time features is then an estimate.
+        config: requested config.
+        dtype: dtype of what stays in floating point.
+        exclude: names of modules that are not quantized, beside those that the config names.
+
+    Raises:
+        ValueError: the target cannot be reached; or see `plan.make_plan`.
+    """
+    exclude = list(exclude)
+    plan = make_plan(model, config, exclude)
+    if config.target_bytes is None:
+        return plan
+    in_memory = config.budget == "memory"
+    ordinary = recipe_layers(model, [*config.modules_to_not_convert, *exclude])
+    bits = {name: n for name, n in plan.bits.items() if name in ordinary}
+    sizes = {name: ordinary[name].weight.numel() for name in bits}
+    left = config.target_bytes - _other_bytes(plan, model, config, dtype, set(bits), in_memory)
+    try:
+        if in_memory or config.compression is None:
+            width = dense_width if in_memory else byte_width
+            shapes = {name: (len(ordinary[name].weight), ordinary[name].weight[0].numel()) for name in bits}
+            cost = {name: [rows * width(columns, n) for n in range(1, 8)] for name, (rows, columns) in shapes.items()}
+            errors = {name: [sizes[name] * 4.0**n * error for error in GAUSSIAN_ERROR] for name, n in bits.items()}
+            plan.bits |= knapsack(errors, cost, left)
+        else:
+            plan.rates = allocate_rates(bits, sizes, 8 * left)
+            plan.bits |= {name: grid_of_rate(rate) for name, rate in plan.rates.items()}
+    except ValueError as error:
+        other = config.target_bytes - left
+        raise ValueError(
+            f"target_bytes={config.target_bytes} cannot be reached for this model: {error}. All but the codes of the "
+            f"layers that a recipe decides takes {other} bytes."
+        ) from error
+    return plan
+
+
+def _other_bytes(
+    plan: Plan, model: ModelMixin, config: BitsFusionConfig, dtype: torch.dtype, decided: set[str], in_memory: bool
+) -> int:
+    """Return the bytes of everything but the codes of the layers `decided`."""
+    tensors = list(_codes_and_scales(plan, model, config, decided, in_memory))
+    tensors += _time_features(plan, in_memory)
+    tensors += float_tensors(model, plan, dtype)
+    total = sum(size for _, _, size in tensors)
+    return total if in_memory else total + header_bytes(tensors)
+
+
+def _codes_and_scales(
+    plan: Plan, model: ModelMixin, config: BitsFusionConfig, decided: set[str], in_memory: bool
+) -> Iterator[TensorSize]:
+    for name, layer in plan.schema(model).layers.items():
+        codes = 0
+        if name not in decided and in_memory:
+            codes = layer.rows * dense_width(layer.columns, layer.bits)
+        elif name not in decided and config.compression is None:
+            codes = layer.rows * byte_width(layer.columns, layer.bits)
+        elif name not in decided:
+            codes = round(layer.num_weights * GAUSSIAN_ENTROPY[layer.bits - 1] / 8)
+        yield f"{name}.codes", (layer.num_weights,), codes
+        yield f"{name}.scale", (layer.rows,), 4 * layer.rows
+
+
+def _time_features(plan: Plan, in_memory: bool) -> list[TensorSize]:
+    path = plan.replaced_path
+    if path is None:
+        return []
+    features = sum(size for _, size in path.sizes)
+    if plan.time_embedding == "cache":
+        steps = len(plan.timesteps)
+        return [
+            ("time_proj.values", (steps, features), 2 * steps * features),
+            ("time_proj.timesteps", (steps,), 4 * steps),
+        ]
+    rows = torch.arange(-1, plan.num_timesteps + 1)
+    if not path.layers["time_embedding.linear_1"].weight.is_meta:
+        sizes = _table_bytes(path, rows, in_memory)
+    elif in_memory:
+        sizes = [(len(rows) + high_bits_rows(len(rows))) * features, _ENTRY_BYTES * len(rows) * path.embedding_width]
+    else:
+        sizes = [round(width * TABLE_BITS_PER_FEATURE / 8) for width in (features, path.embedding_width)]
+    return [
+        ("time_proj.codes", (sizes[0],), sizes[0]),
+        ("time_proj.scale", (features,), 4 * features),
+        ("time_proj.embedding_codes", (sizes[1],), sizes[1]),
+        ("time_proj.embedding_scale", (path.embedding_width,), 4 * path.embedding_width),
+    ]
+
+
+@torch.no_grad()
+def _table_bytes(path: TimePath, rows: Tensor, in_memory: bool) -> list[int]:
+    """Return the bytes of the tables of time features and of the time embedding, without their scales."""
+    embedding, blocks = path.compute(rows)
+    features = torch.cat([quantize_table(block)[0] for block in blocks], dim=1)
+    codes = quantize_table(embedding)[0]
+    if not in_memory:
+        return [encode_table(table.cpu()).numel() for table in (features, codes)]
+    return [sum(part.nbytes for part in pack_table(features)), codes.nbytes]
+
+
+def float_tensors(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[TensorSize]:
+    """Return biases, norms and float layers, without the time path where features replace it.
+
+    Args:
+        model: unquantized model, which may be on the meta device.
+        plan: plan of the model.
+        dtype: dtype of what stays in floating point.
+    """
+    gone = set() if plan.replaced_path is None else set(plan.replaced_path.layers)
+    packed = {f"{name}.weight" for name in plan.layer_bits} | {t.full_parameter for t in plan.tensors.values()}
+    kept_in_fp32 = DIFFUSERS_FP32.read(model) or []
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[0] in gone or name in packed:
+            continue
+        in_fp32 = any(part in name.split(".") for part in kept_in_fp32)
+        yield name, tuple(parameter.shape), parameter.numel() * (4 if in_fp32 else dtype.itemsize)
+
+
+def header_bytes(tensors: Sequence[TensorSize]) -> int:
+    """Return the bytes of the header of a file with these tensors, checksums included."""
+    texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**6, 10**6]} for name, shape, _ in tensors}
+    checksums = json.dumps({"algorithm": ALGORITHM, "tensors": dict.fromkeys(texts, "0" * 8)})
+    header = texts | {"__metadata__": {METADATA_KEY: checksums, "format": "pt"}}
+    return len(json.dumps(header, separators=(",", ":")))
