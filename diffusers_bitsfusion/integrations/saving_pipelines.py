@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from ..config.bitsfusion import BitsFusionConfig
 from ..reporting.model_card import is_users_own, write_card
 from ..utils.hub import explaining_refusals
+from ..utils.private_names import TRANSFORMERS_ADAPTER
 from .save_then_upload import (
     folder_title,
     inside_pipeline,
@@ -22,6 +24,7 @@ from .save_then_upload import (
     upload_or_defer,
 )
 from .saving import QuantizedModelMixin
+from .transformers_quantizer import BitsFusionTextQuantizer
 
 
 def _quantized_models(pipeline: Any) -> list[QuantizedModelMixin]:
@@ -35,6 +38,27 @@ _keeps_dtypes: ContextVar[bool] = ContextVar("keeps_dtypes", default=False)
 def _holds_quantized_model(pipeline: Any) -> bool:
     quantizers = [getattr(component, "hf_quantizer", None) for component in pipeline.components.values()]
     return any(isinstance(getattr(q, "quantization_config", None), BitsFusionConfig) for q in quantizers)
+
+
+@contextmanager
+def _saving_encoders_whole(pipeline: Any) -> Iterator[None]:
+    """Have transformers save packed text encoders, as diffusers saves UNets, where it would save their adapters alone.
+
+    The folder of the pipeline would have no text encoder then.
+    """
+    encoders = [
+        part
+        for part in pipeline.components.values()
+        if isinstance(getattr(part, "hf_quantizer", None), BitsFusionTextQuantizer)
+        and TRANSFORMERS_ADAPTER.read(part, False)
+    ]
+    for encoder in encoders:
+        setattr(encoder, TRANSFORMERS_ADAPTER.name, False)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            setattr(encoder, TRANSFORMERS_ADAPTER.name, True)
 
 
 def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,7 +76,8 @@ def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             with explaining_refusals(title):
                 with replacing_then_uploading(Path(save_directory)) as scratch:
                     save = functools.partial(original, self, str(scratch), *args, **kwargs)
-                    refusal = save_even_if_refused(save, scratch, bool(kwargs.get("push_to_hub", False)))
+                    with _saving_encoders_whole(self):
+                        refusal = save_even_if_refused(save, scratch, bool(kwargs.get("push_to_hub", False)))
                     if not is_users_own(Path(save_directory)):
                         write_card(scratch, self, title=title)
                 if refusal is not None:

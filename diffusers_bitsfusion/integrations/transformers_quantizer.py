@@ -23,6 +23,7 @@ from ..packing.plan import matches
 from ..utils.hooks import refuse_dispatched, refuse_offloaded_to_disk
 from ..utils.private_names import (
     TORCH_BUFFERS,
+    TRANSFORMERS_ADAPTER,
     TRANSFORMERS_FP32,
     TRANSFORMERS_FP32_STRICT,
     TRANSFORMERS_INIT,
@@ -152,10 +153,14 @@ class BitsFusionTextQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return what transformers writes into the safetensors files: encoded tensors and their checksums.
 
+        Of a model with an adapter transformers writes the adapter alone, out of the tensors as they are.
+
         Raises:
             ValueError: group offloading has moved the weights to the disk.
         """
         refuse_offloaded_to_disk(model)
+        if TRANSFORMERS_ADAPTER.read(model, False):
+            return model.state_dict(), {}
         prepare_saving(model)
         schema = self.quantization_config.schema
         encoded = encode_state_dict(model.state_dict(), schema)

@@ -74,6 +74,9 @@ TRANSFORMERS_INITIALIZED = PrivateName(
     "transformers.modeling_utils", "_is_hf_initialized", "loading a packed text encoder"
 )
 TRANSFORMERS_INIT = PrivateName("transformers.modeling_utils", "_init_weights", "buffers of a packed text encoder")
+TRANSFORMERS_ADAPTER = PrivateName(
+    "transformers.modeling_utils", "_hf_peft_config_loaded", "saving a packed text encoder that has an adapter"
+)
 PEFT_NEW_MODULE = PrivateName("peft.tuners.lora.model", "_create_new_module", "fusing LoRAs into packed layers")
 PEFT_MERGE = PrivateName(
     "peft.tuners.tuners_utils", "_unload_and_optionally_merge", "refusing to merge what packed layers cannot take"

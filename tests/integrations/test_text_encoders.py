@@ -153,6 +153,43 @@ def test_a_lora_on_a_packed_encoder_equals_that_on_the_dequantized_one(packed):
     assert (encode(packed) - plain).norm() > 1e-3 * plain.norm()
 
 
+def test_an_encoder_with_an_adapter_saves_the_adapter(packed, tmp_path):
+    plain = encode(packed)
+    packed.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "q", "wi_0", "fc1"], init_lora_weights=False))
+    expected = encode(packed)
+    assert not torch.equal(expected, plain)
+    packed.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    packed.delete_adapter("default")
+    assert torch.equal(encode(packed), plain)
+    packed.load_adapter(str(tmp_path))
+    torch.testing.assert_close(encode(packed), expected)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_pipeline_saves_an_encoder_that_has_an_adapter(fused, source_folder, tmp_path):
+    config = BitsFusionConfig(recipe=4, components=["unet", "text_encoder"])
+    pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=config)
+    name = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+    layer = pipe.text_encoder.get_submodule("encoder.layers.0.mlp.fc1")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"{name}.lora_down.weight": torch.randn(2, layer.in_features, generator=generator),
+        f"{name}.lora_up.weight": torch.randn(layer.out_features, 2, generator=generator),
+        f"{name}.alpha": torch.tensor(2.0),
+    }
+    plain = encode(pipe.text_encoder)
+    pipe.load_lora_weights(tensors)
+    if fused:
+        pipe.fuse_lora(components=["text_encoder"])
+    expected = encode(pipe.text_encoder) if fused else plain
+    pipe.save_pretrained(tmp_path)
+    again = StableDiffusionPipeline.from_pretrained(tmp_path)
+    assert isinstance(again.text_encoder.hf_quantizer.quantization_config, BitsFusionConfig)
+    torch.testing.assert_close(encode(again.text_encoder), expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(encode(again.text_encoder), plain) != fused
+
+
 def test_a_dequantized_encoder_saves_plain(packed, tmp_path):
     expected = encode(packed)
     packed.dequantize()
