@@ -40,7 +40,6 @@ HINTS = {"bfloat16": "bf16", "float32": "f32"}
 
 def build_plain(out: Path, tiny: bool) -> None:
     """Save the pipeline of random weights in fp16."""
-    import torch
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -82,7 +81,6 @@ def build_plain(out: Path, tiny: bool) -> None:
         pipeline = StableDiffusionPipeline(
             vae.half(), text_encoder.half(), tokenizer, unet, scheduler, None, None, requires_safety_checker=False
         )
-        torch.set_grad_enabled(False)
         pipeline.save_pretrained(out)
 
 

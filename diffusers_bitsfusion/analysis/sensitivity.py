@@ -116,6 +116,7 @@ def analyze(
     denoiser(pipeline).requires_grad_(False)
     scorer = _load_clip(source, clip) if method == "full" else None
     study = Study(pipeline, captions, settings, scorer, Reference.empty())
+    undecided_bits(study.model)  # It refuses a quantized model, before time is spent on it.
 
     folder = Path(out)
     if progress and not (folder.is_dir() and any(folder.iterdir())):

@@ -140,7 +140,7 @@ def test_clip_and_preference_are_what_evaluate_and_cosines_say(
     texts = clip.text_features([prompt.caption for prompt in prompts]).astype(float)
     cosines = []
     for folder in (packed_folders["table"], source_folder):
-        (kept,) = tmp_path.glob(f"{folder.name}-*")
+        (kept,) = (path for path in tmp_path.glob(f"{folder.name}-*") if path.is_dir())
         images = np.stack(
             [ImageFolder(kept, json.loads((kept / "settings.json").read_text())).load(i) for i in range(7)]
         )

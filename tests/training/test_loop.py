@@ -160,7 +160,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(make_loop):
     whole.train()
     parts.train()
     for found, expected in zip(losses(parts), losses(whole), strict=True):
-        assert found == pytest.approx(expected, rel=1e-4)
+        # The sums' order differs, and the optimizer's first steps divide by the gradients' own size.
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_average_is_validated_and_given_back(make_loop):
