@@ -1,0 +1,85 @@
+"""Tiny autoencoders of images, videos and sound."""
+
+from __future__ import annotations
+
+from .case import Case, random
+
+_KL = {
+    "block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1,
+    "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
+}  # fmt: skip
+_CAUSAL = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+_STATISTICS = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+
+
+def _picture(size: int = 16):
+    return {"sample": random(1, 3, size, size)}
+
+
+def _video(frames: int = 5, size: int = 16):
+    return {"sample": random(1, 3, frames, size, size)}
+
+
+CASES = {
+    "AutoencoderKL": Case(_picture, _KL),
+    "AutoencoderKLFlux2": Case(_picture, _KL | {"latent_channels": 4}),
+    "AsymmetricAutoencoderKL": Case(
+        _picture,
+        {"down_block_types": ("DownEncoderBlock2D",), "down_block_out_channels": (8,), "up_block_out_channels": (8,),
+         "up_block_types": ("UpDecoderBlock2D",), "norm_num_groups": 4},
+    ),
+    "VQModel": Case(_picture, _KL),
+    "AutoencoderTiny": Case(
+        _picture,
+        {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1),
+         "num_decoder_blocks": (1, 1)},
+    ),
+    "AutoencoderDC": Case(
+        _picture,
+        {"latent_channels": 4, "attention_head_dim": 2, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+         "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 8),
+         "decoder_block_out_channels": (8, 8), "encoder_layers_per_block": (1, 1), "decoder_layers_per_block": (1, 1),
+         "encoder_qkv_multiscales": ((), (5,)), "decoder_qkv_multiscales": ((), (5,)),
+         "downsample_block_type": "Conv", "upsample_block_type": "interpolate"},
+    ),
+    "AutoencoderKLTemporalDecoder": Case(
+        lambda: _picture() | {"num_frames": 1},
+        {"block_out_channels": (32,), "down_block_types": ("DownEncoderBlock2D",), "latent_channels": 4},
+    ),
+    "AutoencoderKLWan": Case(_video, _CAUSAL | _STATISTICS),
+    "AutoencoderKLQwenImage": Case(_video, _CAUSAL | _STATISTICS),
+    "AutoencoderKLCogVideoX": Case(
+        _video,
+        {"block_out_channels": (8, 8), "down_block_types": ("CogVideoXDownBlock3D",) * 2, "latent_channels": 4,
+         "up_block_types": ("CogVideoXUpBlock3D",) * 2, "layers_per_block": 1, "norm_num_groups": 2,
+         "temporal_compression_ratio": 2},
+    ),
+    "AutoencoderKLHunyuanVideo": Case(
+        _video,
+        {"block_out_channels": (8, 8, 8, 8), "down_block_types": ("HunyuanVideoDownBlock3D",) * 4,
+         "up_block_types": ("HunyuanVideoUpBlock3D",) * 4, "layers_per_block": 1, "norm_num_groups": 4,
+         "latent_channels": 4},
+    ),
+    "AutoencoderKLMagvit": Case(
+        _video,
+        {"block_out_channels": [8, 8], "down_block_types": ["SpatialDownBlock3D", "SpatialTemporalDownBlock3D"],
+         "up_block_types": ["SpatialUpBlock3D", "SpatialTemporalUpBlock3D"], "layers_per_block": 1,
+         "norm_num_groups": 4, "latent_channels": 4, "spatial_group_norm": False},
+    ),
+    "AutoencoderKLLTXVideo": Case(
+        lambda: _video(9, 32),
+        {"latent_channels": 8, "block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8),
+         "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 5},
+    ),
+    "AutoencoderKLCosmos": Case(
+        lambda: _video(9, 32),
+        {"latent_channels": 4, "encoder_block_out_channels": (8, 8), "decode_block_out_channels": (8, 8),
+         "attention_resolutions": (8,), "resolution": 64, "num_layers": 1, "spatial_compression_ratio": 4,
+         "temporal_compression_ratio": 4},
+    ),
+    "AutoencoderOobleck": Case(
+        lambda: {"sample": random(1, 2, 32)},
+        {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "channel_multiples": [1, 2], "decoder_channels": 8,
+         "decoder_input_channels": 4, "audio_channels": 2},
+    ),
+}  # fmt: skip

@@ -1,0 +1,116 @@
+"""Tiny video and audio transformers."""
+
+from __future__ import annotations
+
+import torch
+
+from .case import Case, ones, random, time
+
+_WAN = {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+    "freq_dim": 32, "ffn_dim": 32, "num_layers": 1, "rope_max_seq_len": 32,
+}  # fmt: skip
+_COGVIDEO = {
+    "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 8,
+    "text_embed_dim": 16, "num_layers": 1, "sample_width": 8, "sample_height": 8, "sample_frames": 9,
+    "max_text_seq_length": 5,
+}  # fmt: skip
+_HUNYUAN = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 10, "num_layers": 1,
+    "num_single_layers": 1, "num_refiner_layers": 1, "patch_size": 1, "text_embed_dim": 16,
+    "pooled_projection_dim": 8, "rope_axes_dim": (2, 4, 4),
+}  # fmt: skip
+
+
+def _video(**more):
+    video = {"hidden_states": random(1, 4, 2, 8, 8), "timestep": time(), "encoder_hidden_states": random(1, 5, 16)}
+    return video | more
+
+
+def _frames_first(**more):
+    return _video(hidden_states=random(1, 3, 4, 8, 8), **more)
+
+
+def _hunyuan(**more):
+    mask = ones(1, 5)
+    return _video(encoder_attention_mask=mask, pooled_projections=random(1, 8), guidance=time(3.5), **more)
+
+
+CASES = {
+    "WanTransformer3DModel": Case(_video, _WAN),
+    "ChronoEditTransformer3DModel": Case(_video, _WAN),
+    "SkyReelsV2Transformer3DModel": Case(_video, _WAN),
+    "WanVACETransformer3DModel": Case(
+        lambda: _video(control_hidden_states=random(1, 8, 2, 8, 8), control_hidden_states_scale=ones(1)),
+        _WAN | {"vace_layers": [0], "vace_in_channels": 8},
+    ),
+    "AnyFlowTransformer3DModel": Case(
+        lambda: _video(hidden_states=random(1, 2, 4, 8, 8), timestep=time().expand(1, 2),
+                       r_timestep=time(100.0).expand(1, 2)),
+        _WAN,
+    ),
+    "LTXVideoTransformer3DModel": Case(
+        lambda: _video(hidden_states=random(1, 16, 4), encoder_attention_mask=ones(1, 5), num_frames=2, height=2,
+                       width=4),
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8,
+         "cross_attention_dim": 16, "num_layers": 1, "caption_channels": 16},
+    ),
+    "CogVideoXTransformer3DModel": Case(_frames_first, _COGVIDEO),
+    "ConsisIDTransformer3DModel": Case(_frames_first, _COGVIDEO),
+    "HunyuanVideoTransformer3DModel": Case(_hunyuan, _HUNYUAN),
+    "MochiTransformer3DModel": Case(
+        lambda: _video(encoder_attention_mask=ones(1, 5).bool()),
+        {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "pooled_projection_dim": 16,
+         "in_channels": 4, "text_embed_dim": 16, "time_embed_dim": 8, "max_sequence_length": 5},
+    ),
+    "LatteTransformer3DModel": Case(
+        lambda: _video(timestep=time().long()),
+        {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "out_channels": 4,
+         "cross_attention_dim": 16, "caption_channels": 16, "patch_size": 2, "sample_size": 8, "video_length": 2,
+         "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single", "norm_elementwise_affine": False},
+    ),
+    "EasyAnimateTransformer3DModel": Case(
+        _video,
+        {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "patch_size": 2,
+         "sample_width": 8, "sample_height": 8, "num_layers": 2, "mmdit_layers": 1, "time_embed_dim": 8,
+         "text_embed_dim": 16},
+    ),
+    "CosmosTransformer3DModel": Case(
+        lambda: _video(fps=30),
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1,
+         "text_embed_dim": 16, "adaln_lora_dim": 4, "max_size": (4, 8, 8), "concat_padding_mask": False},
+    ),
+    "Kandinsky5Transformer3DModel": Case(
+        lambda: _video(
+            hidden_states=random(1, 2, 8, 8, 4), pooled_projections=random(1, 8),
+            visual_rope_pos=[torch.arange(2), torch.arange(4), torch.arange(4)], text_rope_pos=torch.arange(5),
+        ),
+        {"in_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 8, "time_dim": 16, "out_visual_dim": 4,
+         "model_dim": 32, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (4, 6, 6)},
+    ),
+    "SanaVideoTransformer3DModel": Case(
+        _video,
+        {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1,
+         "num_cross_attention_heads": 2, "cross_attention_head_dim": 12, "cross_attention_dim": 24,
+         "caption_channels": 16, "sample_size": 8, "rope_max_seq_len": 32},
+    ),
+    "StableAudioDiTModel": Case(
+        lambda: {
+            "hidden_states": random(1, 4, 8), "timestep": time(0.5), "encoder_hidden_states": random(1, 5, 16),
+            "global_hidden_states": random(1, 1, 16),
+            "rotary_embedding": (random(9, 4), random(9, 4)),
+        },
+        {"sample_size": 8, "in_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2,
+         "num_key_value_attention_heads": 2, "out_channels": 4, "cross_attention_dim": 16, "time_proj_dim": 16,
+         "global_states_input_dim": 16, "cross_attention_input_dim": 16},
+    ),
+    "TransformerTemporalModel": Case(
+        lambda: {"hidden_states": random(2, 16, 4, 4), "num_frames": 2},
+        {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "norm_num_groups": 8},
+    ),
+    "T5FilmDecoder": Case(
+        lambda: {"encodings_and_masks": [(random(1, 5, 16), ones(1, 5))], "decoder_input_tokens": random(1, 8, 12),
+                 "decoder_noise_time": time(0.5)},
+        {"input_dims": 12, "targets_length": 8, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 32},
+    ),
+}  # fmt: skip
