@@ -78,7 +78,7 @@ def _other_bytes(
 ) -> int:
     """Return the bytes of everything but the codes of the layers `decided`."""
     tensors = list(_codes_and_scales(plan, model, config, decided, in_memory))
-    tensors += _time_features(plan, in_memory)
+    tensors += time_tensors(plan, in_memory)
     tensors += float_tensors(model, plan, dtype)
     total = sum(size for _, _, size in tensors)
     return total if in_memory else total + header_bytes(tensors)
@@ -99,7 +99,11 @@ def _codes_and_scales(
         yield f"{name}.scale", (layer.rows,), 4 * layer.rows
 
 
-def _time_features(plan: Plan, in_memory: bool) -> list[TensorSize]:
+def time_tensors(plan: Plan, in_memory: bool = False) -> list[TensorSize]:
+    """Return the tensors of the look-up of time features, in the file or in memory.
+
+    A table in the file is an estimate where the weights of the time path are on the meta device.
+    """
     path = plan.replaced_path
     if path is None:
         return []
@@ -156,7 +160,7 @@ def float_tensors(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator
 
 def header_bytes(tensors: Sequence[TensorSize]) -> int:
     """Return the bytes of the header of a file with these tensors, checksums included."""
-    texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**6, 10**6]} for name, shape, _ in tensors}
+    texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**8, 10**8]} for name, shape, _ in tensors}
     checksums = json.dumps({"algorithm": ALGORITHM, "tensors": dict.fromkeys(texts, "0" * 8)})
     header = texts | {"__metadata__": {METADATA_KEY: checksums, "format": "pt"}}
     return len(json.dumps(header, separators=(",", ":")))

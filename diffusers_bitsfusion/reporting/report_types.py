@@ -13,6 +13,7 @@ from ..allocation.average_bits import PAPER_TIMESTEPS, AverageBits, average_bits
 from ..codec.grid import levels
 from ..codec.schema import CheckpointSchema
 from ..ops.dispatch import KernelSelection
+from ..packing.file_budget import TensorSize
 
 # Bytes of a megabyte, as vendors of disks and the Hub count.
 MB = 1e6
@@ -26,9 +27,6 @@ _EMBEDDINGS = (
     "shared",
     "relative_attention_bias",
 )
-
-# Name, shape and bytes of a tensor.
-TensorSize = tuple[str, tuple[int, ...], int]
 
 # Names of the parts of a report, in the order of its lines.
 _PARTS = (

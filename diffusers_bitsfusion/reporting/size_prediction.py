@@ -15,19 +15,17 @@ import torch
 from diffusers import ModelMixin
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from ..codec.checksums import METADATA_KEY
 from ..codec.entropy import compress
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import byte_width, bytes_from_dense
 from ..codec.rounding import Rounding
-from ..codec.schema import CheckpointSchema, TimeFeaturesSchema
+from ..codec.schema import CheckpointSchema
 from ..config.bitsfusion import BitsFusionConfig
-from ..packing.file_budget import float_tensors, make_fitting_plan
-from ..packing.plan import TABLE_BITS_PER_FEATURE
+from ..packing.file_budget import TensorSize, float_tensors, header_bytes, make_fitting_plan, time_tensors
 from ..utils.errors import DamagedFileError, shown
 from ..utils.json_files import is_number, read_json
 from ..utils.private_names import DIFFUSERS_FP32
-from .report_types import SizeReport, TensorSize, report_of_tensors
+from .report_types import SizeReport, report_of_tensors
 
 # Shape of the sample of weights: a quarter of a 320-channel 3×3 convolution, which gives three digits.
 _SAMPLE = (128, 2880)
@@ -94,7 +92,8 @@ def predict_size(
     """Predict the size of the packed file of `model`, part by part.
 
     Packed weights are counted as Gaussian weights take them, measured on a sample by the codec itself; trained ones
-    differ by some percent. Time features of all timesteps are an estimate too, all else is exact.
+    differ by some percent. Time features of all timesteps are an estimate too, where there are no weights to compute
+    them from; all else is exact.
 
     Args:
         model: a diffusers model, maybe on the meta device (see `model_from_config`); not changed.
@@ -108,12 +107,9 @@ def predict_size(
     kept_in_fp32 = DIFFUSERS_FP32.read(model) or []
     plan = make_fitting_plan(model, config, dtype, kept_in_fp32)
     schema = plan.schema(model)
-    tensors = [*_packed(schema, plan.rates), *_time_features(schema.time_features), *float_tensors(model, plan, dtype)]
-    texts = {name: {"dtype": "F16", "shape": shape, "data_offsets": [10**8, 10**8]} for name, shape, _ in tensors}
-    checksums = {METADATA_KEY: json.dumps({"tensors": dict.fromkeys(texts, "0" * 8)})}
-    overhead = len(json.dumps(texts | checksums)) + len(
-        json.dumps(dict(model.config) | {"quantization_config": config.resolved(schema).to_dict()}, indent=2)
-    )
+    tensors = [*_packed(schema, plan.rates), *time_tensors(plan), *float_tensors(model, plan, dtype)]
+    content = dict(model.config) | {"quantization_config": config.resolved(schema).to_dict()}
+    overhead = header_bytes(tensors) + len(json.dumps(content, indent=2))
     return report_of_tensors("predicted file", tensors, schema, overhead, config.modules_to_not_convert)
 
 
@@ -135,18 +131,3 @@ def _compressed_share(bits: int, balance: bool) -> float:
     dense, _ = quantize_to_dense(weight, bits, Rounding(balance=balance))
     packed = bytes_from_dense(dense, bits, _SAMPLE[1])
     return compress(packed).numel() / packed.numel()
-
-
-def _time_features(time: TimeFeaturesSchema) -> Iterator[TensorSize]:
-    if time.kind == "keep":
-        return
-    features = time.num_features
-    if time.kind == "cache":
-        steps = len(time.timesteps)
-        yield "time_proj.values", (steps, features), 2 * steps * features
-        yield "time_proj.timesteps", (steps,), 4 * steps
-    else:
-        for prefix, width in (("", features), ("embedding_", time.embedding_width)):
-            size = round(width * TABLE_BITS_PER_FEATURE / 8)
-            yield f"time_proj.{prefix}codes", (size,), size
-            yield f"time_proj.{prefix}scale", (width,), 4 * width
