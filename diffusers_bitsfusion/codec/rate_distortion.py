@@ -18,8 +18,8 @@ from .grid import half_range, levels
 # falls by a bit where s doubles, so that the error changes by 2 ln 2 · s²/12 a bit.
 _FINE_GRID = math.log(2) / 6
 
-# Price of a bit. The whole of what it is worth on a fine grid draws more codes to zero: the same error of the layers,
-# but images that follow their prompts less (docs/results/calibration.md).
+# Price of a bit, half of what it is worth on a fine grid: the whole draws so many codes to zero that, on the shapes
+# pipeline, predictions follow the prompt less at the same entropy.
 PRICE = 0.5 * _FINE_GRID
 
 

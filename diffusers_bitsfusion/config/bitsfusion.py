@@ -251,14 +251,15 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         content = {name: copy.deepcopy(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
         if isinstance(self.recipe, Recipe):
             content["recipe"] = dict(self.recipe)
-        if self.target_bytes is None:  # Readers of earlier versions do not know these keys.
+        # Readers of earlier versions do not know these keys, which say nothing where they are left at their defaults.
+        if self.target_bytes is None:
             del content["target_bytes"], content["budget"]
+        if not self.embeddings:
+            del content["embeddings"]
         if self.is_resolved:  # Kernels and paths of one machine do not suit others that load the checkpoint.
             content |= {"compute": "auto", "resident": "packed"}
             if isinstance(self.recipe, str) and os.path.exists(self.recipe):
                 content["recipe"] = os.path.basename(os.path.abspath(self.recipe))
-        if not self.embeddings:  # which readers of format version 1 do not know
-            del content["embeddings"]
         if isinstance(self.calibration, Calibration):
             content["calibration"] = self.calibration.to_dict()
         return {"quant_method": self.quant_method.value, **content}

@@ -61,12 +61,10 @@ def use_low_bits(model: Any, bits: Mapping[str, int], prefix: str) -> None:
     from openvino import opset13
 
     for node in model.get_ordered_ops():
-        name = node.get_friendly_name().removeprefix(prefix)
-        if node.get_type_name() != "Constant" or name.removesuffix(".codes") not in bits:
+        name, _, buffer = node.get_friendly_name().removeprefix(prefix).rpartition(".")
+        if node.get_type_name() != "Constant" or buffer != "codes" or name not in bits:
             continue
-        if not name.endswith(".codes"):
-            continue
-        kind = element(bits[name.removesuffix(".codes")])
+        kind = element(bits[name])
         (cast,) = [target.get_node() for target in node.output(0).get_target_inputs()]
         (product,) = [target.get_node() for target in cast.output(0).get_target_inputs()]
         scale = product.input_value(1).get_node().data
@@ -79,5 +77,5 @@ def use_low_bits(model: Any, bits: Mapping[str, int], prefix: str) -> None:
             values = opset13.subtract(values, opset13.convert(offset, "f16"))
         scaled = opset13.multiply(values, opset13.constant(scale.astype(np.float16)))
         weight = opset13.convert(scaled, "f32")
-        weight.set_friendly_name(name.removesuffix(".codes"))
+        weight.set_friendly_name(name)
         product.output(0).replace(weight.output(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ _EXPORTED: dict[str, type[nn.Module]] = {
 }
 
 
-class _Traced(nn.Module):
+class _Traced(nn.Module, ABC):
     """A model with tensors alone for arguments and output, as tracing needs, and the names that optimum-intel uses."""
 
     model: Any
@@ -40,9 +41,9 @@ class _Traced(nn.Module):
         super().__init__()
         self.model = model
 
+    @abstractmethod
     def example(self) -> dict[str, Tensor]:
         """Return arguments of `forward`."""
-        raise NotImplementedError
 
 
 class _TextEncoder(_Traced):

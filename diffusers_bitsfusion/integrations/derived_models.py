@@ -12,6 +12,7 @@ from torch import nn
 
 from ..config.bitsfusion import BitsFusionMethod
 from ..nn import PackedWeight, TimeFeatures
+from ..nn.packed_tensor import PackedTensor
 
 # What a packed model's config says of its weights.
 PACKED_KEYS = ("quantization_config", "_pre_quantization_dtype")
@@ -75,4 +76,4 @@ def _wrap_copying(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _holds_packed(model: nn.Module) -> bool:
-    return any(isinstance(module, (PackedWeight, TimeFeatures)) for module in model.modules())
+    return any(isinstance(module, (PackedTensor, PackedWeight, TimeFeatures)) for module in model.modules())

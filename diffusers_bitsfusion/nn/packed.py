@@ -67,7 +67,21 @@ def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
     return made
 
 
-class PackedWeight(LowRankBranch):
+class NotTrainable(nn.Module):
+    """Mixin of modules whose parameters are codes and scales as integers, which have no gradients."""
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As `nn.Module.requires_grad_`.
+
+        Raises:
+            RuntimeError: gradients are asked for; nothing has changed then.
+        """
+        if requires_grad:
+            refuse_gradients(type(self).__name__)
+        return super().requires_grad_(False)
+
+
+class PackedWeight(NotTrainable, LowRankBranch):
     """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is kept as codes and scales, made by `from_float`.
 
     `weight` is not stored but decoded where it is used, see `LazyWeight`. Codes and scales are integer parameters
@@ -192,16 +206,6 @@ class PackedWeight(LowRankBranch):
         if self.codes.device != before and not self.codes.is_meta:
             self.set_compute(self.compute, self.resident)
         return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As `nn.Module.requires_grad_`.
-
-        Raises:
-            RuntimeError: gradients are asked for; nothing has changed then.
-        """
-        if requires_grad:
-            refuse_gradients(type(self).__name__)
-        return super().requires_grad_(False)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

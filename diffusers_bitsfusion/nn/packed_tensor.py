@@ -15,10 +15,10 @@ from ..codec.rounding import Rounding
 from ..codec.schema import TENSOR_PREFIX, LayerSchema
 from ..ops.forward_mode import weight
 from .lazy_weight import LazyWeight, refuse_writing
-from .packed import float_bits, refuse_gradients
+from .packed import NotTrainable, float_bits
 
 
-class PackedTensor(nn.Module):
+class PackedTensor(NotTrainable):
     """A parameter of a module, kept as codes and scales; made by `pack_tensor` or `empty_tensor`.
 
     Calling it gives the parameter as a tensor that is decoded where it is used, see `LazyWeight`.
@@ -66,16 +66,6 @@ class PackedTensor(nn.Module):
     def decode(self) -> Tensor:
         """Return the parameter, a new tensor."""
         return _decode(self.codes, self.scale, self.schema, self._axes, self.weight_dtype)
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """As `nn.Module.requires_grad_`.
-
-        Raises:
-            RuntimeError: gradients are asked for; nothing has changed then.
-        """
-        if requires_grad:
-            refuse_gradients(type(self).__name__)
-        return super().requires_grad_(False)
 
     def extra_repr(self) -> str:
         """Return what a printed model shows of it."""

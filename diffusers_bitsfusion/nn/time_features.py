@@ -167,17 +167,37 @@ class TimeFeatureTable(TimeFeatures):
         self._require(
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
-        rows, weights = cubic_weights(t, last)
-        features = (self._unpack(rows) * weights).sum(dim=1) * _floats(self.scale)
-        if not self.embedding_width:
-            return features
-        embedding = (self.embedding_codes[rows] * weights).sum(dim=1) * _floats(self.embedding_scale)
-        return torch.cat([features, F.silu(embedding)], dim=1)
+        embedding = (self.embedding_codes, _floats(self.embedding_scale)) if self.embedding_width else None
+        return look_up(t, last, (self.codes, self.high_bits, _floats(self.scale)), embedding)
 
 
 def _floats(bits: Tensor) -> Tensor:
     """fp32 [n] in the memory of `float_bits`."""
     return bits.view(torch.float32).view(-1)
+
+
+def look_up(
+    timesteps: Tensor, last: int, table: tuple[Tensor, Tensor, Tensor], embedding: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """Return the features of timesteps in a table, interpolated.
+
+    Args:
+        timesteps: fp32 [batch], 0 to `last`.
+        last: the last timestep that the table was made for.
+        table: codes, high bits and fp32 scales of `codec.time_table.pack_table`.
+        embedding: codes and fp32 scales of the time embedding before its SiLU; None where the table has none.
+
+    Returns:
+        fp32 [batch, features], the activated time embedding after them where there is one.
+    """
+    rows, weights = cubic_weights(timesteps, last)
+    codes, high_bits, scale = table
+    features = (unpack_rows(codes, high_bits, rows).to(torch.float32) * weights).sum(dim=1) * scale
+    if embedding is None:
+        return features
+    codes, scale = embedding
+    hidden = (codes[rows].to(torch.float32) * weights).sum(dim=1) * scale
+    return torch.cat([features, F.silu(hidden)], dim=1)
 
 
 def cubic_weights(timesteps: Tensor, last: int) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codec.time_table import unpack_rows
 from .compute import packed_layers, undo_fusions
 from .conv import BitsFusionConv2d
 from .conversion import replace_module
 from .packed import PackedWeight
-from .time_features import TimeFeatureCache, TimeFeatureTable, cubic_weights
+from .time_features import TimeFeatureCache, TimeFeatureTable, look_up
 
 
 class TraceableLayer(nn.Module):
@@ -59,13 +58,9 @@ class TraceableTimeTable(nn.Module):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return what the table returns for `timesteps` [batch], fp32."""
-        rows, weights = cubic_weights(timesteps.to(torch.float32), self.num_timesteps)
-        codes = unpack_rows(self.codes, self.high_bits, rows)
-        features = (codes.to(torch.float32) * weights).sum(dim=1) * self.scale
-        if not self.has_embedding:
-            return features
-        embedding = (self.embedding_codes[rows].to(torch.float32) * weights).sum(dim=1) * self.embedding_scale
-        return torch.cat([features, F.silu(embedding)], dim=1)
+        embedding = (self.embedding_codes, self.embedding_scale) if self.has_embedding else None
+        table = self.codes, self.high_bits, self.scale
+        return look_up(timesteps.to(torch.float32), self.num_timesteps, table, embedding)
 
 
 class TraceableTimeCache(nn.Module):
