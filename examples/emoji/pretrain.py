@@ -8,7 +8,6 @@ losses are those of `examples.shapes`; a run that was stopped goes on with `--re
 
 import argparse
 import shutil
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ..shapes.export import save_parts
 from ..shapes.text import create_tokenizer, tokenize
-from ..shapes.training import TrainOptions
+from ..shapes.training import TrainOptions, add_options, with_options
 from ..shapes.unet import train_unet
 from ..shapes.vae import refine_decoder, store_latents, train_vae
 from .clip import train_clip
@@ -97,27 +96,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stage", choices=(*STAGES, "all"), default="all")
     parser.add_argument("--work-dir", type=Path, required=True, help="checkpoints and trained parts")
     parser.add_argument("--out", type=Path, default=Path("pipeline"), help="where `export` writes the pipeline")
-    parser.add_argument("--resume", action="store_true", default=None, help="continue from the stage's checkpoint")
-    parser.add_argument("--steps", type=int, help="last step of the stage, steps before a resume counted in")
-    parser.add_argument("--cooldown", type=int, help="steps at the end over which the learning rate decays to zero")
-    parser.add_argument("--minutes", type=float, help="end the stage after this time, at a checkpoint")
-    parser.add_argument("--batch-size", type=int, help="samples a step")
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"))
-    parser.add_argument("--seed", type=int)
+    add_options(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    given = {f.name: getattr(args, f.name, None) for f in fields(TrainOptions)}
-    given = {name: value for name, value in given.items() if value is not None}
     runs = {"vae": run_vae, "decoder": run_decoder, "clip": run_clip, "unet": run_unet}
     for stage in STAGES if args.stage == "all" else (args.stage,):
         if stage == "export":
             run_export(args.work_dir, args.out)
             continue
-        options = replace(DEFAULTS[stage], **given)
+        options = with_options(DEFAULTS[stage], args)
         torch.manual_seed(options.seed)
         runs[stage](args.work_dir, options)
 

@@ -6,7 +6,6 @@ Stages, each of which needs those before it: `vae`, `decoder`, `text`, `unet`, `
 """
 
 import argparse
-from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ from .dataset import build_dataset, load_dataset
 from .export import export_pipeline
 from .sides import relation_axes
 from .text import create_tokenizer, tokenize, train_text
-from .training import TrainOptions
+from .training import TrainOptions, add_options, with_options
 from .unet import train_unet
 from .vae import refine_decoder, store_latents, train_vae
 
@@ -127,16 +126,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work-dir", type=Path, required=True, help="training set, checkpoints, trained parts")
     parser.add_argument("--out", type=Path, default=Path("pipeline"), help="where `export` writes the pipeline")
     parser.add_argument("--images", type=int, help="size of the training set, made once; default: 120,000")
-    parser.add_argument("--resume", action="store_true", default=None, help="continue from the stage's checkpoint")
-    parser.add_argument("--steps", type=int, help="last step of the stage, steps before a resume counted in")
-    parser.add_argument("--cooldown", type=int, help="steps at the end over which the learning rate decays to zero")
-    parser.add_argument("--minutes", type=float, help="end the stage after this time, at a checkpoint")
-    parser.add_argument("--batch-size", type=int, help="samples a step, over all processes")
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--save-every", type=int, help="steps between checkpoints")
-    parser.add_argument("--mixed-precision", choices=("no", "bf16"))
-    parser.add_argument("--compile", action="store_true", default=None, help="the UNet by torch.compile; for GPUs")
-    parser.add_argument("--seed", type=int)
+    add_options(parser)
     return parser.parse_args(argv)
 
 
@@ -148,14 +138,12 @@ def main(argv: list[str] | None = None) -> None:
     state.wait_for_everyone()
     if args.stage == "data":
         return
-    given = {f.name: getattr(args, f.name, None) for f in fields(TrainOptions)}
-    given = {name: value for name, value in given.items() if value is not None}
     runs = {"vae": run_vae, "decoder": run_decoder, "text": run_text, "unet": run_unet, "clip": run_clip}
     for stage in STAGES if args.stage == "all" else (args.stage,):
         if stage == "export":
             run_export(args.work_dir, args.out)
         else:
-            options = replace(DEFAULTS[stage], **given)
+            options = with_options(DEFAULTS[stage], args)
             torch.manual_seed(options.seed)  # all processes start from the same weights
             runs[stage](args.work_dir, options)
         state.wait_for_everyone()

@@ -1,9 +1,10 @@
 """What the stages of pretraining share: a resumable training loop."""
 
+import argparse
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +42,26 @@ class TrainOptions:
         """The learning rate of step `step`, counted from 0."""
         left = (self.steps - step) / self.cooldown if self.cooldown else 1.0
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, left)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each of `TrainOptions`; what is left out is the stage's default."""
+    parser.add_argument("--resume", action="store_true", default=None, help="continue from the stage's checkpoint")
+    parser.add_argument("--steps", type=int, help="last step of the stage, steps before a resume counted in")
+    parser.add_argument("--cooldown", type=int, help="steps at the end over which the learning rate decays to zero")
+    parser.add_argument("--minutes", type=float, help="end the stage after this time, at a checkpoint")
+    parser.add_argument("--batch-size", type=int, help="samples a step, over all processes")
+    parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--save-every", type=int, help="steps between checkpoints")
+    parser.add_argument("--mixed-precision", choices=("no", "bf16"))
+    parser.add_argument("--compile", action="store_true", default=None, help="the UNet by torch.compile; for GPUs")
+    parser.add_argument("--seed", type=int)
+
+
+def with_options(default: TrainOptions, args: argparse.Namespace) -> TrainOptions:
+    """Return a stage's options with those of the command line in the place of the defaults."""
+    given = {field.name: getattr(args, field.name, None) for field in fields(TrainOptions)}
+    return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
 class Run:
