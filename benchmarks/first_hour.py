@@ -34,9 +34,9 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 source, folder = sys.argv[1:]
-pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float16)
+pipe = DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
 quantize_model(pipe, BitsFusionConfig(target_bits=3)).save_pretrained(folder)
-pipe = DiffusionPipeline.from_pretrained(folder)
+pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
 pipe("a red circle", num_inference_steps=20).images[0].save(folder + "/image.png")
 """
 
