@@ -22,7 +22,7 @@ _CALIBRATION_CALLS = 4
 _PRECISIONS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
-class _Positional(nn.Module):
+class Positional(nn.Module):
     """The UNet with tensors alone for arguments and output, which tracing needs."""
 
     def __init__(self, unet: nn.Module) -> None:
@@ -33,7 +33,8 @@ class _Positional(nn.Module):
         return self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
-def _random_call(config: Any, size: int) -> dict[str, Tensor]:
+def random_call(config: Any, size: int) -> dict[str, Tensor]:
+    """Return random arguments of `Positional`, batch 2."""
     return {
         "sample": torch.randn(2, config["in_channels"], size, size),
         "timestep": torch.tensor(501),
@@ -49,11 +50,11 @@ def write(source: Path, out: Path, int8: bool = False) -> None:
 
     unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float32).eval()
     size = unet.config.sample_size
-    model = openvino.convert_model(_Positional(unet), example_input=_random_call(unet.config, size))
+    model = openvino.convert_model(Positional(unet), example_input=random_call(unet.config, size))
     if int8:
         import nncf
 
-        calls = [_random_call(unet.config, size) for _ in range(_CALIBRATION_CALLS)]
+        calls = [random_call(unet.config, size) for _ in range(_CALIBRATION_CALLS)]
         inputs = nncf.Dataset(calls, lambda call: {name: x.numpy() for name, x in call.items()})
         model = nncf.quantize(model, inputs, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(calls))
     openvino.save_model(model, out / FILE, compress_to_fp16=True)

@@ -5,8 +5,8 @@
     python -m benchmarks.peers --source FP16_UNET --out DIR --peers-python PYTHON    all of them: a table
 
 Peers are installed in an environment of their own (`pip install sdnq optimum-quanto torchao bitsandbytes gguf openvino
-nncf`), and are used through their public interface only. Each worker runs in a fresh process. All but SDNQ and
-OpenVINO leave Conv2d in fp16.
+nncf onnx onnxscript onnxruntime`), and are used through their public interface only. Each worker runs in a fresh
+process. All but SDNQ and OpenVINO leave Conv2d in fp16; ONNX Runtime quantizes nothing and computes in fp32 alone.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gguf_unet, openvino_unet
+from benchmarks import gguf_unet, onnx_unet, openvino_unet
 from benchmarks.measure import drop_page_cache, is_installed, measured_call, run_child, warm_page_cache
 
 MB = 1e6
@@ -90,6 +90,7 @@ PEERS = {
     "bitsandbytes-nf4": Peer("bitsandbytes", "bitsandbytes", _nf4, needs_gpu=True),
     "openvino": Peer("openvino", "openvino", write=openvino_unet.write),
     "openvino-int8": Peer("nncf", "nncf", write=functools.partial(openvino_unet.write, int8=True)),
+    "onnxruntime": Peer("onnxruntime", "onnxruntime", write=onnx_unet.write),
     "gguf-q2_k": Peer("gguf", "gguf", write=functools.partial(gguf_unet.write, kind="Q2_K")),
     "gguf-q4_0": Peer("gguf", "gguf", write=functools.partial(gguf_unet.write, kind="Q4_0")),
 }
@@ -112,8 +113,8 @@ def tensors(model: Any) -> Iterator[Any]:
 
 
 def resident_bytes(model: Any) -> int:
-    """Bytes of a model's parameters and buffers; of an OpenVINO model those that it says."""
-    if isinstance(model, openvino_unet.OpenVINOUNet):
+    """Bytes of a model's parameters and buffers; of an OpenVINO or ONNX model those that it says."""
+    if isinstance(model, (onnx_unet.ONNXUNet, openvino_unet.OpenVINOUNet)):
         return model.resident_bytes
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors(model))
 
@@ -140,6 +141,8 @@ def load_unet(path: Path, dtype: Any) -> Any:
         return gguf_unet.read(path, dtype)
     if (path / openvino_unet.FILE).exists():
         return openvino_unet.OpenVINOUNet(path, dtype)
+    if (path / onnx_unet.FILE).exists():
+        return onnx_unet.ONNXUNet(path)
     return UNet2DConditionModel.from_pretrained(path, dtype=dtype)
 
 
