@@ -23,8 +23,8 @@ from benchmarks.measure import REPOSITORY
 PIPELINE = REPOSITORY / "examples" / "shapes" / "pipeline"
 # Arguments of the commands, by what is estimated; {out} is a folder of its own for each.
 COMMANDS = {
-    "calibration": "quantize {pipeline} {out} --calibrate",
-    "calibration, 24 tuning steps": "quantize {pipeline} {out} --calibrate --tuning-steps 24",
+    "calibration": "quantize {pipeline} {out} --target-bits 3 --calibrate",
+    "calibration, 24 tuning steps": "quantize {pipeline} {out} --target-bits 3 --calibrate --tuning-steps 24",
     "analysis, weight": "analyze {pipeline} --out {out} --method weight",
     "analysis, output": "analyze {pipeline} --out {out} --method output",
     "analysis, gradient": "analyze {pipeline} --out {out} --method gradient",
@@ -32,9 +32,9 @@ COMMANDS = {
     "analysis, prediction": "analyze {pipeline} --out {out} --method prediction --calls 2 --num-images 4",
     "analysis, full": "analyze {pipeline} --out {out} --method full --num-images 1 --steps 2 --qat-steps 2",
     "training": "train --pretrained_model_name_or_path {pipeline} --prompts {pipeline}/prompts.tsv --output_dir {out} "
-    "--stage 1 --max_train_steps 20",
+    "--target_bits 3 --stage 1 --max_train_steps 20",
     "training from calibrated weights": "train --pretrained_model_name_or_path {pipeline} --output_dir {out} "
-    "--prompts {pipeline}/prompts.tsv --stage 1 --max_train_steps 20 --init calibrated",
+    "--prompts {pipeline}/prompts.tsv --target_bits 3 --stage 1 --max_train_steps 20 --init calibrated",
 }
 # The line with an estimate, and the units of `utils.durations.as_duration`.
 _ESTIMATE = re.compile(r"(?:takes|In all) about ([\d.]+) (s|min|hours|days)")

@@ -1,4 +1,4 @@
-"""How long an analysis will take, from a trial of two inference steps and of one layer."""
+"""How long an analysis will take, from a trial of two inference steps and of a few layers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..calibration.layers import quantize_layer
 from ..calibration.moments import InputMoments
@@ -28,21 +29,29 @@ def estimate_seconds(study: Study, method: str, widths: int, processes: int = 1)
         widths: number of bits that every layer is measured at.
         processes: number of processes that share the layers; sampling and packing are of one.
     """
-    layers = study.layers
-    by_size = sorted(layers.values(), key=lambda layer: layer.weight.numel())
-    chosen = by_size[len(by_size) // 2]
-    layer_cost(by_size[0].weight)  # The first call loads kernels.
-    device = chosen.weight.device
-    share = sum(layer.weight.numel() for layer in layers.values()) / chosen.weight.numel()
+    by_size = sorted(study.layers.values(), key=lambda layer: layer.get_parameter("weight").numel())
+    weights = [layer.get_parameter("weight") for layer in by_size]
+    total = sum(weight.numel() for weight in weights)
+    middle = len(weights) // 2
+    device = weights[0].device
 
-    def of_all_layers(work: Callable[[], Any]) -> float:
-        """Return the seconds of a piece of work for all layers, from the median one's."""
+    def seconds_of(work: Callable[[Tensor], Any], weight: Tensor) -> float:
+        work(weights[0])  # The first call loads kernels.
         start = now(device)
-        work()
-        return (now(device) - start) * share
+        work(weight)
+        return now(device) - start
 
-    packing = of_all_layers(lambda: layer_cost(chosen.weight))
-    rounding = of_all_layers(lambda: round_weight(chosen.weight, 2)) * widths
+    def of_all_layers(work: Callable[[Tensor], Any]) -> float:
+        """Return the seconds for all layers, by the line through those of the median layer and of the largest."""
+        fewer, more = weights[middle].numel(), weights[-1].numel()
+        seconds = seconds_of(work, weights[middle])
+        if fewer == more:
+            return seconds * len(weights)
+        slope = max(0.0, seconds_of(work, weights[-1]) - seconds) / (more - fewer)
+        return max(0.0, seconds - slope * fewer) * len(weights) + slope * total
+
+    packing = of_all_layers(layer_cost)
+    rounding = of_all_layers(lambda weight: round_weight(weight, 2)) * widths
     if method == "weight":
         return packing + rounding / processes
 
@@ -55,14 +64,17 @@ def estimate_seconds(study: Study, method: str, widths: int, processes: int = 1)
 
     trial = time_sampling(study.pipeline, model, sample)
     images = -(-len(study.captions) // sampling.batch_size) * trial.seconds(sampling.steps)
-    call, items = trial.call, len(layers) * widths
+    call, items = trial.call, len(weights) * widths
     if method == "full":
         work = items * (images + settings.qat_steps * GRADIENTS * call) + rounding
     elif method == "calibrated":
+        chosen, columns = by_size[middle], weights[middle][0].numel()
         moments = InputMoments(chosen, MAX_COLUMNS)
-        moments.add(torch.randn(64, chosen.weight[0].numel() * getattr(chosen, "groups", 1), device=device))
-        calibrating = of_all_layers(lambda: quantize_layer(chosen, moments, 2)) * widths
-        work = (1 + len(layers) + items) * settings.calls / 2 * call + calibrating
+        moments.add(torch.randn(64, columns * getattr(chosen, "groups", 1), device=device))
+        start = now(device)
+        quantize_layer(chosen, moments, 2)
+        calibrating = (now(device) - start) * total / weights[middle].numel() * widths
+        work = (1 + len(weights) + items) * settings.calls / 2 * call + calibrating
     elif method == "prediction":
         work = items * settings.calls * call + rounding
     elif method == "gradient":
