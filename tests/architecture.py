@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,13 +33,22 @@ def arrows() -> dict[Arrow, list[str]]:
     """Return every arrow between two rooms, with the files that draw it."""
     found: dict[Arrow, list[str]] = defaultdict(list)
     for file in files():
-        here = file.relative_to(PACKAGE).with_suffix("").parts
-        here = here[:-1] if here[-1] == "__init__" and len(here) > 1 else here
         for target in _imported(file):
-            source, goal = room_of(here), room_of(target)
+            source, goal = room_of(_module(file)), room_of(target)
             if source != goal:
                 found[source, goal].append(str(file.relative_to(PACKAGE)))
     return dict(found)
+
+
+def arrows_of_files() -> set[Arrow]:
+    """Return every arrow between two files, as dotted names within the package; a folder's name is its `__init__`."""
+    found = {(".".join(_module(file)), ".".join(target)) for file in files() for target in _imported(file)}
+    return {(source, goal) for source, goal in found if source != goal}
+
+
+def _module(file: Path) -> tuple[str, ...]:
+    here = file.relative_to(PACKAGE).with_suffix("").parts
+    return here[:-1] if here[-1] == "__init__" and len(here) > 1 else here
 
 
 def _imported(file: Path) -> list[tuple[str, ...]]:
@@ -81,17 +91,17 @@ def climbing() -> list[Arrow]:
     return [(source, goal) for source, goal in arrows() if floor[source] <= floor[goal]]
 
 
-def circles() -> list[list[str]]:
-    """Return the groups of two rooms or more that reach each other."""
+def circles(found: Iterable[Arrow]) -> list[list[str]]:
+    """Return the groups of two rooms, or files, or more that reach each other by the given arrows."""
     reach: dict[str, set[str]] = defaultdict(set)
-    for source, goal in arrows():
+    for source, goal in found:
         reach[source].add(goal)
-    rooms = sorted({room for arrow in arrows() for room in arrow})
-    for middle in rooms:
-        for source in rooms:
+    ends = sorted(reach.keys() | set().union(*reach.values()))
+    for middle in ends:
+        for source in ends:
             if middle in reach[source]:
                 reach[source] |= reach[middle]
-    groups = {frozenset([room, *(other for other in reach[room] if room in reach[other])]) for room in rooms}
+    groups = {frozenset([end, *(other for other in reach[end] if end in reach[other])]) for end in ends}
     return [sorted(group) for group in groups if len(group) > 1]
 
 
@@ -119,7 +129,7 @@ def main() -> None:
     print(f"rooms             {len(rooms)}")
     print(f"arrows            {len(found)}")
     print(f"climbing arrows   {len(climbing())}")
-    print(f"circles           {len(circles())}")
+    print(f"circles           {len(circles(found))} of rooms, {len(circles(arrows_of_files()))} of files")
     print(f"files at the top  {len([file for file in PACKAGE.iterdir() if file.is_file()])}")
     print("longest function  {} lines, {}".format(*longest_function()))
     print("longest file      {} lines, {}".format(*longest_file()))

@@ -15,6 +15,10 @@ def test_no_arrow_climbs():
     assert {arrow: found[arrow] for arrow in architecture.climbing()} == {}
 
 
+def test_no_files_import_each_other_in_a_circle():
+    assert architecture.circles(architecture.arrows_of_files()) == []
+
+
 def test_an_arrow_that_climbs_is_found(tmp_path, monkeypatch):
     (tmp_path / "ops").mkdir()
     (tmp_path / "nn").mkdir()
@@ -22,7 +26,8 @@ def test_an_arrow_that_climbs_is_found(tmp_path, monkeypatch):
     (tmp_path / "nn" / "packed.py").write_text("from ..ops import decode\n")
     monkeypatch.setattr(architecture, "PACKAGE", tmp_path)
     assert architecture.climbing() == [("ops", "nn")]
-    assert architecture.circles() == [["nn", "ops"]]
+    assert architecture.circles(architecture.arrows()) == [["nn", "ops"]]
+    assert architecture.circles(architecture.arrows_of_files()) == [["nn.packed", "ops.decode"]]
 
 
 def test_files_beside_the_folders():

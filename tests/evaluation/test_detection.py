@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from diffusers_bitsfusion.evaluation.clip import Clip
-from diffusers_bitsfusion.evaluation.suites import detection, geneval
+from diffusers_bitsfusion.evaluation.suites import detection
 
 NAMES = ["person", "mouse", "remote", "keyboard", "tv"]
 
@@ -102,12 +102,12 @@ def test_colours_are_the_nearest_sentences_mean(clip_folder, one_thread):
     for crop, name in zip(crops, ["cat", "dog", "cat"], strict=True):
         image = clip.image_features([np.asarray(crop)])[0].astype(float)
         scores = []
-        for color in geneval.COLORS:
+        for color in detection.COLORS:
             looks = [f"{color} {name}", f"{color}-colored {name}", f"{color} object"]
             texts = clip.text_features([f"a photo of a {look}" for look in looks]).astype(float)
             mean = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).mean(0)
             scores.append(image @ mean / np.linalg.norm(image) / np.linalg.norm(mean))
-        expected.append(geneval.COLORS[int(np.argmax(scores))])
+        expected.append(detection.COLORS[int(np.argmax(scores))])
     assert classify(crops, ["cat", "dog", "cat"]) == expected
     assert classify([], []) == []
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from transformers import Mask2FormerForUniversalSegmentation, Mask2FormerImagePr
 from ..clip import Clip
 from ..pipeline import default_device
 from ..plugins import is_function, load_function
-from .geneval import COLORS, Detection
 from .models import load_model
 
 DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 COLOR_CLIP = "openai/clip-vit-large-patch14"
+# The colours of the benchmark's prompts.
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
 Detector = Callable[[list[Image.Image]], Sequence[Sequence[Sequence[Any]]]]
 ColorClassifier = Callable[[list[Image.Image], list[str]], Sequence[str]]
@@ -32,6 +33,22 @@ _MAX_DETECTIONS = 100
 _TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 # GenEval's names of COCO's classes, where they differ from COCO's own.
 _NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
+
+
+class Detection(NamedTuple):
+    """An object detected in an image.
+
+    Attributes:
+        class_name: as the lines write it.
+        score: confidence in [0, 1].
+        box: x0, y0, x1, y1 in pixels.
+        mask: (height, width) bool of the image's size, or None.
+    """
+
+    class_name: str
+    score: float
+    box: Sequence[float]
+    mask: np.ndarray | None = None
 
 
 def load_detector(name: str, classes: Collection[str]) -> Detector:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,6 @@ from .benchmark_files import read_benchmark_lines, require_fields, wrong_file
 
 FILE = "evaluation_metadata.jsonl"
 SOURCE = "https://github.com/djghosh13/geneval/tree/main/prompts"
-COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 RELATIONS = ("left of", "right of", "above", "below")
 
 # Scores that a detection must exceed, in counting tasks the second; the benchmark's.
@@ -34,22 +33,6 @@ _NEAR = 1e-3
 _RELATED = 0.5
 
 Line = Mapping[str, Any]
-
-
-class Detection(NamedTuple):
-    """An object detected in an image.
-
-    Attributes:
-        class_name: as the lines write it.
-        score: confidence in [0, 1].
-        box: x0, y0, x1, y1 in pixels.
-        mask: (height, width) bool of the image's size, or None.
-    """
-
-    class_name: str
-    score: float
-    box: Sequence[float]
-    mask: np.ndarray | None = None
 
 
 def read_lines(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
