@@ -205,7 +205,7 @@ def _convert(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)
-    install_time_features(model, plan, schema.time_features, dtype)
+    schema = schema.with_time_features(install_time_features(model, plan, schema.time_features, dtype))
     _cast_floats(model, dtype)
     end_training(model)
     resolved = config.resolved(schema, config.calibration)

@@ -5,11 +5,24 @@ from __future__ import annotations
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from tiny import tiny_unet
 from torch import nn
 
 from diffusers_bitsfusion.nn import PackedWeight
+
+
+def smooth_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
+    """Return a tiny UNet whose time features change slowly along the time, as a trained model's do."""
+    unet = tiny_unet(seed, **changes)
+    with torch.no_grad():
+        cosines, sines = unet.time_embedding.linear_1.weight.chunk(2, dim=1)
+        for waves in (cosines, sines):
+            waves[:, : waves.shape[1] // 2] = 0  # those of the shortest periods
+    return unet
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:

@@ -1,6 +1,7 @@
 """Small files of every kind that this version writes, and what is read from them.
 
     python tests/kept_files.py tests/data/0.1
+    python tests/kept_files.py tests/data/0.1-low-rank unet-low-rank   # of the kinds that are new
 
 writes them, with hashes of what they hold, once for each version of a format; `test_kept_files.py` reads those of all
 versions ever after.
@@ -12,7 +13,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +50,23 @@ UNETS = {
         recipe=3, compression=None, time_embedding={"type": "cache", "timesteps": [1.0, 500.0, 999.0]}
     ),
     "unet-keep": BitsFusionConfig(recipe=1, time_embedding="keep", balance=False),
+    "unet-low-rank": BitsFusionConfig(recipe=1, time_embedding="table"),
 }
 
 
-def write(folder: Path) -> None:
-    """Write files of every kind, and `HASHES`, the hashes of what `read` reads from them."""
-    for name, config in UNETS.items():
-        unet = quantize_model(tiny_unet(**SMALL), config, progress=False)
+def write(folder: Path, unets: Sequence[str] = ()) -> None:
+    """Write files of every kind, and `HASHES`, the hashes of what `read` reads from them; only `unets` where given."""
+    for name in unets or UNETS:
+        unet = quantize_model(tiny_unet(**(SMALLEST if unets else SMALL)), UNETS[name], progress=False)
         unet.save_pretrained(folder / name, max_shard_size="4KB" if name == "unet-keep" else "10GB")
         for file in ("README.md", "bits_UNet2DConditionModel.png"):
             (folder / name / file).unlink()
+    if not unets:
+        _write_others(folder)
+    (folder / HASHES).write_text(json.dumps(read(folder), indent=1) + "\n")
+
+
+def _write_others(folder: Path) -> None:
     text = CLIPTextConfig(
         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
@@ -70,12 +78,14 @@ def write(folder: Path) -> None:
     accelerator, _ = _student()
     state = {"lr_scheduler": {"last_epoch": 1}, "ema": None}
     save_checkpoint(accelerator, folder / "training", 2, state, SETTINGS)
-    (folder / HASHES).write_text(json.dumps(read(folder), indent=1) + "\n")
 
 
 def read(folder: Path) -> dict[str, str]:
     """Read the files of `write`; return hashes of their values, by the kind of file."""
-    hashes = {name: _hash(_tensors(UNet2DConditionModel.from_pretrained(folder / name))) for name in UNETS}
+    unets = [name for name in UNETS if (folder / name).exists()]
+    hashes = {name: _hash(_tensors(UNet2DConditionModel.from_pretrained(folder / name))) for name in unets}
+    if not (folder / "training").exists():
+        return hashes
     hashes["text-encoder"] = _hash(_tensors(CLIPTextModel.from_pretrained(folder / "text-encoder")))
     layer, moments, _ = _layer()
     calibration = CalibrationFolder(folder / "calibration", SETTINGS, 0)
@@ -161,4 +171,4 @@ def _update(digest: Any, value: Any) -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), sys.argv[2:])

@@ -15,9 +15,10 @@ from ..utils.json_files import is_number
 from .grid import check_bits
 
 # Newest version of the file format, raised when older readers could not read it. A file has the oldest version that
-# describes it: 2 where parameters are packed that belong to no ordinary Linear or Conv2d layer.
-FORMAT_VERSION = 2
-_LAYERS_VERSION = 1
+# describes it: 2 where parameters are packed that belong to no ordinary Linear or Conv2d layer, 3 where the table of
+# time features is of low rank.
+FORMAT_VERSION = 3
+_LAYERS_VERSION, _TENSORS_VERSION, _LOW_RANK_VERSION = 1, 2, FORMAT_VERSION
 
 # What stands before a parameter's name in the name of the module that holds its codes.
 TENSOR_PREFIX = "packed_"
@@ -31,6 +32,9 @@ MAX_TIMESTEPS = 3800
 
 # Largest width of a time embedding in a table, which bounds the same.
 MAX_EMBEDDING_WIDTH = 1 << 16
+
+# Largest rank of a table of time features, which bounds the same.
+MAX_TABLE_RANK = 128
 
 # Largest rank of a low-rank branch, which bounds the memory that a file can request.
 MAX_BRANCH_RANK = 1 << 16
@@ -117,6 +121,7 @@ class TimeFeaturesSchema:
         timesteps: of a cache.
         num_timesteps: of a table.
         embedding_width: width of the time embedding that a table has beside the features; 0 where it has none.
+        rank: number of functions of time that all features of a table are sums of; 0 where each is kept by itself.
     """
 
     kind: str = "keep"
@@ -126,11 +131,22 @@ class TimeFeaturesSchema:
     timesteps: tuple[float, ...] = ()
     num_timesteps: int = 0
     embedding_width: int = 0
+    rank: int = 0
 
     @property
     def num_features(self) -> int:
         """Features of all blocks together."""
         return sum(size for _, size in self.features)
+
+    @property
+    def part_sizes(self) -> list[int]:
+        """Number of features of each block, and the width of the time embedding that follows them, if any."""
+        return [size for _, size in self.features] + [self.embedding_width] * (self.embedding_width > 0)
+
+    @property
+    def num_columns(self) -> int:
+        """Columns of all parts together."""
+        return sum(self.part_sizes)
 
     @classmethod
     def from_json(cls, content: Any) -> TimeFeaturesSchema:
@@ -164,6 +180,9 @@ class TimeFeaturesSchema:
             raise ValueError(
                 f'time_embedding["embedding_width"] must be from 0 to {MAX_EMBEDDING_WIDTH}, got {width!r}'
             )
+        rank = content.get("rank", 0) if kind == "table" else 0
+        if not is_count(rank) or rank > MAX_TABLE_RANK:
+            raise ValueError(f'time_embedding["rank"] must be from 0 to {MAX_TABLE_RANK}, got {rank!r}')
         return cls(
             kind=kind,
             features=tuple((name, size) for name, size in features),
@@ -172,6 +191,7 @@ class TimeFeaturesSchema:
             timesteps=tuple(content["timesteps"]) if kind == "cache" else (),
             num_timesteps=num_timesteps,
             embedding_width=width,
+            rank=rank,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -183,7 +203,11 @@ class TimeFeaturesSchema:
         """Return what checksums cover: the keys that every reader of the format knows."""
         if self.kind == "keep":
             return {"type": "keep"}
-        steps = {"timesteps": list(self.timesteps)} if self.kind == "cache" else {"num_timesteps": self.num_timesteps}
+        steps: dict[str, Any] = {"num_timesteps": self.num_timesteps}
+        if self.kind == "cache":
+            steps = {"timesteps": list(self.timesteps)}
+        if self.rank:  # No reader that knows it is without the width, whose columns are among the coefficients.
+            steps |= {"rank": self.rank, "embedding_width": self.embedding_width}
         return {
             "type": self.kind,
             "features": [list(entry) for entry in self.features],
@@ -249,15 +273,21 @@ class CheckpointSchema:
             "compression": self.compression,
         }
 
+    def with_time_features(self, time: TimeFeaturesSchema) -> CheckpointSchema:
+        """Return the same checkpoint with other time features, in the oldest version of the format for them."""
+        return replace(self, time_features=time, format_version=format_version_of(self.layers, time))
+
     def with_branch_ranks(self, ranks: Mapping[str, int]) -> CheckpointSchema:
         """Return the same checkpoint with other ranks of the layers' branches, by layer name; 0 where left out."""
         layers = {name: replace(layer, branch_rank=ranks.get(name, 0)) for name, layer in self.layers.items()}
         return replace(self, layers=layers)
 
 
-def format_version_of(layers: Iterable[str]) -> int:
-    """Return the oldest version of the format that describes packed layers of these names."""
-    return FORMAT_VERSION if any(is_tensor_name(name) for name in layers) else _LAYERS_VERSION
+def format_version_of(layers: Iterable[str], time: TimeFeaturesSchema) -> int:
+    """Return the oldest version of the format that describes packed layers of these names, and these time features."""
+    if time.rank:
+        return _LOW_RANK_VERSION
+    return _TENSORS_VERSION if any(is_tensor_name(name) for name in layers) else _LAYERS_VERSION
 
 
 def is_tensor_name(name: str) -> bool:

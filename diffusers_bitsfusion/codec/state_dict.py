@@ -12,11 +12,15 @@ from torch import Tensor
 from ..native.library import native_library
 from ..utils.peft_names import split_adapters
 from .entropy import compress, decompress
+from .low_rank_table import LowRankTable, decode_basis, decode_coefficients, encode_basis, encode_coefficients
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
 from .schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, branch_shapes
 from .time_table import decode_table, dequantize_table, encode_table, pack_table, quantize_table, unpack_rows
 from .values import check_values
+
+# Names in a table of low rank: functions of time, and each feature's shares of them.
+_BASIS, _COEFFICIENTS = "time_proj.basis", "time_proj.coefficients"
 
 
 def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
@@ -27,19 +31,40 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         schema: what the checkpoint holds.
     """
     encoded, _ = split_adapters(state_dict)
-    if schema.time_features.kind == "table":
+    time = schema.time_features
+    if time.rank:
+        encoded[_BASIS] = encode_basis(encoded[_BASIS].cpu())
+        encoded[_COEFFICIENTS] = encode_coefficients(encoded[_COEFFICIENTS].cpu())
+        encoded["time_proj.scale"] = encoded["time_proj.scale"][_first_columns(time)]
+    elif time.kind == "table":
+        if _BASIS in encoded:
+            _expand(encoded, time)
         packed, high_bits = encoded["time_proj.codes"].cpu(), encoded.pop("time_proj.high_bits").cpu()
         encoded["time_proj.codes"] = unpack_rows(packed, high_bits, torch.arange(len(packed)))
-        _fold_time_branches(encoded, schema.time_features)
+        _fold_time_branches(encoded, time)
     for name, layer in schema.layers.items():
         key = f"{name}.codes"
         packed = bytes_from_dense(encoded[key].cpu(), layer.bits, layer.columns)
         encoded[key] = compress(packed) if schema.compression == "zstd" else packed
     for key in _float_bits(schema):
         encoded[key] = encoded[key].view(-1)
-    for key in _tables(schema.time_features):
+    for key in _tables(time):
         encoded[key] = encode_table(encoded[key].cpu())
     return encoded
+
+
+def _expand(state_dict: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
+    """Replace a table of low rank by one of each feature's codes, in the form in memory."""
+    basis, coefficients = (state_dict.pop(key).cpu() for key in (_BASIS, _COEFFICIENTS))
+    basis_scale, scale = (
+        state_dict.pop(f"time_proj.{name}").cpu().view(torch.float32).view(-1) for name in ("basis_scale", "scale")
+    )
+    codes, scale = quantize_table(LowRankTable(basis, basis_scale, coefficients, scale).dense())
+    parts = {"codes": slice(time.num_features), "embedding_codes": slice(time.num_features, None)}
+    for name, part in parts.items():
+        state_dict[f"time_proj.{name}"] = codes[:, part]
+        state_dict[f"time_proj.{name.replace('codes', 'scale')}"] = scale[part].contiguous().view(torch.int32)
+    state_dict["time_proj.codes"], state_dict["time_proj.high_bits"] = pack_table(state_dict["time_proj.codes"])
 
 
 def _fold_time_branches(state_dict: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
@@ -100,17 +125,23 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
 def _float_bits(schema: CheckpointSchema) -> set[str]:
     """Return the names of the tensors that are the bits of fp32 values."""
     scales = {f"{name}.scale" for name in schema.layers}
-    scales |= {key.replace("codes", "scale") for key in _tables(schema.time_features)}
-    return scales | ({"time_proj.timesteps"} if schema.time_features.kind == "cache" else set())
+    time = schema.time_features
+    scales |= {key.replace("codes", "scale") for key in _tables(time)}
+    scales |= {"time_proj.basis_scale", "time_proj.scale"} if time.rank else set()
+    return scales | ({"time_proj.timesteps"} if time.kind == "cache" else set())
 
 
 def _tables(time: TimeFeaturesSchema) -> dict[str, int]:
-    """Return the number of columns of the tables by the name of their codes."""
+    """Return the number of columns of the tables of each feature's codes, by their names."""
+    if time.rank:
+        return {}
     tables = {"time_proj.codes": time.num_features, "time_proj.embedding_codes": time.embedding_width}
     return {key: columns for key, columns in tables.items() if time.kind == "table" and columns}
 
 
 def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
+    if time.rank:
+        _decode_sums(decoded, time)
     for key, columns in _tables(time).items():
         if key not in decoded:
             continue
@@ -125,12 +156,38 @@ def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> 
             decoded[key] = codes
 
 
+def _decode_sums(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
+    """Decode what is there of a table of low rank."""
+    sums = {
+        _BASIS: (decode_basis, time.num_timesteps + 2, time.rank),
+        _COEFFICIENTS: (decode_coefficients, time.rank, time.num_columns),
+    }
+    for key, (decode, *shape) in sums.items():
+        if key in decoded:
+            try:
+                decoded[key] = decode(_frame(key, decoded[key]), *shape)
+            except ValueError as error:
+                raise ValueError(f"{key} {error}.") from error
+    if "time_proj.scale" in decoded:
+        sizes = torch.tensor(time.part_sizes)
+        decoded["time_proj.scale"] = decoded["time_proj.scale"].cpu().repeat_interleave(sizes)
+
+
+def _first_columns(time: TimeFeaturesSchema) -> Tensor:
+    """Return the first column of each part of a table of low rank, all of whose columns have one scale."""
+    sizes = torch.tensor(time.part_sizes)
+    return sizes.cumsum(0) - sizes
+
+
 def _check_time_features(state_dict: Mapping[str, Tensor], time: TimeFeaturesSchema) -> None:
     if time.kind == "cache":
         _check(state_dict, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
         _check(state_dict, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
     for key, columns in _tables(time).items():
         _check(state_dict, key.replace("codes", "scale"), torch.int32, (columns,))
+    if time.rank:
+        _check(state_dict, "time_proj.basis_scale", torch.int32, (time.rank,))
+        _check(state_dict, "time_proj.scale", torch.int32, (len(time.part_sizes),))
 
 
 def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str | None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .entropy import compress, decompress
 
 # Relative RMS error of the codes: a uniform quantizer of step s has an RMS error of s / sqrt(12).
-_RELATIVE_ERROR = 0.0044
+RELATIVE_ERROR = 0.0044
 
 _DIFFERENCES = 3
 
@@ -35,7 +35,7 @@ def quantize_table(features: Tensor) -> tuple[Tensor, Tensor]:
         int16 holds the codes and their third differences of up to 3,800 timesteps.
     """
     rms = features.square().mean(dim=0).sqrt()
-    scale = torch.where(rms > 0, rms * (_RELATIVE_ERROR * math.sqrt(12.0)), 1.0)
+    scale = torch.where(rms > 0, rms * (RELATIVE_ERROR * math.sqrt(12.0)), 1.0)
     return torch.round(features / scale).to(torch.int16), scale
 
 

@@ -60,7 +60,7 @@ def _check_integers(name: str, tensor: Tensor, schema: CheckpointSchema) -> None
         largest = LARGEST_WEIGHT / half_range(schema.layers[owner].bits)
         if not ((scale >= SMALLEST_SCALE) & (scale <= largest)).all():
             raise DamagedFileError(name, "holds scales that are not positive, or far outside of what weights have")
-    elif owner == "time_proj" and kind in ("scale", "embedding_scale") and tensor.dtype == torch.int32:
+    elif owner == "time_proj" and kind in ("scale", "basis_scale", "embedding_scale") and tensor.dtype == torch.int32:
         scale = tensor.contiguous().view(torch.float32)
         if not ((scale > 0) & torch.isfinite(scale)).all():
             raise DamagedFileError(name, "holds scales that are not finite and positive")

@@ -177,7 +177,6 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         """
         config = copy.deepcopy(self)
         config.calibration = calibration
-        config.time_embedding = schema.time_features.to_json()
         config.schema = schema
         return config
 
@@ -205,6 +204,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
     @schema.setter
     def schema(self, schema: CheckpointSchema) -> None:
         self._schema = schema
+        self.time_embedding = schema.time_features.to_json()
 
     @property
     def format_version(self) -> int | None:

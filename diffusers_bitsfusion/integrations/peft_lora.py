@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -16,8 +16,10 @@ from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..codec.schema import TimeFeaturesSchema
 from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight, QATConv2d
 from ..nn.low_rank_branch import LowRankBranch
+from ..nn.low_rank_time_features import LowRankTimeFeatures
 from ..nn.packed import without_weight
 from ..nn.time_features import TimeFeatureSlice
 from ..utils.private_names import PEFT_ADAPTERS
@@ -265,6 +267,16 @@ def wrap_create_new_module(original: Callable[..., nn.Module]) -> Callable[..., 
     return create_new_module
 
 
+def _time_features_to_save(model: Any, time: TimeFeaturesSchema) -> TimeFeaturesSchema:
+    """Return the schema of a model's time features in the file.
+
+    Where LoRAs were fused into time projections, the features are no longer the sums that a table of low rank holds.
+    """
+    lookup = getattr(model, "time_proj", None)
+    branches = [module for module in model.modules() if isinstance(module, TimeFeatureSlice) and module.branch_rank]
+    return replace(time, rank=lookup.rank if isinstance(lookup, LowRankTimeFeatures) and not branches else 0)
+
+
 def prepare_saving(model: Any) -> None:
     """Write the ranks of all branches into a packed model's config; warn of adapters that will not be saved."""
     ranks, unfused = {}, set()
@@ -276,6 +288,7 @@ def prepare_saving(model: Any) -> None:
             unfused |= present.intersection(module.active_adapters).difference(module.merged_adapters)
     config = model.hf_quantizer.quantization_config
     config.schema = config.schema.with_branch_ranks(ranks)
+    config.schema = config.schema.with_time_features(_time_features_to_save(model, config.schema.time_features))
     if unfused:
         logger.warning(
             f"The model is saved without its adapters {', '.join(sorted(unfused))}: save them by "

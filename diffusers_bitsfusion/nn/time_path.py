@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from ..codec.schema import TimeFeaturesSchema
+from .low_rank_time_features import LowRankTimeFeatures
 from .time_features import TimeFeatureCache, TimeFeaturePassThrough, TimeFeatures, TimeFeatureSlice, TimeFeatureTable
 
 
@@ -134,8 +135,9 @@ def install(model: ModelMixin, lookup: TimeFeatures, sizes: Iterable[tuple[str, 
         start += size
 
 
-def empty_lookup(schema: TimeFeaturesSchema) -> TimeFeatureCache | TimeFeatureTable:
+def empty_lookup(schema: TimeFeaturesSchema) -> TimeFeatureCache | TimeFeatureTable | LowRankTimeFeatures:
     """Return the look-up that a checkpoint describes, which must have one, without its features."""
     if schema.kind == "cache":
         return TimeFeatureCache(list(schema.timesteps), schema.num_features)
-    return TimeFeatureTable(schema.num_timesteps, schema.num_features, schema.embedding_width)
+    sizes = schema.num_timesteps, schema.num_features, schema.embedding_width
+    return LowRankTimeFeatures(*sizes, schema.rank) if schema.rank else TimeFeatureTable(*sizes)

@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..codec.low_rank_table import LowRankTable
 from .compute import packed_layers, undo_fusions
 from .conv import BitsFusionConv2d
 from .conversion import replace_module
+from .low_rank_time_features import LowRankTimeFeatures, look_up_sums
 from .packed import PackedWeight
 from .time_features import TimeFeatureCache, TimeFeatureTable, look_up
 
@@ -63,6 +65,22 @@ class TraceableTimeTable(nn.Module):
         return look_up(timesteps.to(torch.float32), self.num_timesteps, table, embedding)
 
 
+class TraceableLowRankTable(nn.Module):
+    """A `LowRankTimeFeatures` without the check of its timesteps, as `TraceableTimeTable`."""
+
+    def __init__(self, lookup: LowRankTimeFeatures) -> None:
+        super().__init__()
+        self.num_timesteps, self.num_features = lookup.num_timesteps, lookup.num_features
+        table = lookup.table
+        self.basis, self.basis_scale = nn.Buffer(table.basis), nn.Buffer(table.basis_scale)
+        self.coefficients, self.scale = nn.Buffer(table.coefficients), nn.Buffer(table.scale)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        """Return what the look-up returns for `timesteps` [batch], fp32."""
+        table = LowRankTable(self.basis, self.basis_scale, self.coefficients, self.scale)
+        return look_up_sums(timesteps.to(torch.float32), self.num_timesteps, table, self.num_features)
+
+
 class TraceableTimeCache(nn.Module):
     """A `TimeFeatureCache` without the check of its timesteps: of one that it does not have, the first's features."""
 
@@ -93,6 +111,8 @@ def make_traceable(model: nn.Module) -> dict[str, int]:
     lookup = getattr(model, "time_proj", None)
     if isinstance(lookup, TimeFeatureTable):
         model.time_proj = TraceableTimeTable(lookup)
+    elif isinstance(lookup, LowRankTimeFeatures):
+        model.time_proj = TraceableLowRankTable(lookup)
     elif isinstance(lookup, TimeFeatureCache):
         model.time_proj = TraceableTimeCache(lookup)
     return {name: layer.bits for name, layer in layers.items()}

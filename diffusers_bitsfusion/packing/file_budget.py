@@ -7,18 +7,20 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
 
 from ..allocation.data_free import GAUSSIAN_ERROR
 from ..allocation.file_bytes import GAUSSIAN_ENTROPY, allocate_rates, grid_of_rate
 from ..allocation.knapsack import knapsack
 from ..codec.checksums import ALGORITHM, METADATA_KEY
 from ..codec.radix import byte_width, dense_width
-from ..codec.time_table import encode_table, high_bits_rows, pack_table, quantize_table
+from ..codec.schema import CheckpointSchema
+from ..codec.state_dict import encode_state_dict
+from ..codec.time_table import high_bits_rows
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.time_path import TimePath
 from ..utils.private_names import DIFFUSERS_FP32
 from .plan import TABLE_BITS_PER_FEATURE, Plan, make_plan, recipe_layers
+from .time_lookup import make_lookup
 
 # Name, shape and bytes of a tensor.
 TensorSize = tuple[str, tuple[int, ...], int]
@@ -107,6 +109,16 @@ def time_tensors(plan: Plan, in_memory: bool = False) -> list[TensorSize]:
     path = plan.replaced_path
     if path is None:
         return []
+    if path.layers["time_embedding.linear_1"].weight.is_meta:
+        return _estimated_time_tensors(plan, path, in_memory)
+    lookup, time = make_lookup(path, plan.schema(path.model).time_features)
+    tensors = {f"time_proj.{name}": tensor for name, tensor in lookup.state_dict().items()}
+    if not in_memory:
+        tensors = encode_state_dict(tensors, CheckpointSchema({}, time))
+    return [(name, tuple(tensor.shape), tensor.nbytes) for name, tensor in tensors.items()]
+
+
+def _estimated_time_tensors(plan: Plan, path: TimePath, in_memory: bool) -> list[TensorSize]:
     features = sum(size for _, size in path.sizes)
     if plan.time_embedding == "cache":
         steps = len(plan.timesteps)
@@ -114,11 +126,9 @@ def time_tensors(plan: Plan, in_memory: bool = False) -> list[TensorSize]:
             ("time_proj.values", (steps, features), 2 * steps * features),
             ("time_proj.timesteps", (steps,), 4 * steps),
         ]
-    rows = torch.arange(-1, plan.num_timesteps + 1)
-    if not path.layers["time_embedding.linear_1"].weight.is_meta:
-        sizes = _table_bytes(path, rows, in_memory)
-    elif in_memory:
-        sizes = [(len(rows) + high_bits_rows(len(rows))) * features, _ENTRY_BYTES * len(rows) * path.embedding_width]
+    rows = plan.num_timesteps + 2
+    if in_memory:
+        sizes = [(rows + high_bits_rows(rows)) * features, _ENTRY_BYTES * rows * path.embedding_width]
     else:
         sizes = [round(width * TABLE_BITS_PER_FEATURE / 8) for width in (features, path.embedding_width)]
     return [
@@ -127,17 +137,6 @@ def time_tensors(plan: Plan, in_memory: bool = False) -> list[TensorSize]:
         ("time_proj.embedding_codes", (sizes[1],), sizes[1]),
         ("time_proj.embedding_scale", (path.embedding_width,), 4 * path.embedding_width),
     ]
-
-
-@torch.no_grad()
-def _table_bytes(path: TimePath, rows: Tensor, in_memory: bool) -> list[int]:
-    """Return the bytes of the tables of time features and of the time embedding, without their scales."""
-    embedding, blocks = path.compute(rows)
-    features = torch.cat([quantize_table(block)[0] for block in blocks], dim=1)
-    codes = quantize_table(embedding)[0]
-    if not in_memory:
-        return [encode_table(table.cpu()).numel() for table in (features, codes)]
-    return [sum(part.nbytes for part in pack_table(features)), codes.nbytes]
 
 
 def float_tensors(model: ModelMixin, plan: Plan, dtype: torch.dtype) -> Iterator[TensorSize]:

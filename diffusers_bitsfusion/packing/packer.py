@@ -16,15 +16,14 @@ from ..calibration.layers import CalibratedLayer
 from ..calibration.rate_target import quantize_rows_at_rate
 from ..codec.radix import pack_dense
 from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, is_tensor_name
-from ..codec.time_table import quantize_table
 from ..nn.conversion import pack_weight, packed_from_float, replace_module
 from ..nn.packed_tensor import PackedTensor, hold, pack_tensor
-from ..nn.time_features import TimeFeatureCache
-from ..nn.time_path import empty_lookup, install
+from ..nn.time_path import install
 from ..utils.errors import printable
 from ..utils.finite import refuse_not_finite
 from .plan import Plan
 from .tensors import TensorPlace, packable_tensors
+from .time_lookup import make_lookup
 
 # Floating dtypes that layers of torch compute in; fp8, for example, only stores.
 _COMPUTING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -100,7 +99,8 @@ class ModelPacker:
             set_module_tensor_to_device(self.model, parameter, device, value=value)
             self._time_parameters.discard(parameter)
             if not self._time_parameters:
-                install_time_features(self.model, self.plan, self.schema.time_features, self.dtype)
+                time = install_time_features(self.model, self.plan, self.schema.time_features, self.dtype)
+                self.schema = self.schema.with_time_features(time)
             return
         try:
             if parameter in self._tensors:
@@ -144,32 +144,27 @@ class ModelPacker:
         return self.schema
 
 
-def install_time_features(model: ModelMixin, plan: Plan, schema: TimeFeaturesSchema, dtype: torch.dtype) -> None:
+def install_time_features(
+    model: ModelMixin, plan: Plan, schema: TimeFeaturesSchema, dtype: torch.dtype
+) -> TimeFeaturesSchema:
     """Replace the time path of `model`, whose weights are complete, by the look-up that `plan` asks for, if any.
 
     Args:
         model: model that the plan was made for.
         plan: plan of the model.
-        schema: schema of the time features in the checkpoint.
+        schema: schema of the time features that the plan has.
         dtype: dtype of the model.
+
+    Returns:
+        The schema of the look-up, which has the rank of the features.
     """
     path = plan.replaced_path
     if path is None:
-        return
-    lookup = empty_lookup(schema)
-    if isinstance(lookup, TimeFeatureCache):
-        timesteps = torch.tensor(schema.timesteps, dtype=torch.float32)
-        _, blocks = path.compute(timesteps)
-        lookup.set_features(torch.cat(list(blocks), dim=1))
-    else:
-        embedding, blocks = path.compute(lookup.rows)
-        lookup.set_embedding(*quantize_table(embedding))
-        start = 0
-        for features in blocks:
-            lookup.set_codes(*quantize_table(features), start=start)
-            start += features.shape[1]
+        return schema
+    lookup, schema = make_lookup(path, schema)
     lookup.to(path.layers["time_embedding.linear_1"].weight.device)
     install(model, lookup, path.sizes, dtype)
+    return schema
 
 
 def install_packed_layers(

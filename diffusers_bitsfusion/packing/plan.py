@@ -87,10 +87,11 @@ class Plan:
             name: tensor.schema(bits) if (tensor := self.tensors.get(name)) else LayerSchema(bits, _shape(model, name))
             for name, bits in self.bits.items()
         }
+        time = self._time_features()
         return CheckpointSchema(
             layers=layers,
-            format_version=format_version_of(layers),
-            time_features=self._time_features(),
+            format_version=format_version_of(layers, time),
+            time_features=time,
             balance=self.rounding.balance,
             compression=self.compression,
         )

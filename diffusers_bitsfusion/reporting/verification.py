@@ -115,9 +115,11 @@ def _needed(schema: CheckpointSchema) -> Iterator[str]:
         yield from (f"{name}.codes", f"{name}.scale")
         if layer.branch_rank:
             yield from (f"{name}.branch_down", f"{name}.branch_up")
+    time = schema.time_features
     kinds = {"keep": (), "table": ("codes", "scale"), "cache": ("values", "timesteps")}
-    yield from (f"time_proj.{kind}" for kind in kinds[schema.time_features.kind])
-    if schema.time_features.embedding_width:
+    of_sums = ("basis", "basis_scale", "coefficients", "scale")
+    yield from (f"time_proj.{kind}" for kind in (of_sums if time.rank else kinds[time.kind]))
+    if time.embedding_width and not time.rank:
         yield from ("time_proj.embedding_codes", "time_proj.embedding_scale")
 
 
