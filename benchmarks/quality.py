@@ -26,6 +26,7 @@ from diffusers_bitsfusion.evaluation import Sampling, load_pipeline
 SCALES = (7.5, 3.5, 5.5, 9.5)  # guidance scales of full precision; the others are sampled at 7.5
 SHAPES = REPOSITORY / "examples" / "shapes"
 SEEDS = range(3)  # of calibration
+SIZES = (1000, 830, 750)  # kB of the UNet's file
 TUNED = {"num_samples": 128, "tuning_steps": 320}
 TARGET = 2.04  # bits a weight over the quantized layers: the published recipe's
 
@@ -61,6 +62,17 @@ def shipped(unet: Any) -> Any:
     from diffusers_bitsfusion import BitsFusionConfig, Recipe
 
     return BitsFusionConfig(recipe=Recipe.load(SHAPES / "recipe.json"), time_embedding="table")
+
+
+def shipped_for_bytes(kilobytes: int) -> Callable[[Any], Any]:
+    """The same recipe's differences between layers, in a file of so many kB (1000 bytes)."""
+
+    def config(unet: Any) -> Any:
+        made = shipped(unet)
+        made.target_bytes = 1000 * kilobytes
+        return made
+
+    return config
 
 
 def calibrated(base: Callable[[Any], Any], seed: int = 0, **settings: Any) -> Callable[[Any], Any]:
@@ -101,6 +113,16 @@ METHODS: dict[str, Callable[[Any], Any] | None] = {
     "by analysis 2.03": shipped,
     **{f"by analysis 2.03, calibrated, seed {seed}": calibrated(shipped, seed) for seed in SEEDS},
     **{f"by analysis 2.03, tuned, seed {seed}": calibrated(shipped, seed, **TUNED) for seed in SEEDS},
+    **{
+        f"calibrated for {kb} kB, seed {seed}": calibrated(shipped_for_bytes(kb), seed)
+        for kb in SIZES
+        for seed in SEEDS
+    },
+    **{
+        f"tuned for {kb} kB, seed {seed}": calibrated(shipped_for_bytes(kb), seed, **TUNED)
+        for kb in SIZES
+        for seed in SEEDS
+    },
     **{f"uniform {n}, calibrated, seed {seed}": calibrated(uniform(n), seed) for n in (1, 2, 3) for seed in SEEDS},
     "SDNQ uint2, row-wise": sdnq(weights_dtype="uint2", group_size=-1),
     "SDNQ uint2": sdnq(weights_dtype="uint2"),

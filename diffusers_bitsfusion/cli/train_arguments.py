@@ -29,6 +29,7 @@ _MIN_VALUES = {
     "lr_warmup_steps": 0,
     "learning_rate": 0,
     "feature_weight": 0,
+    "rate_weight": 0,
     "guidance_scale": 0,
     "validation_guidance_scale": 0,
     "seed": 0,
@@ -131,6 +132,12 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         "OUTPUT_DIR/stage1; with --full_precision the original where there is none.",
     )
     group.add_argument("--feature_weight", type=float, default=0.01, help="Lambda of Stage I; 0 for no features.")
+    group.add_argument(
+        "--rate_weight",
+        type=float,
+        default=0.0,
+        help="Price of a bit a weight in Stage I's loss, for a smaller file; 0 for none.",
+    )
     group.add_argument(
         "--timestep_sampling",
         choices=TIMESTEP_SAMPLING,
@@ -252,6 +259,8 @@ def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error("--init says how Stage I starts: use it neither with --full_precision nor with --stage 2 alone.")
     if args.full_precision and (args.timestep_sampling == "error" or args.measure_timestep_error):
         parser.error("In full precision there is no error of quantization to measure along the timesteps.")
+    if args.rate_weight and (args.full_precision or args.shard):
+        parser.error("--rate_weight prices codes that each process has whole: not with --full_precision or --shard.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
 

@@ -23,7 +23,7 @@ LayerT = TypeVar("LayerT", bound="FakeQuantizedWeight")
 _WITHIN = 0.49
 
 # A step of the optimizer may carry a scale across zero. It is held here, and its gradient leads back.
-_LEAST_SCALE = 1e-8
+LEAST_SCALE = 1e-8
 
 
 class FakeQuantizedWeight(nn.Module):
@@ -96,7 +96,7 @@ class FakeQuantizedWeight(nn.Module):
     @torch.no_grad()
     def codes_and_scale(self) -> tuple[Tensor, Tensor]:
         """Codes fp32 [out, columns] and scale fp32 [out] of the weight as it is now."""
-        scale = self.scale.clamp_min(_LEAST_SCALE)
+        scale = self.scale.clamp_min(LEAST_SCALE)
         return round_to_codes(self.weight.flatten(1), scale, self.bits, self.balance), scale
 
     def extra_repr(self) -> str:
@@ -106,7 +106,7 @@ class FakeQuantizedWeight(nn.Module):
 
 def _rounded(weight: Tensor, scale: Tensor, bits: int, balance: bool) -> Tensor:
     """Return the latent weight [out, ...] on its grid, fp32 of the same shape."""
-    scale = scale.clamp_min(_LEAST_SCALE)
+    scale = scale.clamp_min(LEAST_SCALE)
     return round_to_codes(weight.flatten(1), scale, bits, balance).mul_(scale.unsqueeze(1)).view_as(weight)
 
 
@@ -130,7 +130,7 @@ def straight_through(
         fp32 gradients, of the weight's and the scale's shape.
     """
     low, high = code_range(bits, balance)
-    scale = scale.clamp_min(_LEAST_SCALE)
+    scale = scale.clamp_min(LEAST_SCALE)
     rows = grad.flatten(1).float()
     exact = weight.flatten(1) * scale.reciprocal().unsqueeze(1)
     nearest = exact.round()

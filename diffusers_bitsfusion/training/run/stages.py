@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import create_repo
@@ -25,11 +25,12 @@ from ...utils.processes import failing_together
 from ...utils.timesteps import TimestepDistribution
 from ..batches import Batches, Sharing
 from ..checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights, read_settings
-from ..loop import LoopOptions, TrainingLoop
+from ..loop import LoopOptions, Objective, TrainingLoop
 from ..losses import Distillation, NoisePrediction
 from ..measure import Estimate, estimate, measure_timestep_errors, static_memory
 from ..optimizer import make_optimizer
 from ..prompt_embeddings import TextEncoder
+from ..rate import PricedCodes
 from ..sharding import ShardedModel
 from ..timestep_errors import TimestepErrors
 from .data import calibration_prompts, make_batches, open_training_images
@@ -267,7 +268,7 @@ class Training:
         student = self.student.to(self.accelerator.device)
         sharded = ShardedModel(self.accelerator, student) if args.shard else None
         distils = stage == 1
-        objective = Distillation(student, self.teacher.unet, args.feature_weight) if distils else NoisePrediction()
+        objective = self._distillation(student) if distils else NoisePrediction()
         optimizer = make_optimizer(
             student,
             args.learning_rate,
@@ -301,6 +302,10 @@ class Training:
             options,
             EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
         )
+
+    def _distillation(self, student: ModelMixin) -> Objective:
+        distillation = Distillation(student, self.teacher.unet, self.args.feature_weight)
+        return PricedCodes(distillation, student, self.args.rate_weight) if self.args.rate_weight else distillation
 
     def _save_pipeline(self) -> None:
         if self.accelerator.is_main_process:

@@ -1,0 +1,89 @@
+"""A price for the bytes of codes in training: the entropy of each layer's codes, added to the loss.
+
+The file is entropy coded, so codes of low entropy take few bytes. Entropy regularisation of quantized weights is
+BackSlash's (arXiv 2504.16968) and EntQuant's (arXiv 2601.22787); the BitsFusion paper does not have it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..codec.grid import code_range, half_range
+from ..nn.fake_quantized import LEAST_SCALE, FakeQuantizedWeight
+from .batches import Batch
+from .losses import Distillation, Loss
+
+
+class _Entropy(torch.autograd.Function):
+    """Bits of a layer's codes by the soft histogram of its latent weights, each shared by its two nearest levels."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, bits: int, balance: bool) -> Tensor:
+        low, high = code_range(bits, balance)
+        step = scale.clamp_min(LEAST_SCALE).unsqueeze(1)
+        values = weight.flatten(1) / step
+        below = values.floor().clamp_(low, high - 1)
+        above = (values - below).clamp_(0, 1)
+        index = (below - low).long()
+        counts = torch.zeros(high - low + 1, dtype=torch.float64, device=weight.device)
+        counts.index_add_(0, index.flatten(), (1 - above).flatten().double())
+        counts.index_add_(0, index.flatten() + 1, above.flatten().double())
+        # A level that no weight is near has no price.
+        prices = -(counts / weight.numel()).clamp_min(1 / (2 * weight.numel())).log2()
+        slope = prices.diff().to(weight.dtype)[index]
+        slope = torch.where((values > low) & (values < high), slope, 0.0) / step
+        ctx.save_for_backward(slope.view_as(weight), (slope * values).sum(dim=1))
+        ctx.damping = math.sqrt(values.shape[1] * half_range(bits))
+        return (counts * prices).sum().to(weight.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (grad,) = grads
+        of_weight, of_scale = ctx.saved_tensors
+        return grad * of_weight, -grad * of_scale / ctx.damping, None, None
+
+
+def codes_entropy(layer: FakeQuantizedWeight) -> Tensor:
+    """Return the bits that a layer's codes take, differentiable in its latent weight and its scale.
+
+    Each weight counts at the two levels around it by its distance from them, so that the entropy has a gradient: what
+    the one level costs more than the other. The gradient of the scale is divided as LSQ divides that of the error
+    (`nn.fake_quantized.straight_through`), so that the two stay in proportion.
+
+    Args:
+        layer: fake-quantized layer.
+
+    Returns:
+        Bits of all its weights, a scalar.
+    """
+    bits: Tensor = _Entropy.apply(layer.weight, layer.scale, layer.bits, layer.balance)  # type: ignore[no-untyped-call]
+    return bits
+
+
+class PricedCodes:
+    """Objective of Stage I with the bits of the codes: its loss + weight · bits a weight.
+
+    Args:
+        objective: distillation, to which the price is added.
+        student: model in training, unwrapped, whose fake-quantized layers count.
+        weight: price of a bit a weight.
+    """
+
+    def __init__(self, objective: Distillation, student: nn.Module, weight: float) -> None:
+        self.objective, self.weight = objective, weight
+        self._layers = [module for module in student.modules() if isinstance(module, FakeQuantizedWeight)]
+        self._count = sum(layer.weight.numel() for layer in self._layers)
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Loss:
+        """Return the loss of `model`, the student as accelerate has prepared it."""
+        loss = self.objective(model, batch)
+        rate = torch.stack([codes_entropy(layer) for layer in self._layers]).sum() / self._count
+        return Loss(loss.total + self.weight * rate, loss.parts | {"bits": rate.detach()})
+
+    def close(self) -> None:
+        """Remove the hooks of both models."""
+        self.objective.close()
