@@ -45,14 +45,15 @@ def _wrap_from_config(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def from_config(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(config, Mapping) and _is_packed(config.get("quantization_config")):
+        if isinstance(config, Mapping) and is_packed(config.get("quantization_config")):
             config = {key: value for key, value in config.items() if key not in PACKED_KEYS}
         return original(cls, config, *args, **kwargs)
 
     return from_config
 
 
-def _is_packed(config: Any) -> bool:
+def is_packed(config: Any) -> bool:
+    """Return whether a quantization config, as an object or of a file, is of this method."""
     method = config.get("quant_method") if isinstance(config, Mapping) else getattr(config, "quant_method", None)
     return bool(method == BitsFusionMethod.BITSFUSION)
 

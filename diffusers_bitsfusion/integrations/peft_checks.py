@@ -7,18 +7,24 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from diffusers.loaders import lora_base
 from peft import LoraConfig, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import PackedWeight, TimeFeatures
 from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed_tensor import HoldsPackedTensors
 from ..nn.time_features import TimeFeaturePassThrough, TimeFeatureSlice
-from ..utils.private_names import PEFT_ADAPTERS, PEFT_TARGETS
+from ..utils.private_names import DIFFUSERS_FETCH_LORA, PEFT_ADAPTERS, PEFT_TARGETS
 from .peft_lora import PackedLoraLayer, reads_base_weight
 
 _PACKED = (PackedWeight, HoldsPackedTensors)
+# Arguments of `load_lora_adapter` that say how the file is found.
+_FILE_ARGUMENTS = (
+    "cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token", "use_safetensors",
+    "weight_name",
+)  # fmt: skip
 _REMOVED = (TimeFeatures, TimeFeaturePassThrough, TimeFeatureSlice)
 
 
@@ -48,6 +54,26 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return inject_adapter
+
+
+def read_lora(source: Any, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA that diffusers is about to load.
+
+    Args:
+        source: as `load_lora_adapter` takes it: a folder, a Hub id or the tensors themselves.
+        arguments: keyword arguments of `load_lora_adapter`; those that say how the file is found are taken out, and
+            the metadata of the file are put in.
+    """
+    if isinstance(source, dict):
+        return source
+    options = {name: arguments.pop(name, None) for name in _FILE_ARGUMENTS}
+    agent = {"file_type": "attn_procs_weights", "framework": "pytorch"}
+    fetch = DIFFUSERS_FETCH_LORA.require(lora_base)
+    lora: dict[str, Tensor]
+    lora, arguments["metadata"] = fetch(
+        source, user_agent=agent, allow_pickle=False, metadata=arguments.get("metadata"), **options
+    )
+    return lora
 
 
 def check_targets(model: nn.Module, names: Iterable[str], config: PeftConfig | None = None) -> None:

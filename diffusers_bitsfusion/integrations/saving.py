@@ -16,18 +16,19 @@ from diffusers.models.modeling_utils import get_parameter_dtype
 from diffusers.utils import logging
 from torch import Tensor, nn
 
-from ..nn import PackedWeight, TimeFeatures
 from ..nn.compute import packed_layers
-from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed import refuse_gradients
-from ..nn.packed_tensor import PackedTensor, num_packed_weights, packed_tensors
+from ..nn.packed_tensor import packed_tensors
 from ..ops.dispatch import check_device
 from ..reporting.model_card import is_users_own, write_card
-from ..utils.hooks import refuse_offloaded_to_disk
+from ..utils.hooks import refuse_offloaded
 from ..utils.hub import explaining_refusals
 from ..utils.private_names import DIFFUSERS_CONFIG
+from .control_lora import refuse_expanded
 from .derived_models import PACKED_KEYS
-from .peft_checks import check_fusable, check_targets
+from .loading import refuse_flashpack
+from .parameters import num_packed_parameters
+from .peft_checks import check_fusable, check_targets, read_lora
 from .peft_lora import prepare_saving
 from .save_then_upload import (
     folder_title,
@@ -45,19 +46,6 @@ else:
     _Base = object
 
 
-def _num_packed_parameters(model: Any) -> int:
-    """Return how many more parameters a packed model had in full precision than it has tensor elements now."""
-    count: int = model.hf_quantizer.quantization_config.time_embedding.get("removed_parameters", 0)
-    for module in model.modules():
-        if isinstance(module, PackedWeight):
-            count += torch.Size(module.weight_shape).numel()
-        elif isinstance(module, PackedTensor):
-            count += num_packed_weights(module)
-        if isinstance(module, (LowRankBranch, PackedTensor, TimeFeatures)):
-            count -= sum(p.numel() for name, p in module.named_parameters(recurse=False) if name != "bias")
-    return count
-
-
 class QuantizedModelMixin(_Base):
     """Behaviour of a quantized model that differs from its class; the name stays that of the class."""
 
@@ -70,6 +58,7 @@ class QuantizedModelMixin(_Base):
         variant: str | None = None,
         max_shard_size: int | str = "10GB",
         push_to_hub: bool = False,
+        use_flashpack: bool = False,
         **kwargs: Any,
     ) -> None:
         """Save as `ModelMixin.save_pretrained`, but all or nothing: on an error the old checkpoint is untouched.
@@ -81,16 +70,19 @@ class QuantizedModelMixin(_Base):
         Raises:
             HfHubHTTPError: the Hub refuses the push; the message says what to do.
             OSError: the folder cannot be written, or the disk is full.
-            ValueError: `safe_serialization` is False, since packed models are saved as safetensors only; or group
-                offloading has moved the weights to the disk.
+            ValueError: `safe_serialization` is False or `use_flashpack` True, since packed models are saved as
+                safetensors only; the weights are offloaded; or a Control LoRA has replaced layers.
         """
+        if use_flashpack:
+            refuse_flashpack()
         if not safe_serialization:
             raise ValueError("A quantized model is saved as safetensors only; leave out `safe_serialization=False`.")
         directory = Path(save_directory)
         title = folder_title(directory)
         if push_to_hub:
             title = kwargs.setdefault("repo_id", title)
-        refuse_offloaded_to_disk(self)
+        refuse_offloaded(self)
+        refuse_expanded(self)
         prepare_saving(self)
         # An earlier save left a plain dict in the config.
         self.register_to_config(quantization_config=self.hf_quantizer.quantization_config)
@@ -146,7 +138,7 @@ class QuantizedModelMixin(_Base):
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters of the model in full precision, since a code is no parameter."""
         stored: int = super().num_parameters(only_trainable, exclude_embeddings)
-        return stored if only_trainable else stored + _num_packed_parameters(self)
+        return stored if only_trainable else stored + num_packed_parameters(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move as `ModelMixin.to`, but accept dtype None (`save_lora_adapter`) and the model's own (IP-Adapters)."""
@@ -206,11 +198,10 @@ class QuantizedModelMixin(_Base):
         Raises:
             ValueError: see `peft_checks.check_targets`.
         """
-        if isinstance(pretrained_model_name_or_path_or_dict, dict):
-            prefix = args[0] if args else kwargs.get("prefix", "transformer")
-            names = [name.removeprefix(f"{prefix}.") for name in pretrained_model_name_or_path_or_dict]
-            check_targets(self, names)
-        super().load_lora_adapter(pretrained_model_name_or_path_or_dict, *args, **kwargs)
+        lora = read_lora(pretrained_model_name_or_path_or_dict, kwargs)
+        prefix = args[0] if args else kwargs.get("prefix", "transformer")
+        check_targets(self, [name.removeprefix(f"{prefix}.") for name in lora])
+        super().load_lora_adapter(lora, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Any:
         """Set the mode as `nn.Module.train`; say, where no adapter is in training, how little would be trained."""

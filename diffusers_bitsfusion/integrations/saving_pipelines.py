@@ -14,8 +14,10 @@ import torch
 
 from ..config.bitsfusion import BitsFusionConfig
 from ..reporting.model_card import is_users_own, write_card
+from ..utils.hooks import refuse_offloaded
 from ..utils.hub import explaining_refusals
 from ..utils.private_names import TRANSFORMERS_ADAPTER
+from .loading import refuse_flashpack
 from .save_then_upload import (
     folder_title,
     inside_pipeline,
@@ -68,6 +70,11 @@ def wrap_save_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: Any, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         if not _holds_quantized_model(self):
             return original(self, save_directory, *args, **kwargs)
+        if kwargs.get("use_flashpack"):
+            refuse_flashpack()
+        for part in self.components.values():
+            if isinstance(part, torch.nn.Module):
+                refuse_offloaded(part)
         title = folder_title(Path(save_directory))
         if kwargs.get("push_to_hub"):
             title = kwargs.setdefault("repo_id", title)

@@ -20,7 +20,7 @@ from ..nn.packed import PackedWeight
 from ..packing.file_budget import make_fitting_plan
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..packing.plan import matches
-from ..utils.hooks import refuse_dispatched, refuse_offloaded_to_disk
+from ..utils.hooks import refuse_dispatched, refuse_offloaded
 from ..utils.private_names import (
     TORCH_BUFFERS,
     TRANSFORMERS_ADAPTER,
@@ -156,9 +156,9 @@ class BitsFusionTextQuantizer(HfQuantizer):
         Of a model with an adapter transformers writes the adapter alone, out of the tensors as they are.
 
         Raises:
-            ValueError: group offloading has moved the weights to the disk.
+            ValueError: the weights are offloaded.
         """
-        refuse_offloaded_to_disk(model)
+        refuse_offloaded(model)
         if TRANSFORMERS_ADAPTER.read(model, False):
             return model.state_dict(), {}
         prepare_saving(model)

@@ -57,7 +57,9 @@ class PackedTensor(NotTrainable):
 
     def forward(self) -> Tensor:
         """Return the parameter, decoded where it is used."""
-        decode = functools.partial(_decode, self.codes, self.scale, self.schema, self._axes, self.weight_dtype)
+        # Offloading may move or empty the parameters as soon as this returns, before the values are used.
+        kept = self.codes.detach(), self.scale.detach()
+        decode = functools.partial(_decode, *kept, self.schema, self._axes, self.weight_dtype)
         if torch.compiler.is_compiling():
             return decode()
         like = torch.empty(self.shape, dtype=self.weight_dtype, device="meta")

@@ -17,6 +17,7 @@ from ..calibration.rate_target import quantize_rows_at_rate
 from ..codec.radix import pack_dense
 from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, is_tensor_name
 from ..nn.conversion import pack_weight, packed_from_float, replace_module
+from ..nn.packed import PackedWeight
 from ..nn.packed_tensor import PackedTensor, hold, pack_tensor
 from ..nn.time_path import install
 from ..utils.errors import printable
@@ -214,7 +215,13 @@ def raise_missing(model: nn.Module, names: list[str]) -> NoReturn:
     """Refuse a checkpoint that lacks tensors.
 
     Raises:
-        ValueError: always.
+        ValueError: always; where it lacks all codes, it says that the weights are of another model.
     """
+    packed = sum(isinstance(module, (PackedWeight, PackedTensor)) for module in model.modules())
+    if packed and sum(name.endswith(".codes") for name in names) == packed:
+        raise ValueError(
+            f"The weights of this {type(model).__name__} are not packed, though its config.json says so: they are "
+            "another model's in the same folder. Load the packed ones, which may have another `variant`."
+        )
     shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     raise ValueError(f"The checkpoint for {type(model).__name__} lacks {shown}. It is incomplete; download it again.")

@@ -35,12 +35,17 @@ def refuse_dispatched(model: nn.Module, action: str) -> None:
         )
 
 
-def refuse_offloaded_to_disk(model: nn.Module) -> None:
-    """Refuse to save a model whose tensors diffusers' group offloading has emptied.
+def refuse_offloaded(model: nn.Module) -> None:
+    """Refuse to save a model whose tensors are elsewhere: emptied by accelerate, or by diffusers' group offloading.
 
     Raises:
-        ValueError: the model is offloaded to the disk.
+        ValueError: accelerate offloads the model, or parts of it; or it is offloaded to the disk.
     """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"Cannot save this {type(model).__name__}: accelerate keeps its weights elsewhere (sequential offloading, "
+            'or a device map with "cpu" or "disk"). Save it before, or load it again without.'
+        )
     hooks = [_diffusers_hooks(module).get(_GROUP_OFFLOADING) for module in model.modules()]
     if any(hook is not None and hook.config.offload_to_disk_path for hook in hooks):
         raise ValueError(

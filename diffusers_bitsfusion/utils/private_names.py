@@ -62,6 +62,21 @@ DIFFUSERS_UPLOAD = PrivateName("diffusers.utils.hub_utils", "_upload_folder", "t
 DIFFUSERS_IP_ADAPTER = PrivateName(
     "diffusers.loaders.unet", "_load_ip_adapter_weights", "IP-Adapters on a packed model"
 )
+DIFFUSERS_COMPONENT_CHECK = PrivateName(
+    "diffusers.pipelines.pipeline_utils",
+    "_maybe_warn_for_wrong_component_in_quant_config",
+    "refusing to quantize components that a pipeline lacks",
+)
+DIFFUSERS_EXPAND_LAYERS = PrivateName(
+    "diffusers.loaders.lora_pipeline", "_maybe_expand_transformer_param_shape_or_error_", "Control LoRAs of Flux"
+)
+DIFFUSERS_FIT_LORA = PrivateName("diffusers.loaders.lora_pipeline", "_maybe_expand_lora_state_dict", "LoRAs of Flux")
+DIFFUSERS_FETCH_LORA = PrivateName(
+    "diffusers.loaders.lora_base", "_fetch_state_dict", "checking a LoRA's file before it is loaded"
+)
+DIFFUSERS_OVERWRITTEN = PrivateName(
+    "diffusers.loaders.lora_pipeline", "_overwritten_params", "putting back what a Control LoRA of Flux replaced"
+)
 TRANSFORMERS_FP32 = PrivateName(
     "transformers.modeling_utils", "_keep_in_fp32_modules", "computing in fp32 what a text encoder keeps in fp32"
 )
