@@ -188,8 +188,8 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     weights = sum(torch.Size(layer.weight_shape).numel() for layer in rounded.values())
     assert kept.total_bytes == report.total_bytes + weights
     assert f"{len(rounded):>6}  int8, weights int8 codes kept in memory" in str(kept)
-    assert kept.to_dict()["ways"]["conv_out"]["arithmetic"] == ("int8" if "conv_out" in rounded else "exact")
-    assert kept.to_dict()["ways"]["conv_in"]["arithmetic"] == "exact"
+    assert kept.to_dict()["kernels"]["conv_out"]["arithmetic"] == ("int8" if "conv_out" in rounded else "exact")
+    assert kept.to_dict()["kernels"]["conv_in"]["arithmetic"] == "exact"
     assert "not normalised" in kept.kernels["conv_in"].reason
 
 
@@ -203,7 +203,7 @@ def test_the_report_says_how_attention_computes_and_why(packed_unet, monkeypatch
     set_compute(packed_unet, "int8")
     report = size_report(packed_unet)
     how = "by torch: it may not" if reason else loop
-    assert report.to_dict()["attention_ways"] == dict.fromkeys(report.attention_kernels, how)
+    assert report.to_dict()["attention_kernels"] == dict.fromkeys(report.attention_kernels, how)
     assert f"{len(attentions(packed_unet)):>6}  attention {how}" in str(report)
 
 
