@@ -82,7 +82,7 @@ def test_a_library_is_built_once(folder):
 
 
 @pytest.mark.parametrize(
-    "corruption",
+    "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
         lambda path: path.write_bytes(b""),
@@ -91,10 +91,10 @@ def test_a_library_is_built_once(folder):
     ],
     ids=["cut", "empty", "changed", "longer"],
 )
-def test_a_corrupted_library_is_built_anew(folder, corruption):
+def test_a_damaged_library_is_built_anew(folder, damage):
     compiler = Compiler()
     path, content = keep(compiler)
-    corruption(path)
+    damage(path)
     assert keep(compiler) == (path, content)
     assert compiler.calls == 2
     assert is_whole(path)
