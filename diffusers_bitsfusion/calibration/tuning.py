@@ -22,6 +22,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm.auto import tqdm
 
 from ..nn.packed import PackedWeight, float_bits
+from ..utils.private_names import DIFFUSERS_CHECKPOINTING
 from .calls import Call, square_errors
 from .guidance import Guidance
 
@@ -263,7 +264,7 @@ def _bounded(model: Any, memory: float, forward: Callable[[], Tensor]) -> Iterat
     if need <= memory:
         yield
         return
-    if not getattr(model, "_supports_gradient_checkpointing", False):
+    if not DIFFUSERS_CHECKPOINTING.read(model, False):
         raise ValueError(
             f"Tuning needs {need / 1e9:.2g} GB for the activations of one call, more than memory_gb leaves, and "
             f"{type(model).__name__} has no gradient checkpointing. Lower batch_size or raise memory_gb."
