@@ -196,7 +196,7 @@ def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str
     packed = _packed_bytes(key, tensor.cpu(), (rows, byte_width(columns, bits)), compression)
     if packed.numel() and packed.numpy().max() > largest_byte(
         bits
-    ):  # numpy's maximum runs on this thread alone, unlike torch's
+    ):  # numpy's maximum runs on this thread alone, unlike torch's.
         raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
     return repack(packed, bits, columns)
 

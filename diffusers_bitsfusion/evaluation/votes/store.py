@@ -147,7 +147,7 @@ class VoteStore:
         if not path.is_file():
             return []
         text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):  # the line that a killed process did not finish
+        if not text.endswith("\n"):  # A killed process did not finish this line.
             text = text[: text.rfind("\n") + 1]
             path.write_text(text, encoding="utf-8")
         votes = []
