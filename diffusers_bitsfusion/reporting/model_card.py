@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from yaml import YAMLError
 
 from ..codec.weight_files import stem, weight_files
 from ..utils.installation import install_command
+from ..utils.json_files import read_json
 from .histogram import draw_histogram
 from .report_types import MB, PipelineSizeReport, SizeReport
 from .size_report import size_report
@@ -128,7 +128,7 @@ def origin(folder: Path) -> str:
     card = folder / _CARD_FILE
     if card.is_file() and _says_trained(card):
         return "trained"
-    configs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("**/config.json"))]
+    configs = [read_json(file, non_finite=True) for file in sorted(folder.glob("**/config.json"))]
     said = [(config.get("quantization_config") or {}).get("calibration") for config in configs]
     calibration = next((entry for entry in said if entry), None)
     return _origin(calibration)
