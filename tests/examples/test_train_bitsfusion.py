@@ -42,7 +42,8 @@ def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
     assert "stage2, step 2: compositional score" in printed
     assert set(losses(out / "stage1")[0]) == {"step", "loss", "noise", "feature", "lr", "grad_norm"}
     assert "feature" not in losses(out / "stage2")[0]
-    assert Image.open(out / "validation" / "stage1-2.png").width > 2 * 192
+    with Image.open(out / "validation" / "stage1-2.png") as images:
+        assert images.width > 2 * 192
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     assert tracked_steps(out / "logs", "stage2/loss") == [3, 4]
     assert tracked_steps(out / "logs", "stage2/compositional") == [4]
@@ -244,7 +245,8 @@ def test_the_error_curve_alone(command, data, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ("--train_data_dir", data, "--measure_timestep_error", "--timestep_error_samples", 8)
     train_bitsfusion.main(command(*arguments))
-    assert Image.open(tmp_path / "out" / "timestep_error.png").width > 100
+    with Image.open(tmp_path / "out" / "timestep_error.png") as plot:
+        assert plot.width > 100
     assert not (tmp_path / "out" / "stage1").exists()
 
 

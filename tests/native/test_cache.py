@@ -195,7 +195,7 @@ def test_a_killed_build_leaves_nothing_for_good(folder):
     process = start_builder(folder, 600)
     assert process.stdout.readline() == "building\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert [path.name.startswith("build-") for path in folder.iterdir()] == [True]
     path, _ = keep(Compiler())
     assert list(folder.iterdir()) == [path]
@@ -220,7 +220,7 @@ def test_who_waits_too_long_builds_beside_the_other(folder, monkeypatch):
     assert process.poll() is None and time.monotonic() - start < 19
     assert path.read_bytes() == b"library" and len(list(folder.iterdir())) == 2  # the other's work is left alone
     process.kill()
-    process.wait()
+    process.communicate()
 
 
 def test_a_name_tells_of_the_content(tmp_path):
