@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..codec.radix import dense_width
 from ..utils.errors import DamagedFileError
 from ..utils.files import claim_folder, refuse_foreign_files, replacing_file
 from ..utils.json_files import is_count, is_number
 from ..utils.locks import FolderLock
-from ..utils.torch_files import is_finite_tensor, read_torch
+from ..utils.torch_files import is_finite_tensor, read_torch, tensors_of
 from .calls import Call
 from .layers import CalibratedLayer
 from .moments import InputMoments
@@ -231,7 +231,7 @@ def _is_call(call: Any) -> bool:
         and is_finite_tensor(output)
         and (guidance is None or is_finite_tensor(guidance))
         and (rows is None or is_finite_tensor(rows, torch.int64, output.shape[:1]))
-        and not any(bool(torch.isnan(tensor).any()) for tensor in _tensors((args, kwargs, shared)))
+        and not any(bool(torch.isnan(tensor).any()) for tensor in tensors_of((args, kwargs, shared)))
     )
 
 
@@ -246,13 +246,5 @@ def _is_tuning_state(state: Mapping[str, Any], steps: int) -> bool:
         and all(is_finite_tensor(value, torch.float32) for value in state["values"])
         and isinstance(state["optimizer"], dict)
         and state["optimizer"].keys() == {"state", "param_groups"}
-        and all(is_finite_tensor(tensor) for tensor in _tensors((state["optimizer"], state["surplus"])))
+        and all(is_finite_tensor(tensor) for tensor in tensors_of((state["optimizer"], state["surplus"])))
     )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    """Return all tensors within nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return [tensor for part in parts for tensor in _tensors(part)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,9 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import SAFE_WEIGHTS_NAME
+from accelerate.utils import RNG_STATE_NAME, SAFE_WEIGHTS_NAME, load
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
@@ -80,15 +82,14 @@ def save_checkpoint(
     """
     target, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        # Runs that were killed while they saved have left these.
-        for leftover in folder.glob(".checkpoint-*.partial"):
+        for leftover in folder.glob(".checkpoint-*.partial"):  # left by runs that were killed while they saved
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
         with _unwrapped_weights(accelerator):
             accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()  # Each process has its own file of random states.
+        accelerator.wait_for_everyone()  # each process has its own file of random states
         if accelerator.is_main_process:
             torch.save(state, partial / _STATE_FILE)
             checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir()) if file.is_file()}
@@ -212,7 +213,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
             accelerator.load_state(str(path))
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch and accelerate raise any error for files of another training.
+    except Exception as error:  # torch and accelerate raise any error for files of another training
         problem = f"cannot be loaded ({type(error).__name__}: {shown(str(error))})"
         raise DamagedFileError(path, problem, _REMEDY) from error
     return step, state
@@ -235,8 +236,24 @@ def _check_files(path: Path) -> None:
     for file in sorted(path.iterdir()):
         if file.suffix == ".safetensors":
             read_header(file)
-        elif file.suffix in (".pt", ".pkl", ".bin"):
+        elif file.suffix == ".bin":  # of the optimizer and the schedule, which accelerate copies as they are
+            read_torch(file, _REMEDY, mmap=True)
+        elif file.suffix in (".pt", ".pkl"):
             check_archive(file, _REMEDY)
+            if file.name.startswith(f"{RNG_STATE_NAME}_"):
+                _check_random_states(file)
+
+
+def _check_random_states(file: Path) -> None:
+    """Refuse states of generators that cannot be set: accelerate goes on with other random numbers, without a word."""
+    try:
+        states = load(file)
+        random.Random().setstate(states["random_state"])
+        np.random.RandomState().set_state(states["numpy_random_seed"])
+        torch.Generator().set_state(states["torch_manual_seed"])
+    except Exception as error:  # generators raise any error for what is no state of theirs
+        problem = f"is damaged: it holds no states of random generators ({type(error).__name__})"
+        raise DamagedFileError(file, problem, _REMEDY) from error
 
 
 def _read_state(path: Path) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 
 class DamagedFileError(ValueError):
     """Exception for a file that is cut short, changed, of another format, or holds impossible values.
@@ -43,8 +46,34 @@ def printable(text: object) -> str:
 
 def shown(value: object, limit: int = 200) -> str:
     """Return the repr of a value from a file for error messages, printable and cut to `limit` characters."""
-    try:
-        text = printable(repr(value))
-    except ValueError:  # Python refuses to print integers of too many digits.
-        text = f"a {type(value).__name__} that is too large to print"
-    return text if len(text) <= limit else f"{text[:limit]}…"
+    text = ""
+    for piece in _pieces(value, limit):
+        text += piece
+        if len(text) > limit:
+            return f"{printable(text[:limit])}…"
+    return printable(text)
+
+
+def _pieces(value: Any, limit: int) -> Iterator[str]:
+    """Yield the repr of a value in pieces, so that no more of a large one is made than is shown."""
+    if isinstance(value, str):
+        yield repr(value[: limit + 1])
+    elif type(value) in (list, tuple):
+        yield "[" if isinstance(value, list) else "("
+        for number, part in enumerate(value):
+            yield ", " if number else ""
+            yield from _pieces(part, limit)
+        yield "]" if isinstance(value, list) else ",)" if len(value) == 1 else ")"
+    elif type(value) is dict:
+        yield "{"
+        for number, (key, part) in enumerate(value.items()):
+            yield ", " if number else ""
+            yield from _pieces(key, limit)
+            yield ": "
+            yield from _pieces(part, limit)
+        yield "}"
+    else:
+        try:
+            yield repr(value)
+        except ValueError:  # Python refuses to print integers of too many digits.
+            yield f"a {type(value).__name__} that is too large to print"

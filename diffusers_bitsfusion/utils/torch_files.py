@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
+import re
 import zipfile
 import zlib
 from typing import Any
@@ -11,7 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import DamagedFileError
+from .errors import DamagedFileError, printable
+
+# What pickles of tensors, plain values, and of numpy's and Python's states of generators name.
+_CALLS = {
+    "_codecs.encode",
+    "collections.OrderedDict",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+}
+# Storages and dtypes of torch.
+_TORCH_NAME = re.compile(r"torch\.(\w+Storage|b?float\d+\w*|u?int\d+|bool|half|double|long|Size)")
 
 
 def read_torch(file: str | os.PathLike[str], remedy: str, mmap: bool = False) -> Any:
@@ -30,28 +46,76 @@ def read_torch(file: str | os.PathLike[str], remedy: str, mmap: bool = False) ->
     """
     check_archive(file, remedy)
     try:
-        return torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
+        content = torch.load(file, weights_only=True, map_location="cpu", mmap=mmap)
     except FileNotFoundError:
         raise
     except Exception as error:  # An unpickler raises many kinds of exceptions for bytes that are no pickle.
         raise DamagedFileError(file, f"is damaged ({_first_line(error)})", remedy) from error
+    if not all(map(_is_dense, tensors_of(content))):
+        raise DamagedFileError(file, "is damaged: a tensor in it is larger than its data", remedy)
+    return content
 
 
 def check_archive(file: str | os.PathLike[str], remedy: str) -> None:
-    """Compare every record of a file of `torch.save` with its checksum.
+    """Compare every record of a file of `torch.save` with its checksum, and what it would call with what it may.
 
     Raises:
-        DamagedFileError: a record differs, or the file is no archive.
+        DamagedFileError: a record differs, the file is no archive, or it calls more than what makes tensors and plain
+            values.
     """
     try:
         with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            if len(set(names)) < len(names):
+                raise zipfile.BadZipFile("a record is there twice")
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
                 raise zipfile.BadZipFile("a record is compressed, which torch never does")
             wrong = archive.testzip()
+            for name in names if wrong is None else ():
+                if name.endswith("/data.pkl"):
+                    _refuse_other_calls(archive.read(name))
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise DamagedFileError(file, f"is damaged or cut short ({_first_line(error)})", remedy) from error
     if wrong is not None:
         raise DamagedFileError(file, f"is damaged: the checksum of {wrong} does not fit", remedy)
+
+
+def _refuse_other_calls(content: bytes) -> None:
+    """Refuse a pickle that names more than what tensors, plain values and states of generators are made of.
+
+    `weights_only=True` lets a file call `bytearray(10**10)` or `torch.Tensor(10**10)` as well.
+    """
+    for operation, argument, _ in pickletools.genops(content):
+        if operation.name not in ("GLOBAL", "STACK_GLOBAL"):
+            continue
+        name = str(argument).replace(" ", ".")
+        is_of_torch = _TORCH_NAME.fullmatch(name) and name != "torch.UntypedStorage"
+        if operation.name == "STACK_GLOBAL" or not (is_of_torch or name in _CALLS):
+            raise ValueError(f"it calls {printable(name)}")
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return all tensors within nested dicts, lists and tuples; what is there many times is looked at once."""
+    seen, found, left = set(), [], [value]
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, dict):
+            left += part.values()
+        elif isinstance(part, (list, tuple)):
+            left += part
+    return found
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Return whether all elements of a tensor are in memory; sizes with a stride of zero claim what is not there."""
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return False
+    return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
 
 
 def is_finite_tensor(value: Any, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> bool:
