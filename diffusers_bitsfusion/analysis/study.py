@@ -12,6 +12,8 @@ from torch import nn
 from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import DENOISERS, Clip, Sampling
 from ..packing.plan import fixed_bits, make_plan, recipe_layers
+from ..utils.errors import shown
+from ..utils.json_files import is_count, is_number
 from ..utils.private_names import DIFFUSERS_FP32
 from .header import Item
 from .recording import Reference
@@ -31,7 +33,7 @@ class Settings:
         lpips: whether to measure LPIPS.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a value is of another type or out of range; the message names it.
     """
 
     qat_steps: int = 10
@@ -41,9 +43,15 @@ class Settings:
     lpips: bool = False
 
     def __post_init__(self) -> None:
-        for name, minimum in (("qat_steps", 0), ("learning_rate", 0), ("calls", 1)):
-            if not getattr(self, name) >= minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {minimum}.")
+        for name, minimum in (("qat_steps", 0), ("calls", 1)):
+            if not is_count(getattr(self, name), minimum):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}, but must be an integer from {minimum}.")
+        if not (is_number(self.learning_rate) and self.learning_rate >= 0):
+            raise ValueError(f"learning_rate is {shown(self.learning_rate)}, but must be at least 0.")
+        if not isinstance(self.sampling, Sampling):
+            raise ValueError(f"sampling is {shown(self.sampling)}, but must be a Sampling.")
+        if not isinstance(self.lpips, bool):
+            raise ValueError(f"lpips is {shown(self.lpips)}, but must be True or False.")
 
 
 @dataclass

@@ -22,7 +22,7 @@ from ..nn.time_path import TimePath
 from ..utils.errors import DamagedFileError, shown
 from ..utils.files import write_atomically
 from ..utils.hub import explaining_refusals
-from ..utils.json_files import is_count, parse_json, read_bounded
+from ..utils.json_files import MAX_MODEL_BYTES, is_count, parse_json, read_bounded
 
 # Name of a recipe's file in a folder or repository.
 RECIPE_FILE = "recipe.json"
@@ -44,7 +44,7 @@ class Recipe(Mapping[str, int]):
         shapes: weight shape by module name, where known; `fits` checks them.
 
     Raises:
-        ValueError: bits outside 1 to 8; the message names the layer.
+        ValueError: bits outside 1 to 8, the message names the layer; or no mappings.
     """
 
     def __init__(
@@ -54,9 +54,16 @@ class Recipe(Mapping[str, int]):
         source: str | None = None,
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
+        shapes = {} if shapes is None else shapes
+        if not isinstance(layers, Mapping) or not isinstance(shapes, Mapping):
+            raise ValueError(
+                f"layers and shapes of a recipe must be mappings, got {shown(layers)} and {shown(shapes)}"
+            )
+        if wrong := [name for name, shape in shapes.items() if not _is_shape(shape)]:
+            raise ValueError(f"shape of layer {wrong[0]!r} must be a list of sizes, got {shown(shapes[wrong[0]])}")
         self._layers = {name: check_bits(bits, f"bits of layer {name!r}") for name, bits in layers.items()}
         self.source = source
-        self.shapes = {name: tuple(shape) for name, shape in (shapes or {}).items()}
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
 
     def __getitem__(self, name: str) -> int:
         return self._layers[name]
@@ -131,11 +138,12 @@ class Recipe(Mapping[str, int]):
         if path.is_dir():
             path = path / RECIPE_FILE
         if path.is_file():
-            content = read_bounded(path)
+            content = read_bounded(path, max_bytes=MAX_MODEL_BYTES)
         elif shipped.is_file():
             content = shipped.read_bytes()
         elif str(name_or_path).count("/") == 1 and path.suffix != ".json":
-            content = read_bounded(Path(hf_hub_download(str(name_or_path), RECIPE_FILE, token=token)))
+            file = hf_hub_download(str(name_or_path), RECIPE_FILE, token=token)
+            content = read_bounded(Path(file), max_bytes=MAX_MODEL_BYTES)
         else:
             raise FileNotFoundError(
                 f"No recipe {str(name_or_path)!r}: it is neither a shipped name ({PUBLISHED!r}), nor an existing JSON "
@@ -216,7 +224,7 @@ class Recipe(Mapping[str, int]):
 
 
 def _is_shape(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(is_count(size, 1) for size in value)
+    return isinstance(value, (list, tuple)) and bool(value) and all(is_count(size, 1) for size in value)
 
 
 def _num_weights(layer: nn.Linear | nn.Conv2d) -> int:

@@ -10,6 +10,8 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from tqdm.auto import tqdm
 
+from ..utils.errors import shown
+from ..utils.json_files import is_count, is_number
 from ..utils.processes import process_state
 from ..utils.seeds import cpu_generator, derived_seed
 from .image_folder import ImageFolder
@@ -27,7 +29,7 @@ class Sampling:
         scheduler: name of a diffusers scheduler; None keeps the pipeline's own.
 
     Raises:
-        ValueError: a number is out of range.
+        ValueError: a value is of another type or out of range; the message names it.
     """
 
     steps: int = 50
@@ -37,9 +39,13 @@ class Sampling:
     scheduler: str | None = None
 
     def __post_init__(self) -> None:
-        for name, minimum in (("steps", 1), ("guidance_scale", 0), ("seed", 0), ("batch_size", 1)):
-            if not getattr(self, name) >= minimum:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least {minimum}.")
+        for name, minimum in (("steps", 1), ("seed", 0), ("batch_size", 1)):
+            if not is_count(getattr(self, name), minimum):
+                raise ValueError(f"{name} is {shown(getattr(self, name))}, but must be an integer from {minimum}.")
+        if not (is_number(self.guidance_scale) and self.guidance_scale >= 0):
+            raise ValueError(f"guidance_scale is {shown(self.guidance_scale)}, but must be at least 0.")
+        if not isinstance(self.scheduler, (str, type(None))):
+            raise ValueError(f"scheduler is {shown(self.scheduler)}, but must be a name.")
 
 
 DEFAULT_SAMPLING = Sampling()
@@ -104,7 +110,7 @@ def draw_images(
     _check_takes_prompts(pipeline)
     state = process_state()
     missing = folder.missing(len(captions))
-    state.wait_for_everyone()  # No process samples before all have looked.
+    state.wait_for_everyone()  # no process samples before all have looked
     batches = _batches(missing, sampling.batch_size)
     own = batches[state.process_index :: state.num_processes]
     done, total = len(captions) - len(missing), len(captions) - len(missing) + sum(map(len, own))

@@ -12,9 +12,14 @@ from typing import Any, NoReturn
 
 from .errors import DamagedFileError, shown
 
-# Bytes of the largest JSON file that is read. The index of a model with 10,000 tensors takes 1 MB, an analysis of
-# Stable Diffusion 0.3 MB.
-MAX_BYTES = 64 << 20
+# Bytes of the largest JSON file that is read: captions of many images, tokenizers (of Gemma 33 MB).
+MAX_BYTES = 36 << 20
+
+# The same of what belongs to a model's weights. The index or header of one with 10,000 tensors takes 1 MB.
+MAX_MODEL_BYTES = 16 << 20
+
+# Bytes a value that files take on average, at least: an empty object takes two bytes of a file, 64 of memory.
+_BYTES_A_VALUE = 16
 
 # Levels of nesting that are read, far below Python's recursion limit of 1,000.
 MAX_DEPTH = 64
@@ -26,7 +31,14 @@ _MAX_DIGITS = 19
 _KINDS = {dict: "an object", list: "a list", object: "a value"}
 
 
-def read_json(file: str | os.PathLike[str], kind: type = dict, *, non_finite: bool = False, remedy: str = "") -> Any:
+def read_json(
+    file: str | os.PathLike[str],
+    kind: type = dict,
+    *,
+    non_finite: bool = False,
+    remedy: str = "",
+    max_bytes: int = MAX_BYTES,
+) -> Any:
     """Read a file with one JSON document in UTF-8, with or without a byte order mark.
 
     Args:
@@ -34,6 +46,7 @@ def read_json(file: str | os.PathLike[str], kind: type = dict, *, non_finite: bo
         kind: type of the document, `dict` or `list`; `object` for any.
         non_finite: whether Infinity and NaN are accepted, as Python writes them; some schedulers have such values.
         remedy: advice in the message of the error; when left out, to download or write the file again.
+        max_bytes: size of the largest file that is read; it bounds the number of values as well.
 
     Raises:
         DamagedFileError: the file is empty, too large, not UTF-8, not one JSON document, nested too deeply, of another
@@ -41,27 +54,37 @@ def read_json(file: str | os.PathLike[str], kind: type = dict, *, non_finite: bo
         FileNotFoundError: there is no such file.
     """
     path = Path(file)
-    return parse_json(read_bounded(path, remedy), path, kind, non_finite=non_finite, remedy=remedy)
+    content = read_bounded(path, remedy, max_bytes)
+    return parse_json(content, path, kind, non_finite=non_finite, remedy=remedy, max_bytes=max_bytes)
 
 
-def read_bounded(path: Path, remedy: str = "") -> bytes:
+def read_bounded(path: Path, remedy: str = "", max_bytes: int = MAX_BYTES) -> bytes:
     """Read the bytes of a file for `parse_json`.
 
     Args:
         path: file to read.
         remedy: advice in the message of the error.
+        max_bytes: size of the largest file that is read.
 
     Raises:
-        DamagedFileError: the file is larger than `MAX_BYTES`.
+        DamagedFileError: the file is larger than that.
         FileNotFoundError: there is no such file.
     """
     size = path.stat().st_size
-    if size > MAX_BYTES:
-        _refuse(path, f"has {size} bytes; at most {MAX_BYTES} are expected of a JSON file", remedy)
+    if size > max_bytes:
+        _refuse(path, f"has {size} bytes; at most {max_bytes} are expected of such a JSON file", remedy)
     return path.read_bytes()
 
 
-def parse_json(content: bytes, where: object, kind: type = dict, *, non_finite: bool = False, remedy: str = "") -> Any:
+def parse_json(
+    content: bytes,
+    where: object,
+    kind: type = dict,
+    *,
+    non_finite: bool = False,
+    remedy: str = "",
+    max_bytes: int = MAX_BYTES,
+) -> Any:
     """Parse one JSON document as `read_json` does; `where` names its source in errors.
 
     Raises:
@@ -69,6 +92,9 @@ def parse_json(content: bytes, where: object, kind: type = dict, *, non_finite: 
     """
     if not content.strip():
         _refuse(where, f"is damaged: it is empty, {_KINDS[kind]} in JSON is expected", remedy)
+    if len(content) > max_bytes or sum(map(content.count, (b",", b"[", b"{"))) > max_bytes // _BYTES_A_VALUE:
+        limits = f"{max_bytes} bytes or {max_bytes // _BYTES_A_VALUE} values"
+        _refuse(where, f"has more than {limits}, which such JSON never has", remedy)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
