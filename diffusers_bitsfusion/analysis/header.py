@@ -10,6 +10,7 @@ from typing import Any
 from ..utils.errors import DamagedFileError, shown
 from ..utils.installation import install_command
 from ..utils.json_files import is_count, is_list_of, is_number
+from ..utils.safetensors_files import MAX_DIMENSIONS
 
 # Value of "format" in a header.
 FORMAT = "bitsfusion-analysis"
@@ -155,6 +156,7 @@ def _is_cost(value: Any) -> bool:
         and value.keys() == {"shape", "bytes", "weight_error"}
         and all(isinstance(part, (list, tuple)) for part in value.values())
         and bool(value["shape"])
+        and len(value["shape"]) <= MAX_DIMENSIONS
         and all(is_count(size, 1) for size in value["shape"])
         and math.prod(value["shape"]) < 1 << 40
         and len(value["bytes"]) == len(value["weight_error"]) == 7

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..utils.errors import DamagedFileError, shown
-from ..utils.json_files import parse_json
+from ..utils.json_files import MAX_MODEL_BYTES, parse_json
 from ..utils.safetensors_files import SafetensorsHeader, TensorEntry, read_header, read_tensor_bytes
 from .schema import CheckpointSchema
 
@@ -88,8 +88,11 @@ def verify_files(files: Sequence[Path], schema: CheckpointSchema) -> bool:
         Whether they were compared. Files written before there were checksums have none.
 
     Raises:
-        DamagedFileError: a tensor is not what was saved, is missing or is of another save; the message names it.
+        DamagedFileError: a tensor is not what was saved, is missing or is of another save, the message names it; or
+            the files are not all in one folder.
     """
+    if len({file.parent for file in files}) > 1:
+        raise DamagedFileError(files[0].parent, "has an index that names files of other folders")
     if not _verify.get():
         return False
     headers = {file: read_header(file) for file in files}
@@ -110,7 +113,7 @@ def verify_files(files: Sequence[Path], schema: CheckpointSchema) -> bool:
                 )
     values = set(found.values())
     for name in expected.keys() - found.keys():
-        if expected[name] not in values:  # Only one of tied tensors is in the file.
+        if expected[name] not in values:  # only one of tied tensors is in the file
             raise DamagedFileError(files[0], f"lacks {shown(name)[1:-1]}, which was saved with the others")
     return True
 
@@ -126,7 +129,7 @@ def _common_table(headers: Mapping[Path, SafetensorsHeader]) -> dict[str, str] |
     if not texts:
         return None
     where = f"{first}, its {METADATA_KEY},"
-    table = parse_json(texts.pop().encode(), where)
+    table = parse_json(texts.pop().encode(), where, max_bytes=MAX_MODEL_BYTES)
     if table.get("algorithm") != ALGORITHM:
         return None
     tensors = table.get("tensors")

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
+from ..utils.errors import shown
 from ..utils.installation import install_command
 from ..utils.json_files import is_number
+from ..utils.safetensors_files import MAX_DIMENSIONS
 from .grid import check_bits
 
 # Newest version of the file format, raised when older readers could not read it. A file has the oldest version that
@@ -20,7 +22,7 @@ from .grid import check_bits
 FORMAT_VERSION = 3
 _LAYERS_VERSION, _TENSORS_VERSION, _LOW_RANK_VERSION = 1, 2, FORMAT_VERSION
 
-# Prefix of a parameter's name in the name of the module that holds its codes.
+# What stands before a parameter's name in the name of the module that holds its codes.
 TENSOR_PREFIX = "packed_"
 
 COMPRESSIONS = ("zstd", None)
@@ -82,17 +84,21 @@ class LayerSchema:
             ValueError: the entry is none, or holds impossible values; the message names the layer.
         """
         if not isinstance(content, Mapping) or not {"bits", "shape"} <= set(content):
-            raise ValueError(f"layers[{name!r}] must have the keys bits, shape and maybe branch_rank, got {content!r}")
+            raise ValueError(
+                f"layers[{name!r}] must have the keys bits, shape and maybe branch_rank, got {shown(content)}"
+            )
         bits, shape, rank = content["bits"], content["shape"], content.get("branch_rank", 0)
         check_bits(bits, f"bits of layer {name!r}")
         if not isinstance(shape, (list, tuple)) or not shape or not all(is_count(size) and size for size in shape):
-            raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shape!r}")
+            raise ValueError(f"shape of layer {name!r} must be a list of positive sizes, got {shown(shape)}")
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"shape of layer {name!r} has {len(shape)} sizes, more than any layer")
         if "branch_rank" in content and (not is_count(rank) or not 1 <= rank <= MAX_BRANCH_RANK):
             raise ValueError(f"branch_rank of layer {name!r} must be from 1 to {MAX_BRANCH_RANK}, got {rank!r}")
         order, row_dims = content.get("order", []), content.get("row_dims", 1)
         axes = list(range(len(shape)))
         if order and (not isinstance(order, list) or not all(map(is_count, order)) or sorted(order) != axes):
-            raise ValueError(f"order of layer {name!r} must list each axis of its shape once, got {order!r}")
+            raise ValueError(f"order of layer {name!r} must list each axis of its shape once, got {shown(order)}")
         if not is_count(row_dims) or not 1 <= row_dims <= len(shape):
             raise ValueError(f"row_dims of layer {name!r} must be from 1 to {len(shape)}, got {row_dims!r}")
         return cls(bits, tuple(shape), rank, tuple(order), row_dims)
@@ -156,7 +162,7 @@ class TimeFeaturesSchema:
             ValueError: a key is missing, or holds an impossible value; the message names it.
         """
         if not isinstance(content, Mapping):
-            raise ValueError(f"time_embedding of a checkpoint must be an object, got {content!r}")
+            raise ValueError(f"time_embedding of a checkpoint must be an object, got {shown(content)}")
         kind = check_time_features(content)
         if kind == "keep":
             return cls()
@@ -312,7 +318,7 @@ def check_time_features(content: Mapping[str, Any]) -> str:
     ):
         raise ValueError(
             'time_embedding["timesteps"] must be a list of distinct numbers, for example '
-            f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {timesteps!r}"
+            f"sorted(set(scheduler.timesteps.tolist())) after scheduler.set_timesteps(...); got {shown(timesteps)}"
         )
     return kind
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..native.library import native_library
 from ..utils.peft_names import split_adapters
-from .entropy import compress, decompress
+from .entropy import check_frame, compress, decompress
 from .low_rank_table import LowRankTable, decode_basis, decode_coefficients, encode_basis, encode_coefficients
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
@@ -107,11 +107,7 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         key = f"{name}.codes"
         return key, _decode_codes(key, state_dict[key], schema.layers[name], schema.compression)
 
-    for name, layer in schema.layers.items():
-        _check(state_dict, f"{name}.scale", torch.int32, (layer.rows,))
-        _check_branch(state_dict, name, layer)
-    _check_time_features(state_dict, schema.time_features)
-    check_values(state_dict, schema)
+    _check_plain(state_dict, schema)
     # Decompressing and the compiled loops release the interpreter's lock.
     threads = torch.get_num_threads() if native_library() else 1
     with ThreadPoolExecutor(threads) as pool:
@@ -120,6 +116,40 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
     for key in _float_bits(schema) & decoded.keys():
         decoded[key] = decoded[key].view(-1, 1)
     return decoded
+
+
+def check_encoded(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> None:
+    """Check tensors of a file as `decode_state_dict` does, without the memory of their decoded form.
+
+    Raises:
+        ValueError: see `decode_state_dict`.
+    """
+    _check_plain(state_dict, schema)
+    for name, layer in schema.layers.items():
+        key, shape = f"{name}.codes", (layer.rows, byte_width(layer.columns, layer.bits))
+        if key in state_dict and schema.compression is None:
+            _check_bytes(key, _packed_bytes(key, state_dict[key], shape, None), layer.bits)
+        elif key in state_dict:
+            _check_frame(key, state_dict[key], shape[0] * shape[1], largest_byte(layer.bits))
+    for key, codes in _coded_numbers(schema.time_features).items():
+        if key in state_dict:
+            _check_frame(key, state_dict[key], 2 * codes)
+
+
+def _check_plain(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> None:
+    """Check all but what is compressed."""
+    for name, layer in schema.layers.items():
+        _check(state_dict, f"{name}.scale", torch.int32, (layer.rows,))
+        _check_branch(state_dict, name, layer)
+    _check_time_features(state_dict, schema.time_features)
+    check_values(state_dict, schema)
+
+
+def _check_frame(key: str, tensor: Tensor, size: int, largest: int = 255) -> None:
+    try:
+        check_frame(_frame(key, tensor), size, largest)
+    except ValueError as error:
+        raise ValueError(f"{key} {error}.") from error
 
 
 def _float_bits(schema: CheckpointSchema) -> set[str]:
@@ -137,6 +167,14 @@ def _tables(time: TimeFeaturesSchema) -> dict[str, int]:
         return {}
     tables = {"time_proj.codes": time.num_features, "time_proj.embedding_codes": time.embedding_width}
     return {key: columns for key, columns in tables.items() if time.kind == "table" and columns}
+
+
+def _coded_numbers(time: TimeFeaturesSchema) -> dict[str, int]:
+    """Return the number of 16-bit codes in each frame of time features, by its name."""
+    rows = time.num_timesteps + 2
+    if time.rank:
+        return {_BASIS: rows * time.rank, _COEFFICIENTS: time.rank * time.num_columns}
+    return {key: rows * columns for key, columns in _tables(time).items()}
 
 
 def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
@@ -194,11 +232,14 @@ def _decode_codes(key: str, tensor: Tensor, layer: LayerSchema, compression: str
     rows, columns, bits = layer.rows, layer.columns, layer.bits
     # Frames are moved to the CPU, since transformers reads onto the model's device.
     packed = _packed_bytes(key, tensor.cpu(), (rows, byte_width(columns, bits)), compression)
-    if packed.numel() and packed.numpy().max() > largest_byte(
-        bits
-    ):  # numpy's maximum runs on this thread alone, unlike torch's.
-        raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
+    _check_bytes(key, packed, bits)
     return repack(packed, bits, columns)
+
+
+def _check_bytes(key: str, packed: Tensor, bits: int) -> None:
+    # numpy's maximum runs on this thread alone, unlike torch's.
+    if packed.numel() and packed.numpy().max() > largest_byte(bits):
+        raise ValueError(f"{key} is damaged: it holds bytes that {bits}-bit codes never have.")
 
 
 def _packed_bytes(key: str, tensor: Tensor, shape: tuple[int, int], compression: str | None) -> Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..utils.errors import DamagedFileError, shown
-from ..utils.json_files import read_json
+from ..utils.json_files import MAX_MODEL_BYTES, read_json
 from ..utils.safetensors_files import SafetensorsHeader, read_header
 
 _SHARD = re.compile(r"(?P<stem>.+?)-\d{5}-of-\d{5}(?P<end>\.(safetensors|bin))")
@@ -36,6 +38,19 @@ def weight_files(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} holds no .safetensors file of a model ({', '.join(_STEMS)}).")
     first = min((str(stem(file.name)) for file in files), key=len)
     return [file for file in files if stem(file.name) == first]
+
+
+def packed_files(files: Sequence[str | os.PathLike[str]] | None) -> list[Path]:
+    """Return the files of a packed model that another library is about to load; none where it has only tensors.
+
+    Raises:
+        DamagedFileError: one is no safetensors file; packed models are saved in no other.
+    """
+    paths = [Path(file) for file in files or []]
+    for path in paths:
+        if path.suffix != ".safetensors":
+            raise DamagedFileError(path, "is no safetensors file, the only kind that packed models are saved in")
+    return paths
 
 
 def index_files(folder: Path) -> list[Path]:
@@ -78,7 +93,7 @@ def read_index(file: Path) -> dict[str, str]:
     Raises:
         DamagedFileError: it has no `weight_map`, or names something else than a file beside it.
     """
-    mapped = read_json(file, non_finite=True).get("weight_map")
+    mapped = read_json(file, non_finite=True, max_bytes=MAX_MODEL_BYTES).get("weight_map")
     if not isinstance(mapped, dict) or not mapped:
         raise DamagedFileError(file, 'has no "weight_map" from tensors to files')
     for name, file_name in mapped.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..codec.checksums import checksums_metadata, verify_files
 from ..codec.schema import TimeFeaturesSchema
 from ..codec.state_dict import decode_state_dict, encode_state_dict
+from ..codec.weight_files import packed_files
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.compute import undo_fusions
 from ..nn.conversion import float_from_packed, replace_module
@@ -134,6 +135,11 @@ class BitsFusionQuantizer(DiffusersQuantizer):
                 f"The checkpoint's time features do not fit {type(model).__name__}: "
                 f"{why_not_cacheable(model) or 'its blocks have other sizes'}."
             )
+        if time.embedding_width not in (0, path.embedding_width):
+            raise ValueError(
+                f"The checkpoint's time embedding has a width of {time.embedding_width}; {type(model).__name__} has "
+                f"{path.embedding_width}."
+            )
         with torch.device("meta"):
             lookup = empty_lookup(time)
         install(model, lookup, path.sizes, self._dtype)
@@ -147,8 +153,12 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         return self.pre_quantized
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
-        """Remember the files that diffusers is about to load, for their checksums."""
-        self._files = [Path(file) for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+        """Remember the files that diffusers is about to load, for their checksums.
+
+        Raises:
+            DamagedFileError: a packed model is in files of another kind, which have no checksums.
+        """
+        self._files = packed_files(checkpoint_files) if self.pre_quantized else []
         return loaded_keys
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -166,7 +176,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: tensors are missing.
         """
-        # No file has this tensor: it is made of the table's codes, when they are decoded.
+        # No file has it: it is made of the table's codes, when they are decoded.
         missing_keys = [name for name in missing_keys if name != "time_proj.high_bits"]
         if missing_keys and not self._keep_float:
             raise_missing(model, missing_keys)

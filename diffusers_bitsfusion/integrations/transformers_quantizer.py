@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from transformers.quantizers import HfQuantizer
 from ..codec.checksums import checksums_metadata, verify_files
 from ..codec.state_dict import decode_state_dict, encode_state_dict
 from ..codec.values import check_file_values
+from ..codec.weight_files import packed_files
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
@@ -72,8 +72,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         install_packed_layers(
             model, self.quantization_config.schema, lambda name: _weight_dtype(model, name, self._dtype)
         )
-        files = [Path(file) for file in kwargs.get("checkpoint_files") or [] if str(file).endswith(".safetensors")]
-        if files:
+        if files := packed_files(kwargs.get("checkpoint_files")):
             check_file_values(files, self.quantization_config.schema)
             verify_files(files, self.quantization_config.schema)
         # Transformers initialises tensors that a file lacks, and for that reads weights, before the codes are decoded.
@@ -137,7 +136,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         """
         refuse_dispatched(model, "quantize")
         config = copy.deepcopy(self.quantization_config)
-        config.time_embedding = "keep"  # A text encoder has no time embedding.
+        config.time_embedding = "keep"  # A text encoder has none.
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
         packer = ModelPacker(model, make_fitting_plan(model, config, model.dtype, tied), model.dtype, progress)

@@ -1,7 +1,6 @@
 /* Rows of a loop shared out over the threads that torch itself computes with.
  *
- * A second set of threads would take turns with torch's, which keep their cores busy for a while after each
- * operation. */
+ * Threads of our own would take turns with torch's, which keep their cores busy for a while after each operation. */
 #include "common.h"
 
 #include <stdatomic.h>

@@ -23,7 +23,7 @@ from ..codec.schema import CheckpointSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..packing.file_budget import TensorSize, float_tensors, header_bytes, make_fitting_plan, time_tensors
 from ..utils.errors import DamagedFileError, shown
-from ..utils.json_files import is_number, read_json
+from ..utils.json_files import MAX_MODEL_BYTES, is_number, read_json
 from ..utils.private_names import DIFFUSERS_FP32
 from .report_types import SizeReport, report_of_tensors
 
@@ -48,7 +48,7 @@ def model_from_config(path: str | Path) -> ModelMixin:
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise FileNotFoundError(f"{file} is not a file: give the config.json of a diffusers model.")
-    config = read_json(file, non_finite=True)
+    config = read_json(file, non_finite=True, max_bytes=MAX_MODEL_BYTES)
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     if not (isinstance(kind, type) and issubclass(kind, ModelMixin)):
         raise ValueError(f"{file} names no diffusers model (_class_name is {shown(config.get('_class_name'))}).")
@@ -57,7 +57,7 @@ def model_from_config(path: str | Path) -> ModelMixin:
     try:
         with torch.device("meta"), _bounding_modules():
             return cast(Any, kind).from_config(config)
-    except Exception as error:  # Constructors raise any error for values that they do not check.
+    except Exception as error:  # constructors raise any error for values that they do not check
         raise DamagedFileError(
             file, f"describes no {kind.__name__} that can be built ({type(error).__name__}: {shown(str(error))})"
         ) from error

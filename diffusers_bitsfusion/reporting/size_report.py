@@ -18,7 +18,7 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import attention_kernels
 from ..nn.compute import packed_layers
 from ..utils.errors import DamagedFileError, UnfinishedSaveError
-from ..utils.json_files import read_json
+from ..utils.json_files import MAX_MODEL_BYTES, read_json
 from ..utils.peft_names import split_adapters
 from .report_types import PipelineSizeReport, SizeReport, report_of_tensors
 
@@ -68,7 +68,7 @@ def _quantization_config(model: nn.Module) -> Any:
 
 def _pipeline_report(path: Path) -> PipelineSizeReport:
     quantized, others = {}, {}
-    index = read_json(path / "model_index.json", non_finite=True)
+    index = _read(path / "model_index.json")
     for folder in sorted(child for child in path.iterdir() if child.is_dir() and child.name in index):
         if is_packed_model(folder):
             quantized[folder.name] = _file_report(folder)
@@ -86,7 +86,12 @@ def is_packed_model(folder: Path) -> bool:
         DamagedFileError: the config.json cannot be read.
     """
     config = folder / "config.json"
-    return config.is_file() and _is_packed(read_json(config, non_finite=True))
+    return config.is_file() and _is_packed(_read(config))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = read_json(file, non_finite=True, max_bytes=MAX_MODEL_BYTES)
+    return content
 
 
 def _is_packed(config: Mapping[str, Any]) -> bool:
@@ -96,7 +101,7 @@ def _is_packed(config: Mapping[str, Any]) -> bool:
 
 def _file_report(path: Path) -> SizeReport:
     schema = read_schema(path)
-    excluded = read_json(path / "config.json", non_finite=True)["quantization_config"].get("modules_to_not_convert")
+    excluded = _read(path / "config.json")["quantization_config"].get("modules_to_not_convert")
     headers = read_headers(path)
     tensors = [
         (name, entry.shape, entry.num_bytes) for header in headers.values() for name, entry in header.tensors.items()
@@ -117,7 +122,7 @@ def read_schema(folder: Path) -> CheckpointSchema:
         FileNotFoundError: there is no config.json.
     """
     file = folder / "config.json"
-    config = read_json(file, non_finite=True)
+    config = _read(file)
     if not _is_packed(config):
         raise ValueError(f"The model in {folder} is not quantized by diffusers_bitsfusion.")
     try:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from ..codec.checksums import verify_files
 from ..codec.schema import CheckpointSchema
-from ..codec.state_dict import decode_state_dict
+from ..codec.state_dict import check_encoded
 from ..codec.values import check_file_values
 from ..codec.weight_files import read_headers
 from ..utils.errors import DamagedFileError, shown
@@ -105,7 +105,7 @@ def _verify_model(folder: Path) -> Verified:
     check_file_values(files, schema)
     checksums = verify_files(files, schema)
     for file, header in headers.items():
-        _decode(file, header, schema)
+        _check(file, header, schema)
     return _verified(headers, packed=True, checksums=checksums)
 
 
@@ -123,14 +123,14 @@ def _needed(schema: CheckpointSchema) -> Iterator[str]:
         yield from ("time_proj.embedding_codes", "time_proj.embedding_scale")
 
 
-def _decode(file: Path, header: SafetensorsHeader, schema: CheckpointSchema) -> None:
-    """Decode what is packed, a tensor at a time, and throw it away."""
+def _check(file: Path, header: SafetensorsHeader, schema: CheckpointSchema) -> None:
+    """Check what is packed, a tensor at a time; what it decompresses to is never held as a whole."""
     packed = {f"{name}.{kind}" for name in schema.layers for kind in ("codes", "scale", "branch_down", "branch_up")}
     with safe_open(file, framework="pt") as stream:
         for name in header.tensors:
             if name in packed or name.startswith("time_proj."):
                 try:
-                    decode_state_dict({name: stream.get_tensor(name)}, schema)
+                    check_encoded({name: stream.get_tensor(name)}, schema)
                 except ValueError as error:
                     raise DamagedFileError(f"{file}:", str(error)) from error
 

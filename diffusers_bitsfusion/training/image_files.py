@@ -27,11 +27,7 @@ def decode(file: bytes | str | Path) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-        try:
-            image.load()
-        except BaseException:
-            image.close()
-            raise
+        image.load()
     except _DAMAGE as error:
         raise UnreadableImage(str(error)) from error
     return image

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from .errors import DamagedFileError, shown
-from .json_files import is_count, is_list_of, parse_json
+from .json_files import MAX_MODEL_BYTES, is_count, is_list_of, parse_json
 
 # Bits of an element, by the name of its dtype in the file (the safetensors format).
 DTYPE_BITS = {
@@ -27,8 +27,8 @@ DTYPE_BITS = {
 # Bytes of the length at the beginning of a file.
 _LENGTH_BYTES = 8
 
-# Bytes of the longest header, a limit of the safetensors library.
-_MAX_HEADER = 100 << 20
+# Dimensions of the tensor with the most of them, far above those of any layer; they bound products of sizes.
+MAX_DIMENSIONS = 16
 
 # Key of the metadata in a header.
 _METADATA = "__metadata__"
@@ -92,10 +92,10 @@ def read_header(file: str | os.PathLike[str]) -> SafetensorsHeader:
             if beginning.lstrip().startswith(mark):
                 _refuse(path, problem)
         length = int.from_bytes(beginning[:_LENGTH_BYTES], "little")
-        if size < _LENGTH_BYTES or length > min(_MAX_HEADER, size - _LENGTH_BYTES):
+        if size < _LENGTH_BYTES or length > min(MAX_MODEL_BYTES, size - _LENGTH_BYTES):
             _refuse(path, f"is no safetensors file, or cut short: a header of {length} bytes in a file of {size}")
         stream.seek(_LENGTH_BYTES)
-        header = parse_json(stream.read(length), f"{path}, its header,")
+        header = parse_json(stream.read(length), f"{path}, its header,", max_bytes=MAX_MODEL_BYTES)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not is_list_of(list(metadata.values()), str):
         _refuse(path, f"is damaged: {_METADATA} must be an object of texts")
@@ -154,6 +154,8 @@ def _entry(path: Path, name: str, content: Any, data_start: int) -> TensorEntry:
     for key, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or not all(is_count(size) for size in value):
             _refuse(path, f"is damaged: {key} of {shown(name)} must list counts, not {shown(value)}")
+    if len(shape) > MAX_DIMENSIONS:
+        _refuse(path, f"is damaged: {shown(name)} has {len(shape)} dimensions")
     bits = math.prod(shape) * DTYPE_BITS[dtype]
     if len(offsets) != 2 or 8 * (offsets[1] - offsets[0]) != bits:
         _refuse(
