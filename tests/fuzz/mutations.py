@@ -127,7 +127,7 @@ def mutate_safetensors(content: bytes, random: random.Random) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header, data = json.loads(content[8 : 8 + length]), bytearray(content[8 + length :])
     names = [name for name in header if name != "__metadata__"]
-    kind = random.randrange(8)
+    kind = random.randrange(10)
     if kind == 0:
         return mutate_bytes(content, random)
     if kind == 1:
@@ -137,9 +137,8 @@ def mutate_safetensors(content: bytes, random: random.Random) -> bytes:
     if kind == 2:
         header = _mutate_tree(header, random)
     elif kind == 3:  # Change a value of one tensor.
-        start, stop = header[random.choice(names)]["data_offsets"]
-        if stop > start:
-            _change_value(data, start, stop, random)
+        start, stop = header[_one_of_a_kind(names, random)]["data_offsets"]
+        _change_value(data, start, stop, random)
     elif kind == 4:  # Exchange two tensors.
         one, other = random.choices(names, k=2)
         header[one], header[other] = header[other], header[one]
@@ -147,10 +146,26 @@ def mutate_safetensors(content: bytes, random: random.Random) -> bytes:
         header[random.choice(names)]["dtype"] = random.choice(
             ["F8_E8M0", "BF16", "I8", "U8", "F16", "I32", "C64", "?"]
         )
+    elif kind == 8:  # Flip a bit of a scale, a bias, a norm's weight, codes or features, each kind as often.
+        start, stop = header[_one_of_a_kind(names, random)]["data_offsets"]
+        data[start + random.randrange(stop - start)] ^= 1 << random.randrange(8)
+    elif kind == 9:  # Exchange two tensors of one shape.
+        one = random.choice(names)
+        alike = [name for name in names if all(header[name][key] == header[one][key] for key in ("shape", "dtype"))]
+        other = random.choice(alike)
+        header[one], header[other] = header[other], header[one]
     else:
         return random.choice((b"\xff" * 8, (2**40).to_bytes(8, "little"), bytes(8))) + content[8:]
     text = json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + bytes(data)
+
+
+def _one_of_a_kind(names: list[str], random: random.Random) -> str:
+    """Return a name, of each ending and of biases and norms as often as of others, which outnumber them."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    return random.choice(kinds[random.choice(sorted(kinds))])
 
 
 def _mutate_frame(header: dict[str, Any], names: list[str], data: bytearray, random: random.Random) -> bytes:
@@ -182,6 +197,10 @@ def _mutate_frame(header: dict[str, Any], names: list[str], data: bytearray, ran
 def mutate_quantization_config(content: bytes, random: random.Random) -> bytes:
     """Return a config.json with one to three things changed within what this package reads of it."""
     config = json.loads(content)
+    if random.random() < 0.2:  # Another number of bits, whose codes may take as many bytes.
+        layers = config["quantization_config"]["layers"]
+        layers[random.choice(sorted(layers))]["bits"] = random.randint(1, 8)
+        return json.dumps(config).encode()
     for _ in range(random.randint(1, 3)):
         changed = _mutate_tree(config["quantization_config"], random)
         if isinstance(changed, dict) and changed.get("quant_method") == "bitsfusion":

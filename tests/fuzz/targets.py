@@ -6,10 +6,12 @@ values must be the written ones.
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from mutations import (
     mutate_quantization_config,
     mutate_safetensors,
 )
+from safetensors.torch import load_file
 from tiny import tiny_pipeline, tiny_unet
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -33,14 +36,17 @@ from diffusers_bitsfusion.analysis.allocate import allocate
 from diffusers_bitsfusion.analysis.header import Header, LayerCost
 from diffusers_bitsfusion.analysis.journal import Journal, open_journal, read_manifest, read_records
 from diffusers_bitsfusion.analysis.results import Analysis
+from diffusers_bitsfusion.analysis.study import Settings
 from diffusers_bitsfusion.calibration.calls import Call
 from diffusers_bitsfusion.calibration.folder import CalibrationFolder, TuningFolder
 from diffusers_bitsfusion.calibration.layers import quantize_layer
 from diffusers_bitsfusion.calibration.moments import InputMoments
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.config.calibration import Calibration
+from diffusers_bitsfusion.evaluation import Sampling
+from diffusers_bitsfusion.integrations.folder_commit import PREFIX, repair
 from diffusers_bitsfusion.reporting.size_prediction import model_from_config, predict_size
-from diffusers_bitsfusion.reporting.size_report import SizeReport
+from diffusers_bitsfusion.reporting.size_report import SizeReport, read_schema
 from diffusers_bitsfusion.reporting.verification import verify_checkpoint
 from diffusers_bitsfusion.training.timestep_errors import TimestepErrors
 
@@ -79,10 +85,12 @@ class Target:
         """Return a copy of the folder with one file mutated."""
         copied = work / "mutated"
         shutil.rmtree(copied, ignore_errors=True)
-        shutil.copytree(self.folder, copied)
+        shutil.copytree(self.folder, copied, copy_function=os.link)
         file = seed.choice(sorted(file for pattern in self.files for file in copied.rglob(pattern)))
         mutate = self.mutation or _MUTATIONS[file.suffix]
-        file.write_bytes(mutate(file.read_bytes(), seed))
+        content = mutate(file.read_bytes(), seed)
+        file.unlink()  # Other files are the sound ones themselves; readers replace files rather than write into them.
+        file.write_bytes(content)
         return copied
 
 
@@ -108,9 +116,13 @@ def targets(work: Path) -> list[Target]:
 
 def _checkpoints(work: Path) -> list[Target]:
     checkpoints, load = [], UNet2DConditionModel.from_pretrained
-    for kind, compression, shard in (("table", "zstd", "10GB"), ("cache", None, "10GB"), ("keep", "zstd", "60KB")):
+    for kind, bits, compression, shard in (
+        ("table", 2, "zstd", "10GB"),
+        ("cache", 6, None, "10GB"),  # Its codes take as many bytes as those of 4, 5 and 7 bits.
+        ("keep", 4, "zstd", "60KB"),
+    ):
         folder = work / f"model-{kind}"
-        config = BitsFusionConfig(recipe=2, time_embedding=kind, compression=compression)
+        config = BitsFusionConfig(recipe=bits, time_embedding=kind, compression=compression)
         unet = quantize_model(tiny_unet(), config, progress=False)
         unet.save_pretrained(folder, max_shard_size=shard)
         state = unet.state_dict()
@@ -122,12 +134,12 @@ def _checkpoints(work: Path) -> list[Target]:
             Target(f"load {kind}", folder, load, ("*.safetensors",), same),
             Target(f"config {kind}", folder, load, ("config.json",), same, mutate_quantization_config),
             Target(f"inspect {kind}", folder, _inspect, ("*.safetensors", "*.json")),
-            Target(f"verify {kind}", folder, _verify, ("*.safetensors", "*.json"), None),
+            Target(f"verify {kind}", folder, _verify, ("*.safetensors", "*.json"), _same_files(folder)),
         ]
-    return [*checkpoints, _text_encoder(work)]
+    return [*checkpoints, *_text_encoder(work), _unfinished(work)]
 
 
-def _text_encoder(work: Path) -> Target:
+def _text_encoder(work: Path) -> list[Target]:
     tokenizer, plain, folder = (work / name for name in ("tokenizer", "plain", "text-encoder"))
     tokenizer.mkdir()
     tiny_pipeline(tokenizer).text_encoder.save_pretrained(plain)
@@ -139,7 +151,21 @@ def _text_encoder(work: Path) -> Target:
     def same(read: CLIPTextModel) -> bool:
         return equal(read.state_dict(), state)
 
-    return Target("load text encoder", folder, CLIPTextModel.from_pretrained, ("*.safetensors",), same)
+    load = CLIPTextModel.from_pretrained
+    return [
+        Target("load text encoder", folder, load, ("*.safetensors",), same),
+        Target("config text encoder", folder, load, ("config.json",), same, mutate_quantization_config),
+    ]
+
+
+def _unfinished(work: Path) -> Target:
+    """Return the reader of the journal of a save that was cut off."""
+    folder = work / "unfinished"
+    files = folder / f"{PREFIX}abc" / "files"
+    shutil.copytree(work / "model-table", files)
+    names = sorted(file.name for file in files.iterdir())
+    (folder / f"{PREFIX}abc" / "commit.json").write_text(json.dumps({"files": names}))
+    return Target("repair", folder, repair, ("commit.json", "config.json"))
 
 
 def _inspect(folder: Path) -> str:
@@ -149,8 +175,20 @@ def _inspect(folder: Path) -> str:
     return str(report).encode().decode()
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path) -> Any:
     str(verify_checkpoint(folder)).encode()
+    return _tensors(folder), read_schema(folder)
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def _same_files(folder: Path) -> Callable[[Any], bool]:
+    """Return a function that compares tensors, and what config.json says of them, with those of a folder."""
+    tensors, schema = _tensors(folder), read_schema(folder)
+    # An embedding's width is compared with the tensors; balance decides nothing once weights are codes.
+    return lambda read: equal(read[0], tensors) and replace(read[1], balance=schema.balance) == schema
 
 
 def _small_files(work: Path) -> list[Target]:
@@ -253,7 +291,11 @@ def _training(work: Path) -> list[Target]:
 
     accelerator = Accelerator(cpu=True)
     student = prepare_qat(tiny_unet(), BitsFusionConfig(recipe=2))
-    model = accelerator.prepare(student)
+    optimizer = torch.optim.Adam(student.parameters())
+    model, optimizer = accelerator.prepare(student, optimizer)
+    for parameter in student.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
     settings = {"model": "m", "seed": 1}
     state = {"lr_scheduler": {"last_epoch": 1}, "ema": None}
     checkpoint = save_checkpoint(accelerator, work / "training", 2, state, settings)
@@ -264,7 +306,8 @@ def _training(work: Path) -> list[Target]:
         _LossLog(path / "losses.jsonl", 2)
         loaded = load_checkpoint(accelerator, path, settings)
         load_weights(model, path, "m")
-        return [loaded, {name: tensor.clone() for name, tensor in student.state_dict().items()}]
+        states = [state for state in optimizer.state_dict()["state"].values()]
+        return [loaded, {name: tensor.clone() for name, tensor in student.state_dict().items()}, states]
 
     target = _same_as_now("training", checkpoint, read, ("*.json", "*.jsonl", "*.pt", "*.safetensors"))
     assert equal(read(work / "training" / "checkpoint-2")[1], expected)
@@ -281,10 +324,16 @@ def read_settings(seed: random.Random) -> None:
     kinds = {
         BitsFusionConfig: BitsFusionConfig().to_dict(),
         Calibration: Calibration().to_dict(),
+        Sampling: asdict(Sampling()),
+        Settings: asdict(Settings()),
+        Recipe: {"layers": {}, "source": None, "shapes": None},
+        Rounding: asdict(Rounding()),
     }
     kind = seed.choice(list(kinds))
     names = [name for name in kinds[kind] if name != "quant_method"]
     values = [value for value in ODD_VALUES if not isinstance(value, str) or len(value) < 100]
-    config = kind(**{name: seed.choice(values) for name in seed.sample(names, seed.randint(1, 2))})
+    needed = {"layers": {}} if kind is Recipe else {}
+    odd = {name: seed.choice(values) for name in seed.sample(names, seed.randint(1, 2))}
+    config = kind(**(needed | odd))
     if isinstance(config, BitsFusionConfig):
         config.to_dict()

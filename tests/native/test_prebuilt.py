@@ -63,14 +63,14 @@ def test_every_target_that_this_processor_has_decodes_rightly(brought):
         assert torch.equal(out, codes)
 
 
-@pytest.mark.parametrize("damage", ["cut", "removed", "of other sources"])
-def test_another_is_not_taken(brought, damage, monkeypatch, caplog):
+@pytest.mark.parametrize("corruption", ["cut", "removed", "of other sources"])
+def test_another_is_not_taken(brought, corruption, monkeypatch, caplog):
     for library in brought.iterdir():
-        if damage == "cut":
+        if corruption == "cut":
             library.write_bytes(library.read_bytes()[:5000])
-        elif damage == "removed":
+        elif corruption == "removed":
             library.unlink()
-    if damage == "of other sources":
+    if corruption == "of other sources":
         monkeypatch.setattr(native, "_SOURCES", native._SOURCES[1:])
     assert native.native_library() is None
     assert "there is no C compiler" in caplog.text

@@ -1,0 +1,99 @@
+"""Small files that claim, expand to or call for much memory are refused before any of it is taken."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from hostile_files import CALIBRATION, LINES, RECIPE, frame, zeros
+
+from diffusers_bitsfusion import Recipe
+from diffusers_bitsfusion.analysis.results import Analysis
+from diffusers_bitsfusion.codec.entropy import check_frame, compress, decompress
+from diffusers_bitsfusion.utils.errors import DamagedFileError, shown
+from diffusers_bitsfusion.utils.torch_files import read_torch, tensors_of
+
+PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that are measured")
+def test_no_refused_model_takes_much_more_memory_than_the_right_one():
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, PEAK_MEMORY, "inspect --verify, a frame"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    assert "4 files, all refused" in result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(name for name in CALIBRATION if name.startswith("state.pt")))
+def test_a_file_of_torch_that_calls_for_memory_is_refused(tmp_path, name):
+    torch.save({"step": 2}, tmp_path / "state.pt")
+    CALIBRATION[name](tmp_path)
+    if "doubled" in name:  # It takes no memory; what looks at it must look at each list once.
+        assert len(tensors_of(read_torch(tmp_path / "state.pt", ""))) == 1
+        return
+    with pytest.raises(DamagedFileError, match=r"state\.pt is damaged.* (it calls|larger than its data)"):
+        read_torch(tmp_path / "state.pt", "Delete it.")
+
+
+@pytest.mark.parametrize("name", sorted(RECIPE))
+def test_a_large_recipe_is_refused(tmp_path, name):
+    RECIPE[name](tmp_path)
+    with pytest.raises(DamagedFileError, match=r"recipe\.json has \d+ bytes; at most \d+ are expected|has more than"):
+        Recipe.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(LINES))
+def test_a_large_line_is_refused(tmp_path, name):
+    LINES[name](tmp_path)
+    with pytest.raises(DamagedFileError, match=r"analysis\.jsonl, line 1 has more than"):
+        Analysis.load(tmp_path)
+
+
+def test_a_frame_is_checked_without_its_content():
+    codes = torch.randint(0, 9, (3, 1 << 20), dtype=torch.uint8)
+    sound = compress(codes)
+    check_frame(sound, codes.numel(), largest=8)
+    with pytest.raises(ValueError, match="bytes that its codes never have"):
+        check_frame(sound, codes.numel(), largest=7)
+    for size in (0, codes.numel() - 1, codes.numel() + 1):
+        with pytest.raises(ValueError, match="bytes where"):
+            check_frame(sound, size)
+
+
+def test_a_frame_with_anything_changed_is_refused_as_when_it_is_decompressed():
+    codes = torch.randint(0, 9, (300_000,), dtype=torch.uint8)
+    sound = compress(codes)
+    changed = [sound[:-1], sound[:100], sound[:-4], torch.cat([sound, sound]), torch.cat([sound, sound[:1]])]
+    for place in (4, 6, 9, 12, 13, 500, sound.numel() // 2, sound.numel() - 1):
+        flipped = sound.clone()
+        flipped[place] ^= 4
+        changed.append(flipped)
+    for wrong in changed:
+        for check in (check_frame, decompress):
+            with pytest.raises(ValueError, match=r"is damaged|bytes where"):
+                check(wrong.clone(), codes.numel())
+
+
+def test_a_frame_of_gigabytes_with_a_checksum_that_fits_is_refused_by_its_size(packed_unet, tmp_path):
+    packed_unet.save_pretrained(tmp_path)
+    frame(zeros(1 << 30, True))(tmp_path)
+    with pytest.raises(ValueError, match=r"codes holds 1073741824 bytes where \d+ are expected"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [str, list, dict])
+def test_a_value_is_shown_without_its_whole(kind):
+    value = {str: "x" * 10**7, list: [1] * 10**7, dict: dict.fromkeys(range(10**6), "y")}[kind]
+    text = shown(value)
+    assert len(text) <= 201 and text.endswith("…") and repr(value).startswith(text[:150])
+
+
+@pytest.mark.parametrize("value", ["a", 'it\'s "b"', [1, ("x",), ()], {"a": [None, True], 2: {}}, (1.5,), [], {}])
+def test_a_short_value_is_shown_as_python_does(value):
+    assert shown(value) == repr(value)
