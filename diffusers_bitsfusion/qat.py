@@ -131,7 +131,7 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
     if config.target_bytes is not None:
         raise ValueError("target_bytes is for quantizing; training keeps the step of its scales. Give target_bits.")
     plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
-    plan.bits, plan.tensors = plan.layer_bits, {}  # parameters of other kinds are trained in floating point
+    plan.bits, plan.tensors = plan.layer_bits, {}  # Parameters of other kinds are trained in floating point.
     if layers is not None:
         plan.bits = _selected(plan.bits, layers)
     return plan

@@ -117,7 +117,7 @@ def _quantize(
         calibrated = calibrate(pipeline, model, plan.layer_bits, calibration, plan.rounding, progress, plan.rates)
         if calibration.tuning_steps:
             calls = record_calls(pipeline, model, calibration, timesteps, progress)
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # layers may share one
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):  # Layers may share a weight.
         layer = name.removesuffix(".weight")
         if layer in calibrated:
             packer.take_calibrated(layer, calibrated[layer], parameter.device)

@@ -75,7 +75,7 @@ def make_config() -> Callable[..., BitsFusionConfig]:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest tests first, so that at the end of a run no process waits for another."""
-    items.sort(key=lambda item: item.path.name != "test_train_bitsfusion.py")
+    items.sort(key=lambda item: not item.path.name.startswith("test_train_"))
 
 
 @pytest.fixture(scope="session")

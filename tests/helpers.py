@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from tiny import tiny_unet
-from torch import nn
+from torch import Tensor, nn
 
 from diffusers_bitsfusion.nn import PackedWeight
 
@@ -37,6 +38,11 @@ def all_packed_layers(model: nn.Module) -> dict[str, PackedWeight]:
     return layers
 
 
+def attentions(model: nn.Module) -> list[Attention]:
+    """Return the attention modules of a model, of diffusers' class or of a subclass."""
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
 def layer_sizes(model: nn.Module) -> dict[str, int]:
     """Return the number of weights of every Linear and Conv2d layer by name."""
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
@@ -61,3 +67,9 @@ def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
     for name, tensor in tensors.items():
         assert tensor.dtype == expected[name].dtype, name
         assert torch.equal(tensor, expected[name]), name
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Return the norm of the difference as a share of the norm of `expected`, computed in double precision."""
+    found, expected = found.detach().double(), expected.detach().double()
+    return float((found - expected).norm() / expected.norm())

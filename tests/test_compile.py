@@ -1,6 +1,6 @@
 """`torch.compile(fullgraph=True)` on packed models: one graph, the same outputs and gradients, few recompilations.
 
-Most tests stop before code generation ("aot_eager"): graph capture, shapes and autograd are what is ours.
+Most tests stop before code generation ("aot_eager"): graph capture, shapes and autograd are what this package adds.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UniPCMultistepScheduler,
 )
+from helpers import relative_error
 from tiny import tiny_pipeline, tiny_unet
 from torch import Tensor, nn
 
@@ -36,10 +37,6 @@ SCHEDULERS = {
     "UniPC": (UniPCMultistepScheduler, {}),
 }
 TIME_LAYERS = ["time_embedding", "time_emb_proj"]
-
-
-def relative_error(output: Tensor, expected: Tensor) -> float:
-    return float((output - expected).norm() / expected.norm())
 
 
 def load_pipeline(folder) -> StableDiffusionPipeline:

@@ -17,6 +17,7 @@ from diffusers import (
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
+from helpers import relative_error
 from tiny import SD2, SDXL, tiny_controlnet, tiny_unet
 from tiny_transformers import tiny_flux, tiny_pixart, tiny_sana, tiny_sd3
 from torch import Tensor, nn
@@ -103,10 +104,6 @@ def quantized(model: ModelMixin, **changes) -> ModelMixin:
 def dequantized(model: ModelMixin) -> ModelMixin:
     """A dequantized copy. Without gradients, as packed weights: torch chooses kernels by that."""
     return copy.deepcopy(model).dequantize().requires_grad_(False)
-
-
-def relative_error(output: Tensor, expected: Tensor) -> float:
-    return float((output - expected).norm() / expected.norm())
 
 
 ALL = [*UNETS, "ControlNet", *TRANSFORMERS]

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers import relative_error
 from peft import LoraConfig
 from tiny import tiny_unet
 from torch import nn
@@ -25,10 +26,6 @@ def trained(unet, steps=3):
         loss.backward()
         optimizer.step()
     return unet
-
-
-def relative_error(found, expected):
-    return float((found - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize("kind", ["keep", "table", "cache"])

@@ -55,7 +55,7 @@ def allocate_data_free(sizes: Mapping[str, int], budget: float, *, balance: bool
     while steps:
         _, name, cost = heapq.heappop(steps)
         if spent + cost > budget:
-            continue  # a smaller layer may still fit
+            continue  # A smaller layer may still fit.
         bits[name] += 1
         spent += cost
         if bits[name] < _WIDTHS[-1]:

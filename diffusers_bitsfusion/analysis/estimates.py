@@ -84,7 +84,7 @@ def measure_gradient(study: Study, items: Iterable[Item]) -> Iterator[Record]:
             for bits in widths[name]:
                 slope = float((gradient * _change(study.layers[name], bits)).sum())
                 errors[name, bits] += scale * slope**2
-            weight.grad = None  # Freed at once, so that memory never holds a second copy of the model.
+            weight.grad = None  # The gradient is freed at once, so that memory never holds a second copy of the model.
 
         return hook
 

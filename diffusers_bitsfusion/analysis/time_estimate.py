@@ -79,6 +79,6 @@ def estimate_seconds(study: Study, method: str, widths: int, processes: int = 1)
         work = items * settings.calls * call + rounding
     elif method == "gradient":
         work = settings.calls * ((1 + PROBES * (GRADIENTS - 1)) * call + PROBES * rounding)
-    else:  # "output": every layer's product once more for each width and for the weight itself
+    else:  # "output" repeats every layer's product for each width and for the weight itself.
         work = settings.calls * ((2 + widths) * call + rounding)
     return packing + images + work / processes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from ..evaluation.pipeline import DENOISERS, check_pipeline, default_device, def
 from ..reporting.model_card import origin
 from ..reporting.report_types import SizeReport
 from ..reporting.size_report import size_report
+from ..utils.json_files import read_json
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def refuse_quantized(folder: Path) -> None:
     Raises:
         ValueError: it is quantized.
     """
-    config = json.loads((denoiser_folder(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(denoiser_folder(folder) / "config.json", non_finite=True)
     if "quantization_config" in config:
         raise ValueError(f"{folder} is quantized already, and shown it would be as full precision. Name the original.")
 

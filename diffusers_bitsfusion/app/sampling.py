@@ -39,7 +39,7 @@ def warm_up(pipe: DiffusionPipeline, **arguments: Any) -> None:
     """Run one step of the sampling that follows, so that the seconds of the first image contain no preparations."""
 
     def stop(pipe: DiffusionPipeline, step: int, timestep: int, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = True  # diffusers' own flag to skip the steps that are left
+        pipe._interrupt = True  # It is diffusers' own flag to skip the steps that are left.
         return tensors
 
     pipe(callback_on_step_end=stop, **arguments)

@@ -127,7 +127,7 @@ def _round_block(
     inverse, diagonal = scale.reciprocal(), factor.upper.diagonal()
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
     residual = torch.empty_like(weight)
-    error = torch.zeros_like(weight)  # w − s·k of the rounded columns
+    error = torch.zeros_like(weight)  # It is w − s·k of the rounded columns.
     for stop in range(weight.shape[1], 0, -_BLOCK):
         part = slice(max(0, stop - _BLOCK), stop)
         shares = factor.upper[part] / diagonal[part].unsqueeze(1)

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from ..config.calibration import Calibration, default_prompts
+from ..utils.private_names import DIFFUSERS_PROGRESS
 from ..utils.seeds import cpu_generator, derived_seed
 from .calls import Call, recording
 from .moments import InputMoments, sample_inputs
@@ -89,7 +90,7 @@ class Denoising:
             ValueError: a layer's input holds NaN or infinite values; the message names the first such layer.
         """
         generator = cpu_generator(derived_seed(self.calibration.seed, batch, _POSITION_STREAM))
-        called: dict[str, InputMoments] = {}  # in the order of execution
+        called: dict[str, InputMoments] = {}  # Layers stand in the order of execution.
 
         def input_hook(name: str) -> Callable[..., None]:
             def hook(layer: nn.Linear | nn.Conv2d, inputs: tuple[Tensor, ...]) -> None:
@@ -171,7 +172,7 @@ def _choose_prompts(calibration: Calibration) -> list[str]:
 @contextmanager
 def _quiet(pipeline: DiffusionPipeline) -> Iterator[None]:
     """Hide the pipeline's own progress bars within the block."""
-    shown = getattr(pipeline, "_progress_bar_config", {})
+    shown = DIFFUSERS_PROGRESS.read(pipeline, {})
     pipeline.set_progress_bar_config(**shown | {"disable": True})
     try:
         yield

@@ -70,7 +70,7 @@ def quantize_rows_for_inputs(
 
 def _refit(target: Tensor, residual: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return the best scale fp32 [rows] for given codes, and its squared error fp32 [rows]."""
-    reached = target - residual  # R (s·k)
+    reached = target - residual  # It is R (s·k).
     dot, norm = torch.linalg.vecdot(target, reached), torch.linalg.vecdot(reached, reached)
     ratio = torch.where(dot > 0, dot / norm, 1.0)
     return scale * ratio, (target - ratio.unsqueeze(1) * reached).square().sum(dim=1)

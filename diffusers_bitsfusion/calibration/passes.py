@@ -85,5 +85,5 @@ def _needs(layers: Mapping[str, nn.Linear | nn.Conv2d], max_columns: int) -> dic
 
 def _peak(needs: Sequence[_Needs]) -> int:
     """Return the peak memory, in bytes, of layers that are rounded in this order."""
-    waiting = list(accumulate(need.moments for need in reversed(needs)))[::-1]  # Includes a layer's own moments.
+    waiting = list(accumulate(need.moments for need in reversed(needs)))[::-1]  # A layer's own moments are included.
     return max(moments + need.rounding for moments, need in zip(waiting, needs, strict=True))

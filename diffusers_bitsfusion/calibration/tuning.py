@@ -17,11 +17,10 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 from tqdm.auto import tqdm
 
 from ..nn.packed import PackedWeight, float_bits
+from .activation_memory import bounded_activations
 from .calls import Call, square_errors
 from .guidance import Guidance
 
@@ -140,7 +139,7 @@ def tune(
     half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
     channels, guidance = _channels(model), Guidance()
     loss = _Loss(model, [calls[index] for index in _order(len(calls), steps * CALLS, seed)], guidance, half)
-    with _hooked(channels), _bounded(model, memory, lambda: loss(0)), torch.enable_grad():
+    with _hooked(channels), bounded_activations(model, memory, lambda: loss(0)), torch.enable_grad():
         parameters = [parameter for channel in channels for parameter in channel.parameters]
         optimizer = torch.optim.Adam(parameters, betas=_BETAS)
         start = _load(state, channels, optimizer, guidance)
@@ -254,49 +253,6 @@ def _hooked(channels: Sequence[Channels]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-@contextmanager
-def _bounded(model: Any, memory: float, forward: Callable[[], Tensor]) -> Iterator[None]:
-    """Use gradient checkpointing within the block where the activations of `forward` need more than `memory` bytes."""
-    need = _saved_bytes(model, forward)
-    if need <= memory:
-        yield
-        return
-    if not getattr(model, "_supports_gradient_checkpointing", False):
-        raise ValueError(
-            f"Tuning needs {need / 1e9:.2g} GB for the activations of one call, more than memory_gb leaves, and "
-            f"{type(model).__name__} has no gradient checkpointing. Lower batch_size or raise memory_gb."
-        )
-    before = model.is_gradient_checkpointing
-    model.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if not before:
-            model.disable_gradient_checkpointing()
-
-
-def _saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
-    """Return the bytes that a forward pass would save for the backward pass, parameters aside, without saving them."""
-    total = 0
-    seen: dict[int, StorageWeakRef] = {parameter.data_ptr(): _storage(parameter) for parameter in model.parameters()}
-
-    def note(tensor: Tensor) -> Any:
-        nonlocal total
-        # Several operations save the same tensor, and a new tensor may have the address of a freed one.
-        address = tensor.untyped_storage().data_ptr()
-        if address not in seen or seen[address].expired():
-            seen[address] = _storage(tensor)
-            total += tensor.untyped_storage().nbytes()
-
-    with torch.enable_grad(), saved_tensors_hooks(note, lambda nothing: nothing):
-        forward()
-    return total
-
-
-def _storage(tensor: Tensor) -> StorageWeakRef:
-    return StorageWeakRef(tensor.untyped_storage())
 
 
 def _state(

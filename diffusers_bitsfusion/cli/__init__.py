@@ -28,7 +28,7 @@ from .vote import vote
 app = typer.Typer(
     name="bitsfusion",
     no_args_is_help=True,
-    rich_markup_mode=None,  # rich would take "[eval]" and "[default: 16]" for styles, and leave them out
+    rich_markup_mode=None,  # rich would take "[eval]" and "[default: 16]" for styles, and leave them out.
     pretty_exceptions_enable=False,
 )
 

@@ -66,7 +66,7 @@ def loudness(quiet: bool, verbose: bool) -> Iterator[None]:
     tokens = [(_quiet, _quiet.set(quiet)), (_verbose, _verbose.set(verbose))]
     before = os.environ.get("TQDM_DISABLE")
     if quiet:
-        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which happens later
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported, which happens later.
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -104,7 +104,7 @@ def user_errors() -> Iterator[None]:
 
 
 def _is_of_file(error: Exception) -> bool:
-    from safetensors import SafetensorError  # raised for full disks and damaged files
+    from safetensors import SafetensorError  # This is raised for full disks and damaged files.
 
     return isinstance(error, SafetensorError)
 

@@ -111,7 +111,7 @@ def evaluate(
 
     With --suite, published evaluations instead. Under `accelerate launch` the processes share the work.
     """
-    _evaluate(Namespace(**locals()))  # the options by name, as argparse passes them
+    _evaluate(Namespace(**locals()))  # These are the options by name, as argparse passes them.
 
 
 def _evaluate(args: Namespace) -> None:
@@ -142,7 +142,7 @@ def _check_paths(path: str, json_file: Path | None, card: bool) -> None:
     """Refuse what cannot be read or written, before hours of sampling."""
     from diffusers_bitsfusion.reporting.model_card import check_card
 
-    config_folder(path)  # raises an error that names a missing folder or model
+    config_folder(path)  # This raises an error that names a missing folder or model.
     if json_file is not None and str(json_file) != "-":
         json_file.parent.mkdir(parents=True, exist_ok=True)
     if card:

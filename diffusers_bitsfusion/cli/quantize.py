@@ -121,7 +121,7 @@ def quantize(
     refuse_quantized(found.folder, quantized)
     calibration = _calibration(destination, prompts, given) if calibrate else None
     if push_to_hub is not None:
-        _create_repository(push_to_hub)  # before the work, so that a token without write access is reported at once
+        _create_repository(push_to_hub)  # A token without write access is reported before the work.
     loaded = _quantize(found, configs, getattr(torch, dtype), device, calibration)
     loaded.save_pretrained(destination)
     if calibration is not None:
@@ -210,7 +210,7 @@ def _quantize_calibrated(source: Source, configs: list[Any], dtype: Any, device:
     state = process_state()
     pipeline = source.load(dtype=dtype)
     place = state.device if device is None else torch.device(device)
-    if not source.is_model:  # a model alone is refused by calibration, with its own message
+    if not source.is_model:  # Calibration refuses a model alone, with a message of its own.
         # A CPU computes in float16 as well, though diffusers warns that it does not.
         pipeline.to(place, silence_dtype_warnings=True)
     progress = {} if show_progress() else {"progress": False}

@@ -57,7 +57,7 @@ def parse_args(arguments: Sequence[str], program: str, launched_as: str) -> argp
     parser = argparse.ArgumentParser(
         program,
         description="Two-stage training of a Stable Diffusion UNet at about 2 bits.",
-        allow_abbrev=False,  # a shortened --hub_token would end in the card
+        allow_abbrev=False,  # A shortened --hub_token would end in the card.
         formatter_class=_Help,
         usage="%(prog)s --pretrained_model_name_or_path PIPELINE [options]  (--help lists them)",
     )

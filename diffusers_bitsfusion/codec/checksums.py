@@ -113,7 +113,7 @@ def verify_files(files: Sequence[Path], schema: CheckpointSchema) -> bool:
                 )
     values = set(found.values())
     for name in expected.keys() - found.keys():
-        if expected[name] not in values:  # only one of tied tensors is in the file
+        if expected[name] not in values:  # Only one of tied tensors is in the file.
             raise DamagedFileError(files[0], f"lacks {shown(name)[1:-1]}, which was saved with the others")
     return True
 

@@ -10,9 +10,10 @@ import torch
 import zstandard
 from torch import Tensor
 
-# Digits have unequal frequencies, for zstd's Huffman stage, and no repeats worth finding. So it is the fastest level,
-# kept from finding many: short repeats by chance, frequent where most digits are zero, take more bytes than their
-# digits do (9 levels at 1.8 bits a weight: 8 % more; the table of time features: 10 %).
+# zstd's level, length of the shortest repeat in bytes, and size of its table of repeats as a power of two. Digits have
+# unequal frequencies, for the Huffman stage, and no repeats worth finding. So this is the fastest level, kept from
+# finding many: short repeats by chance, frequent where most digits are zero, take more bytes than their digits do
+# (9 levels at 1.8 bits a weight: 8 % more; the table of time features: 10 %).
 _LEVEL, _LEAST_MATCH, _TABLE = 1, 7, 6
 
 # Blocks that are decompressed at a time while a frame is checked, of at most 128 kB each.

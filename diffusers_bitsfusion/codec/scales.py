@@ -53,7 +53,7 @@ def quantize_rows(weight: Tensor, bits: int, rounding: Rounding = Rounding()) ->
             found = _one_where_zero(tile.abs().amax(dim=1) / half_range(bits))
         else:
             found = _alternating_scale(tile, bits, rounding.iterations, rounding.balance)
-        largest = _FLOAT.max / half_range(bits)  # whose products with codes are finite
+        largest = _FLOAT.max / half_range(bits)  # Its products with codes are finite.
         bounded = _times_power_of_two(found, exponent).clamp(_FLOAT.tiny, largest)
         scale[part] = torch.where(torch.isfinite(found), bounded, torch.nan)
         codes[part] = round_to_codes(tile, _times_power_of_two(scale[part], -exponent), bits, rounding.balance)

@@ -22,7 +22,7 @@ from .grid import check_bits
 FORMAT_VERSION = 3
 _LAYERS_VERSION, _TENSORS_VERSION, _LOW_RANK_VERSION = 1, 2, FORMAT_VERSION
 
-# What stands before a parameter's name in the name of the module that holds its codes.
+# Prefix of a parameter's name in the name of the module that holds its codes.
 TENSOR_PREFIX = "packed_"
 
 COMPRESSIONS = ("zstd", None)

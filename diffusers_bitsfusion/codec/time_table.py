@@ -19,7 +19,7 @@ RELATIVE_ERROR = 0.0044
 
 _DIFFERENCES = 3
 
-# Of every so many rows, and of the last, the codes are known in ten bits.
+# Distance of the rows whose codes are known in ten bits, as are those of the last row; largest of these codes.
 _ANCHOR_DISTANCE = 3
 _LARGEST_ANCHOR = 511
 
@@ -72,7 +72,7 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
     for t in range(timesteps):
         zigzag = (high[t].to(torch.int16) << 8) | low[t]
         difference = ((zigzag >> 1) & 0x7FFF) ^ -(zigzag & 1)
-        codes[t] = third.add_(second.add_(first.add_(difference)))  # sums wrap around, as the differences do
+        codes[t] = third.add_(second.add_(first.add_(difference)))  # Sums wrap around, as the differences do.
     return codes
 
 
@@ -96,7 +96,7 @@ def pack_table(codes: Tensor) -> tuple[Tensor, Tensor]:
     low = torch.empty(timesteps, features, dtype=torch.uint8, device=codes.device)
     high = torch.zeros(high_bits_rows(timesteps), features, dtype=torch.uint8, device=codes.device)
     rows = torch.arange(timesteps, device=codes.device)
-    for part in _column_parts(features, width=128):  # of many intermediates, which together stay within the caches
+    for part in _column_parts(features, width=128):  # The intermediates of a part stay within the caches.
         exact = codes[:, part].to(torch.int32)
         low[:, part] = exact & 255
         bits = torch.zeros(4 * len(high), exact.shape[1], dtype=torch.int32, device=codes.device)

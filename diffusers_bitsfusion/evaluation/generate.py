@@ -110,7 +110,7 @@ def draw_images(
     _check_takes_prompts(pipeline)
     state = process_state()
     missing = folder.missing(len(captions))
-    state.wait_for_everyone()  # no process samples before all have looked
+    state.wait_for_everyone()  # No process samples before all have looked.
     batches = _batches(missing, sampling.batch_size)
     own = batches[state.process_index :: state.num_processes]
     done, total = len(captions) - len(missing), len(captions) - len(missing) + sum(map(len, own))

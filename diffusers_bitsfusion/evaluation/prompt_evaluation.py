@@ -183,7 +183,7 @@ def _scores(
             mapped.flush()
         return values
 
-    scores = _gathered(len(prompts), measure)  # all processes have written when it returns
+    scores = _gathered(len(prompts), measure)  # All processes have written when it returns.
     return _Scores(**scores, features=None if file is None else np.load(file, mmap_mode="r"))
 
 

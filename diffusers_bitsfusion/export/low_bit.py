@@ -69,7 +69,8 @@ def use_low_bits(model: Any, bits: Mapping[str, int], prefix: str) -> None:
         (product,) = [target.get_node() for target in cast.output(0).get_target_inputs()]
         scale = product.input_value(1).get_node().data
         shape = list(node.get_output_shape(0))
-        tensor = openvino.Tensor(getattr(openvino.Type, kind.type), openvino.Shape(shape))  # of memory of its own
+        # The tensor has memory of its own.
+        tensor = openvino.Tensor(getattr(openvino.Type, kind.type), openvino.Shape(shape))
         tensor.data.view(np.uint8).reshape(-1)[:] = pack_elements(node.data, kind)
         values = opset13.convert(openvino.op.Constant(tensor), "f16")
         if kind.zero_point:

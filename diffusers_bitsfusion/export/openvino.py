@@ -23,7 +23,7 @@ from .low_bit import use_low_bits
 # Name of a model in its folder, as optimum-intel looks for it.
 FILE = "openvino_model.xml"
 
-# What is exported, by the component's name; a pipeline of other parts would lack some of them.
+# Exported parts by the component's name; a pipeline of other parts would lack some of them.
 _EXPORTED: dict[str, type[nn.Module]] = {
     "text_encoder": CLIPTextModel,
     "unet": UNet2DConditionModel,
@@ -63,7 +63,7 @@ class _UNet(_Traced):
         config = self.model.config
         return {
             "sample": torch.zeros(2, config.in_channels, config.sample_size, config.sample_size),
-            "timestep": torch.tensor(1.0),  # floating, since some schedulers' steps are
+            "timestep": torch.tensor(1.0),  # It is floating, since the timesteps of some schedulers are.
             "encoder_hidden_states": torch.zeros(2, 77, config.cross_attention_dim),
         }
 
@@ -147,7 +147,7 @@ def _check(pipeline: DiffusionPipeline) -> None:
 def _export(openvino: Any, name: str, module: Any, files: Path) -> None:
     bits = make_traceable(module)
     for folder, traced in _parts(name, module):
-        with warnings.catch_warnings():  # of checks of shapes, which hold for every call
+        with warnings.catch_warnings():  # torch warns of checks of shapes, which hold for every call.
             warnings.simplefilter("ignore")
             converted = openvino.convert_model(traced, example_input=traced.example())
         for output, output_name in zip(converted.outputs, traced.outputs, strict=True):
@@ -155,7 +155,7 @@ def _export(openvino: Any, name: str, module: Any, files: Path) -> None:
         use_low_bits(converted, bits, prefix="self.model.")
         openvino.save_model(converted, files / folder / FILE, compress_to_fp16=True)
         config = json.loads(module.config.to_json_string() if name == "text_encoder" else module.to_json_string())
-        config.pop("quantization_config", None)  # of the packed file, which this is not
+        config.pop("quantization_config", None)  # The exported model is no packed file.
         (files / folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 

@@ -14,7 +14,7 @@ from ..config.bitsfusion import BitsFusionMethod
 from ..nn import PackedWeight, TimeFeatures
 from ..nn.packed_tensor import PackedTensor
 
-# What a packed model's config says of its weights.
+# Keys of a packed model's config that say something of its weights.
 PACKED_KEYS = ("quantization_config", "_pre_quantization_dtype")
 
 # Class methods that copy the weights of a model, some of them leaving out in silence what does not fit.
@@ -35,7 +35,7 @@ def register_derived_models() -> None:
     """Wrap the methods of diffusers that make a model from another's config or weights."""
     ConfigMixin.from_config = classmethod(_wrap_from_config(ConfigMixin.from_config.__func__))
     for name, method in _COPYING:
-        owner = getattr(diffusers, name, None)  # earlier versions of diffusers lack some
+        owner = getattr(diffusers, name, None)  # Earlier versions of diffusers lack some.
         if owner is not None and method in vars(owner):
             setattr(owner, method, classmethod(_wrap_copying(vars(owner)[method].__func__)))
 

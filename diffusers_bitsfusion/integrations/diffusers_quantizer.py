@@ -176,7 +176,7 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: tensors are missing.
         """
-        # No file has it: it is made of the table's codes, when they are decoded.
+        # No file has this tensor: it is made of the table's codes, when they are decoded.
         missing_keys = [name for name in missing_keys if name != "time_proj.high_bits"]
         if missing_keys and not self._keep_float:
             raise_missing(model, missing_keys)

@@ -48,7 +48,7 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
             original(self, model, adapter_name, *args, **kwargs)
         except Exception:
             _remove_adapter(model, adapter_name, before)
-            for module, rank in branches:  # PiSSA extends them
+            for module, rank in branches:  # PiSSA extends branches.
                 if module.branch_rank > rank:
                     module.shrink_branch(rank)
             raise

@@ -152,7 +152,8 @@ class PackedLoraLayer(SubstitutedBaseLayer):
                 f"init_lora_weights={init!r} changes the base weight, which packed weights cannot take. "
                 'Use True, "gaussian", "pissa" or "olora".'
             )
-        if not init.startswith(_SUBTRACTING_INITS) or isinstance(base, nn.Conv2d):  # where PEFT knows of none
+        # PEFT has no such initialisation for convolutions.
+        if not init.startswith(_SUBTRACTING_INITS) or isinstance(base, nn.Conv2d):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
         if self.merged:
@@ -215,7 +216,7 @@ class TimeProjectionLora(PackedLoraLayer, Linear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the block's features with the adapters' products added."""
         base = self.get_base_layer()
-        if not isinstance(base, TimeFeatureSlice):  # the model was dequantized
+        if not isinstance(base, TimeFeatureSlice):  # The model was dequantized.
             dense: Tensor = super().forward(x, *args, **kwargs)
             return dense
         self._check_forward_args(x, *args, **kwargs)

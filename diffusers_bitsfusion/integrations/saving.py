@@ -131,7 +131,7 @@ class QuantizedModelMixin(_Base):
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the model; that of the decoded weights where all layers are packed."""
-        dtype: torch.dtype = get_parameter_dtype(self)  # as diffusers' own, which Dynamo cannot call through super()
+        dtype: torch.dtype = get_parameter_dtype(self)  # Dynamo cannot call diffusers' own through super().
         packed: Mapping[str, Any] = packed_layers(self) or packed_tensors(self)
         return dtype if dtype.is_floating_point else next(iter(packed.values())).weight_dtype
 

@@ -33,7 +33,7 @@ def _quantized_models(pipeline: Any) -> list[QuantizedModelMixin]:
     return [part for part in pipeline.components.values() if isinstance(part, QuantizedModelMixin)]
 
 
-# Whether `from_pipe` is at work without a dtype: it ends in a cast that nobody asked for.
+# Flag that `from_pipe` is at work without a dtype: it ends in a cast that nobody asked for.
 _keeps_dtypes: ContextVar[bool] = ContextVar("keeps_dtypes", default=False)
 
 

@@ -136,7 +136,7 @@ class BitsFusionTextQuantizer(HfQuantizer):
         """
         refuse_dispatched(model, "quantize")
         config = copy.deepcopy(self.quantization_config)
-        config.time_embedding = "keep"  # A text encoder has none.
+        config.time_embedding = "keep"  # A text encoder has no time embedding.
         config.calibration = None
         tied = [name.removesuffix(".weight") for pair in model.all_tied_weights_keys.items() for name in pair]
         packer = ModelPacker(model, make_fitting_plan(model, config, model.dtype, tied), model.dtype, progress)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # on Windows each process builds for itself, and the first to finish keeps its result
+except ImportError:  # On Windows each process builds for itself, and the first to finish keeps its result.
     fcntl = None  # type: ignore[assignment]
 
 SUFFIX = ".dll" if os.name == "nt" else ".so"
@@ -78,20 +78,20 @@ def _private_cache() -> Path | None:
     try:
         folder = _cache_home() / "diffusers_bitsfusion"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.name == "nt":  # the folder is the user's own by the system's default
+        if os.name == "nt":  # The folder is the user's own by the system's default.
             return folder
         found = folder.stat()
         if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return None
         folder.chmod(0o700)
         return folder if os.access(folder, os.W_OK | os.X_OK) else None
-    except (OSError, RuntimeError):  # RuntimeError means that there is no home folder
+    except (OSError, RuntimeError):  # RuntimeError means that there is no home folder.
         return None
 
 
 def _cache_home() -> Path:
     named = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(named):  # relative paths are invalid (XDG Base Directory Specification)
+    if os.path.isabs(named):  # Relative paths are invalid (XDG Base Directory Specification).
         return Path(named)
     if os.name == "nt" and (local := os.environ.get("LOCALAPPDATA")):
         return Path(local)
@@ -99,8 +99,8 @@ def _cache_home() -> Path:
 
 
 def _built_for_this_process(build: Callable[[Path], None], exit_stack: ExitStack) -> Path:
-    folder = tempfile.mkdtemp(prefix="diffusers_bitsfusion-")  # its mode is 0700
-    exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)  # a library that is loaded needs its file no more
+    folder = tempfile.mkdtemp(prefix="diffusers_bitsfusion-")  # Its mode is 0700.
+    exit_stack.callback(shutil.rmtree, folder, ignore_errors=True)  # A library that is loaded needs its file no more.
     library = Path(folder) / f"native{SUFFIX}"
     build(library)
     return library
@@ -122,7 +122,7 @@ def _build_alone(folder: Path, name: str, sources: str, build: Callable[[Path], 
             built = Path(scratch) / f"native{SUFFIX}"
             build(built)
             built.chmod(0o700)
-            return built.replace(with_digest(folder / f"{name}{SUFFIX}", built))  # renaming is atomic
+            return built.replace(with_digest(folder / f"{name}{SUFFIX}", built))  # Renaming is atomic.
 
 
 @contextmanager
@@ -146,7 +146,7 @@ def _lock(descriptor: int) -> bool:
             return True
         except BlockingIOError:
             time.sleep(0.05)
-        except OSError:  # the file system has no locks
+        except OSError:  # The file system has no locks.
             return False
     return False
 

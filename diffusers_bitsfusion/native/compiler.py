@@ -37,7 +37,7 @@ def compilers() -> list[list[str]]:
     """Return the commands of the compilers that there are, the one that the variable CC names first."""
     try:
         named = shlex.split(os.environ.get("CC", ""), posix=os.name != "nt")
-    except ValueError:  # a quotation does not end
+    except ValueError:  # A quotation in CC does not end.
         named = []
     found: list[list[str]] = []
     for program, *arguments in filter(None, (named, ["cc"], ["gcc"], ["clang"])):

@@ -92,9 +92,9 @@ class NativeLibrary:
     geglu: Loop[GegluArguments]
     block_weight: Loop[BlockArguments]
     decode_blocked: Loop[DecodeBlockedArguments]
-    multiply: Loop[ProductArguments] | None  # None without AVX2
-    attention: Loop[AttentionArguments] | None  # None without AVX-512 BF16
-    attention_queries: int  # queries of a row of `attention`
+    multiply: Loop[ProductArguments] | None  # It is None without AVX2.
+    attention: Loop[AttentionArguments] | None  # It is None without AVX-512 BF16.
+    attention_queries: int  # This is the number of queries of a row of `attention`.
 
 
 @functools.cache

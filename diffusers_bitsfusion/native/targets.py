@@ -19,8 +19,8 @@ _AVX512 = ("-mavx512vbmi", "-mavx512vnni")
 # Compiler flags by target, in the order of `bitsfusion_target` in handshake.c.
 _X86_64 = {
     "x86-64-v2": ("-march=x86-64-v2",),
-    "x86-64-v3": ("-march=x86-64-v3",),  # with AVX2
-    "x86-64-v4": ("-march=x86-64-v4",),  # with AVX-512
+    "x86-64-v3": ("-march=x86-64-v3",),  # This level has AVX2.
+    "x86-64-v4": ("-march=x86-64-v4",),  # This level has AVX-512.
     "x86-64-v4-vbmi": ("-march=x86-64-v4", *_AVX512),
     "x86-64-v4-bf16": ("-march=x86-64-v4", *_AVX512, "-mavx512bf16"),
 }

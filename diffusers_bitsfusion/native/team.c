@@ -1,6 +1,7 @@
 /* Rows of a loop shared out over the threads that torch itself computes with.
  *
- * Threads of our own would take turns with torch's, which keep their cores busy for a while after each operation. */
+ * A second set of threads would take turns with torch's, which keep their cores busy for a while after each
+ * operation. */
 #include "common.h"
 
 #include <stdatomic.h>

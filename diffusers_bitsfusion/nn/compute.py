@@ -11,8 +11,8 @@ from .feed_forward import set_geglu
 from .packed_tensor import packed_tensors
 from .transformer import set_channels_last
 
-# The first convolution and the shortcuts of residual blocks. On the shapes UNet, rounding their inputs made nearly all
-# of the error of integers, for a few per cent of the operations.
+# Names of the layers whose input no norm precedes: the first convolution, shortcuts of residual blocks. On the shapes
+# UNet, rounding their inputs made nearly all of the error of integers, for a few per cent of the operations.
 _NOT_NORMALISED = ("conv_in", "conv_shortcut")
 
 
@@ -43,7 +43,8 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
     if not layers and not packed_tensors(model):
         raise ValueError(f"This {type(model).__name__} has no layers quantized by diffusers_bitsfusion.")
     for name, layer in layers.items():
-        layer.sensitive = name.removesuffix(".base_layer").endswith(_NOT_NORMALISED)  # which an adapter wraps
+        # An adapter wraps the layer as `base_layer`.
+        layer.sensitive = name.removesuffix(".base_layer").endswith(_NOT_NORMALISED)
         layer.select_kernel(compute, resident)
     for layer in layers.values():
         layer.set_compute(compute, resident)

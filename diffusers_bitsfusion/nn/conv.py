@@ -22,7 +22,7 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the convolution of `x`, floating [batch, in, height, width] or without the batch."""
-        if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+        if input.dim() == 3:  # nn.Conv2d takes an image without a batch, too.
             return self.forward(input.unsqueeze(0)).squeeze(0)
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
@@ -31,7 +31,7 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
         if in_forward_mode():
             y = F.conv2d(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias, *geometry)
         else:
-            # Here, where a compiler fuses the change with what made x.
+            # The layout changes here, where a compiler fuses the change with what made x.
             if wants_channels_last(x, self.computes_int8, self.out_channels):
                 x = x.contiguous(memory_format=torch.channels_last)
             y = conv2d(x, *packed, bias, self.bits, self.weight_shape, *geometry, self.computes_int8, self.int8_weight)

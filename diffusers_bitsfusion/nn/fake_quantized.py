@@ -18,11 +18,11 @@ from .packed import autocast, without_weight
 
 LayerT = TypeVar("LayerT", bound="FakeQuantizedWeight")
 
-# Latent weights that are made to round to a given code stay this share of a step away from it at most, which leaves
+# Share of a step that latent weights which are made to round to a given code stay away from it at most; the rest is
 # room for rounding errors before the next code begins.
 _WITHIN = 0.49
 
-# A step of the optimizer may carry a scale across zero. It is held here, and its gradient leads back.
+# Smallest scale: a step of the optimizer may carry one across zero; it is held here, and its gradient leads back.
 LEAST_SCALE = 1e-8
 
 
@@ -232,7 +232,7 @@ class QATConv2d(FakeQuantizedWeight, nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
-        if input.dim() == 3:  # an image without a batch, as nn.Conv2d takes
+        if input.dim() == 3:  # nn.Conv2d takes an image without a batch, too.
             return self.forward(input.unsqueeze(0)).squeeze(0)
         x = autocast(input)
         padding = self.padding

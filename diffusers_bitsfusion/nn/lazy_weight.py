@@ -7,7 +7,8 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from ..utils.private_names import TORCH_NO_OVERRIDE, TORCH_WRAPPER
 
 _REFUSAL = (
     "The weight of a packed layer is decoded from its codes: it can neither be written to nor trained, the change "
@@ -33,12 +34,12 @@ class LazyWeight(torch.Tensor):
 
     decode: Callable[[], Tensor]
     _kept: Tensor | None
-    _is_hf_initialized = True  # by which transformers' initialisation of modules knows what to leave
+    _is_hf_initialized = True  # transformers' initialisation of modules leaves such tensors alone.
 
     @staticmethod
     def __new__(cls: type[LazyWeight], decode: Callable[[], Tensor], like: Tensor, device: torch.device) -> LazyWeight:
         """Make a tensor of the dtype, shape and strides of `like` on `device`, whose values `decode` gives."""
-        made = torch.Tensor._make_wrapper_subclass(
+        made: LazyWeight = TORCH_WRAPPER.require(torch.Tensor)(
             cls,
             like.shape,
             strides=like.stride(),
@@ -50,7 +51,7 @@ class LazyWeight(torch.Tensor):
         made.decode, made._kept = decode, None
         return made
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = TORCH_NO_OVERRIDE.read(torch._C, torch.Tensor.__torch_function__)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -63,7 +64,7 @@ class LazyWeight(torch.Tensor):
             return _view(func, args, kwargs)
         return func(*_decoded(args), **_decoded(kwargs))
 
-    # What goes past torch's operators.
+    # These members go past torch's operators.
 
     @property
     def data(self) -> Tensor:
@@ -141,7 +142,14 @@ def refuse_writing() -> NoReturn:
 
 
 def _decoded(arguments: Any) -> Any:
-    return tree_map(lambda value: value.decode() if isinstance(value, LazyWeight) else value, arguments)
+    """Return an operator's arguments, with lazy weights decoded, within lists, too."""
+    if isinstance(arguments, LazyWeight):
+        return arguments.decode()
+    if isinstance(arguments, (tuple, list)):
+        return type(arguments)(_decoded(value) for value in arguments)
+    if isinstance(arguments, dict):
+        return {name: _decoded(value) for name, value in arguments.items()}
+    return arguments
 
 
 def _writes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -114,7 +114,7 @@ class PackedWeight(NotTrainable, LowRankBranch):
     computes_int8: bool = False
     int8_weight: Tensor | None = None
 
-    _make_int8_weight: Callable[[], Tensor]  # of each kind of layer
+    _make_int8_weight: Callable[[], Tensor]  # Each kind of layer has its own.
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         name = type(self).__name__
@@ -180,7 +180,7 @@ class PackedWeight(NotTrainable, LowRankBranch):
         """`dense_weight` in `weight_dtype`, decoded where it is used."""
         decode = functools.partial(weight, self.codes, self.scale_bits, self.bits, self.weight_shape)
         dense = functools.partial(_dense_weight, decode, self.branch_down, self.branch_up, self.weight_dtype)
-        if torch.compiler.is_compiling():  # operators in the graph, which go where only metadata are asked for
+        if torch.compiler.is_compiling():  # A compiler removes the operators where only metadata are asked for.
             return dense()
         like = torch.empty(self.weight_shape, dtype=self.weight_dtype, device="meta")
         return LazyWeight(dense, like, self.codes.device)
@@ -218,11 +218,11 @@ class PackedWeight(NotTrainable, LowRankBranch):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self.computes_int8:  # which this machine may do otherwise
+        if self.computes_int8:  # This machine may use another kernel.
             self.set_compute(self.compute, self.resident)
 
     def __getattr__(self, name: str) -> Any:
-        # Not a property of the class: the constructor of nn.Linear assigns `weight`.
+        # `weight` is no property of the class, since the constructor of nn.Linear assigns it.
         if name == "weight" and "codes" in self._parameters:
             return self._lazy_weight()
         return super().__getattr__(name)

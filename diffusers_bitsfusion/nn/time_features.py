@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec.time_table import high_bits_rows, pack_table, unpack_rows
+from ..utils.private_names import TORCH_ASSERT
 from .lazy_weight import LazyWeight
 from .low_rank_branch import LowRankBranch
 from .packed import float_bits
@@ -42,7 +43,7 @@ class TimeFeatures(nn.Module):
                 missing = ", ".join(f"{t:g}" for t in timesteps[~known].unique().tolist())
                 raise ValueError(f"Timestep {missing}: {problem}")
         else:
-            torch._assert_async(known.all(), problem)
+            TORCH_ASSERT.require(torch)(known.all(), problem)
 
 
 class TimeFeatureCache(TimeFeatures):
@@ -124,7 +125,7 @@ class TimeFeatureTable(TimeFeatures):
         """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
         part = slice(start, start + len(scale))
         low, high = pack_table(codes)
-        if low.dtype != self.codes.dtype:  # one part that is not smooth has all parts kept whole
+        if low.dtype != self.codes.dtype:  # One part that is not smooth has all parts kept whole.
             self.codes = nn.Parameter(self._unpack(self._all_rows).to(torch.int16), requires_grad=False)
             low = codes
         self.codes[:, part], self.high_bits[:, part] = low, high
@@ -255,7 +256,7 @@ class TimeFeatureSlice(LowRankBranch):
 
     def __init__(self, lookup: TimeFeatures, start: int, stop: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.__dict__["_lookup"] = lookup  # nn.Module would register an attribute as a submodule
+        self.__dict__["_lookup"] = lookup  # nn.Module would register an attribute as a submodule.
         self.start, self.stop, self.weight_dtype = start, stop, dtype
         self.in_features, self.out_features = lookup.embedding_width, stop - start
         self.register_parameter("branch_down", None)

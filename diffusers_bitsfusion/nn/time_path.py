@@ -111,7 +111,7 @@ class TimePath:
     @torch.no_grad()
     def _linear(self, name: str, x: Tensor) -> Tensor:
         layer = self.layers[name]
-        x = x.to(layer.weight.device)  # a model may be spread over several
+        x = x.to(layer.weight.device)  # A model may be spread over several devices.
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
@@ -131,7 +131,7 @@ def install(model: ModelMixin, lookup: TimeFeatures, sizes: Iterable[tuple[str, 
     for name, size in sizes:
         block = model.get_submodule(name)
         block.time_emb_proj = TimeFeatureSlice(lookup, start, start + size, dtype)
-        block.skip_time_act = True  # the features are those after the activation
+        block.skip_time_act = True  # The features are those after the activation.
         start += size
 
 

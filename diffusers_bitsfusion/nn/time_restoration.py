@@ -55,7 +55,7 @@ def restore(model: ModelMixin, dtype: torch.dtype) -> None:
     if known:
         hidden = embedding.act(embedding.linear_1(proj(timesteps)))
         _set(embedding.linear_2, *_fit(hidden, lookup.embedding().cpu()))
-    embedding = embedding.to(dtype).float()  # what follows is fitted to the rounded weights
+    embedding = embedding.to(dtype).float()  # What follows is fitted to the rounded weights.
     hidden = F.silu(embedding(proj(timesteps)))
     weight, bias = _fit(hidden, features)
     error = float((hidden.double() @ weight.T + bias - features).norm() / features.norm().clamp_min(1e-12))

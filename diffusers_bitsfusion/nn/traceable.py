@@ -30,7 +30,7 @@ class TraceableLayer(nn.Module):
         ones = [1] * (len(packed.weight_shape) - 1)
         self.scale = nn.Buffer(packed.scale_bits.view(torch.float32).reshape(-1, *ones).clone())
         self.bits = packed.bits
-        self.geometry = packed  # with bias and branch
+        self.geometry = packed  # The packed layer also has the bias and the branch.
 
     def forward(self, input: Tensor) -> Tensor:
         """Return what the packed layer returns, computed exactly."""

@@ -36,5 +36,5 @@ def set_channels_last(model: nn.Module, channels_last: bool) -> None:
     if not channels_last:
         old, new = new, old
     for module in model.modules():
-        if type(module) is old and module is not model:  # a model's own class is that of its file
+        if type(module) is old and module is not model:  # A model's own class is that of its file.
             module.__class__ = new

@@ -102,7 +102,7 @@ def quantize_image(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return (scale, its inverse, zero point), fp32 scalars, that map `low` ... `high` to 0 ... 255."""
     span = (high - low).clamp(min=TINY)
-    inverse = torch.full_like(span, 255.0) / span  # not 255.0 / span, which torch rounds twice
+    inverse = torch.full_like(span, 255.0) / span  # torch rounds 255.0 / span twice.
     return span / 255.0, inverse, (-low * inverse).round_()
 
 

@@ -68,7 +68,7 @@ def conv2d(
         packed = PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape), geometry)
         y = _convolve(x, packed, bias, geometry)
         return _channels_last(y) if wants_channels_last(x, int8, shape[0]) else y
-    if x.shape[1] != groups * shape[1]:  # the kernels do not look
+    if x.shape[1] != groups * shape[1]:  # The kernels do not check it.
         raise RuntimeError(
             f"Given groups={groups}, weight of size {list(shape)}, expected input{list(x.shape)} to have "
             f"{groups * shape[1]} channels, but got {x.shape[1]} channels instead"
@@ -118,13 +118,13 @@ def _multiply_on_cpu(
         zero_point,
         weight,
         scale,
-        torch.zeros_like(scale, dtype=torch.int32),  # the weights' zero points
+        torch.zeros_like(scale, dtype=torch.int32),  # These are the weights' zero points.
         None if bias is None else bias.to(torch.float32),
         *geometry,
-        1.0,  # the output's scale
-        0,  # and zero point
+        1.0,  # This is the output's scale.
+        0,  # This is the output's zero point.
         x.dtype if x.dtype == torch.bfloat16 else torch.float32,
-        "none",  # no operation after it
+        "none",  # No operation follows.
         [],
         "",
     )
@@ -134,7 +134,8 @@ def _multiply_on_cpu(
 def _multiply_on_gpu(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
-    from .triton.activations import quantize_image_triton  # imports Triton, which takes a second and may be missing
+    # It imports Triton, which takes a second and may be missing.
+    from .triton.activations import quantize_image_triton
     from .triton.int8_conv import conv2d_triton
 
     stride, padding, dilation, groups = geometry

@@ -44,7 +44,7 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
     """Decode as `decode_reference` by the fastest kernel for the device and dtype; same arguments, same bits."""
     contiguous = codes.is_contiguous() and scale.is_contiguous() and out.is_contiguous()
     if contiguous and _has_kernel(codes.device, out.dtype):
-        from .triton.decode import decode_triton  # Triton takes a second to import and may be missing
+        from .triton.decode import decode_triton  # It imports Triton, which takes a second and may be missing.
 
         return decode_triton(codes, scale, bits, columns, out)
     if codes.device.type != "cpu":
@@ -55,7 +55,7 @@ def decode(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Tensor) -
     if out.dtype not in _NATIVE_OUTPUTS:
         weights = torch.empty(
             out.shape, dtype=torch.float32, device="cpu"
-        )  # on the CPU whatever torch's default device is
+        )  # torch's default device may be another one.
         return out.copy_(decode(codes, scale, bits, columns, weights))
     arguments = DecodeArguments(
         dense=codes.data_ptr(),
@@ -116,7 +116,7 @@ def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int,
     size = torch.Size(shape).numel() * dtype.itemsize
     buffer = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):  # the buffer outlives an inference mode that this call may be under
+        with torch.inference_mode(False):  # The buffer outlives an inference mode that this call may be under.
             buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
     out = buffer[:size].view(dtype).view(shape)
     decode(codes, scale, bits, out[0].numel(), out.view(shape[0], -1))

@@ -32,7 +32,7 @@ _ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
 # Outputs from which on the weight of a convolution in fp32 is decoded into oneDNN's layout.
 _FEWEST_OUTPUTS = 256
 
-# Those that take weights in its layouts of floating point, and the one that lays them out for linear layers.
+# Private operators of torch that take weights in oneDNN's floating-point layouts, or lay them out.
 _PREPACKED_OPERATORS = (
     "_convolution_pointwise", "_linear_pointwise", "_reorder_linear_weight", "_is_mkldnn_bf16_supported",
 )  # fmt: skip
@@ -131,7 +131,7 @@ def _why_no_prepacked_bf16(device: torch.device) -> str | None:
     obstacle = _why_no_prepacked_onednn(device)
     if obstacle is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return obstacle
-    return "oneDNN has no bf16 on this processor"  # and raises where it should lay out a weight in it
+    return "oneDNN has no bf16 on this processor"  # oneDNN would raise where it should lay out a weight in bf16.
 
 
 DECODE_TRITON = Kernel("Triton", ("cuda",), (torch.float32, *_HALVES, torch.int8), why_not_here=_why_no_triton)
@@ -154,8 +154,8 @@ INTEGER_PRODUCTS = (MULTIPLY_VNNI, MULTIPLY_COMPILED)
 # Kernel that rounds activations to eight bits, and rescales sums, on a CPU.
 ROUND_COMPILED = Kernel("compiled C", ("cpu",), why_not_here=_why_no_compiled_loops)
 
-# Exact layers whose weight is decoded into oneDNN's own layout: convolutions, and linear layers in bf16; those in fp32
-# take no less time by it.
+# Kernels of exact layers whose weight is decoded into oneDNN's own layout: convolutions, and linear layers in bf16;
+# linear layers in fp32 take no less time by it.
 _INTO_ONEDNN = "compiled C, into oneDNN's layout"
 PREPACKED_FP32 = Kernel(_INTO_ONEDNN, ("cpu",), (torch.float32,), why_not_here=_why_no_prepacked_onednn)
 PREPACKED_BF16 = Kernel(_INTO_ONEDNN, ("cpu",), (torch.bfloat16,), why_not_here=_why_no_prepacked_bf16)
@@ -325,7 +325,7 @@ def has_triton() -> bool:
 
 def _decoding(device: torch.device, may_fuse: bool = False) -> str:
     kernel = select(DECODING, device)
-    assert kernel is not None  # plain torch decodes everywhere
+    assert kernel is not None  # Plain torch decodes everywhere.
     fused = may_fuse and kernel is DECODE_TRITON
     within = f", within the product for up to {FEW_TOKENS} tokens in half precision" if fused else ""
     return f"decoded in each call by {kernel.name}{within}"

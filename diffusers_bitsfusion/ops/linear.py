@@ -18,8 +18,8 @@ from .dispatch import PREPACKED_BF16, fuses_decoding
 from .onednn_float_weights import PackedOperand, prepack_in_place
 from .products import int_mm
 
-# int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory is used
-# again. For few tokens at a time a product waits for its weight, which it reads anew.
+# Number of int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory
+# is used again. For few tokens at a time a product waits for its weight, which it reads anew.
 _SUMS = 1 << 20
 _FEWEST_TOKENS = 256
 
@@ -62,7 +62,7 @@ def linear(
         [..., out] in the dtype of `x`.
     """
     if not int8 and fuses_decoding(x.device, x.dtype, x.shape[:-1].numel()):
-        from .triton.fused_linear import linear_fused  # imports Triton, which takes a second and may be missing
+        from .triton.fused_linear import linear_fused  # It imports Triton, which takes a second and may be missing.
 
         y = linear_fused(_tokens(x, shape), codes, scale.view(torch.float32), bias, bits)
         return _shaped(y, (*x.shape[:-1], shape[0]))
@@ -191,7 +191,8 @@ def _multiply_on_cpu(
 
 
 def _multiply_on_gpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    from .triton.activations import quantize_tokens_triton  # imports Triton, which takes a second and may be missing
+    # It imports Triton, which takes a second and may be missing.
+    from .triton.activations import quantize_tokens_triton
     from .triton.int8_linear import linear_triton
 
     return linear_triton(*quantize_tokens_triton(x.contiguous()), weight, scale, bias, x.dtype)

@@ -28,10 +28,10 @@ from .onednn_weights import current_settings
 _BLOCKS = (64, 48, 32, 24, 16, 8)
 _LANES = 16
 
-# Compiled loops write so many bytes in the time that another thread takes to begin.
+# Bytes that compiled loops write in the time that another thread takes to begin.
 _BYTES_PER_THREAD = 1 << 16
 
-# Codes that are drawn for a probe and then repeated: a prime, which no layout's strides share.
+# Number of random codes of a probe, which repeats them: a prime, which no layout's strides share.
 _PERIOD = 65521
 
 
@@ -75,13 +75,13 @@ def prepack_in_place(packed: PackedOperand, x: Tensor) -> Tensor | None:
     if not packed.codes.is_contiguous() or not packed.scale.is_contiguous():
         return None
     settings = current_settings()
-    if getattr(_scratch, "settings", None) != settings:  # tensors of other settings would only take memory
+    if getattr(_scratch, "settings", None) != settings:  # Tensors of other settings would only take memory.
         _scratch.settings, _scratch.tensors = settings, {}
     tensors: dict[Any, Tensor] = _scratch.tensors
     key = (settings, x.dtype, x.shape, packed.shape, str(packed.geometry))
     tensor = tensors.get((packed.shape, x.dtype, _blocks_of.get(key)))
     if tensor is None and _blocks_of.get(key, 0) is not None:
-        with torch.inference_mode(False):  # the tensor outlives an inference mode that this call may be under
+        with torch.inference_mode(False):  # The tensor outlives an inference mode that this call may be under.
             tensor, _blocks_of[key] = _probe(packed, x)
         if _blocks_of[key] is not None:
             tensor = tensors.setdefault((packed.shape, x.dtype, _blocks_of[key]), tensor)
@@ -105,7 +105,7 @@ def _by_onednn(plain: Tensor, packed: PackedOperand, x: Tensor) -> Tensor:
 def _probe(packed: PackedOperand, x: Tensor) -> tuple[Tensor, int | None]:
     """Codes as oneDNN lays them out, and the outputs of a block; the codes fit one layout alone, as zeros do not."""
     rows, columns = packed.shape[0], torch.Size(packed.shape[1:]).numel()
-    generator = torch.Generator("cpu").manual_seed(0)  # whatever torch's default device is now
+    generator = torch.Generator("cpu").manual_seed(0)  # torch's default device may be another one.
     drawn = torch.randint(0, 255, (_PERIOD,), dtype=torch.uint8, generator=generator, device="cpu")
     codes = drawn.repeat(-(-rows * columns // _PERIOD))[: rows * columns].view(rows, columns)
     ones = torch.ones(rows, dtype=torch.float32, device="cpu")

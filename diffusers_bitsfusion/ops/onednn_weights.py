@@ -32,24 +32,24 @@ from ..native.library import NativeLibrary, native_library
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Blocks of a layout: the outputs of one, and the fours of inputs that come before the next tap, None for all."""
+    """Blocks of a layout: the outputs of one, and the groups of four inputs before the next tap, None for all."""
 
     outputs: int
     fours: int | None = None
 
     def group(self, inputs: int) -> int:
-        """Return the fours of inputs that lie side by side."""
+        """Return the number of groups of four inputs that lie side by side."""
         return self.fours or -(-inputs // 4)
 
 
-# oneDNN's choice among them depends on the shape, the processor and the number of threads.
+# Blocks of oneDNN's layouts; its choice depends on the shape, the processor and the number of threads.
 _BLOCKS = (*map(_Blocks, (64, 48, 32, 16)), _Blocks(8, 2))
 
 # Bytes of oneDNN's struct at which four bytes of padding follow a number of 32 bits (ndims, data_type, format_kind,
 # inner_nblks in memory_desc.hpp); nobody initialises them, so that they differ between tensors of one layout.
 _PADDING = (4, 108, 316, 420)
 
-# Random codes of a probe, which repeats them: a prime number, which no layout's strides share.
+# Number of random codes of a probe, which repeats them: a prime number, which no layout's strides share.
 _PERIOD = 65521
 
 
@@ -66,7 +66,7 @@ _layouts: dict[Any, _Layout] = {}
 # One tensor of each layout that this thread's next call overwrites, and one that a model keeps.
 _scratch = threading.local()
 _kept: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
-# The settings under which the tensors that models keep were prepacked.
+# Settings under which the tensors that models keep were prepacked.
 _settings_of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -93,11 +93,11 @@ def prepack_in_place(plain: Tensor, scale: Tensor, geometry: Sequence[Any]) -> T
     Only for use within one operator; see `decode.decode_to_scratch`.
     """
     settings = current_settings()
-    if getattr(_scratch, "settings", None) != settings:  # tensors of other settings would only take memory
+    if getattr(_scratch, "settings", None) != settings:  # Tensors of other settings would only take memory.
         _scratch.settings, _scratch.tensors = settings, {}
     tensors: dict[Any, Tensor] = _scratch.tensors
     key = _key(settings, plain, geometry)
-    with torch.inference_mode(False):  # the tensor outlives an inference mode that this call may be under
+    with torch.inference_mode(False):  # The tensor outlives an inference mode that this call may be under.
         tensor = _prepack_into(tensors.get(key), key, plain, scale, geometry)
     if key in _layouts and _layouts[key].blocks is not None:
         tensors[key] = tensor
@@ -167,7 +167,7 @@ def _descriptor(tensor: Tensor) -> bytes:
 
 def _probe(shape: torch.Size) -> Tensor:
     """Return codes that fit one layout alone, as zeros do not."""
-    generator = torch.Generator("cpu").manual_seed(0)  # on the CPU whatever torch's default device is
+    generator = torch.Generator("cpu").manual_seed(0)  # torch's default device may be another one.
     codes = torch.randint(-127, 128, (_PERIOD,), dtype=torch.int8, generator=generator, device="cpu")
     return codes.repeat(-(-shape.numel() // _PERIOD))[: shape.numel()].view(shape)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..native.arguments import ProductArguments
 from ..native.library import native_library
+from ..utils.private_names import TORCH_INT_MM
 from .dispatch import INTEGER_PRODUCTS, MULTIPLY_COMPILED, select
 
 # Products that are worth another thread; a thread computes some 40 a nanosecond.
@@ -25,7 +26,8 @@ def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     # For single columns, whose strides are ambiguous, `_int_mm` leaves its output unset (pytorch/pytorch#195066).
     if weight.shape[1] == 1:
         return torch.mul(tokens.to(torch.int32), weight.T, out=sums)
-    return torch._int_mm(tokens, weight.T, out=sums)
+    product: Tensor = TORCH_INT_MM.require(torch)(tokens, weight.T, out=sums)
+    return product
 
 
 def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:

@@ -269,7 +269,7 @@ def _ordinary_bits(
         return dict.fromkeys(sizes, config.recipe)
     recipe = config.recipe if isinstance(config.recipe, Recipe) else Recipe.load(config.recipe)
     for name in [name for name in plan.tensors if name not in recipe and name not in plan.bits]:
-        del plan.tensors[name], sizes[name], shapes[name]  # of a recipe that knows layers alone
+        del plan.tensors[name], sizes[name], shapes[name]  # Such a recipe knows layers alone.
     _check_recipe(recipe, model, sizes, shapes)
     return {name: bits for name, bits in recipe.items() if name in shapes}
 

@@ -7,18 +7,18 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 
 from ..codec.schema import TENSOR_PREFIX, LayerSchema
 from ..nn.conversion import why_not_packable
 
-_LAYERS = (nn.Linear, _ConvNd)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 # Parameters of attention in one module (`nn.MultiheadAttention`).
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-# The direction of a weight whose length is a parameter of its own (weight normalisation, arXiv 1602.07868): in torch's
-# old form beside the layer's other parameters, in its new one in a list of what a weight is computed from.
+# Names of the direction of a weight whose length is a parameter of its own (weight normalisation, arXiv 1602.07868):
+# in torch's old form beside the layer's other parameters, in its new one in a list of what a weight is computed from.
 _DIRECTION = "weight_v"
 _ORIGINALS = ("original", "original1")
 
@@ -88,7 +88,7 @@ def packable_tensors(
 def _places(owner: str, module: nn.Module, embeddings: bool) -> Iterator[TensorPlace]:
     if isinstance(module, (nn.Linear, nn.Conv2d)) and why_not_packable(module) is None:
         return
-    transposed = isinstance(module, _ConvTransposeNd)
+    transposed = isinstance(module, _TRANSPOSED)
     for name, parameter in module.named_parameters(recurse=False):
         shape = tuple(parameter.shape)
         if len(shape) < 2 or not parameter.is_floating_point():

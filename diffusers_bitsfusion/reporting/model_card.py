@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from yaml import YAMLError
 
 from ..codec.weight_files import stem, weight_files
 from ..utils.installation import install_command
+from ..utils.json_files import read_json
 from .histogram import draw_histogram
 from .report_types import MB, PipelineSizeReport, SizeReport
 from .size_report import size_report
@@ -128,7 +128,7 @@ def origin(folder: Path) -> str:
     card = folder / _CARD_FILE
     if card.is_file() and _says_trained(card):
         return "trained"
-    configs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("**/config.json"))]
+    configs = [read_json(file, non_finite=True) for file in sorted(folder.glob("**/config.json"))]
     said = [(config.get("quantization_config") or {}).get("calibration") for config in configs]
     calibration = next((entry for entry in said if entry), None)
     return _origin(calibration)
@@ -199,13 +199,13 @@ def _lineage(name_or_path: str, token: str | None) -> dict[str, Any]:
         card = Path(hf_hub_download(hub_id, _CARD_FILE, token=token)) if hub_id else _local_card(name_or_path)
         source = ModelCard(_read(card), ignore_metadata_errors=True).data if card else None
     except GatedRepoError:
-        pass  # the repository exists, though its card is not public
+        pass  # The repository exists, though its card is not public.
     except RepositoryNotFoundError:
-        hub_id = None  # the name is a path that is gone, not a Hub id
+        hub_id = None  # The name is a path that is gone, not a Hub id.
     except (OSError, ValueError, YAMLError):
-        pass  # without network, or with a missing or damaged card, this card lacks what it would have said
+        pass  # Without network, or with a missing or damaged card, this card lacks what it would have said.
     carried = {key: source.get(key) for key in _CARRIED} if source else {}
-    if source and _TAG in (source.get("tags") or []):  # a quantized source has the same original
+    if source and _TAG in (source.get("tags") or []):  # A quantized source has the same original.
         hub_id = source.get("base_model")
     return carried | {"base_model": hub_id, "base_model_relation": "quantized" if hub_id else None}
 

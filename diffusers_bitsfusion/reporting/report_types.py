@@ -102,8 +102,8 @@ class SizeReport:
                 self.where: self.real_bits,
             },
             "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
-            "ways": {name: asdict(kernel) for name, kernel in self.kernels.items()},
-            "attention_ways": self.attention_kernels,
+            "kernels": {name: asdict(kernel) for name, kernel in self.kernels.items()},
+            "attention_kernels": self.attention_kernels,
             "checksums": self.checksums,
             "left_in_floating_point": self.left,
         }

@@ -57,7 +57,7 @@ def model_from_config(path: str | Path) -> ModelMixin:
     try:
         with torch.device("meta"), _bounding_modules():
             return cast(Any, kind).from_config(config)
-    except Exception as error:  # constructors raise any error for values that they do not check
+    except Exception as error:  # Constructors raise any error for values that they do not check.
         raise DamagedFileError(
             file, f"describes no {kind.__name__} that can be built ({type(error).__name__}: {shown(str(error))})"
         ) from error

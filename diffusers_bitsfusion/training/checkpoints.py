@@ -82,14 +82,15 @@ def save_checkpoint(
     """
     target, partial = folder / f"checkpoint-{step}", folder / f".checkpoint-{step}.partial"
     if accelerator.is_main_process:
-        for leftover in folder.glob(".checkpoint-*.partial"):  # left by runs that were killed while they saved
+        # Runs that were killed while they saved have left these.
+        for leftover in folder.glob(".checkpoint-*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir(parents=True)
     accelerator.wait_for_everyone()
     try:
         with _unwrapped_weights(accelerator):
             accelerator.save_state(str(partial))
-        accelerator.wait_for_everyone()  # each process has its own file of random states
+        accelerator.wait_for_everyone()  # Each process has its own file of random states.
         if accelerator.is_main_process:
             torch.save(state, partial / _STATE_FILE)
             checksums = {file.name: file_checksum(file) for file in sorted(partial.iterdir()) if file.is_file()}
@@ -213,7 +214,7 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
             accelerator.load_state(str(path))
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # torch and accelerate raise any error for files of another training
+    except Exception as error:  # torch and accelerate raise any error for files of another training.
         problem = f"cannot be loaded ({type(error).__name__}: {shown(str(error))})"
         raise DamagedFileError(path, problem, _REMEDY) from error
     return step, state

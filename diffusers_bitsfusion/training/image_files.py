@@ -27,7 +27,11 @@ def decode(file: bytes | str | Path) -> Image.Image:
     """
     try:
         image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-        image.load()
+        try:
+            image.load()
+        except BaseException:
+            image.close()
+            raise
     except _DAMAGE as error:
         raise UnreadableImage(str(error)) from error
     return image

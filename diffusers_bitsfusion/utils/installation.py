@@ -19,7 +19,7 @@ def install_command(extra: str = "", *, upgrade: bool = False) -> str:
     """
     source = f"{_PACKAGE}[{extra}]" if extra else _PACKAGE
     if url := _repository():
-        source = f"{source}@git+{url}"  # without spaces, which would need quotes
+        source = f"{source}@git+{url}"  # Spaces would need quotes.
     return f"pip install {'-U ' if upgrade else ''}{source}"
 
 

@@ -16,7 +16,7 @@ class PrivateName:
     """Private name of another package.
 
     Attributes:
-        module: module of the other package whose text holds the name.
+        module: module or class of the other package that has the name, or whose text holds it.
         name: name of an attribute.
         feature: feature that needs the attribute, for messages.
     """
@@ -77,6 +77,12 @@ DIFFUSERS_FETCH_LORA = PrivateName(
 DIFFUSERS_OVERWRITTEN = PrivateName(
     "diffusers.loaders.lora_pipeline", "_overwritten_params", "putting back what a Control LoRA of Flux replaced"
 )
+DIFFUSERS_PROGRESS = PrivateName(
+    "diffusers.pipelines.pipeline_utils", "_progress_bar_config", "hiding a pipeline's progress bars"
+)
+DIFFUSERS_CHECKPOINTING = PrivateName(
+    "diffusers.ModelMixin", "_supports_gradient_checkpointing", "tuning within memory_gb"
+)
 TRANSFORMERS_FP32 = PrivateName(
     "transformers.modeling_utils", "_keep_in_fp32_modules", "computing in fp32 what a text encoder keeps in fp32"
 )
@@ -109,6 +115,10 @@ TORCH_PADDING = PrivateName(
     "torch.nn.modules.conv", "_reversed_padding_repeated_twice", "convolutions with padding of another kind than zeros"
 )
 TORCH_VNNI = PrivateName("torch.cpu", "_is_vnni_supported", 'compute="int8" on a CPU')
+TORCH_INT_MM = PrivateName("torch", "_int_mm", 'compute="int8" on a CPU')
+TORCH_ASSERT = PrivateName("torch", "_assert_async", "refusing timesteps that time features lack, on a GPU")
+TORCH_WRAPPER = PrivateName("torch.Tensor", "_make_wrapper_subclass", "the weight of a packed layer")
+TORCH_NO_OVERRIDE = PrivateName("torch._C", "_disabled_torch_function_impl", "the weight of a packed layer")
 TORCH_AMX = PrivateName("torch.cpu", "_is_amx_tile_supported", "attention by bf16 dot products")
 TORCH_STORE = PrivateName(
     "torch.distributed.distributed_c10d", "_get_default_store", "telling other processes of an error"

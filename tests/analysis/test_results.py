@@ -74,7 +74,7 @@ def test_another_metric_is_the_sensitivity_psnr_as_its_mse(full):
         (lambda x: [x[0] | {"version": 2}, *x[1:]], "has version 2, newer than"),
     ],
 )
-def test_a_corrupted_file_is_refused_saying_where(load, change, message):
+def test_a_damaged_file_is_refused_saying_where(load, change, message):
     with pytest.raises(ValueError, match=message):
         load(change)
 
@@ -115,7 +115,7 @@ def test_lines_of_several_processes_and_runs_are_merged(analysis, tmp_path):
 @pytest.mark.parametrize(
     "torn", [b'{"run": "r", "la', b'{"run": "r", "layer": "a", "bits": 3, "mse": 1.0}', b"\x80\n"]
 )
-def test_a_last_line_cut_short_is_dropped_and_another_corrupted_one_refused(analysis, tmp_path, torn):
+def test_a_last_line_cut_short_is_dropped_and_another_damaged_one_refused(analysis, tmp_path, torn):
     header, items = analysis.header, list(analysis.records.items())
     open_journal(tmp_path, header)
     for item, metrics in items[:2]:

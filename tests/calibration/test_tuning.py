@@ -10,6 +10,7 @@ from torch import nn
 from diffusers_bitsfusion import quantize_model
 from diffusers_bitsfusion.calibration import run as calibration_run
 from diffusers_bitsfusion.calibration import tuning
+from diffusers_bitsfusion.calibration.activation_memory import saved_bytes
 from diffusers_bitsfusion.calibration.calls import Call, recording
 from diffusers_bitsfusion.calibration.denoising import Denoising
 from diffusers_bitsfusion.codec.rounding import Rounding
@@ -154,7 +155,7 @@ def test_another_number_of_steps_starts_anew(tuned, tmp_path, equal_models):
 def test_bytes_kept_for_a_backward_pass_are_counted_once():
     layer = nn.Linear(100, 50)
     x = torch.randn(20, 100, requires_grad=True)
-    counted = tuning._saved_bytes(layer, lambda: (F.silu(h := layer(x)) * h.detach()).sum())
+    counted = saved_bytes(layer, lambda: (F.silu(h := layer(x)) * h.detach()).sum())
     assert counted == 4 * (20 * 100 + 20 * 50), "x, h (by two operations); not the weight"
 
 

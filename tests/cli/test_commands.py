@@ -153,7 +153,8 @@ def test_compare(run, source_folder, packed_folders, prompts_file, tmp_path):
     result = run("compare", *paths, "--prompts", prompts_file, "--out", out, "--steps", 2, "--num-images", 3)
     assert result.exit_code == 0, result.output
     assert "3 prompts by 3 pipelines" in result.stdout
-    width, height = Image.open(out).size
+    with Image.open(out) as grid:
+        width, height = grid.size
     assert width > 3 * 192 and 3 * 192 < height < 4 * 192
 
 

@@ -91,7 +91,7 @@ def test_a_file_without_checksums_is_sound_and_said_to_have_none(tmp_path):
     assert "checksums: none" in run("inspect", tmp_path)[1]
 
 
-def test_inspect_names_what_is_corrupted(tmp_path):
+def test_inspect_names_what_is_damaged(tmp_path):
     packed(tmp_path)
     whole = (tmp_path / WEIGHTS).read_bytes()
     for damaged, problem in (

@@ -55,7 +55,7 @@ def test_what_comes_back_can_be_written():
 
 
 @pytest.mark.parametrize("position", [0.2, 0.5, 0.9, 0.999])
-def test_a_corrupted_frame_is_refused(position):
+def test_a_damaged_frame_is_refused(position):
     frame = compress(digits(20_000)).clone()
     frame[int(position * len(frame))] ^= 0x55
     with pytest.raises(ValueError, match="damaged"):

@@ -81,7 +81,7 @@ def test_smooth_features_take_far_less_than_their_codes():
     assert len(encode_table(codes)) < codes.numel() * 2 / 4
 
 
-def test_a_corrupted_table_is_refused():
+def test_a_damaged_table_is_refused():
     frame = encode_table(quantize_table(smooth_features(50, 20))[0])
     with pytest.raises(ValueError, match="damaged or cut short"):
         decode_table(frame[:-20], 50, 20)

@@ -180,7 +180,8 @@ def test_the_command_draws_opens_the_page_and_sums_up(
     result = report()
     assert result.exit_code == 0 and "100.0%" in result.stdout
     assert json.loads((out / "report.json").read_text())["questions"]["text"]["People"]["destination"] == 1
-    assert Image.open(out / "report.png").size[0] > 500
+    with Image.open(out / "report.png") as plot:
+        assert plot.width > 500
     printed = CliRunner().invoke(app, ["vote", "--report", "--out", str(out), "--json"]).stdout
     assert json.loads(printed) == json.loads((out / "report.json").read_text())
     assert CliRunner().invoke(app, ["vote", "--out", str(out)]).exit_code == 1

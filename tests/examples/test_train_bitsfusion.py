@@ -1,15 +1,9 @@
-"""The training script as a user runs it: every data source, both stages, interrupted, on two processes."""
+"""The training script as a user runs it: every data source, both stages, what it saves and refuses."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from functools import partial
-from pathlib import Path
 
 import datasets
 import numpy as np
@@ -22,49 +16,13 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_unet
+from train_runs import CAPTIONS, losses
 
 from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
 from diffusers_bitsfusion.training.run import models as train_models
 from diffusers_bitsfusion.training.run import stages
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
-CAPTIONS = [f"a {letter}" for letter in "abcdefg"]
-
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Arrays of seven pictures, and a file of prompts."""
-    folder = tmp_path_factory.mktemp("data")
-    images = np.random.default_rng(0).integers(0, 255, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
-    np.save(folder / "images.npy", images)
-    (folder / "captions.json").write_text(json.dumps({"captions": CAPTIONS}))
-    (folder / "prompts.txt").write_text("a b\nc\nd e\n")
-    return folder
-
-
-@pytest.fixture
-def command(source_folder, tmp_path):
-    """Arguments of a short run on the tiny pipeline, with others added."""
-
-    def make(*arguments, output="out", steps=2, batch=2):
-        common = {
-            "pretrained_model_name_or_path": source_folder,
-            "output_dir": tmp_path / output,
-            "target_bits": 2.6,
-            "max_train_steps": steps,
-            "train_batch_size": batch,
-            "learning_rate": 1e-3,
-        }
-        return [*(str(part) for key, value in common.items() for part in (f"--{key}", value)), *map(str, arguments)]
-
-    return make
-
-
-def losses(folder):
-    return [json.loads(line) for line in (folder / "losses.jsonl").read_text().splitlines()]
 
 
 def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
@@ -84,7 +42,8 @@ def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
     assert "stage2, step 2: compositional score" in printed
     assert set(losses(out / "stage1")[0]) == {"step", "loss", "noise", "feature", "lr", "grad_norm"}
     assert "feature" not in losses(out / "stage2")[0]
-    assert Image.open(out / "validation" / "stage1-2.png").width > 2 * 192
+    with Image.open(out / "validation" / "stage1-2.png") as images:
+        assert images.width > 2 * 192
     assert list((out / "logs").rglob("events.out.tfevents.*"))
     assert tracked_steps(out / "logs", "stage2/loss") == [3, 4]
     assert tracked_steps(out / "logs", "stage2/compositional") == [4]
@@ -286,105 +245,9 @@ def test_the_error_curve_alone(command, data, tmp_path):
     pytest.importorskip("matplotlib")
     arguments = ("--train_data_dir", data, "--measure_timestep_error", "--timestep_error_samples", 8)
     train_bitsfusion.main(command(*arguments))
-    assert Image.open(tmp_path / "out" / "timestep_error.png").width > 100
+    with Image.open(tmp_path / "out" / "timestep_error.png") as plot:
+        assert plot.width > 100
     assert not (tmp_path / "out" / "stage1").exists()
-
-
-def run(arguments, processes=1):
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        [sys.executable, *launch, str(SCRIPT), *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def test_killed_and_continued_it_is_the_uninterrupted_run(command, data, tmp_path):
-    arguments = ("--train_data_dir", data, "--stage", 1, "--use_ema", "--checkpointing_steps", 2)
-    process = run(command(*arguments, steps=2000))
-    log = tmp_path / "out" / "stage1" / "losses.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
-
-    reached = len(losses(tmp_path / "out" / "stage1"))
-    steps = reached + 2
-    train_bitsfusion.main(command(*arguments, "--resume_from_checkpoint", "latest", steps=steps))
-    train_bitsfusion.main(command(*arguments, output="whole", steps=steps))
-    assert losses(tmp_path / "out" / "stage1") == losses(tmp_path / "whole" / "stage1")
-
-
-def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
-    # At the paper's rate: Adam's first steps are as large as it whatever the gradient, and a high one makes the run
-    # chaotic, so that the last bits of sums in another order would show; guidance magnifies them in drawings, too.
-    rate, drawing = ("--learning_rate", 1e-5), ("--guidance_scale", 1, "--drawing_steps", 2, "--redraw_every", 2)
-    arguments = ("--prompts", data / "prompts.txt", "--stage", 1, "--use_ema", *drawing, *rate)
-    process = run(command(*arguments, "--checkpointing_steps", 3, output="two", steps=5, batch=1), processes=2)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
-    train_bitsfusion.main(command(*arguments, output="one", steps=5, batch=2))
-    found, expected = losses(tmp_path / "two" / "stage1"), losses(tmp_path / "one" / "stage1")
-    assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
-    # Adam would not notice gradients summed instead of averaged, their norm does.
-    assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-3)
-
-    # What two processes saved, one continues, in the middle of a set of drawings.
-    checkpoint = tmp_path / "two" / "stage1" / "checkpoint-3"
-    resume = ("--resume_from_checkpoint", checkpoint)
-    train_bitsfusion.main(command(*arguments, *resume, output="continued", steps=5, batch=2))
-    continued = [entry["loss"] for entry in losses(tmp_path / "continued" / "stage1")]
-    assert continued == pytest.approx([e["loss"] for e in expected[3:]], rel=1e-5)
-
-
-def test_processes_that_share_the_model_are_one(command, data, tmp_path):
-    rate = ("--learning_rate", 1e-6, "--validation_prompts", "a b", "--validation_steps", 2)
-    arguments = ("--train_data_dir", data, "--gradient_checkpointing", "--use_ema", *rate, "--num_inference_steps", 2)
-    shared = ("--shard", "--checkpointing_steps", 2)
-    process = run(command(*arguments, *shared, output="two", steps=4, batch=1), processes=2)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
-    train_bitsfusion.main(command(*arguments, "--checkpointing_steps", 2, output="one", steps=4, batch=2))
-    for stage in ("stage1", "stage2"):
-        found, expected = losses(tmp_path / "two" / stage), losses(tmp_path / "one" / stage)
-        assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
-        assert [e["grad_norm"] for e in found] == pytest.approx([e["grad_norm"] for e in expected], rel=1e-3)
-    ours, theirs = (state_of(tmp_path / name / "stage2" / "checkpoint-4") for name in ("two", "one"))
-    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-6)
-    assert (tmp_path / "two" / "validation" / "stage2-4.png").exists()
-    assert load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
-
-    # What they saved, one continues alone, and what one saved, they do.
-    halfway = {name: tmp_path / name / "stage2" / "checkpoint-2" for name in ("one", "two")}
-    stage_two = (*arguments, "--stage", 2)
-    train_bitsfusion.main(
-        command(*stage_two, "--resume_from_checkpoint", halfway["two"], output="alone", steps=4, batch=2)
-    )
-    continued = command(
-        *stage_two, "--shard", "--resume_from_checkpoint", halfway["one"], output="again", steps=4, batch=1
-    )
-    process = run(continued, processes=2)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
-    for name in ("alone", "again"):
-        found = [entry["loss"] for entry in losses(tmp_path / name / "stage2")]
-        assert found == pytest.approx([e["loss"] for e in expected[2:]], rel=1e-5)
-        ours = state_of(tmp_path / name / "stage2" / "checkpoint-4")
-        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=2e-6)
-
-
-def state_of(checkpoint):
-    """All that training carries on: weights, their averages, Adam's first moments in units of the largest."""
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
-    average = torch.load(checkpoint / "run.pt", weights_only=True)["ema"]["shadow_params"]
-    moments = [1e-3 * state["exp_avg"] / state["exp_avg"].abs().max() for state in optimizer.values()]
-    return load_file(checkpoint / "model.safetensors"), average, moments
 
 
 def test_stage_two_starts_from_stage_one(command, data, tmp_path):

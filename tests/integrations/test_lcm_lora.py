@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from helpers import relative_error
 from peft import LoKrConfig, LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -37,8 +38,8 @@ def make_pair(make_unet=tiny_unet) -> tuple[nn.Module, nn.Module]:
     """A model with a table, and one of the same decoded weights with the exact time path of the original."""
     packed = quantize_model(make_unet(), BitsFusionConfig(recipe=4, time_embedding="table"), progress=False)
     kept = BitsFusionConfig(recipe=4, time_embedding="keep", modules_to_not_convert=TIME_LAYERS)
-    twin = quantize_model(make_unet(), kept, progress=False).dequantize()
-    return packed, twin
+    dequantized = quantize_model(make_unet(), kept, progress=False).dequantize()
+    return packed, dequantized
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +60,23 @@ def time_lora(rank: int = 4, seed: int = 0) -> dict[str, Tensor]:
     return tiny_lora(tiny_unet(), ("time_emb_proj",), rank, seed)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).float().norm() / expected.float().norm())
-
-
 def test_an_lcm_lora_does_what_it_does_with_the_original_time_path(pair, call_unet, recwarn):
-    packed, twin = pair
-    assert error(call_unet(packed), call_unet(twin)) < CODING
+    packed, dequantized = pair
+    assert relative_error(call_unet(packed), call_unet(dequantized)) < CODING
     for model in pair:
         model.load_lora_adapter(lcm_lora(), prefix=None, adapter_name="lcm")
     assert not [warning for warning in recwarn if "Unsupported layer" in str(warning.message)]
     for timestep in (0, 501, 998.5, 1000):
-        assert error(call_unet(packed, timestep), call_unet(twin, timestep)) < CODING
+        assert relative_error(call_unet(packed, timestep), call_unet(dequantized, timestep)) < CODING
     without = {name: half for name, half in lcm_lora().items() if "time_emb_proj" not in name}
-    partly = copy.deepcopy(twin)
+    partly = copy.deepcopy(dequantized)
     partly.delete_adapters("lcm")
     partly.load_lora_adapter(without, prefix=None)
-    assert error(call_unet(partly), call_unet(twin)) > 20 * CODING
+    assert relative_error(call_unet(partly), call_unet(dequantized)) > 20 * CODING
 
 
 def test_several_are_mixed_switched_and_deleted(pair, call_unet):
-    packed, twin = pair
+    packed, dequantized = pair
     plain = call_unet(packed)
     for model in pair:
         model.load_lora_adapter(lcm_lora(), prefix=None, adapter_name="lcm")
@@ -87,7 +84,7 @@ def test_several_are_mixed_switched_and_deleted(pair, call_unet):
     for names, weights in ((["lcm", "other"], [0.7, 0.4]), (["other"], [1.5]), (["lcm"], [1.0])):
         for model in pair:
             model.set_adapters(names, weights)
-        assert error(call_unet(packed), call_unet(twin)) < CODING
+        assert relative_error(call_unet(packed), call_unet(dequantized)) < CODING
     packed.disable_adapters()
     assert torch.equal(call_unet(packed), plain)
     packed.enable_adapters()
@@ -101,10 +98,10 @@ def test_a_fused_one_equals_the_unfused_and_comes_back_from_its_folder(pair, tmp
     packed.load_lora_adapter(lcm_lora(), prefix=None)
     unfused = call_unet(packed)
     packed.fuse_lora()
-    assert error(call_unet(packed), unfused) < 1e-5
+    assert relative_error(call_unet(packed), unfused) < 1e-5
     packed.save_pretrained(tmp_path / "fused")
     again = UNet2DConditionModel.from_pretrained(tmp_path / "fused")
-    assert error(call_unet(again), unfused) < CODING
+    assert relative_error(call_unet(again), unfused) < CODING
     packed.unfuse_lora()
     assert torch.equal(call_unet(packed), unfused)
     packed.unload_lora()
@@ -133,8 +130,8 @@ def test_one_is_hot_swapped_for_another(pair, call_unet, target_rank):
         model.load_lora_adapter(lcm_lora(4, 0), prefix=None, adapter_name="lcm")
         before = call_unet(model)
         model.load_lora_adapter(lcm_lora(target_rank or 4, 1), prefix=None, adapter_name="lcm", hotswap=True)
-        assert error(call_unet(model), before) > 20 * CODING
-    assert error(call_unet(pair[0]), call_unet(pair[1])) < CODING
+        assert relative_error(call_unet(model), before) > 20 * CODING
+    assert relative_error(call_unet(pair[0]), call_unet(pair[1])) < CODING
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -153,7 +150,7 @@ def test_a_new_adapter_is_trained(pair):
     assert found.keys() == expected.keys() and any("time_emb_proj" in name for name in found)
     for name, gradient in expected.items():
         if gradient.norm():
-            assert error(found[name], gradient) < 0.02, name
+            assert relative_error(found[name], gradient) < 0.02, name
 
 
 REFUSED = {
@@ -198,7 +195,7 @@ def test_the_pipeline_takes_kohyas_names(packed_folders, source_folder):
         pipe.load_lora_weights(kohya)
         draw = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"}
         pictures.append(pipe("ab", generator=torch.Generator().manual_seed(2), **draw).images)
-    assert error(*pictures) < 0.02
+    assert relative_error(*pictures) < 0.02
 
 
 # Other versions of the file.
@@ -263,16 +260,16 @@ def test_a_dequantized_model_keeps_its_adapters(call_unet):
     packed.dequantize()
     assert not any(isinstance(module, TimeFeatureSlice) for module in packed.modules())
     assert packed.time_embedding.linear_2.out_features == 1280
-    assert error(call_unet(packed), expected) < CODING
+    assert relative_error(call_unet(packed), expected) < CODING
 
 
 def test_a_dequantized_model_takes_adapters_of_the_original(call_unet):
-    packed, twin = make_pair(wide_unet)
+    packed, dequantized = make_pair(wide_unet)
     packed.dequantize()
-    for model in (packed, twin):
+    for model in (packed, dequantized):
         model.load_lora_adapter(lcm_lora(unet=wide_unet()), prefix=None)
     for timestep in (1, 501, 999):
-        assert error(call_unet(packed, timestep), call_unet(twin, timestep)) < CODING
+        assert relative_error(call_unet(packed, timestep), call_unet(dequantized, timestep)) < CODING
 
 
 def test_a_narrow_model_with_adapters_of_time_projections_is_not_dequantized(pair, call_unet):
@@ -285,17 +282,21 @@ def test_a_narrow_model_with_adapters_of_time_projections_is_not_dequantized(pai
     packed.fuse_lora()
     packed.unload_lora()
     packed.dequantize()
-    assert error(call_unet(packed), before) < CODING
+    assert relative_error(call_unet(packed), before) < CODING
 
 
 def test_the_shapes_pipeline():
     """A trained model, whose time features are no random ones."""
     folder = Path(__file__).parents[2] / "examples" / "shapes" / "pipeline"
-    packed, twin = make_pair(lambda: UNet2DConditionModel.from_pretrained(folder, subfolder="unet"))
-    width, generator = twin.config.cross_attention_dim, torch.Generator().manual_seed(0)
+    packed, dequantized = make_pair(lambda: UNet2DConditionModel.from_pretrained(folder, subfolder="unet"))
+    width, generator = dequantized.config.cross_attention_dim, torch.Generator().manual_seed(0)
     inputs = torch.randn(1, 4, 16, 16, generator=generator), 759, torch.randn(1, 9, width, generator=generator)
     with torch.no_grad():
         plain = packed(*inputs).sample
-        for model in (packed, twin):
-            model.load_lora_adapter(lcm_lora(unet=UNet2DConditionModel.from_config(twin.config)), prefix=None)
-        assert error(packed(*inputs).sample, twin(*inputs).sample) < 5 * CODING < error(packed(*inputs).sample, plain)
+        for model in (packed, dequantized):
+            model.load_lora_adapter(lcm_lora(unet=UNet2DConditionModel.from_config(dequantized.config)), prefix=None)
+        assert (
+            relative_error(packed(*inputs).sample, dequantized(*inputs).sample)
+            < 5 * CODING
+            < relative_error(packed(*inputs).sample, plain)
+        )

@@ -279,12 +279,12 @@ def test_a_device_map_of_several_devices_is_refused(packed, tmp_path):
         type(packed).from_pretrained(tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offload")
 
 
-@pytest.mark.parametrize(("kind", "corruption"), [("codes", "cut"), ("codes", "missing"), ("scale", "missing")])
-def test_a_corrupted_file_is_refused_by_tensor_name(tmp_path, kind, corruption):
+@pytest.mark.parametrize(("kind", "damage"), [("codes", "cut"), ("codes", "missing"), ("scale", "missing")])
+def test_a_damaged_file_is_refused_by_tensor_name(tmp_path, kind, damage):
     quantize_model(clip(), BitsFusionConfig(**CONFIG), progress=False).save_pretrained(tmp_path)
     tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
     name = next(name for name in tensors if name.endswith(f"q_proj.{kind}"))
-    if corruption == "cut":
+    if damage == "cut":
         tensors[name] = tensors[name][:-5].clone()
     else:
         del tensors[name]

@@ -82,7 +82,7 @@ def test_a_library_is_built_once(folder):
 
 
 @pytest.mark.parametrize(
-    "corruption",
+    "damage",
     [
         lambda path: path.write_bytes(path.read_bytes()[:-1]),
         lambda path: path.write_bytes(b""),
@@ -91,10 +91,10 @@ def test_a_library_is_built_once(folder):
     ],
     ids=["cut", "empty", "changed", "longer"],
 )
-def test_a_corrupted_library_is_built_anew(folder, corruption):
+def test_a_damaged_library_is_built_anew(folder, damage):
     compiler = Compiler()
     path, content = keep(compiler)
-    corruption(path)
+    damage(path)
     assert keep(compiler) == (path, content)
     assert compiler.calls == 2
     assert is_whole(path)
@@ -195,7 +195,7 @@ def test_a_killed_build_leaves_nothing_for_good(folder):
     process = start_builder(folder, 600)
     assert process.stdout.readline() == "building\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert [path.name.startswith("build-") for path in folder.iterdir()] == [True]
     path, _ = keep(Compiler())
     assert list(folder.iterdir()) == [path]
@@ -220,7 +220,7 @@ def test_who_waits_too_long_builds_beside_the_other(folder, monkeypatch):
     assert process.poll() is None and time.monotonic() - start < 19
     assert path.read_bytes() == b"library" and len(list(folder.iterdir())) == 2  # the other's work is left alone
     process.kill()
-    process.wait()
+    process.communicate()
 
 
 def test_a_name_tells_of_the_content(tmp_path):

@@ -63,14 +63,14 @@ def test_every_target_that_this_processor_has_decodes_rightly(brought):
         assert torch.equal(out, codes)
 
 
-@pytest.mark.parametrize("corruption", ["cut", "removed", "of other sources"])
-def test_another_is_not_taken(brought, corruption, monkeypatch, caplog):
+@pytest.mark.parametrize("damage", ["cut", "removed", "of other sources"])
+def test_another_is_not_taken(brought, damage, monkeypatch, caplog):
     for library in brought.iterdir():
-        if corruption == "cut":
+        if damage == "cut":
             library.write_bytes(library.read_bytes()[:5000])
-        elif corruption == "removed":
+        elif damage == "removed":
             library.unlink()
-    if corruption == "of other sources":
+    if damage == "of other sources":
         monkeypatch.setattr(native, "_SOURCES", native._SOURCES[1:])
     assert native.native_library() is None
     assert "there is no C compiler" in caplog.text

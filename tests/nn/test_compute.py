@@ -8,21 +8,14 @@ import platform
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, Transformer2DModel, UNet2DConditionModel
-from diffusers.models.activations import GEGLU
-from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
-from helpers import all_packed_layers
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from helpers import all_packed_layers, attentions, relative_error
 from peft import LoraConfig
 from tiny import tiny_unet
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.nn import attention as nn_attention
-from diffusers_bitsfusion.nn.attention import BFloat16Attention, restore_attention, set_attention
-from diffusers_bitsfusion.nn.feed_forward import FusedGEGLU
-from diffusers_bitsfusion.nn.transformer import set_channels_last
-from diffusers_bitsfusion.ops import linear as linear_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,10 +32,6 @@ def in_integers(model):
     return {name: layer for name, layer in all_packed_layers(model).items() if not stays_exact(name, layer)}
 
 
-def relative_error(output, expected):
-    return float((output - expected).norm() / expected.norm())
-
-
 @residents
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_integers_are_near_the_exact_model_and_exact_comes_back(packed_unet, call_unet, resident, dtype):
@@ -52,7 +41,7 @@ def test_integers_are_near_the_exact_model_and_exact_comes_back(packed_unet, cal
     rounded = call_unet(unet)
     assert rounded.dtype == dtype
     # Random weights pass on every rounding; a trained model's error is a fraction of this.
-    assert 0 < relative_error(rounded.float(), exact.float()) < 0.06
+    assert 0 < relative_error(rounded, exact) < 0.06
     set_compute(unet, "exact")
     assert torch.equal(call_unet(unet), exact)
     assert all(layer.int8_weight is None for layer in all_packed_layers(unet).values())
@@ -101,7 +90,7 @@ def test_saving_writes_the_packed_form_and_loading_is_exact_again(packed_unet, c
     assert torch.equal(call_unet(loaded), call_unet(packed_unet))
 
 
-def test_copies_keep_their_way(packed_unet, call_unet):
+def test_copies_keep_how_they_compute(packed_unet, call_unet):
     set_compute(packed_unet, "int8", "int8")
     expected = call_unet(packed_unet)
     for copied in (copy.deepcopy(packed_unet), pickle.loads(pickle.dumps(packed_unet.conv_out))):
@@ -109,7 +98,7 @@ def test_copies_keep_their_way(packed_unet, call_unet):
     assert torch.equal(call_unet(copy.deepcopy(packed_unet)), expected)
 
 
-def test_layers_under_an_adapter_keep_their_way(packed_unet):
+def test_layers_under_an_adapter_keep_how_they_compute(packed_unet):
     expected = in_integers(packed_unet).keys()
     packed_unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in", "conv_shortcut", "to_q"]))
     set_compute(packed_unet, "int8")
@@ -176,216 +165,13 @@ def test_an_adapter_learns_in_a_model_that_computes_in_integers(packed_unet, res
     assert losses[-1] < losses[0]
 
 
-def test_fusing_an_adapter_keeps_the_way(packed_unet, call_unet):
+def test_fusing_an_adapter_keeps_how_layers_compute(packed_unet, call_unet):
     set_compute(packed_unet, "int8", "int8")
     packed_unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     beside = call_unet(packed_unet)
     packed_unet.fuse_lora()
     torch.testing.assert_close(call_unet(packed_unet), beside, rtol=1e-4, atol=1e-4)
     assert all(layer.computes_int8 for layer in in_integers(packed_unet).values())
-
-
-# Attention.
-
-
-def attentions(model):
-    return [module for module in model.modules() if isinstance(module, Attention)]
-
-
-def processors(model):
-    return {type(module.processor) for module in attentions(model)}
-
-
-def test_packed_models_bring_their_attention_and_dequantizing_gives_diffusers_own_back(packed_unet):
-    for compute in ("exact", "int8", "exact"):
-        set_compute(packed_unet, compute)
-        assert {type(module) for module in attentions(packed_unet)} == {BFloat16Attention}
-        assert processors(packed_unet) == {AttnProcessor2_0}
-    copied = pickle.loads(pickle.dumps(copy.deepcopy(packed_unet)))
-    assert {module.any_dtype for module in attentions(copied)} == {False}
-    plain = tiny_unet()
-    for module, own in zip(attentions(packed_unet.dequantize()), attentions(plain), strict=True):
-        assert type(module) is Attention and module.__dict__.keys() == own.__dict__.keys()
-
-
-@pytest.mark.parametrize("compute", ["exact", "int8"])
-def test_the_processors_of_others_compute(packed_unet, call_unet, compute):
-    class Zeros:
-        def __call__(self, attn, hidden_states, **kwargs):
-            return torch.zeros_like(hidden_states)
-
-    set_compute(packed_unet, compute)
-    before, own = call_unet(packed_unet), Zeros()
-    packed_unet.set_attn_processor(own)
-    assert not torch.allclose(call_unet(packed_unet), before)
-    assert set(map(id, packed_unet.attn_processors.values())) == {id(own)}
-    packed_unet.set_attn_processor(AttnProcessor())
-    assert size_report(packed_unet).attention_kernels == {}
-    packed_unet.set_default_attn_processor()  # which refuses processors that it does not know
-    packed_unet.set_attn_processor(AttnProcessor2_0())
-    assert torch.equal(call_unet(packed_unet), before)
-
-
-@pytest.mark.parametrize(
-    "more",
-    [{"residual_connection": True}, {"norm_num_groups": 2}, {"rescale_output_factor": 2.0}, {"qk_norm": "layer_norm"}],
-)
-def test_attention_with_more_around_it_stays_diffusers_own(more):
-    attn = Attention(query_dim=8, heads=2, dim_head=4, processor=AttnProcessor2_0(), **more)
-    set_attention(attn, any_dtype=True)
-    assert type(attn) is Attention
-
-
-@pytest.mark.parametrize("states", [None, torch.linspace(-1, 1, 2 * 7 * 6).view(2, 7, 6)])
-@pytest.mark.parametrize("case", ["float32", "bfloat16", "masked", "any dtype"])
-def test_the_module_computes_what_diffusers_own_does(states, case):
-    torch.manual_seed(0)
-    attn = Attention(query_dim=8, cross_attention_dim=None if states is None else 6, heads=2, dim_head=4, bias=True)
-    dtype = torch.bfloat16 if case == "bfloat16" else torch.float32
-    attn, x, states = attn.to(dtype), torch.randn(2, 5, 8, dtype=dtype), states if states is None else states.to(dtype)
-    mask = torch.zeros(2, 1, 5 if states is None else 7).index_fill(2, torch.tensor([1]), -1e4)
-    mask = mask if case == "masked" else None
-    with torch.no_grad():
-        expected = attn(x, states, attention_mask=mask)
-        set_attention(attn, any_dtype=case == "any dtype")
-        found = attn(x, states, attention_mask=mask)
-        restore_attention(attn)
-        assert torch.equal(attn(x, states, attention_mask=mask), expected)
-    assert type(attn) is Attention and found.dtype == dtype
-    error = relative_error(found.float(), expected.float())
-    assert error < 2**-6 if case in ("bfloat16", "any dtype") else error == 0
-
-
-def test_exact_attention_rounds_no_more_than_torchs(monkeypatch):
-    """In bf16, beside double precision."""
-    torch.manual_seed(0)
-    attn = Attention(query_dim=64, heads=4, dim_head=16).bfloat16()
-    x = torch.randn(2, 300, 64).bfloat16()
-    with torch.no_grad():
-        theirs = attn(x)
-        expected = copy.deepcopy(attn).double()(x.double())
-        set_attention(attn, any_dtype=False)
-        ours = attn(x)
-    assert relative_error(ours.double(), expected) < 1.1 * relative_error(theirs.double(), expected)
-
-
-def test_layers_within_an_attention_learn_beside_it(packed_unet):
-    """Gradients reach adapters of queries and keys, which lie before the attention."""
-    packed_unet.requires_grad_(False)
-    set_compute(packed_unet, "int8")
-    packed_unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
-    packed_unet(torch.randn(1, 4, 8, 8), 501, torch.randn(1, 5, 32)).sample.sum().backward()
-    adapters = [p for name, p in packed_unet.named_parameters() if "lora" in name]
-    assert adapters and all(p.grad.abs().sum() > 0 for p in adapters)
-
-
-# Gated activations.
-
-
-def gates(model):
-    return [module for module in model.modules() if isinstance(module, GEGLU)]
-
-
-def test_gates_are_computed_with_their_projections(packed_unet, call_unet, monkeypatch):
-    unet, calls = packed_unet, []
-    rescale_geglu = linear_module.rescale_geglu
-    monkeypatch.setattr(linear_module, "rescale_geglu", lambda *args: calls.append(1) or rescale_geglu(*args))
-    set_compute(unet, "int8")
-    assert {type(gate) for gate in gates(unet)} == {FusedGEGLU}
-    found = call_unet(unet)
-    assert len(calls) == len(gates(unet)) > 0
-    set_compute(unet, "exact")
-    call_unet(unet)
-    assert len(calls) == len(gates(unet))  # diffusers' own, in fp32
-    set_compute(unet, "int8")
-    monkeypatch.setattr(FusedGEGLU, "forward", GEGLU.forward)
-    # In one operation with the projection or after it: the same but for rounding.
-    assert relative_error(found, call_unet(unet)) < 1e-3
-    assert len(calls) == len(gates(unet))
-    assert {type(gate) for gate in gates(unet.dequantize())} == {GEGLU}
-
-
-@pytest.mark.parametrize("compute", ["int8", "exact"])
-@pytest.mark.parametrize("tokens", [0, 5, 300])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_gate_is_its_projections_halves(packed_unet, monkeypatch, dtype, bias, tokens, compute):
-    monkeypatch.setattr(linear_module, "_FEWEST_TOKENS", 64)
-    monkeypatch.setattr(linear_module, "_SUMS", 1)
-    set_compute(packed_unet, compute)
-    gate = gates(packed_unet)[0]
-    gate.proj.bias = gate.proj.bias if bias else None
-    x = torch.randn(2, tokens, gate.proj.in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
-    with torch.no_grad():
-        hidden, opening = gate.proj(x).float().chunk(2, dim=-1)
-        found = gate(x)
-    assert found.dtype == dtype and found.shape == hidden.shape
-    assert (
-        tokens == 0 or relative_error(found.float(), hidden * nn.functional.gelu(opening)) < 8 * torch.finfo(dtype).eps
-    )
-
-
-def test_gates_learn_and_adapters_within_them_count(packed_unet):
-    set_compute(packed_unet, "int8")
-    gate = gates(packed_unet)[0]
-    x = torch.randn(1, 3, gate.proj.in_features, requires_grad=True)
-    y = gate(x)
-    y.sum().backward()
-    assert x.grad.abs().sum() > 0
-    with torch.no_grad():
-        torch.testing.assert_close(gate(x), y)
-        packed_unet.add_adapter(LoraConfig(r=2, target_modules=["net.0.proj"], init_lora_weights=False))
-        adapted = gate(x)
-        packed_unet.disable_adapters()
-        torch.testing.assert_close(gate(x), y)
-    assert relative_error(adapted, y) > 0.01
-
-
-def test_forward_mode_is_that_of_the_dequantized_model(packed_unet):
-    """Tangents pass through layers, gates and attention, whose operators for integers carry none."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (1, 4, 8, 8), (1, 5, 32)
-    primals, tangents = (tuple(torch.randn(shape, generator=generator) for shape in shapes) for _ in range(2))
-
-    def predict(sample, states):
-        with sdpa_kernel(SDPBackend.MATH):  # torch's others have no forward mode
-            return packed_unet(sample, 501, states).sample
-
-    set_compute(packed_unet.requires_grad_(False), "int8")
-    found = torch.func.jvp(predict, primals, tangents)
-    packed_unet.dequantize()
-    torch.testing.assert_close(found, torch.func.jvp(predict, primals, tangents), rtol=1e-3, atol=1e-3)
-
-
-# Memory formats.
-
-
-@pytest.mark.parametrize("linear", [False, True])
-def test_transformers_keep_images_channels_last_and_compute_the_same(linear):
-    torch.manual_seed(0)
-    model = nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2, use_linear_projection=linear))
-    model.bfloat16()
-    x = torch.randn(2, 8, 3, 5).bfloat16().contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        expected = model[0](x).sample
-        set_channels_last(model, True)
-        assert type(model[0]) is not Transformer2DModel and type(model[0]).__name__ == "Transformer2DModel"
-        found = model[0](x).sample
-        set_channels_last(model, False)
-        set_channels_last(model[0], True)  # as a model, whose file names its class
-    torch.testing.assert_close(found, expected)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    assert type(model[0]) is Transformer2DModel
-
-
-def test_transformers_in_fp32_give_the_same_bits():
-    torch.manual_seed(0)
-    model = nn.Sequential(Transformer2DModel(2, 4, in_channels=8, norm_num_groups=2))
-    x = torch.randn(2, 8, 3, 5).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad():
-        expected = model[0](x).sample
-        set_channels_last(model, True)
-        assert torch.equal(model[0](x).sample, expected)
 
 
 # The size report.
@@ -402,8 +188,8 @@ def test_the_report_says_how_each_layer_computes_and_why(packed_unet):
     weights = sum(torch.Size(layer.weight_shape).numel() for layer in rounded.values())
     assert kept.total_bytes == report.total_bytes + weights
     assert f"{len(rounded):>6}  int8, weights int8 codes kept in memory" in str(kept)
-    assert kept.to_dict()["ways"]["conv_out"]["arithmetic"] == ("int8" if "conv_out" in rounded else "exact")
-    assert kept.to_dict()["ways"]["conv_in"]["arithmetic"] == "exact"
+    assert kept.to_dict()["kernels"]["conv_out"]["arithmetic"] == ("int8" if "conv_out" in rounded else "exact")
+    assert kept.to_dict()["kernels"]["conv_in"]["arithmetic"] == "exact"
     assert "not normalised" in kept.kernels["conv_in"].reason
 
 
@@ -417,7 +203,7 @@ def test_the_report_says_how_attention_computes_and_why(packed_unet, monkeypatch
     set_compute(packed_unet, "int8")
     report = size_report(packed_unet)
     how = "by torch: it may not" if reason else loop
-    assert report.to_dict()["attention_ways"] == dict.fromkeys(report.attention_kernels, how)
+    assert report.to_dict()["attention_kernels"] == dict.fromkeys(report.attention_kernels, how)
     assert f"{len(attentions(packed_unet)):>6}  attention {how}" in str(report)
 
 
@@ -430,7 +216,7 @@ def test_the_report_tells_layers_that_stay_exact_and_why(packed_unet, monkeypatc
         assert ("VNNI" in kernels[name].reason) == (layer.bits == 8)
 
 
-def test_a_file_has_no_way_to_compute(packed_folders):
+def test_a_file_has_no_kernels(packed_folders):
     assert size_report(packed_folders["keep"] / "unet").kernels == {}
 
 

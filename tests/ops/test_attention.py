@@ -108,8 +108,8 @@ def test_gradients_are_those_of_torch():
     grad = torch.randn(1, 2, 5, 8)
     found = torch.autograd.grad(attention(*tensors), tensors, grad)
     expected = torch.autograd.grad(F.scaled_dot_product_attention(*tensors), tensors, grad)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs)
+    for value, torchs in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, torchs)
 
 
 @pytest.mark.parametrize("reason", ["wide head", "no compiler"])

@@ -1,4 +1,4 @@
-"""The layout of weights for oneDNN's integer convolution: what our loops write is what oneDNN lays out."""
+"""The layout of weights for oneDNN's integer convolution: what the compiled loops write is what oneDNN lays out."""
 
 from __future__ import annotations
 

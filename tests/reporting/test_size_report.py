@@ -258,7 +258,7 @@ def test_the_dictionary_survives_json(packed_folders):
 # What cannot be counted.
 
 
-def test_what_is_not_ours_or_not_there_is_named(source_folder, tmp_path):
+def test_what_is_no_packed_checkpoint_or_not_there_is_named(source_folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         size_report(tmp_path)
     with pytest.raises(FileNotFoundError, match="nowhere"):
@@ -277,7 +277,7 @@ def test_what_is_not_ours_or_not_there_is_named(source_folder, tmp_path):
         size_report(tiny_unet())
 
 
-def test_a_dequantized_model_is_not_counted_as_ours(packed_folders):
+def test_a_dequantized_model_is_not_counted_as_packed(packed_folders):
     pipe = StableDiffusionPipeline.from_pretrained(packed_folders["keep"])
     with pytest.raises(ValueError, match="is not quantized"):
         size_report(pipe.unet.dequantize())

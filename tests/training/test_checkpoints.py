@@ -42,7 +42,7 @@ def test_what_is_no_checkpoint_is_told_with_those_that_are(run):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"step": 1}'])
-def test_a_corrupted_checkpoint_is_named(run, content):
+def test_a_damaged_checkpoint_is_named(run, content):
     path = run / "stage1" / "checkpoint-2"
     (path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"checkpoint-2/run\.json (is damaged|holds).*earlier checkpoint"):

@@ -140,7 +140,7 @@ def test_shards_name_the_sample_that_does_not_fit(name, tmp_path):
         opened(tmp_path / "data")
 
 
-def test_a_corrupted_shard_is_named(tmp_path):
+def test_a_damaged_shard_is_named(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "0.tar").write_bytes(b"no tar")
     with pytest.raises(ValueError, match=r"0\.tar is damaged, or no tar file"):
@@ -175,7 +175,7 @@ def test_arrays_are_checked_when_opened(name, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[]", '{"texts": []}', "no JSON", '{"captions": "a"}'])
-def test_captions_of_arrays_are_named_when_corrupted(content, tmp_path):
+def test_captions_of_arrays_are_named_when_damaged(content, tmp_path):
     np.save(tmp_path / "images.npy", np.zeros((1, 4, 4, 3), np.uint8))
     (tmp_path / "captions.json").write_text(content)
     with pytest.raises(ValueError, match=r"captions\.json"):

@@ -52,7 +52,7 @@ def test_the_others_end_with_the_error_of_the_one_that_fails(tmp_path):
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.communicate()
     error = "ValueError('The input of conv_in holds NaN.')"
     assert said[failing] == f"{failing} {error}"
     assert said[1 - failing] == (

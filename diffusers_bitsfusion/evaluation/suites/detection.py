@@ -127,7 +127,7 @@ class Mask2FormerDetector:
     def _detect(self, image: Image.Image) -> list[Detection]:
         pixels = self.processor(images=image, return_tensors="pt").pixel_values.to(self.model.device)
         found = self.model(pixel_values=pixels)
-        probabilities = found.class_queries_logits[0].softmax(-1)[:, :-1]  # the last class stands for no object
+        probabilities = found.class_queries_logits[0].softmax(-1)[:, :-1]  # The last class stands for no object.
         scores, places = probabilities.flatten().topk(min(_MAX_DETECTIONS, probabilities.numel()))
         queries, labels = places // probabilities.shape[1], places % probabilities.shape[1]
         size = image.size[::-1]

@@ -69,7 +69,7 @@ def judge(line: Line, detections: Sequence[Sequence[Any]], colors: Sequence[str 
     """
     kept = _kept(line, detections)
     reasons: list[str] = []
-    groups: list[list[int] | None] = []  # the detections that fulfil each clause
+    groups: list[list[int] | None] = []  # These are the detections that fulfil each clause.
     for clause in line.get("include", ()):
         found = kept.get(clause["class"], [])[: clause["count"]]
         reason = _missing(clause, found, detections, colors, groups)

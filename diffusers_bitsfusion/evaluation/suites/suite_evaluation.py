@@ -64,7 +64,7 @@ def evaluate_suites(
             raise ValueError(f"The suite {suite.name} compares with a reference; give one (--reference).")
     process_state(timeout=PATIENCE)
     for suite in suites:
-        suite.load()  # a missing model is reported before hours of sampling; the loaded one is freed
+        suite.load()  # A missing model is reported before hours of sampling; the loaded one is freed.
     paths = [os.fspath(path)] if reference is None else [os.fspath(path), os.fspath(reference)]
     samplings = [replace(sampling, guidance_scale=scale) for scale in dict.fromkeys(guidance_scales)] or [sampling]
     with image_root(images) as root:
@@ -102,7 +102,8 @@ def _scored(suite: Suite, folders: Sequence[ImageFolder], root: Path, progress: 
             file = ScoreFile(root / f"{suite.name}-{hash_of_settings(settings)[:8]}", settings, state.process_index)
         done = file.done()
         missing = [block for block in own_blocks(count) if not done.issuperset(block)]
-        if any(gather_object([bool(missing)])):  # on any process: all of them wait for the file of features
+        # All processes wait for the file of features, if any of them needs it.
+        if any(gather_object([bool(missing)])):
             scorer = scorer or suite.load()
             with state.main_process_first():
                 file.prepare(count, scorer.width)

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from ...utils.files import write_atomically
+from ...utils.json_files import read_json
 from ..prompts import Prompt
 
 QUESTIONS = {"better": "Which image is better?", "text": "Which image fits the text better?"}
@@ -66,7 +68,7 @@ class VoteStore:
 
     Raises:
         FileNotFoundError: the folder holds no vote.
-        ValueError: a line is damaged.
+        ValueError: a line or the settings are damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -76,7 +78,7 @@ class VoteStore:
             raise FileNotFoundError(
                 f"{self.folder} holds no vote ({_SETTINGS}); start one by `bitsfusion vote SRC DST`."
             )
-        content = json.loads(note.read_text(encoding="utf-8"))
+        content = read_json(note)
         self.settings: dict[str, Any] = content["settings"]
         self.prompts = [Prompt(item["prompt"], item["category"]) for item in content["prompts"]]
         self._salt: int = content["salt"]
@@ -104,15 +106,13 @@ class VoteStore:
             "prompts": [{"prompt": prompt.caption, "category": prompt.category} for prompt in prompts],
         }
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if any(found[key] != value for key, value in content.items()):
+            found = read_json(path)
+            if any(found.get(key) != value for key, value in content.items()):
                 raise ValueError(f"{folder} holds a vote on other images; choose another folder (--out).")
         else:
             Path(folder).mkdir(parents=True, exist_ok=True)
             salt = int.from_bytes(os.urandom(4), "little")
-            partial = path.with_suffix(".part")
-            partial.write_text(json.dumps(content | {"salt": salt}, indent=2) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            write_atomically(path, json.dumps(content | {"salt": salt}, indent=2) + "\n")
         return cls(folder)
 
     def next(self, rater: str) -> Pair | None:
@@ -147,7 +147,7 @@ class VoteStore:
         if not path.is_file():
             return []
         text = path.read_text(encoding="utf-8")
-        if not text.endswith("\n"):  # the line that a killed process did not finish
+        if not text.endswith("\n"):  # A killed process did not finish this line.
             text = text[: text.rfind("\n") + 1]
             path.write_text(text, encoding="utf-8")
         votes = []

@@ -51,7 +51,7 @@ def quantize_tokens_triton(x: Tensor) -> tuple[Tensor, Tensor]:
     block = triton.next_power_of_2(columns)
     warps = min(16, max(1, block // 512))
     if tokens:
-        with torch.cuda.device_of(x):  # Triton launches on the current device
+        with torch.cuda.device_of(x):  # Triton launches on the current device.
             _tokens_kernel[(tokens,)](x, codes, scale, columns, BLOCK=block, num_warps=warps, enable_fp_fusion=False)
     return codes, scale
 
@@ -130,7 +130,7 @@ def quantize_image_triton(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, Te
     zero_point = torch.empty(1, dtype=torch.int32, device=x.device)
     span = triton.cdiv(x.numel(), ranges * _RANGE_BLOCK) * _RANGE_BLOCK
     grid = batch * shape[2], triton.cdiv(shape[3] * channels, _BLOCK)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with torch.cuda.device_of(x):  # Triton launches on the current device.
         _range_kernel[(ranges,)](x, bounds, x.numel(), span, BLOCK=_RANGE_BLOCK, num_warps=8)
         _image_kernel[grid](
             x,

@@ -24,7 +24,7 @@ def load_words(row, index, mask, last, width, WORD_BITS: tl.constexpr):
 
     A row has `width` words; `last` is the highest index that any of these words may have.
     """
-    if WORD_BITS == 7:  # seven bits each; the last eighth of the words lies in the top bits of the others
+    if WORD_BITS == 7:  # Words have seven bits each; their last eighth lies in the top bits of the others.
         part = (width + 7) // 8
         words = tl.load(row + index, mask=mask & (index < 7 * part), other=0).to(tl.uint32) & 127
         if last >= 7 * part:
@@ -90,7 +90,8 @@ def _decode(
         )
         for plane in tl.static_range(PLANES):
             digit, words = last_digit(words, BASE, RECIPROCAL, SHIFT)
-            first = first_word + plane * width + position  # of these columns; the next is POSITIONS further
+            # It is the first of these columns; the next is POSITIONS further.
+            first = first_word + plane * width + position
             column = first % POSITIONS * channels + first // POSITIONS + place
             value = digit.to(tl.int32) - HALF
             if not CODES:
@@ -115,7 +116,7 @@ def decode_triton(codes: Tensor, scale: Tensor, bits: int, columns: int, out: Te
     grid = triton.cdiv(len(codes), _ROWS), triton.cdiv(width, _WORDS * positions)
     aligned = all(size % _ALIGNED == 0 for size in (columns, width, codes.shape[1]))
     kernel = _decode_aligned if aligned else _decode_any
-    with torch.cuda.device_of(codes):  # Triton launches on the current device
+    with torch.cuda.device_of(codes):  # Triton launches on the current device.
         kernel[grid](
             codes,
             scale,

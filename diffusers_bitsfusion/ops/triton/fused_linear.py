@@ -56,7 +56,7 @@ def _linear_kernel(
             k = plane * width + index
             inside = (row < tokens) & (index < width) & (k < columns)
             a = tl.load(x + row * columns + k, mask=inside, other=0.0)
-            codes = (digit.to(tl.int32) - HALF).to(x.dtype.element_ty)  # small integers, which are exact
+            codes = (digit.to(tl.int32) - HALF).to(x.dtype.element_ty)  # Codes are small integers, which are exact.
             sums = tl.dot(a, tl.trans(codes), sums)
     y = sums * tl.load(scale + column, mask=column < outputs, other=0.0)[None, :]
     if HAS_BIAS:
@@ -80,7 +80,7 @@ def linear_fused(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, b
     """
     (tokens, columns), outputs = x.shape, len(codes)
     out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
-    with torch.cuda.device_of(x):  # Triton launches on the current device
+    with torch.cuda.device_of(x):  # Triton launches on the current device.
         _linear_kernel[(triton.cdiv(outputs, _OUTPUTS),)](
             x.contiguous(),
             codes.contiguous(),

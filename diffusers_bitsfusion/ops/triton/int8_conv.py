@@ -74,9 +74,9 @@ def _conv_kernel(
     b_place = weight + (first + column % outputs)[None, :].to(tl.int64) * (positions * channels) + c[:, None]
     sums = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     # One loop over positions and channels, which the compiler pipelines as a whole; places are counted on, since to
-    # divide for them takes as long as a product.
-    across = dilation_w * groups * channels  # to the next position
-    down = (dilation_h * width - (kernel_width - 1) * dilation_w) * groups * channels  # to the first of the next row
+    # divide for them takes as long as a product. `across` leads to the next position, `down` to the next row's first.
+    across = dilation_w * groups * channels
+    down = (dilation_h * width - (kernel_width - 1) * dilation_w) * groups * channels
     start, position_in_row, a_step, b_step = 0, 0, 0, 0
     for _ in range(positions * tl.cdiv(channels, BLOCK_K)):
         a, b = load_operands(a_place + a_step, b_place + b_step, c, channels - start, WHOLE)
@@ -159,7 +159,7 @@ def conv2d_triton(
     whole = channels % BLOCK_K == 0
     block_m, block_n = tile = tile_of(rows, outputs // groups, groups, whole, image.device)
     weight_sums = torch.empty(outputs, dtype=torch.int32, device=image.device)
-    with torch.cuda.device_of(image):  # Triton launches on the current device
+    with torch.cuda.device_of(image):  # Triton launches on the current device.
         _row_sums_kernel[(outputs,)](weight, weight_sums, positions * channels, BLOCK=_SUMMED)
         _conv_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs // groups, block_n), groups)](
             image,

@@ -71,7 +71,7 @@ def linear_triton(
         return out
     whole = inputs % BLOCK_K == 0
     block_m, block_n = tile = tile_of(rows, outputs, 1, whole, tokens.device)
-    with torch.cuda.device_of(tokens):  # Triton launches on the current device
+    with torch.cuda.device_of(tokens):  # Triton launches on the current device.
         _linear_kernel[(triton.cdiv(rows, block_m), triton.cdiv(outputs, block_n))](
             tokens,
             weight,

@@ -27,7 +27,7 @@ def tile_of(rows: int, columns: int, groups: int, whole: bool, device: torch.dev
     if rows <= FEW_TOKENS:
         return _TILE_OF_FEW_ROWS
     tiles: tuple[tuple[int, int], ...] = _TILES
-    processors = 1  # the interpreter's
+    processors = 1  # This is the interpreter's.
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
         processors = gpu.multi_processor_count

@@ -88,7 +88,7 @@ def calibrate_student(
     """Set the start of a prepared student to weights rounded for the layers' inputs while the teacher samples."""
     bits, calibration, config = _bits(student), Calibration(prompts, seed=args.seed), student.qat_state.config
     start_calibrated(student, calibrate(teacher, teacher.unet, bits, calibration, config.rounding, not args.quiet))
-    config.calibration = calibration.summary()  # As `prepare_qat` records it.
+    config.calibration = calibration.summary()  # `prepare_qat` records it alike.
 
 
 def calibration_time(

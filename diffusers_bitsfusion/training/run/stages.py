@@ -257,7 +257,7 @@ class Training:
         if self.validation is None or not options.validation_steps:
             return cost
         every, last = options.validation_steps, options.max_train_steps
-        count = -(-last // every) - loop.step // every + 1  # One more for the teacher.
+        count = -(-last // every) - loop.step // every + 1  # The teacher samples once more.
         with loop.averaged():
             return replace(cost, validations=count, seconds_per_validation=self.validation.seconds(loop.student))
 

@@ -1,4 +1,4 @@
-"""Corrupted checkpoints: every error names the tensor or key that is wrong, and where."""
+"""Damaged checkpoints: every error names the tensor or key that is wrong, and where."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ LAYER = "down_blocks.0.resnets.0.conv1"
 # Weights.
 
 
-def load_corrupted(source: Path, folder: Path, corrupt: Callable[[dict[str, Tensor]], object], **arguments):
-    """Load a copy of a saved UNet after `corrupt` has changed its tensors."""
+def load_damaged(source: Path, folder: Path, damage: Callable[[dict[str, Tensor]], object], **arguments):
+    """Load a copy of a saved UNet after `damage` has changed its tensors."""
     shutil.copytree(source / "unet", folder / "unet")
     file = folder / "unet" / WEIGHTS
     tensors = load_file(file)
-    corrupt(tensors)
+    damage(tensors)
     save_file(tensors, file, {"format": "pt"})
     return UNet2DConditionModel.from_pretrained(folder / "unet", **arguments)
 
 
 def test_an_unchanged_copy_loads(packed_folders, tmp_path):
-    unet = load_corrupted(packed_folders["keep"], tmp_path, lambda tensors: None)
+    unet = load_damaged(packed_folders["keep"], tmp_path, lambda tensors: None)
     assert unet.is_quantized
 
 
@@ -49,29 +49,29 @@ def test_a_truncated_tensor_is_named(packed_folders, tmp_path, kind, name, keep)
         tensors[name] = tensors[name][: int(keep * tensors[name].numel())].clone()
 
     with pytest.raises(ValueError, match=rf"^{name} .*(damaged|cut short|bytes)"):
-        load_corrupted(packed_folders[kind], tmp_path, truncate)
+        load_damaged(packed_folders[kind], tmp_path, truncate)
 
 
 @pytest.mark.parametrize("where", [0, 5, 0.5, -1])
 @pytest.mark.parametrize(("kind", "name"), [("keep", f"{LAYER}.codes"), ("table", "time_proj.codes")])
-def test_a_corrupted_tensor_is_named(packed_folders, tmp_path, kind, name, where):
-    def corrupt(tensors):
+def test_a_damaged_tensor_is_named(packed_folders, tmp_path, kind, name, where):
+    def damage(tensors):
         position = where if isinstance(where, int) else int(where * tensors[name].numel())
         tensors[name][position] ^= 255
 
     with pytest.raises(ValueError, match=rf"^{name} "):
-        load_corrupted(packed_folders[kind], tmp_path, corrupt)
+        load_damaged(packed_folders[kind], tmp_path, damage)
 
 
 def test_impossible_bytes_without_compression_are_named(make_config, tmp_path):
     unet = quantize_model(tiny_unet(), make_config(recipe=1, compression=None), progress=False)
     unet.save_pretrained(tmp_path / "source" / "unet")
 
-    def corrupt(tensors):
+    def damage(tensors):
         tensors[f"{LAYER}.codes"][4, 2] = 243  # five ternary digits end at 242
 
     with pytest.raises(ValueError, match=rf"{LAYER}\.codes is damaged.*1-bit"):
-        load_corrupted(tmp_path / "source", tmp_path, corrupt)
+        load_damaged(tmp_path / "source", tmp_path, damage)
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_impossible_bytes_without_compression_are_named(make_config, tmp_path):
 )
 def test_a_missing_tensor_is_named(packed_folders, tmp_path, kind, name):
     with pytest.raises(ValueError, match=rf"UNet2DConditionModel lacks {name}"):
-        load_corrupted(packed_folders[kind], tmp_path, lambda tensors: tensors.pop(name))
+        load_damaged(packed_folders[kind], tmp_path, lambda tensors: tensors.pop(name))
 
 
 def test_a_missing_tensor_is_named_with_a_disk_device_map(packed_folders, tmp_path):
     with pytest.raises(ValueError, match=rf"lacks {LAYER}\.scale"):
-        load_corrupted(
+        load_damaged(
             packed_folders["keep"],
             tmp_path,
             lambda tensors: tensors.pop(f"{LAYER}.scale"),
@@ -119,11 +119,11 @@ WRONG = [
 
 @pytest.mark.parametrize(("kind", "name", "change", "message"), WRONG)
 def test_a_tensor_of_wrong_shape_or_dtype_is_named(packed_folders, tmp_path, kind, name, change, message):
-    def corrupt(tensors):
+    def damage(tensors):
         tensors[name] = change(tensors[name]).clone()
 
     with pytest.raises(ValueError, match=message):
-        load_corrupted(packed_folders[kind], tmp_path, corrupt)
+        load_damaged(packed_folders[kind], tmp_path, damage)
 
 
 def test_the_codes_of_another_layer_are_refused_by_name(packed_folders, tmp_path):
@@ -131,10 +131,10 @@ def test_the_codes_of_another_layer_are_refused_by_name(packed_folders, tmp_path
         tensors[f"{LAYER}.codes"] = tensors["conv_in.codes"].clone()
 
     with pytest.raises(ValueError, match=rf"^{LAYER}\.codes holds \d+ bytes where \d+ are expected"):
-        load_corrupted(packed_folders["keep"], tmp_path, swap)
+        load_damaged(packed_folders["keep"], tmp_path, swap)
 
 
-def test_a_corrupted_shard_is_refused_by_tensor_name(packed_unet, tmp_path):
+def test_a_damaged_shard_is_refused_by_tensor_name(packed_unet, tmp_path):
     packed_unet.save_pretrained(tmp_path, max_shard_size="60KB")
     where = json.loads((tmp_path / f"{WEIGHTS}.index.json").read_text())["weight_map"]
     shard = tmp_path / where[f"{LAYER}.codes"]
@@ -161,7 +161,7 @@ def test_a_file_cut_short_is_named(packed_unet, tmp_path):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
-# A corrupted or foreign config.json.
+# A damaged or foreign config.json.
 
 
 def load_with_config(packed_unet, folder: Path, change: Callable[[dict], object]):
