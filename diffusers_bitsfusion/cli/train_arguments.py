@@ -176,6 +176,11 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stage2_gradient_accumulation_steps", type=int, help="Those of Stage II, where they differ.")
     group.add_argument("--gradient_checkpointing", action="store_true", help="Less memory, about a quarter slower.")
     group.add_argument("--learning_rate", type=float, default=1e-5, help="Peak of the schedule.")
+    group.add_argument(
+        "--stage2_learning_rate",
+        type=float,
+        help="That of Stage II. Default: --learning_rate, after Stage I 1e-5 at most.",
+    )
     group.add_argument("--lr_scheduler", default="constant", help="As in diffusers.optimization.")
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="Steps in which the rate rises.")
     group.add_argument(

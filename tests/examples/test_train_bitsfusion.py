@@ -11,14 +11,15 @@ import pytest
 import torch
 import train_bitsfusion
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_unet
 from train_runs import CAPTIONS, losses
 
-from diffusers_bitsfusion import BitsFusionConfig, Calibration, quantize_model
+from diffusers_bitsfusion import BitsFusionConfig, Calibration, convert, prepare_qat, quantize_model
+from diffusers_bitsfusion.training.checkpoints import fingerprint, load_weights
 from diffusers_bitsfusion.training.run import models as train_models
 from diffusers_bitsfusion.training.run import stages
 
@@ -67,6 +68,49 @@ def tracked_steps(folder, tag):
 
 def is_bright(images, specs):
     return [(image.mean() > 127) == spec["bright"] for image, spec in zip(images, specs, strict=True)]
+
+
+_scores = iter(())
+
+
+def by_turns(images, specs):
+    """A scorer whose verdict on all images is the next that a test has given."""
+    return [next(_scores)] * len(images)
+
+
+@pytest.mark.parametrize(("of_stages", "resumed"), [((1.0, 0.5), False), ((0.5, 1.0), False), ((0.5, 1.0), True)])
+def test_stage_2_is_kept_only_where_it_does_not_lower_the_score(
+    command, data, tmp_path, capsys, monkeypatch, of_stages, resumed
+):
+    prompts = tmp_path / "prompts.tsv"
+    prompts.write_text("Prompt\tCategory\tSpec\na b\tx\t1\n")
+    scored = ("--validation_file", prompts, "--validation_scorer", f"{__name__}:by_turns", "--validation_steps", 2)
+    arguments = ("--train_data_dir", data, *scored, "--num_inference_steps", 2)
+    if resumed:  # A Stage II alone is scored before the end of Stage I is.
+        train_bitsfusion.main(command("--train_data_dir", data, "--stage", 1))
+        arguments = (*arguments, "--stage", 2)
+    monkeypatch.setattr(sys.modules[__name__], "_scores", iter(reversed(of_stages) if resumed else of_stages))
+    train_bitsfusion.main(command(*arguments))
+    kept = 1 if of_stages[1] < of_stages[0] else 2
+    saved = packed_tensors(UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet"))
+    for stage in (1, 2):
+        student = UNet2DConditionModel.from_pretrained(command()[1], subfolder="unet")
+        prepare_qat(student, BitsFusionConfig(target_bits=2.6))
+        load_weights(student, tmp_path / "out" / f"stage{stage}" / "checkpoint-2", fingerprint(student))
+        end = packed_tensors(convert(student))
+        assert all(torch.equal(saved[name], end[name]) for name in saved) == (stage == kept)
+    assert ("Stage II lowered the compositional score" in capsys.readouterr().out) == (kept == 1)
+    assert ("weights are those of Stage 1" in (tmp_path / "out" / "README.md").read_text()) == (kept == 1)
+
+
+def packed_tensors(unet):
+    return {name: tensor for name, tensor in unet.state_dict().items() if name.endswith((".codes", ".scale"))}
+
+
+def test_stage_2_does_not_take_over_a_high_rate(command, data, tmp_path):
+    train_bitsfusion.main(command("--train_data_dir", data))
+    rates = [losses(tmp_path / "out" / f"stage{stage}")[0]["lr"] for stage in (1, 2)]
+    assert rates == [1e-3, 1e-5]
 
 
 def write_image_folder(folder):

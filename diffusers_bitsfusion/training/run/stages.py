@@ -42,6 +42,10 @@ logger = get_logger(__name__)
 
 ERRORS_FILE = "timestep_error.json"
 
+# Highest learning rate of Stage II after Stage I, unless it is given: the higher its rate, the further Stage II leaves
+# the teacher.
+STAGE_2_RATE = 1e-5
+
 
 def stages(args: argparse.Namespace) -> tuple[int, ...]:
     """Return the stages to run, in order."""
@@ -61,6 +65,7 @@ class Training:
     @failing_together()
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.folder = args, Path(args.output_dir)
+        self.kept_stage_1 = False
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
             cpu=not torch.accelerator.is_available(),  # Several processes without a GPU would not connect otherwise.
@@ -150,12 +155,16 @@ class Training:
         if not self.args.full_precision:
             self.student.qat_state.config.calibration = read_settings(checkpoint)[1].get("calibration")
 
+    def _end_of_stage_1(self) -> Path | None:
+        """Return the checkpoint that Stage II starts from, if any."""
+        start = self.args.init_from
+        return None if start == "rounding" else find_checkpoint(self.folder / "stage1", start or "latest")
+
     def _load_stage_1(self) -> None:
         """Load the weights that Stage I ended with."""
-        start = self.args.init_from
-        if start == "rounding":
+        if self.args.init_from == "rounding":
             return
-        path = find_checkpoint(self.folder / "stage1", start or "latest")
+        path = self._end_of_stage_1()
         if path is None and self.args.full_precision:
             return  # The control of Stage II starts from the original.
         if path is None:
@@ -223,6 +232,32 @@ class Training:
         if loop.batches.skipped:
             logger.warning("%d images did not decode and were skipped.", len(loop.batches.skipped))
         self.student = loop.finish()
+        if stage == 2 and self.accelerator.is_main_process:
+            self._keep_the_better()
+
+    @torch.no_grad()
+    def _keep_the_better(self) -> None:
+        """Put the weights of Stage I's end back where Stage II has lowered the validation's score."""
+        path, validation = self._end_of_stage_1(), self.validation
+        if path is None or validation is None or not validation.has_scored("stage2"):
+            return
+        trained = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
+
+        def load_stage_1() -> ModelMixin:
+            load_weights(self.student, path, self.fingerprint)
+            return self.student
+
+        change = validation.change("stage1", "stage2", load_stage_1)
+        if change.after < change.before:
+            load_stage_1()
+            self.kept_stage_1 = True
+            print(
+                f"Stage II lowered the compositional score of the validation from {change.before:.3f} to "
+                f"{change.after:.3f}: the pipeline is saved with the weights that Stage I ended with. Those of Stage "
+                f"II are in {self.folder / 'stage2'}."
+            )
+        else:
+            self.student.load_state_dict(trained)
 
     def _calibrates(self, stage: int) -> bool:
         """Return whether a stage that begins anew starts from calibrated weights."""
@@ -271,7 +306,7 @@ class Training:
         objective = self._distillation(student) if distils else NoisePrediction()
         optimizer = make_optimizer(
             student,
-            args.learning_rate,
+            self._learning_rate(stage),
             (args.adam_beta1, args.adam_beta2),
             args.adam_weight_decay,
             args.adam_epsilon,
@@ -303,6 +338,15 @@ class Training:
             EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
         )
 
+    def _learning_rate(self, stage: int) -> float:
+        """Return the peak of a stage's rate; a Stage II after Stage I does not take over a higher rate."""
+        args = self.args
+        if stage == 2 and args.stage2_learning_rate is not None:
+            return float(args.stage2_learning_rate)
+        if stage == 2 and args.stage == "both":
+            return min(float(args.learning_rate), STAGE_2_RATE)
+        return float(args.learning_rate)
+
     def _distillation(self, student: ModelMixin) -> Objective:
         distillation = Distillation(student, self.teacher.unet, self.args.feature_weight)
         return PricedCodes(distillation, student, self.args.rate_weight) if self.args.rate_weight else distillation
@@ -318,4 +362,6 @@ class Training:
         for stage in stages(self.args):
             steps, samples = of_stage(self.args, "max_train_steps", stage), self._sharing(stage).total
             done.append(f"Stage {stage}: {steps} steps of {samples} samples.")
+        if self.kept_stage_1:
+            done.append("Stage 2 lowered the score in validation, so the weights are those of Stage 1.")
         return f"Trained in this precision. {' '.join(done)}\n\n```bash\n{self.args.command}\n```"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,14 @@ from torch.distributed.fsdp import FSDPModule
 from ... import evaluation
 from ...calibration.time_estimate import time_sampling
 from ...evaluation.compositional import judge
+
+
+@dataclass(frozen=True)
+class ScoreChange:
+    """Scores of the same prompts and seeds before and after a stage."""
+
+    before: float
+    after: float
 
 
 class Validation:
@@ -43,6 +51,7 @@ class Validation:
     ) -> None:
         self.prompts, self.teacher, self.accelerator = prompts, teacher, accelerator
         self.sampling, self.folder, self.scorer, self.rows = sampling, folder, scorer, rows
+        self._scores: dict[str, np.ndarray] = {}
         self._teacher_images: np.ndarray | None = None
 
     @classmethod
@@ -67,6 +76,27 @@ class Validation:
         batch = min(self.sampling.batch_size, count)
         trial = time_sampling(self.teacher, student, lambda steps: self._generate(student, batch, steps))
         return -(-count // batch) * trial.seconds(self.sampling.steps)
+
+    def has_scored(self, stage: str) -> bool:
+        """Return whether a stage has been scored in this run."""
+        return stage in self._scores
+
+    def change(self, before: str, after: str, load_before: Callable[[], ModelMixin]) -> ScoreChange:
+        """Return how the score changed from the end of one stage to that of another.
+
+        Args:
+            before, after: names of the stages, of which the second has been scored.
+            load_before: function that returns the model at the end of the first one, which is called only where it
+                was not scored in this run.
+        """
+        if before not in self._scores:
+            assert self.scorer is not None
+            self._scores[before] = judge(self.scorer, self._generate(load_before()), self._specs)
+        categories = [prompt.category for prompt in self.prompts]
+        first, second = (
+            evaluation.bootstrap_scores(self._scores[name], categories)["overall"].value for name in (before, after)
+        )
+        return ScoreChange(first, second)
 
     def of_stage(self, name: str, student: ModelMixin, tracker_offset: int) -> Callable[[int], None]:
         """Return the function that the training loop calls with its step.
@@ -106,12 +136,16 @@ class Validation:
 
     def _score(self, scorer: Callable[..., Any], name: str, step: int, tracked_step: int, images: np.ndarray) -> None:
         categories = [prompt.category for prompt in self.prompts]
-        scores = judge(scorer, images, [prompt.spec for prompt in self.prompts])
+        scores = self._scores[name] = judge(scorer, images, self._specs)
         overall = evaluation.bootstrap_scores(scores, categories)["overall"]
         print(
             f"{name}, step {step}: compositional score {overall.value:.3f} ({overall.low:.3f} to {overall.high:.3f})"
         )
         self.accelerator.log({f"{name}/compositional": overall.value}, tracked_step)
+
+    @property
+    def _specs(self) -> list[Any]:
+        return [prompt.spec for prompt in self.prompts]
 
     def _generate(self, unet: ModelMixin, count: int | None = None, steps: int | None = None) -> np.ndarray:
         """Generate images by the pipeline with `unet` in it, uint8 [prompts, height, width, 3].
