@@ -1,7 +1,7 @@
 """Score and PSNR over the bytes of the file, of every row of results that the documentation has.
 
     python -m benchmarks.frontier "shapes=docs/results/calibration.md#At 2.03 bits" \
-        "shapes=docs/results/training.md#From a calibrated start" --out docs/images/frontier.svg
+        "shapes=docs/results/training.md#From a calibrated start" --out docs/images/frontier.png
 
 A source is a testbed, a page and the beginning of a heading of it: all tables below that heading that have the
 columns "UNet file, kB", "score" and "PSNR, dB" are drawn, a row of panels for each testbed. The intervals are those of
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 FILE, SCORE, PSNR = "UNet file, kB", "score", "PSNR, dB"
 # What a row's name says of its method; the first that fits.
@@ -31,6 +32,7 @@ METHODS = {
     "calibrated": r"calibrated",
     "rounded": r"rounded|uniform|mixed|by analysis",
 }
+TICKS = (500, 700, 1000, 1500, 2000, 3000, 5000, 7000)  # kB
 NOT_DRAWN = re.compile(r"control|not trained|earlier|without guidance")
 
 
@@ -59,7 +61,7 @@ def rows(page: str, heading: str) -> Iterator[dict[str, str]]:
         if not line.startswith("|"):
             header = []
         elif not header:
-            header = ["name", *cells[1:]] if line.startswith("| |") else ["name", *cells]
+            header = ["name", *cells[1:]]
         elif not set(line) <= set("|-: "):
             yield dict(zip(header, cells, strict=False))
 
@@ -106,6 +108,8 @@ def plot(score: Axes, psnr: Axes, testbed: str, of_testbed: list[Point]) -> None
     psnr.set(ylabel="PSNR, dB", title=testbed)
     for axes in (score, psnr):
         axes.set(xscale="log", xlabel="file of the UNet, kB")
+        axes.set_xticks(TICKS, [f"{tick:,}" for tick in TICKS])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3, which="both")
     score.legend(frameon=False, fontsize=7)
 

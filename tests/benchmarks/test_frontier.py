@@ -22,7 +22,7 @@ PAGE = """# Results
 
 ## More bits
 
-| | UNet file, kB | score | PSNR, dB |
+| by bits | UNet file, kB | score | PSNR, dB |
 |---|---|---|---|
 | uniform 4 | 1402 | 0.858 (0.832 to 0.887) | 29.39 |
 """
@@ -43,6 +43,7 @@ def test_points_are_the_rows_below_the_heading(tmp_path):
 def test_the_picture_has_every_method_and_is_small(tmp_path):
     page, out = tmp_path / "page.md", tmp_path / "frontier.svg"
     page.write_text(PAGE)
+    assert [point.size for point in points(f"shapes={page}#More bits")[1]] == [1402]
     draw([f"shapes={page}#Some bits", f"shapes={page}#More bits"], out)
     assert 0 < out.stat().st_size < 1_000_000
 
