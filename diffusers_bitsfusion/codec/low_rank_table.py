@@ -74,12 +74,15 @@ def factorize(parts: Sequence[Tensor]) -> LowRankTable | None:
         Table of the parts side by side, on the CPU, with a root mean square error of at most 0.44 % of that of each
         part's features, on average over the parts' columns. None where `MAX_TABLE_RANK` functions do not suffice.
     """
-    scale = torch.cat([_scale(part).expand(part.shape[1]) for part in parts]).cpu()
-    table = torch.cat([part.cpu() for part in parts], dim=1).double().div_(scale)
-    allowed = RELATIVE_ERROR**2 * table.square().sum()
-    sample = table[:, :: max(1, table.shape[1] // _SAMPLE)]
-    if torch.linalg.eigvalsh(sample.T @ sample)[:-MAX_TABLE_RANK].sum() > allowed * len(sample.T) / len(table.T):
+    scales = [_scale(part) for part in parts]
+    every = max(1, sum(part.shape[1] for part in parts) // _SAMPLE)
+    sample = _side_by_side([part[:, ::every] for part in parts], scales)
+    lost = torch.linalg.eigvalsh(sample.T @ sample)[:-MAX_TABLE_RANK].sum()
+    if lost > RELATIVE_ERROR**2 * sample.square().sum():
         return None
+    table = _side_by_side(parts, scales)
+    allowed = RELATIVE_ERROR**2 * table.square().sum()
+    scale = torch.cat([scale.expand(part.shape[1]) for scale, part in zip(scales, parts, strict=True)])
     energies, functions = torch.linalg.eigh(table @ table.T)
     left_over = energies.clamp_min(0).cumsum(0).flip(0)  # by the first `index` functions
     best = None
@@ -96,8 +99,13 @@ def factorize(parts: Sequence[Tensor]) -> LowRankTable | None:
 
 
 def _scale(part: Tensor) -> Tensor:
-    rms = part.square().mean().sqrt()
+    rms = part.square().mean().sqrt().cpu()
     return torch.where(rms > 0, rms, 1.0)
+
+
+def _side_by_side(parts: Sequence[Tensor], scales: Sequence[Tensor]) -> Tensor:
+    """Return the columns of all parts, each divided by its part's scale, fp64 on the CPU."""
+    return torch.cat([part.cpu().double() / scale for part, scale in zip(parts, scales, strict=True)], dim=1)
 
 
 def _quantize(table: Tensor, functions: Tensor, room: float, scale: Tensor) -> LowRankTable | None:
