@@ -19,6 +19,7 @@ from ..codec.rounding import Rounding
 from ..config.calibration import Calibration
 from ..utils.fingerprints import hash_of_sums
 from ..utils.processes import failing_together, process_state
+from ..utils.tokenizers import unchanged_tokenizers
 from .calls import Call
 from .denoising import Denoising
 from .folder import CalibrationFolder, TuningFolder, using_alone
@@ -67,7 +68,7 @@ def calibrate(
             belongs to another calibration.
         FolderInUseError: another calibration is using the cache folder.
     """
-    with using_alone(calibration.cache_dir, process_state().process_index):
+    with using_alone(calibration.cache_dir, process_state().process_index), unchanged_tokenizers(pipeline):
         return _calibrate(pipeline, model, bits, calibration, rounding, progress, rates or {})
 
 
@@ -141,7 +142,7 @@ def record_calls(
         ValueError: the model does not accept the latents alone.
     """
     denoising, state = Denoising(pipeline, model, calibration), process_state()
-    with using_alone(calibration.cache_dir, state.process_index):
+    with using_alone(calibration.cache_dir, state.process_index), unchanged_tokenizers(pipeline):
         own = _record_batches(denoising, _tuning_folder(calibration, timesteps), timesteps, progress)
     everyones = {batch: calls for part in gather_object([own]) for batch, calls in part.items()}
     return [call for batch in sorted(everyones) for call in everyones[batch]]

@@ -22,6 +22,7 @@ def test_a_full_disk_names_the_file_and_with_room_it_goes_on_to_the_same_model(
 ):
     monkeypatch.setattr(calibration_run, "_SAVE_EVERY", 0)
     pipeline, folder = make_pipeline(), tmp_path / "cache"
+    tokenizer = pipeline.tokenizer.backend_tokenizer.to_str()
     calibration = make_calibration(num_samples=2, cache_dir=folder)
     before = {name: tensor.clone() for name, tensor in pipeline.unet.state_dict().items()}
     words = rf"^Could not write {re.escape(str(folder))}.*is kept; do the same again when there is room\.$"
@@ -34,6 +35,7 @@ def test_a_full_disk_names_the_file_and_with_room_it_goes_on_to_the_same_model(
     resumed = quantize_model(pipeline, config, progress=False, calibration=calibration)
     whole = quantize_model(make_pipeline(), config, progress=False, calibration=make_calibration(num_samples=2))
     assert equal_models(resumed.unet, whole.unet)
+    assert pipeline.tokenizer.backend_tokenizer.to_str() == tokenizer  # It is saved, too.
 
 
 def test_a_second_calibration_says_who_holds_the_folder_until_that_ends(tmp_path):

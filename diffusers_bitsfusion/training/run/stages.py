@@ -216,6 +216,7 @@ class Training:
 
     def _run_stage(self, stage: int) -> None:
         args, name = self.args, f"stage{stage}"
+        set_seed(args.seed)  # States of generators are saved; they are the same where Stage I ran in another process.
         checkpoint = self._checkpoint(stage)
         if checkpoint is not None:
             self._restore_calibration(checkpoint)
