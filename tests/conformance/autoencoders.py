@@ -9,6 +9,7 @@ _KL = {
     "down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2,
 }  # fmt: skip
 _CAUSAL = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1], "num_res_blocks": 1, "temperal_downsample": [False]}
+_HUNYUAN = {"latent_channels": 8, "block_out_channels": (32,) * 5, "layers_per_block": 1}
 _STATISTICS = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
 
 
@@ -81,5 +82,42 @@ CASES = {
         lambda: {"sample": random(1, 2, 32)},
         {"encoder_hidden_size": 8, "downsampling_ratios": [2, 4], "channel_multiples": [1, 2], "decoder_channels": 8,
          "decoder_input_channels": 4, "audio_channels": 2},
+    ),
+    "AutoencoderKLQwenImage21": Case(
+        lambda: {"sample": random(1, 4, 1, 16, 16)}, _CAUSAL | _STATISTICS | {"decoder_base_dim": 4}
+    ),
+    "AutoencoderKLMochi": Case(
+        lambda: _video(7),
+        {"latent_channels": 4, "encoder_block_out_channels": (32,) * 4, "decoder_block_out_channels": (32,) * 4,
+         "layers_per_block": (1,) * 5, "latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4},
+    ),
+    "AutoencoderKLHunyuanImage": Case(
+        _picture,
+        {"in_channels": 3, "out_channels": 3, "latent_channels": 4, "block_out_channels": (32, 64),
+         "layers_per_block": 1, "spatial_compression_ratio": 2, "sample_size": 16},
+    ),
+    "AutoencoderKLHunyuanVideo15": Case(_video, _HUNYUAN),
+    "AutoencoderKLHunyuanImageRefiner": Case(_video, _HUNYUAN),
+    "AutoencoderKLKVAE": Case(
+        _picture, {"channels": 32, "num_enc_blocks": 1, "num_dec_blocks": 1, "z_channels": 4, "ch_mult": (1, 2)}
+    ),
+    "AutoencoderVidTok": Case(
+        lambda: _video() | {"sample_posterior": False}, {"ch": 8, "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    ),
+    "ConsistencyDecoderVAE": Case(
+        _picture,
+        {"encoder_block_out_channels": (8, 8), "encoder_down_block_types": ("DownEncoderBlock2D",) * 2,
+         "encoder_layers_per_block": 1, "encoder_norm_num_groups": 4, "decoder_block_out_channels": (8, 8),
+         "decoder_down_block_types": ("ResnetDownsampleBlock2D",) * 2, "decoder_layers_per_block": 1,
+         "decoder_up_block_types": ("ResnetUpsampleBlock2D",) * 2, "decoder_norm_num_groups": 4},
+    ),
+    "AutoencoderKLLTX2Audio": Case(
+        lambda: {"sample": random(1, 2, 16, 16)},
+        {"base_channels": 8, "ch_mult": (1, 2), "num_res_blocks": 1, "latent_channels": 4, "mel_bins": 16},
+    ),
+    "AutoencoderSAME": Case(
+        lambda: {"sample": random(1, 2, 64)},
+        {"patch_size": 8, "encoder_channels": 8, "encoder_c_mults": (2,), "encoder_strides": (4,),
+         "encoder_transformer_depths": (1,), "latent_dim": 8, "dim_heads": 8},
     ),
 }  # fmt: skip

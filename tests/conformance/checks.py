@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.nn.compute import packed_layers, set_compute
+from diffusers_bitsfusion.nn.packed import PackedWeight
 from diffusers_bitsfusion.nn.packed_tensor import PackedTensor
 from diffusers_bitsfusion.ops import conv, forward_mode, linear
 
@@ -107,19 +108,30 @@ def has_the_dequantized_gradient(subject: Subject) -> bool:
 
 
 def decodes_each_layer_once(subject: Subject) -> bool:
-    """Whether a call decodes as many weights as it calls packed layers and reads packed parameters."""
-    calls: Counter[str] = Counter()
+    """Whether a call decodes as many weights as it calls packed layers and reads packed parameters.
+
+    Layers that are never called count once where their `weight` is read, as by poolers of torch's own attention.
+    """
+    calls: list[nn.Module] = []
+    asked: set[nn.Module] = set()
+    lazy_weight = PackedWeight._lazy_weight
+
+    def noting(layer: PackedWeight) -> Tensor:
+        asked.add(layer)
+        return lazy_weight(layer)
+
     readers = [part for part in subject.model.modules() if isinstance(part, PackedTensor)]
     hooks = [
-        part.register_forward_hook(lambda *_: calls.update(["calls"]))
+        part.register_forward_hook(lambda module, *_: calls.append(module))
         for part in [*packed_layers(subject.model).values(), *readers]
     ]
-    with _counting_decodes() as count:
+    with mock.patch.object(PackedWeight, "_lazy_weight", noting), _counting_decodes() as count:
         subject.call(subject.model)
     for hook in hooks:
         hook.remove()
-    assert calls["calls"]
-    return count["decodes"] <= calls["calls"] if readers else count["decodes"] == calls["calls"]
+    assert calls
+    used = len(calls) + len(asked.difference(calls))
+    return count["decodes"] <= used if readers else count["decodes"] == used
 
 
 def is_near_in_integers(subject: Subject) -> bool:

@@ -29,6 +29,11 @@ _COGVIEW = {
     "in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 4,
     "text_embed_dim": 32, "time_embed_dim": 16, "condition_dim": 8, "pos_embed_max_size": 8, "sample_size": 8,
 }  # fmt: skip
+_HUNYUAN = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 8,
+    "hidden_size": 16, "cross_attention_dim": 16, "cross_attention_dim_t5": 16, "pooled_projection_dim": 16,
+    "text_len": 5, "text_len_t5": 6,
+}  # fmt: skip
 
 
 def _flux(**more):
@@ -55,6 +60,14 @@ def _qwen(**more):
 
 def _sizes(**more):
     return _latents(original_size=long(16, 16), target_size=long(16, 16), crop_coords=long(0, 0), **more)
+
+
+def _hunyuan(**more):
+    first = {"encoder_hidden_states": random(1, 5, 16), "text_embedding_mask": ones(1, 5)}
+    second = {"encoder_hidden_states_t5": random(1, 6, 16), "text_embedding_mask_t5": ones(1, 6)}
+    sizes = {"image_meta_size": torch.tensor([[8.0, 8.0, 8.0, 8.0, 0.0, 0.0]]), "style": torch.tensor([0])}
+    places = {"image_rotary_emb": (ones(16, 8), torch.zeros(16, 8))}
+    return {"hidden_states": random(1, 4, 8, 8), "timestep": time(), **first, **second, **sizes, **places, **more}
 
 
 CASES = {
@@ -155,5 +168,69 @@ CASES = {
          "encoder_hidden_size": 16, "vocab_size": 32, "codebook_size": 32, "in_channels": 16,
          "block_out_channels": 16, "num_res_blocks": 1, "downsample": True, "upsample": True, "block_num_heads": 2,
          "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
+    ),
+    "Flux3Transformer2DModel": Case(
+        lambda: _flux(img_ids=torch.zeros(16, 4), txt_ids=torch.zeros(5, 4)),
+        _FLUX | {"cond_in_channels": 16, "axes_dims_rope": (4, 4, 4, 4), "timestep_channels": 32},
+    ),
+    "QwenImage21Transformer2DModel": Case(
+        lambda: _qwen(img_mask=torch.tensor([[False] * 5 + [True] * 4])),  # a place for every four image tokens
+        {"in_channels": 16, "out_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+         "context_in_dim": 32, "axes_dims_rope": (4, 6, 6)},
+    ),
+    "BriaFibo2Transformer2DModel": Case(
+        lambda: _latents(
+            encoder_hidden_states=random(1, 2, 5, 16), encoder_attention_mask=ones(1, 5).bool(), timestep=time(0.5)
+        ),
+        {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 16,
+         "injection_layer_ids": (1,), "perceiver_num_layers": 1, "min_num_gist_tokens": 4, "max_num_gist_tokens": 8,
+         "gist_step": 4, "gist_min_text_len": 4, "gist_max_text_len": 8, "axes_dims": (4, 6, 6),
+         "axes_lens": (64, 32, 32)},
+    ),
+    "LuminaNextDiT2DModel": Case(
+        lambda: _latents(
+            16, timestep=time(0.5), encoder_mask=ones(1, 5), cross_attention_kwargs={},
+            image_rotary_emb=torch.ones(4, 4, 4, dtype=torch.complex64),
+        ),
+        {"sample_size": 8, "hidden_size": 24, "num_layers": 1, "num_attention_heads": 3, "num_kv_heads": 1,
+         "multiple_of": 16, "cross_attention_dim": 16},
+    ),
+    "HunyuanDiT2DModel": Case(_hunyuan, _HUNYUAN | {"num_layers": 2}),
+    "HunyuanDiT2DControlNetModel": Case(
+        lambda: _hunyuan(controlnet_cond=random(1, 4, 8, 8)), _HUNYUAN | {"transformer_num_layers": 4}
+    ),
+    "Krea2Transformer2DModel": Case(
+        lambda: {"hidden_states": random(1, 16, 16), "encoder_hidden_states": random(1, 5, 2, 16),
+                 "timestep": time(0.5), "position_ids": torch.zeros(21, 3)},
+        {"in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "intermediate_size": 32, "timestep_embed_dim": 32, "text_hidden_dim": 16,
+         "num_text_layers": 2, "text_num_attention_heads": 2, "text_num_key_value_heads": 2,
+         "text_intermediate_size": 32, "num_layerwise_text_blocks": 1, "num_refiner_text_blocks": 1,
+         "axes_dims_rope": (4, 6, 6)},
+    ),
+    "GlmImageTransformer2DModel": Case(
+        lambda: _latents(
+            16, prior_token_id=long(*range(16)), prior_token_drop=torch.zeros(1, 16, dtype=torch.bool),
+            target_size=torch.tensor([[8.0, 8.0]]), crop_coords=torch.zeros(1, 2), timestep=time().long(),
+        ),
+        {"in_channels": 4, "out_channels": 4, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+         "text_embed_dim": 16, "time_embed_dim": 16, "condition_dim": 8, "prior_vq_quantizer_codebook_size": 32},
+    ),
+    "Ideogram4Transformer2DModel": Case(
+        lambda: {"hidden_states": random(1, 9, 16), "timestep": time(0.5), "encoder_hidden_states": random(1, 9, 32),
+                 "position_ids": torch.zeros(1, 9, 3, dtype=torch.long), "segment_ids": long(*[0] * 9),
+                 "indicator": long(*[3] * 5, *[2] * 4)},
+        {"in_channels": 16, "num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2,
+         "intermediate_size": 32, "adaln_dim": 16, "llm_features_dim": 32, "mrope_section": (4, 2, 2)},
+    ),
+    "DreamLiteTransformer2DModel": Case(
+        lambda: {"hidden_states": random(1, 16, 8, 8), "encoder_hidden_states": random(1, 5, 16)},
+        {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 16, "norm_num_groups": 8,
+         "cross_attention_dim": 16},
+    ),
+    "AnimaTextConditioner": Case(
+        lambda: {"source_hidden_states": random(1, 5, 16), "target_input_ids": long(1, 2, 3)},
+        {"source_dim": 16, "target_dim": 16, "model_dim": 16, "num_layers": 1, "num_attention_heads": 2,
+         "target_vocab_size": 32, "min_sequence_length": 4},
     ),
 }  # fmt: skip

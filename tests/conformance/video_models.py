@@ -113,4 +113,71 @@ CASES = {
                  "decoder_noise_time": time(0.5)},
         {"input_dims": 12, "targets_length": 8, "d_model": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8, "d_ff": 32},
     ),
+    "HunyuanVideo15Transformer3DModel": Case(
+        lambda: _video(
+            hidden_states=random(1, 9, 2, 4, 4), encoder_attention_mask=ones(1, 5),
+            encoder_hidden_states_2=random(1, 4, 16), encoder_attention_mask_2=ones(1, 4),
+            image_embeds=random(1, 3, 16),
+        ),
+        {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1,
+         "num_refiner_layers": 1, "text_embed_dim": 16, "text_embed_2_dim": 16, "image_embed_dim": 16,
+         "rope_axes_dim": (4, 6, 6), "target_size": 16},
+    ),
+    "AllegroTransformer3DModel": Case(
+        lambda: _video(
+            timestep=time().long(), encoder_hidden_states=random(1, 1, 5, 16), attention_mask=ones(1, 2, 8, 8),
+            encoder_attention_mask=ones(1, 1, 5),
+        ),
+        {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 1, "cross_attention_dim": 48,
+         "sample_height": 8, "sample_width": 8, "sample_frames": 2, "caption_channels": 16},
+    ),
+    "WanAnimateTransformer3DModel": Case(
+        lambda: _video(
+            hidden_states=random(1, 12, 6, 8, 8), encoder_hidden_states_image=random(1, 7, 16),
+            pose_hidden_states=random(1, 4, 5, 8, 8), face_pixel_values=random(1, 3, 17, 16, 16),
+        ),
+        _WAN | {"in_channels": 12, "latent_channels": 4, "num_layers": 2, "image_dim": 16, "added_kv_proj_dim": 24,
+                "motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_encoder_size": 16,
+                "motion_style_dim": 8, "motion_dim": 4, "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16,
+                "face_encoder_num_heads": 2, "inject_face_latents_blocks": 2},
+    ),
+    "MotifVideoTransformer3DModel": Case(
+        lambda: _video(hidden_states=random(1, 9, 2, 4, 4), encoder_attention_mask=ones(1, 5)),
+        {"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 1,
+         "num_single_layers": 1, "patch_size": 1, "text_embed_dim": 16, "rope_axes_dim": (4, 6, 6)},
+    ),
+    "Kandinsky6Transformer3DModel": Case(
+        lambda: _video(hidden_states=random(1, 2, 8, 8, 4), pooled_projections=random(1, 8)),
+        {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 8, "time_dim": 16,
+         "model_dim": 32, "ff_dim": 32, "num_text_blocks": 1, "num_visual_blocks": 1, "axes_dims": (4, 6, 6),
+         "visual_cond": False},
+    ),
+    "HeliosTransformer3DModel": Case(
+        _video,
+        {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+         "freq_dim": 32, "ffn_dim": 32, "num_layers": 1, "rope_dim": (4, 4, 4)},
+    ),
+    "AceStepTransformer1DModel": Case(
+        lambda: {"hidden_states": random(1, 8, 8), "timestep": time(0.5), "timestep_r": time(0.5),
+                 "encoder_hidden_states": random(1, 5, 32), "context_latents": random(1, 8, 16)},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+         "num_key_value_heads": 1, "head_dim": 16, "in_channels": 24, "audio_acoustic_hidden_dim": 8,
+         "sliding_window": 4},
+    ),
+    "StableAudio3DiTModel": Case(
+        lambda: {"hidden_states": random(1, 8, 8), "timestep": time(0.5), "encoder_hidden_states": random(1, 5, 16),
+                 "global_hidden_states": random(1, 16), "local_add_cond": random(1, 3, 8)},
+        {"io_channels": 8, "embed_dim": 32, "depth": 1, "num_heads": 2, "cond_token_dim": 16, "global_cond_dim": 16,
+         "local_add_cond_dim": 3, "timestep_features_dim": 16, "num_memory_tokens": 2},
+    ),
+    "MiniMaxMusic3Transformer1DModel": Case(
+        lambda: {"hidden_states": random(1, 8, 8), "timestep": time(0.5), "encoder_hidden_states": random(1, 8, 16)},
+        {"in_channels": 8, "condition_dim": 16, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16,
+         "ff_inner_dim": 32, "rotary_dim": 8, "fourier_embedding_dim": 16},
+    ),
+    "LongCatAudioDiTTransformer": Case(
+        lambda: {"hidden_states": random(1, 8, 8), "encoder_hidden_states": random(1, 5, 16),
+                 "encoder_attention_mask": ones(1, 5).bool(), "timestep": time(0.5), "latent_cond": random(1, 8, 8)},
+        {"dit_dim": 32, "dit_depth": 1, "dit_heads": 2, "dit_text_dim": 16, "latent_dim": 8},
+    ),
 }  # fmt: skip
