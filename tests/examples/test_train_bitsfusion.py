@@ -245,6 +245,8 @@ def test_continuing_in_stage_two_leaves_stage_one_alone(command, data, tmp_path)
     assert losses(out / "stage2") == losses(tmp_path / "whole" / "stage2")
 
 
+# Dynamo instantiates the functions of autograd that it traces.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_accelerates_compiling_leaves_no_trace_in_what_is_saved(
     command, data, tmp_path, monkeypatch, fresh_accelerate
 ):

@@ -42,7 +42,7 @@ def test_killed_and_continued_it_is_the_uninterrupted_run(command, data, tmp_pat
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()
     assert process.returncode == -signal.SIGKILL
 
     reached = len(losses(tmp_path / "out" / "stage1"))

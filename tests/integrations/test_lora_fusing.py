@@ -243,6 +243,7 @@ def test_rslora_is_fused_with_its_scale(unet, call_unet):
     close(call_unet(unet), unfused, 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -78,6 +78,7 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kernel", [3, (2, 4)], ids=str)
 def test_every_setting_gives_the_output_and_gradients_of_the_float_layer(options, kernel):

@@ -330,6 +330,7 @@ def test_forward_mode_by_dual_tensors(kind, base, sizes, frozen):
     torch.testing.assert_close(found.tangent, expected.tangent)
 
 
+@pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning")  # torch.func.linearize's own
 @every_kind
 def test_transforms_of_torch_that_differentiate_forwards(kind, base, sizes):
     packed = packed_layer(base, sizes)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ARGUMENTS = (torch.randn(2, 4, 8, 8), torch.tensor(7.5), torch.randn(2, 5, 32))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks of shapes and of timesteps
 @pytest.mark.parametrize("time_embedding", ["table", "cache", "keep"])
 @torch.no_grad()
 def test_a_traced_unet_computes_the_same_without_an_operator_of_this_package(time_embedding):
