@@ -13,7 +13,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -112,7 +112,7 @@ def _whole_library(folder: Path, name: str) -> Path | None:
 
 def _build_alone(folder: Path, name: str, sources: str, build: Callable[[Path], None]) -> Path:
     """Build while other processes that want the same wait; they then find it."""
-    with _locked(folder) as locked:
+    with _locked(folder, _PATIENCE) as locked:
         found = _whole_library(folder, name)
         if found is not None:
             return found
@@ -120,42 +120,49 @@ def _build_alone(folder: Path, name: str, sources: str, build: Callable[[Path], 
             _remove_leftovers(folder, name, sources)
         with tempfile.TemporaryDirectory(dir=folder, prefix=_SCRATCH, ignore_cleanup_errors=True) as scratch:
             built = Path(scratch) / f"native{SUFFIX}"
-            build(built)
+            with _locked(Path(scratch), _PATIENCE):  # Others may remove what no process holds.
+                build(built)
             built.chmod(0o700)
             return built.replace(with_digest(folder / f"{name}{SUFFIX}", built))  # Renaming is atomic.
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Hold the folder's lock, which ends with the process; False where there is none or it is not got in time."""
+def _locked(folder: Path, patience: float) -> Iterator[bool]:
+    """Hold a folder's lock, which ends with the process; False where there is none or it is not got in time."""
     if fcntl is None:
         yield False
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield _lock(descriptor)
+        yield _lock(descriptor, patience)
     finally:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> bool:
-    deadline = time.monotonic() + _PATIENCE
-    while time.monotonic() < deadline:
+def _lock(descriptor: int, patience: float) -> bool:
+    deadline = time.monotonic() + patience
+    while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
             time.sleep(0.05)
         except OSError:  # The file system has no locks.
             return False
-    return False
 
 
 def _remove_leftovers(folder: Path, name: str, sources: str) -> None:
-    """Remove the leftovers of killed builds, other versions' libraries and damaged ones, where nobody builds."""
+    """Remove the leftovers of killed builds, other versions' libraries and damaged ones.
+
+    A process that has waited too long for this folder builds without its lock, and holds that of the one it builds in.
+    """
     for path in folder.iterdir():
         if path.is_dir() and path.name.startswith((_SCRATCH, _OLD_SCRATCH)):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(FileNotFoundError), _locked(path, patience=0) as is_left:
+                if is_left:
+                    shutil.rmtree(path, ignore_errors=True)
         elif path.name.startswith(_PREFIX) and not _is_of(path.name, name, sources):
             path.unlink(missing_ok=True)
 

@@ -223,6 +223,20 @@ def test_who_waits_too_long_builds_beside_the_other(folder, monkeypatch):
     process.communicate()
 
 
+@posix
+def test_a_build_under_way_is_no_leftover(folder):
+    other = folder / "build-abcd"
+    other.mkdir(mode=0o700, parents=True)
+    (other / "native.so").write_bytes(b"half")
+    folder.chmod(0o700)
+    with cache._locked(other, 0):  # as a process does that has waited too long for the folder's lock
+        path, _ = keep(Compiler())
+        assert (other / "native.so").read_bytes() == b"half"
+    path.unlink()
+    path, _ = keep(Compiler())
+    assert list(folder.iterdir()) == [path]
+
+
 def test_a_name_tells_of_the_content(tmp_path):
     file = tmp_path / "native.so"
     file.write_bytes(b"library")
