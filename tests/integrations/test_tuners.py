@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoKrConfig, LoraConfig, PeftMixedModel, PeftModel, get_peft_model
+from peft import LoKrConfig, LoraConfig, PeftMixedModel, PeftModel, TrainableTokensConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
@@ -228,6 +228,17 @@ def test_modules_to_save_of_a_unet_s_block_says_what_to_do(packed_unet, call_une
     with pytest.raises(ValueError, match="modules_to_save names mid_block"):
         packed_unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["mid_block"]))
     assert torch.equal(call_unet(packed_unet), before)
+
+
+def test_a_tuner_without_modules_to_save_is_put_into_a_packed_model():
+    model = nn.Sequential(nn.Embedding(6, 8), nn.Linear(8, 8))
+    layer = packed_from_float(model[1], 8, torch.float32)
+    pack_weight(layer, model[1].weight.detach(), Rounding())
+    model[1] = layer
+    tokens = torch.tensor([[1, 2, 5]])
+    before = model(tokens)
+    tuned = get_peft_model(model, TrainableTokensConfig(target_modules=["0"], token_indices=[2]))
+    assert torch.equal(tuned(tokens), before)
 
 
 def test_training_a_packed_model_whole_says_what_to_do(packed_unet):
