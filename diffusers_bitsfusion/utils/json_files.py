@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from .errors import DamagedFileError, shown
 
-# Bytes of the largest JSON file that is read: captions of many images, tokenizers (of Gemma 33 MB).
+# Bytes of the largest JSON file that is read, unless its reader knows of larger ones: Gemma's tokenizer takes 33 MB.
 MAX_BYTES = 36 << 20
 
 # The same of what belongs to a model's weights. The index or header of one with 10,000 tensors takes 1 MB.

@@ -30,6 +30,13 @@ def test_cocos_annotations_give_the_first_caption_of_each_picture(tmp_path):
     assert [(p.caption, p.category) for p in found] == [("The first one of nine.", None), ("A bike", None)]
 
 
+def test_files_as_large_as_cocos_training_captions_are_read(tmp_path):
+    long = "a " * 1_000_000
+    content = {"annotations": [caption(number, number, long) for number in range(46)]}
+    file = write(tmp_path / "captions_train2017.json", content)
+    assert file.stat().st_size > 92e6 and len(read_caption_file(file)) == 46
+
+
 def test_parti_prompts_and_text_files(tmp_path):
     lines = "Prompt\tCategory\tChallenge\tNote\nbond\tAbstract\tBasic\t\na cat\tAnimals\tBasic\tx\n"
     found = read_caption_file(write(tmp_path / "PartiPrompts.tsv", lines))

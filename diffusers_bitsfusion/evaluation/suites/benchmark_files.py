@@ -9,6 +9,9 @@ from typing import Any
 
 from ...utils.json_files import parse_json, read_bounded
 
+# Bytes of the largest file that is read: the captions of COCO's training images take 92 MB.
+_MAX_BYTES = 128 << 20
+
 
 def read_benchmark(path: str | os.PathLike[str], what: str, source: str) -> Any:
     """Read a file with one JSON document.
@@ -22,7 +25,8 @@ def read_benchmark(path: str | os.PathLike[str], what: str, source: str) -> Any:
         FileNotFoundError: there is no such file.
         DamagedFileError: it is not UTF-8, not JSON, or not as `utils.json_files` bounds JSON.
     """
-    return parse_json(_content(path, what, source), f"{path} is not {what}: it", object, remedy=_remedy(source))
+    content, where = _content(path, what, source), f"{path} is not {what}: it"
+    return parse_json(content, where, object, remedy=_remedy(source), max_bytes=_MAX_BYTES)
 
 
 def read_benchmark_lines(path: str | os.PathLike[str], what: str, source: str) -> list[dict[str, Any]]:
@@ -59,7 +63,7 @@ def wrong_file(where: str | os.PathLike[str], what: str, source: str, reason: st
 
 def _content(path: str | os.PathLike[str], what: str, source: str) -> bytes:
     try:
-        return read_bounded(Path(path), _remedy(source))
+        return read_bounded(Path(path), _remedy(source), _MAX_BYTES)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"There is no file {os.fspath(path)}. Download {what} from {source}.") from error
 
