@@ -153,12 +153,9 @@ def _text_encoder_configs(source: Source, components: list[str], bits: int | Non
     """
     from diffusers_bitsfusion import BitsFusionConfig
 
-    from .sources import read_config
-
     if bits is None:
         return []
-    index = {} if source.is_model else read_config(source.folder / "model_index.json")
-    encoders = [name for name, entry in index.items() if name.startswith("text_encoder") and (entry or [None])[0]]
+    encoders = [name for name in source.components if name.startswith("text_encoder")]
     if not encoders:
         raise ValueError(f"{source.name} has no text encoder for --text-encoder-bits.")
     if set(encoders) & set(components):
@@ -195,7 +192,10 @@ def _quantize_while_loading(source: Source, configs: list[Any], dtype: Any, devi
     placed = {} if device in (None, "cpu") else {"device_map": device}
     config = configs[0]
     if len(configs) > 1:
-        mapping = {name: part for part in configs for name in part.components}
+        mapping: dict[str, Any] = {}
+        for part in configs:  # The default components are alternatives, of which the pipeline has one.
+            names = part.components_to_quantize or [name for name in part.components if name in source.components]
+            mapping |= dict.fromkeys(names, part)
         config = PipelineQuantizationConfig(quant_mapping=mapping)
     return source.load(quantization_config=config, dtype=dtype, **placed)
 

@@ -64,6 +64,12 @@ class Source:
         """Whether it is a model rather than a pipeline."""
         return is_model(self.folder)
 
+    @property
+    def components(self) -> list[str]:
+        """Names of a pipeline's components; none of a model."""
+        index = {} if self.is_model else read_config(self.folder / "model_index.json")
+        return [name for name, entry in index.items() if isinstance(entry, list) and entry and entry[0]]
+
     def load(self, **kwargs: Any) -> Any:
         """Return the pipeline or model, by the class that its config names.
 

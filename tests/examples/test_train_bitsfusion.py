@@ -178,7 +178,7 @@ def test_stage_two_in_a_run_of_its_own_goes_on_from_a_calibrated_start(command, 
     monkeypatch.setattr(train_models, "Calibration", partial(Calibration, num_inference_steps=2))
     whole, apart = tmp_path / "out", tmp_path / "apart"
     calibrated = ("--train_data_dir", data, "--init", "calibrated")
-    train_bitsfusion.main(command(*calibrated))
+    train_bitsfusion.main(command(*calibrated, "--stage2_learning_rate", 1e-3))
     stage_one = whole / "stage1" / "checkpoint-2"
     train_bitsfusion.main(command("--train_data_dir", data, "--stage", 2, "--init_from", stage_one, output=apart.name))
     assert losses(apart / "stage2") == losses(whole / "stage2")
@@ -301,7 +301,7 @@ def test_stage_two_starts_from_stage_one(command, data, tmp_path):
     stage_two = ("--train_data_dir", data, "--stage", 2)
     with pytest.raises(FileNotFoundError, match=r"holds no checkpoint to start Stage II from. Run Stage I"):
         train_bitsfusion.main(command(*stage_two))
-    train_bitsfusion.main(command("--train_data_dir", data))
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage2_learning_rate", 1e-3))
     train_bitsfusion.main(
         command(*stage_two, "--init_from", tmp_path / "out" / "stage1" / "checkpoint-2", output="apart")
     )
