@@ -53,7 +53,7 @@ def test_the_citation_has_the_version():
 def test_ci_runs_the_pythons_that_are_declared():
     workflow = yaml.safe_load((REPOSITORY / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
     declared = re.findall(r"Programming Language :: Python :: (3\.\d+)\"", PYPROJECT)
-    assert workflow["jobs"]["tests"]["strategy"]["matrix"]["python"] == declared
+    assert set(declared) <= set(workflow["jobs"]["tests"]["strategy"]["matrix"]["python"])
     assert declared[0] == re.search(r'requires-python = ">=(.+)"', PYPROJECT)[1]
 
 
