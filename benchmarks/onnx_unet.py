@@ -6,6 +6,7 @@ pip install onnx onnxscript onnxruntime        in the peers' environment
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,21 +32,18 @@ def write(source: Path, out: Path) -> None:
 
     unet = UNet2DConditionModel.from_pretrained(source, dtype=torch.float32).eval()
     call = random_call(unet.config, unet.config.sample_size)
-    traced = out / "traced"
-    traced.mkdir(parents=True)
-    torch.onnx.export(
-        Positional(unet),
-        tuple(call.values()),
-        traced / FILE,
-        input_names=list(call),
-        dynamic_axes={"sample": {0: "batch", 2: "height", 3: "width"}, "encoder_hidden_states": {0: "batch"}},
-        opset_version=_OPSET,
-        dynamo=False,
-    )
-    onnx.save_model(onnx.load(traced / FILE), out / FILE, save_as_external_data=True, location=WEIGHTS)
-    for file in traced.iterdir():
-        file.unlink()
-    traced.rmdir()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out) as traced:  # The exporter writes a file for every weight.
+        torch.onnx.export(
+            Positional(unet),
+            tuple(call.values()),
+            Path(traced) / FILE,
+            input_names=list(call),
+            dynamic_axes={"sample": {0: "batch", 2: "height", 3: "width"}, "encoder_hidden_states": {0: "batch"}},
+            opset_version=_OPSET,
+            dynamo=False,
+        )
+        onnx.save_model(onnx.load(Path(traced) / FILE), out / FILE, save_as_external_data=True, location=WEIGHTS)
     unet.save_config(out)  # last: a folder with a config is complete
 
 

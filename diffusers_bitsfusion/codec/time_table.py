@@ -44,19 +44,31 @@ def dequantize_table(codes: Tensor, scale: Tensor) -> Tensor:
     return codes.float() * scale
 
 
+def to_bytes(codes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the low and the high bytes, uint8, of integers modulo 2^16 in zigzag: 0, -1, 1, -2 as 0, 1, 2, 3."""
+    wide = codes.to(torch.int32)
+    zigzag = (wide << 1) ^ (wide >> 31)
+    return (zigzag & 255).to(torch.uint8), (zigzag >> 8 & 255).to(torch.uint8)
+
+
+def from_bytes(low: Tensor, high: Tensor) -> Tensor:
+    """Return the integers of `to_bytes`, int16."""
+    zigzag = (high.to(torch.int16) << 8) | low
+    return ((zigzag >> 1) & 0x7FFF) ^ -(zigzag & 1)
+
+
 def encode_table(codes: Tensor) -> Tensor:
     """Encode codes int16 [timesteps, features] as one zstd frame, uint8 [frame bytes].
 
-    Third differences along time (the rows before the first are zero), zigzag (0, -1, 1, -2, ... to 0, 1, 2, 3, ...),
-    then all low bytes followed by all high bytes.
+    Third differences along time (the rows before the first are zero), as `to_bytes` has them: all low bytes followed
+    by all high bytes.
     """
     planes = torch.empty(2, *codes.shape, dtype=torch.uint8, device=codes.device)
     for part in _column_parts(codes.shape[1]):
         difference = codes[:, part].to(torch.int32)
         for _ in range(_DIFFERENCES):
             difference = torch.diff(difference, dim=0, prepend=torch.zeros_like(difference[:1]))
-        zigzag = (difference << 1) ^ (difference >> 31)
-        planes[0, :, part], planes[1, :, part] = zigzag & 255, zigzag >> 8
+        planes[0, :, part], planes[1, :, part] = to_bytes(difference)
     return compress(planes)
 
 
@@ -70,8 +82,7 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
     codes = torch.empty(timesteps, features, dtype=torch.int16, device=low.device)
     first, second, third = torch.zeros(_DIFFERENCES, features, dtype=torch.int16, device=low.device)
     for t in range(timesteps):
-        zigzag = (high[t].to(torch.int16) << 8) | low[t]
-        difference = ((zigzag >> 1) & 0x7FFF) ^ -(zigzag & 1)
+        difference = from_bytes(low[t], high[t])
         codes[t] = third.add_(second.add_(first.add_(difference)))  # Sums wrap around, as the differences do.
     return codes
 

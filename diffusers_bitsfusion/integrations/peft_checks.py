@@ -41,7 +41,8 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
         arguments = signature.bind(self, model, adapter_name, *args, **kwargs).arguments
         names = [name for name, _ in model.named_modules() if PEFT_TARGETS.require(self)(config, name)]
         check_targets(model, arguments.get("state_dict") or names, config)
-        _check_modules_to_save(model, getattr(config, "modules_to_save", None) or ())  # some tuners have none
+        # Some tuners have no `modules_to_save`.
+        _check_modules_to_save(model, getattr(config, "modules_to_save", None) or ())
         before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         branches = [(module, module.branch_rank) for module in model.modules() if isinstance(module, LowRankBranch)]
         try:

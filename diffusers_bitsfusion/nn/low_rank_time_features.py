@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec.low_rank_table import LowRankTable
-from .packed import float_bits
+from .packed import float_bits, from_float_bits
 from .time_features import TimeFeatures, cubic_weights
 
 
@@ -48,15 +48,18 @@ class LowRankTimeFeatures(TimeFeatures):
     def table(self) -> LowRankTable:
         """The table that is kept, which shares memory with the parameters."""
         return LowRankTable(
-            self.basis.detach(), _floats(self.basis_scale), self.coefficients.detach(), _floats(self.scale)
+            self.basis.detach(),
+            from_float_bits(self.basis_scale),
+            self.coefficients.detach(),
+            from_float_bits(self.scale),
         )
 
     def set_table(self, table: LowRankTable) -> None:
         """Take a table of the sizes of this one."""
         self.basis.copy_(table.basis)
         self.coefficients.copy_(table.coefficients)
-        _floats(self.basis_scale).copy_(table.basis_scale)
-        _floats(self.scale).copy_(table.scale)
+        from_float_bits(self.basis_scale).copy_(table.basis_scale)
+        from_float_bits(self.scale).copy_(table.scale)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps."""
@@ -75,11 +78,6 @@ class LowRankTimeFeatures(TimeFeatures):
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
         return look_up_sums(t, last, self.table, self.num_features)
-
-
-def _floats(bits: Tensor) -> Tensor:
-    """fp32 [n] in the memory of `float_bits`."""
-    return bits.detach().view(torch.float32).view(-1)
 
 
 def look_up_sums(timesteps: Tensor, last: int, table: LowRankTable, features: int) -> Tensor:

@@ -31,6 +31,11 @@ def float_bits(values: Tensor) -> nn.Parameter:
     return nn.Parameter(bits.view(-1, 1), requires_grad=False)
 
 
+def from_float_bits(bits: Tensor) -> Tensor:
+    """Return the values of `float_bits`, fp32 [n], in its memory."""
+    return bits.detach().view(torch.float32).view(-1)
+
+
 # The arguments of the constructors, beside `bias`, that say what a layer computes; attributes of the same names.
 _ARGUMENTS = {
     nn.Linear: ("in_features", "out_features"),

@@ -17,7 +17,7 @@ from ..codec.time_table import high_bits_rows, pack_table, unpack_rows
 from ..utils.private_names import TORCH_ASSERT
 from .lazy_weight import LazyWeight
 from .low_rank_branch import LowRankBranch
-from .packed import float_bits
+from .packed import float_bits, from_float_bits
 
 
 class TimeFeatures(nn.Module):
@@ -129,12 +129,12 @@ class TimeFeatureTable(TimeFeatures):
             self.codes = nn.Parameter(self._unpack(self._all_rows).to(torch.int16), requires_grad=False)
             low = codes
         self.codes[:, part], self.high_bits[:, part] = low, high
-        _floats(self.scale)[part] = scale
+        from_float_bits(self.scale)[part] = scale
 
     def set_embedding(self, codes: Tensor, scale: Tensor) -> None:
         """Take the time embedding before its SiLU: codes int16 [num_timesteps + 2, embedding_width] and scale fp32."""
         self.embedding_codes.copy_(codes)
-        _floats(self.embedding_scale).copy_(scale)
+        from_float_bits(self.embedding_scale).copy_(scale)
 
     def expect(self, dtype: torch.dtype) -> None:
         """Make room for codes of `dtype`, which loaders would cast to that of the parameter."""
@@ -155,11 +155,11 @@ class TimeFeatureTable(TimeFeatures):
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps."""
-        return self.rows[1:].float(), self._unpack(self._all_rows[1:]).float() * _floats(self.scale)
+        return self.rows[1:].float(), self._unpack(self._all_rows[1:]).float() * from_float_bits(self.scale)
 
     def embedding(self) -> Tensor:
         """Return the time embedding before its SiLU as kept, fp32 [T, embedding_width], timesteps as `features`."""
-        return self.embedding_codes[1:].float() * _floats(self.embedding_scale)
+        return self.embedding_codes[1:].float() * from_float_bits(self.embedding_scale)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return the features of `timesteps` [batch], or of the block."""
@@ -168,13 +168,8 @@ class TimeFeatureTable(TimeFeatures):
         self._require(
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
-        embedding = (self.embedding_codes, _floats(self.embedding_scale)) if self.embedding_width else None
-        return look_up(t, last, (self.codes, self.high_bits, _floats(self.scale)), embedding)
-
-
-def _floats(bits: Tensor) -> Tensor:
-    """fp32 [n] in the memory of `float_bits`."""
-    return bits.view(torch.float32).view(-1)
+        embedding = (self.embedding_codes, from_float_bits(self.embedding_scale)) if self.embedding_width else None
+        return look_up(t, last, (self.codes, self.high_bits, from_float_bits(self.scale)), embedding)
 
 
 def look_up(

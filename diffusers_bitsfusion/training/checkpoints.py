@@ -237,7 +237,7 @@ def _check_files(path: Path) -> None:
     for file in sorted(path.iterdir()):
         if file.suffix == ".safetensors":
             read_header(file)
-        elif file.suffix == ".bin":  # of the optimizer and the schedule, which accelerate copies as they are
+        elif file.suffix == ".bin":  # accelerate copies the optimizer and the schedule as they are.
             read_torch(file, _REMEDY, mmap=True)
         elif file.suffix in (".pt", ".pkl"):
             check_archive(file, _REMEDY)
@@ -252,7 +252,7 @@ def _check_random_states(file: Path) -> None:
         random.Random().setstate(states["random_state"])
         np.random.RandomState().set_state(states["numpy_random_seed"])
         torch.Generator().set_state(states["torch_manual_seed"])
-    except Exception as error:  # generators raise any error for what is no state of theirs
+    except Exception as error:  # Generators raise any error for what is no state of theirs.
         problem = f"is damaged: it holds no states of random generators ({type(error).__name__})"
         raise DamagedFileError(file, problem, _REMEDY) from error
 

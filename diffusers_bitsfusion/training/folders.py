@@ -17,6 +17,8 @@ from .image_files import decode
 _SHARED_FIELDS = 5
 # Names of the files that the imagefolder of `datasets` reads captions from.
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+# Bytes of the largest file of captions that is read; those of a million images take some 50 MB.
+_MAX_CAPTIONS = 64 << 20
 
 
 class ArrayImages:
@@ -59,7 +61,7 @@ def _load_array(file: Path) -> np.ndarray:
 
 
 def _load_captions(file: Path) -> list[Any]:
-    content = read_json(file)
+    content = read_json(file, max_bytes=_MAX_CAPTIONS)
     captions = content.get("captions")
     if not isinstance(captions, list):
         raise ValueError(f'{file} should hold an object {{"captions": [...]}} with a text for each image.')

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from train_runs import CAPTIONS
+from train_runs import write_images
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Arrays of seven pictures, and a file of prompts."""
     folder = tmp_path_factory.mktemp("data")
-    images = np.random.default_rng(0).integers(0, 255, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
-    np.save(folder / "images.npy", images)
-    (folder / "captions.json").write_text(json.dumps({"captions": CAPTIONS}))
+    write_images(folder)
     (folder / "prompts.txt").write_text("a b\nc\nd e\n")
     return folder
 

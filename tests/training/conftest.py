@@ -1,20 +1,15 @@
-import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 from diffusers import StableDiffusionPipeline
-
-CAPTIONS = [f"a {letter}" for letter in "abcdefg"]
+from train_runs import write_images
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     """Seven captioned images of 16 x 16 as arrays."""
     folder = tmp_path_factory.mktemp("images")
-    images = np.random.default_rng(0).integers(0, 255, (len(CAPTIONS), 16, 16, 3), dtype=np.uint8)
-    np.save(folder / "images.npy", images)
-    (folder / "captions.json").write_text(json.dumps({"captions": CAPTIONS}))
+    write_images(folder)
     return folder
 
 
