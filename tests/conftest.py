@@ -11,7 +11,6 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
 
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -43,7 +42,6 @@ settings.load_profile("reproducible")
 
 logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +72,7 @@ def make_config() -> Callable[..., BitsFusionConfig]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest tests first, so that at the end of a run no process waits for another."""
+    """Run the longest tests first, so that at the end no process waits for another."""
     items.sort(key=lambda item: not item.path.name.startswith("test_train_"))
 
 

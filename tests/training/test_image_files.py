@@ -25,6 +25,7 @@ def read(content: bytes) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"garbage", b"Exif\x00\x00garbage", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b""])
 def test_damaged_exif_is_taken_as_none(kind, exif):
     if kind == "TIFF":

@@ -41,7 +41,7 @@ def test_the_entropy_is_that_of_the_soft_histogram(bits):
     expected = soft_entropy(
         layer.weight.detach().double().numpy(), layer.scale.detach().double().numpy(), 2 ** (bits - 1)
     )
-    assert float(codes_entropy(layer)) == pytest.approx(expected, rel=1e-5)
+    assert codes_entropy(layer).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_codes_on_the_grid_have_their_own_entropy():
@@ -51,7 +51,7 @@ def test_codes_on_the_grid_have_their_own_entropy():
         layer.weight.copy_(codes * scale.unsqueeze(1))
     shares = codes.unique(return_counts=True)[1] / codes.numel()
     expected = -float((shares * shares.log2()).sum()) * codes.numel()
-    assert float(codes_entropy(layer)) == pytest.approx(expected, rel=1e-4)
+    assert codes_entropy(layer).item() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("bits", [1, 3])
@@ -91,9 +91,9 @@ def test_the_price_is_added_to_the_loss(make_config):
     with torch.no_grad():
         found, base = priced(student, batch()), plain(student, batch())
     layers = qat_layers(student).values()
-    bits = sum(float(codes_entropy(layer)) for layer in layers) / sum(layer.weight.numel() for layer in layers)
-    assert float(found.parts["bits"]) == pytest.approx(bits, rel=1e-5)
-    assert float(found.total) == pytest.approx(float(base.total) + 0.5 * bits, rel=1e-5)
+    bits = sum(codes_entropy(layer).item() for layer in layers) / sum(layer.weight.numel() for layer in layers)
+    assert found.parts["bits"].item() == pytest.approx(bits, rel=1e-5)
+    assert found.total.item() == pytest.approx(base.total.item() + 0.5 * bits, rel=1e-5)
 
 
 def test_a_price_makes_the_file_smaller(make_config, tmp_path):
