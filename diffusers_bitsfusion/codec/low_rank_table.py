@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .entropy import compress, decompress
-from .schema import MAX_TABLE_RANK
+from .time_schema import MAX_TABLE_RANK
 from .time_table import RELATIVE_ERROR, from_bytes, to_bytes
 
 # Share of the squared error of quantization that the coefficients have; the functions have the rest.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .schema import check_balance, is_count
+from ..utils.json_files import is_count
+from .schema import check_balance
 
 SCALE_INITS = ("alternating", "minmax")
 

@@ -15,7 +15,8 @@ from .entropy import check_frame, compress, decompress
 from .low_rank_table import LowRankTable, decode_basis, decode_coefficients, encode_basis, encode_coefficients
 from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
-from .schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, branch_shapes
+from .schema import CheckpointSchema, LayerSchema, branch_shapes
+from .time_schema import TimeFeaturesSchema
 from .time_table import decode_table, dequantize_table, encode_table, pack_table, quantize_table, unpack_rows
 from .values import check_values
 

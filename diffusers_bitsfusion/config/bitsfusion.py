@@ -16,7 +16,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from ..codec.grid import check_bits
 from ..codec.rounding import Rounding
-from ..codec.schema import TIME_FEATURES, CheckpointSchema, check_compression, check_time_features
+from ..codec.schema import CheckpointSchema, check_compression
+from ..codec.time_schema import TIME_FEATURES, check_time_features
 from ..ops.dispatch import check_settings
 from ..utils.errors import UnfinishedSaveError, printable, shown
 from ..utils.json_files import is_count, is_number

@@ -12,8 +12,8 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
 from ..codec.checksums import checksums_metadata, verify_files
-from ..codec.schema import TimeFeaturesSchema
 from ..codec.state_dict import decode_state_dict, encode_state_dict
+from ..codec.time_schema import TimeFeaturesSchema
 from ..codec.weight_files import packed_files
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.compute import undo_fusions

@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..codec.schema import TimeFeaturesSchema
+from ..codec.time_schema import TimeFeaturesSchema
 from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight, QATConv2d
 from ..nn.low_rank_branch import LowRankBranch
 from ..nn.low_rank_time_features import LowRankTimeFeatures

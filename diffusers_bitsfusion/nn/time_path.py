@@ -12,7 +12,7 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from ..codec.schema import TimeFeaturesSchema
+from ..codec.time_schema import TimeFeaturesSchema
 from .low_rank_time_features import LowRankTimeFeatures
 from .time_features import TimeFeatureCache, TimeFeaturePassThrough, TimeFeatures, TimeFeatureSlice, TimeFeatureTable
 

@@ -19,7 +19,8 @@ from ..codec.time_table import high_bits_rows
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.time_path import TimePath
 from ..utils.private_names import DIFFUSERS_FP32
-from .plan import TABLE_BITS_PER_FEATURE, Plan, make_plan, recipe_layers
+from .layer_selection import recipe_layers
+from .plan import TABLE_BITS_PER_FEATURE, Plan, make_plan
 from .time_lookup import make_lookup
 
 # Name, shape and bytes of a tensor.

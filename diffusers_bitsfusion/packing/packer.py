@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..calibration.layers import CalibratedLayer
 from ..calibration.rate_target import quantize_rows_at_rate
 from ..codec.radix import pack_dense
-from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, is_tensor_name
+from ..codec.schema import CheckpointSchema, LayerSchema, is_tensor_name
+from ..codec.time_schema import TimeFeaturesSchema
 from ..nn.conversion import pack_weight, packed_from_float, replace_module
 from ..nn.packed import PackedWeight
 from ..nn.packed_tensor import PackedTensor, hold, pack_tensor

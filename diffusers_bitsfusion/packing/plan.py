@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from math import ceil, floor
 from typing import Any
 
@@ -17,13 +16,14 @@ from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bit
 from ..allocation.data_free import allocate_data_free
 from ..codec.grid import cost_in_bits
 from ..codec.rounding import Rounding
-from ..codec.schema import CheckpointSchema, LayerSchema, TimeFeaturesSchema, format_version_of
+from ..codec.schema import CheckpointSchema, LayerSchema, format_version_of
+from ..codec.time_schema import TimeFeaturesSchema
 from ..config.bitsfusion import BitsFusionConfig
 from ..config.recipe import PUBLISHED, Recipe
-from ..nn.conversion import why_not_packable
 from ..nn.fake_quantized import FakeQuantizedWeight
 from ..nn.packed import PackedWeight
 from ..nn.time_path import TimePath, why_not_cacheable
+from .layer_selection import check_excluded, matches, quantizable_layers, time_names
 from .tensors import TensorPlace, packable_tensors
 
 logger = logging.get_logger(__name__)
@@ -117,28 +117,6 @@ def _shape(model: nn.Module, name: str) -> tuple[int, ...]:
     return tuple(layer.weight.shape)
 
 
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    """Return whether a dotted part of `name` equals one of `patterns`: "attn2.to_k" is in "...0.attn2.to_k"."""
-    return any(f".{pattern}." in f".{name}." for pattern in patterns)
-
-
-def quantizable_layers(model: nn.Module, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the Linear and Conv2d layers by name, without those that match `exclude` or cannot be replaced."""
-    patterns = list(exclude)
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and not matches(name, patterns) and not why_not_packable(module)
-    }
-
-
-def recipe_layers(model: ModelMixin, exclude: Iterable[str] = ()) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the layers whose bits a recipe decides, by name: all but the first, the last and the time embedding's."""
-    layers = quantizable_layers(model, exclude)
-    special = {*IN_OUT_LAYERS, *_time_names(TimePath.find(model), layers)}
-    return {name: layer for name, layer in layers.items() if name not in special}
-
-
 def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str] = ()) -> Plan:
     """Plan the quantization of an unquantized model.
 
@@ -174,7 +152,7 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         compression=config.compression,
         tensors=packable_tensors(model, exclude, config.embeddings),
     )
-    time_layers = _time_names(path, layers)
+    time_layers = time_names(path, layers)
     if plan.replaced_path is not None:
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}
     if not layers and not plan.tensors:
@@ -191,31 +169,6 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     plan.bits |= _ordinary_bits(model, config, plan, ordinary, shapes, exclude)
     plan.bits = {name: plan.bits[name] for name in sizes if name in plan.bits}
     return plan
-
-
-def check_excluded(models: Sequence[nn.Module], config: BitsFusionConfig) -> None:
-    """Refuse `modules_to_not_convert` that none of the models to quantize has, which would silently do nothing.
-
-    Raises:
-        ValueError: a name is neither the name of a module nor a part of one.
-    """
-    names = [name for model in models for name, _ in model.named_modules()]
-    unknown = [
-        pattern for pattern in config.modules_to_not_convert if not any(matches(name, [pattern]) for name in names)
-    ]
-    if unknown:
-        parts = {part for name in names for part in (name, *name.split("."))}
-        close = get_close_matches(unknown[0], sorted(parts), 3)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        owners = " and ".join(type(model).__name__ for model in models)
-        raise ValueError(f"modules_to_not_convert: {owners} has no {', '.join(unknown)}.{hint}")
-
-
-def _time_names(path: TimePath | None, layers: Iterable[str]) -> set[str]:
-    """Return the names of the time embedding's layers; without a path, by the names that diffusers gives them."""
-    if path is not None:
-        return set(path.layers)
-    return {name for name in layers if matches(name, ("time_embedding", "time_emb_proj", "add_embedding"))}
 
 
 def _plan_time(model: ModelMixin, path: TimePath | None, config: BitsFusionConfig) -> tuple[str, list[float]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..codec.low_rank_table import LowRankTable, factorize
-from ..codec.schema import TimeFeaturesSchema
+from ..codec.time_schema import TimeFeaturesSchema
 from ..codec.time_table import encode_table, quantize_table
 from ..nn.low_rank_time_features import LowRankTimeFeatures
 from ..nn.time_features import TimeFeatureCache, TimeFeatures, TimeFeatureTable

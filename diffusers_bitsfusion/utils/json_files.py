@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 from .errors import DamagedFileError, shown
 
@@ -118,7 +118,7 @@ def parse_json(
     return document
 
 
-def is_count(value: Any, minimum: int = 0) -> bool:
+def is_count(value: Any, minimum: int = 0) -> TypeGuard[int]:
     """Return whether a value is an integer of at least `minimum`; `True` is none."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 

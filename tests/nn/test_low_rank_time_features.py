@@ -10,7 +10,7 @@ from helpers import smooth_unet
 from tiny import tiny_lora, tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
-from diffusers_bitsfusion.codec.schema import TimeFeaturesSchema
+from diffusers_bitsfusion.codec.time_schema import TimeFeaturesSchema
 from diffusers_bitsfusion.nn.low_rank_time_features import LowRankTimeFeatures
 from diffusers_bitsfusion.nn.time_features import TimeFeatureTable
 from diffusers_bitsfusion.nn.time_path import TimePath

@@ -14,7 +14,7 @@ from tiny import tiny_controlnet, tiny_unet
 from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
-from diffusers_bitsfusion.codec.schema import TimeFeaturesSchema
+from diffusers_bitsfusion.codec.time_schema import TimeFeaturesSchema
 from diffusers_bitsfusion.codec.time_table import quantize_table
 from diffusers_bitsfusion.nn.time_features import TimeFeatureCache, TimeFeatures, TimeFeatureTable
 from diffusers_bitsfusion.nn.time_path import TimePath, empty_lookup, install, why_not_cacheable

@@ -8,7 +8,8 @@ from helpers import layer_sizes
 from tiny import tiny_controlnet, tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
-from diffusers_bitsfusion.packing.plan import make_plan, matches
+from diffusers_bitsfusion.packing.layer_selection import matches
+from diffusers_bitsfusion.packing.plan import make_plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

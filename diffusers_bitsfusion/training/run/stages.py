@@ -24,7 +24,7 @@ from ...utils.hub import explaining_refusals
 from ...utils.processes import failing_together
 from ...utils.timesteps import TimestepDistribution
 from ..batches import Batches, Sharing
-from ..checkpoints import checkpoints, find_checkpoint, fingerprint, load_weights, read_settings
+from ..checkpoints import fingerprint, load_weights, read_settings
 from ..loop import LoopOptions, Objective, TrainingLoop
 from ..losses import Distillation, NoisePrediction
 from ..measure import Estimate, estimate, measure_timestep_errors, static_memory
@@ -36,27 +36,12 @@ from ..timestep_errors import TimestepErrors
 from .data import calibration_prompts, make_batches, open_training_images
 from .models import calibrate_student, calibration_time, load_teacher, prepare_student
 from .saving import save_pipeline
+from .stage_arguments import checkpoint_of, end_of_stage_1, learning_rate, of_stage, stages, stages_left
 from .validation import Validation
 
 logger = get_logger(__name__)
 
 ERRORS_FILE = "timestep_error.json"
-
-# Highest learning rate of Stage II after Stage I, unless it is given: the higher its rate, the further Stage II leaves
-# the teacher.
-STAGE_2_RATE = 1e-5
-
-
-def stages(args: argparse.Namespace) -> tuple[int, ...]:
-    """Return the stages to run, in order."""
-    return (1, 2) if args.stage == "both" else (int(args.stage),)
-
-
-def of_stage(args: argparse.Namespace, name: str, stage: int) -> int:
-    """Return the value of an argument that Stage II may have its own value of."""
-    own: int | None = getattr(args, f"stage2_{name}") if stage == 2 else None
-    value: int = getattr(args, name) if own is None else own
-    return value
 
 
 class Training:
@@ -105,46 +90,10 @@ class Training:
         if args.estimate_only or not args.quiet:
             self._print_estimates()
         if not args.estimate_only:
-            for stage in self._stages():
+            for stage in stages_left(args):
                 self._run_stage(stage)
             self._save_pipeline()
         self.accelerator.end_training()
-
-    def _stages(self) -> tuple[int, ...]:
-        """Return the stages to run: only the second where `--resume_from_checkpoint` names a checkpoint of it."""
-        which = self.args.resume_from_checkpoint
-        if which in (None, "latest") or self.args.stage != "both":
-            return stages(self.args)
-        path = find_checkpoint(self.folder, which)
-        assert path is not None
-        named = read_settings(path)[1]["stage"]
-        return (2,) if named == 2 else (1, 2)
-
-    def _checkpoint(self, stage: int) -> Path | None:
-        """Return the checkpoint of this stage that `--resume_from_checkpoint` names, if any.
-
-        Raises:
-            FileExistsError: no run is to be continued, but the folder has an earlier run's checkpoints; or Stage I
-                would continue to another end than the one that the existing Stage II started from.
-        """
-        folder, which = self.folder / f"stage{stage}", self.args.resume_from_checkpoint
-        if which is None and checkpoints(folder):
-            raise FileExistsError(
-                f"{folder} holds checkpoints of an earlier run. Continue it with --resume_from_checkpoint latest, or "
-                "choose another --output_dir."
-            )
-        path = find_checkpoint(folder, which)
-        # A path is a checkpoint of one stage, so that the other of two stages has none.
-        if path is None or self.args.stage != "both":
-            return path
-        step, settings = read_settings(path)
-        second = self.folder / "stage2"
-        if stage == settings["stage"] == 1 and step < self.args.max_train_steps and checkpoints(second):
-            raise FileExistsError(
-                f"{second} holds checkpoints that came from another end of Stage I. Delete them, continue one of "
-                "them, or choose another --output_dir."
-            )
-        return path if settings["stage"] == stage else None
 
     @property
     def _calibration(self) -> dict[str, Any] | None:
@@ -155,16 +104,11 @@ class Training:
         if not self.args.full_precision:
             self.student.qat_state.config.calibration = read_settings(checkpoint)[1].get("calibration")
 
-    def _end_of_stage_1(self) -> Path | None:
-        """Return the checkpoint that Stage II starts from, if any."""
-        start = self.args.init_from
-        return None if start == "rounding" else find_checkpoint(self.folder / "stage1", start or "latest")
-
     def _load_stage_1(self) -> None:
         """Load the weights that Stage I ended with."""
         if self.args.init_from == "rounding":
             return
-        path = self._end_of_stage_1()
+        path = end_of_stage_1(self.args)
         if path is None and self.args.full_precision:
             return  # The control of Stage II starts from the original.
         if path is None:
@@ -217,7 +161,7 @@ class Training:
     def _run_stage(self, stage: int) -> None:
         args, name = self.args, f"stage{stage}"
         set_seed(args.seed)  # States of generators are saved; they are the same where Stage I ran in another process.
-        checkpoint = self._checkpoint(stage)
+        checkpoint = checkpoint_of(args, stage)
         if checkpoint is not None:
             self._restore_calibration(checkpoint)
         elif args.stage == "2":
@@ -239,7 +183,7 @@ class Training:
     @torch.no_grad()
     def _keep_the_better(self) -> None:
         """Put the weights of Stage I's end back where Stage II has lowered the validation's score."""
-        path, validation = self._end_of_stage_1(), self.validation
+        path, validation = end_of_stage_1(self.args), self.validation
         if path is None or validation is None or not validation.has_scored("stage2"):
             return
         trained = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
@@ -268,8 +212,8 @@ class Training:
         """Print what each stage that is left takes in time and memory, and the time of all, calibration included."""
         args, total = self.args, 0.0
         uniform = TimestepDistribution.uniform(self.scheduler.config.num_train_timesteps)
-        for stage in self._stages():
-            checkpoint = self._checkpoint(stage)
+        for stage in stages_left(args):
+            checkpoint = checkpoint_of(args, stage)
             if checkpoint is None and self._calibrates(stage):
                 prompts = calibration_prompts(args, self.images)
                 calibration = calibration_time(args, self.student, self.teacher, prompts)
@@ -307,7 +251,7 @@ class Training:
         objective = self._distillation(student) if distils else NoisePrediction()
         optimizer = make_optimizer(
             student,
-            self._learning_rate(stage),
+            learning_rate(args, stage),
             (args.adam_beta1, args.adam_beta2),
             args.adam_weight_decay,
             args.adam_epsilon,
@@ -338,15 +282,6 @@ class Training:
             options,
             EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
         )
-
-    def _learning_rate(self, stage: int) -> float:
-        """Return the peak of a stage's rate; a Stage II after Stage I does not take over a higher rate."""
-        args = self.args
-        if stage == 2 and args.stage2_learning_rate is not None:
-            return float(args.stage2_learning_rate)
-        if stage == 2 and args.stage == "both":
-            return min(float(args.learning_rate), STAGE_2_RATE)
-        return float(args.learning_rate)
 
     def _distillation(self, student: ModelMixin) -> Objective:
         distillation = Distillation(student, self.teacher.unet, self.args.feature_weight)
