@@ -31,8 +31,8 @@ ETAS = (0.0, 0.1, 0.2, 0.4, 0.5)  # 0.3 is the paper's
 RANDOM_RECIPES = 5
 MOST_BITS = 4  # of a layer of a random recipe
 
-PAPER, OURS = "paper's rule", "knapsack"
-PAPER_BY_PSNR, OURS_BY_PSNR = f"{PAPER}, by PSNR", f"{OURS}, by PSNR"
+PAPER, KNAPSACK = "paper's rule", "knapsack"
+PAPER_BY_PSNR, KNAPSACK_BY_PSNR = f"{PAPER}, by PSNR", f"{KNAPSACK}, by PSNR"
 BESIDE = {"uniform 2": ("--recipe", "2"), "uniform 2, four levels": ("--recipe", "2", "--no_balance")}
 FIGURES = ("score", "CLIP score", "PSNR, dB", "MSE × 1000")
 
@@ -46,11 +46,11 @@ def make_recipes(analysis: Analysis, estimates: Mapping[str, Analysis]) -> dict[
     recipes = {f"random {seed}": random_recipe(analysis, budget, seed) for seed in range(RANDOM_RECIPES)}
     recipes["data-free"] = allocate(analysis, max_bytes=budget, rule="data-free")
     recipes[PAPER] = paper
-    recipes[OURS] = allocate(analysis, max_bytes=budget)
+    recipes[KNAPSACK] = allocate(analysis, max_bytes=budget)
     by_psnr = analysis.by("psnr")
     recipes[PAPER_BY_PSNR] = allocate(by_psnr, max_bytes=budget, rule="paper")
-    recipes[OURS_BY_PSNR] = allocate(by_psnr, max_bytes=budget)
-    recipes |= {f"{OURS}, {name} estimate": allocate(other, max_bytes=budget) for name, other in estimates.items()}
+    recipes[KNAPSACK_BY_PSNR] = allocate(by_psnr, max_bytes=budget)
+    recipes |= {f"{KNAPSACK}, {name} estimate": allocate(other, max_bytes=budget) for name, other in estimates.items()}
     for eta in ETAS:
         recipes[f"{PAPER}, η = {eta}"] = allocate(analysis, max_bytes=budget, rule="paper", eta=eta)
     return recipes
@@ -128,15 +128,15 @@ def differences(reports: Mapping[str, list[dict[str, Any]]]) -> str:
     def scores(rule: str) -> np.ndarray:
         return np.array([[figures(report)[name] for name in FIGURES] for report in reports[rule]])
 
-    pairs = [(PAPER, "uniform 2, four levels"), (OURS, PAPER), (OURS, "data-free"), (PAPER, "data-free")]
-    pairs += [(OURS_BY_PSNR, OURS), (OURS, "uniform 2")]
+    pairs = [(PAPER, "uniform 2, four levels"), (KNAPSACK, PAPER), (KNAPSACK, "data-free"), (PAPER, "data-free")]
+    pairs += [(KNAPSACK_BY_PSNR, KNAPSACK), (KNAPSACK, "uniform 2")]
     lines = [f"| {' | '.join(['difference', *FIGURES])} |", "|---" * 5 + "|"]
     for better, worse in pairs:
         if better in reports and worse in reports:
             columns = (scores(better) - scores(worse)).T
             lines.append(f"| {better} − {worse} | {' | '.join(map(text, columns))} |")
     randoms = [scores(rule).mean(axis=0) for rule in reports if rule.startswith("random ")]
-    for rule in (PAPER, OURS):
+    for rule in (PAPER, KNAPSACK):
         if rule in reports and len(randoms) > 1:
             gain = scores(rule).mean(axis=0) - np.mean(randoms, axis=0)
             cells = [f"{x:.3f} (spread {s:.3f})" for x, s in zip(gain, np.std(randoms, axis=0, ddof=1), strict=True)]

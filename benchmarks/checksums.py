@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.utils import logging
 
 from benchmarks.measure import warm_page_cache
-from benchmarks.ours import quantize
+from benchmarks.own import quantize
 from benchmarks.sd15_shape import WEIGHTS_FILE, build
 from diffusers_bitsfusion.codec.checksums import loading
 
@@ -40,7 +40,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    packed = arguments.work.resolve() / "ours"
+    packed = arguments.work.resolve() / "packed"
     if not (packed / WEIGHTS_FILE).exists():
         packed.mkdir(parents=True, exist_ok=True)
         quantize(build(arguments.work.resolve() / "fp16"), packed, "default")

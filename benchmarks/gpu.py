@@ -48,7 +48,7 @@ def parts(work: Path, device: str, tiny: bool) -> list[Part]:
     dtype, short = ("float16", "fp16") if device == "cuda" else ("float32", "fp32")
     calls = ["-m", "benchmarks.inference", "--work", str(work), "--device", device, "--dtypes", dtype]
     calls += ["--shape", "tiny" if tiny else "sd15", "--sizes", "16" if tiny else "64"]
-    only = ["--only", f"ours exact {short}", f"ours int8 {short}"]
+    only = ["--only", f"bitsfusion exact {short}", f"bitsfusion int8 {short}"]
     own = ["-m", "benchmarks.gpu", "--device", device, *(["--tiny"] if tiny else []), "--worker"]
     repeats = "1" if tiny else "10"
     decode = ["-m", "benchmarks.ops", "decode", "--device", device, "--repeats", "1" if tiny else "5"]

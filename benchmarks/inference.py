@@ -55,10 +55,10 @@ def contestants(dtypes: list[str], compiled: bool) -> dict[str, Contestant]:
     }
     for dtype in dtypes:
         for computation, options in computations.items():
-            found[f"ours {computation} {SHORT[dtype]}"] = Contestant("ours", dtype, options)
+            found[f"bitsfusion {computation} {SHORT[dtype]}"] = Contestant("own", dtype, options)
         if not compiled:
             options = (*computations["exact"], "--no-compiler")
-            found[f"ours exact without a compiler {SHORT[dtype]}"] = Contestant("ours", dtype, options)
+            found[f"bitsfusion exact without a compiler {SHORT[dtype]}"] = Contestant("own", dtype, options)
         for name in PEERS:
             found[f"{name} {SHORT[dtype]}"] = Contestant(name, dtype, peer=name)
     return found
@@ -70,8 +70,8 @@ def prepare(work: Path, shape: str, names: set[str], peers_python: str) -> None:
     for name in sorted(names - {"fp16"}):
         if (work / name / "config.json").exists():
             continue
-        module, python = ("ours", sys.executable) if name == "ours" else ("peers", peers_python)
-        worker = ["quantize", "--config", "default"] if name == "ours" else [name]
+        module, python = ("own", sys.executable) if name == "own" else ("peers", peers_python)
+        worker = ["quantize", "--config", "default"] if name == "own" else [name]
         run_child(["-m", f"benchmarks.{module}", *worker, "--source", str(source), "--out", str(work / name)], python)
 
 
@@ -122,7 +122,7 @@ def race(runners: dict[str, Runner], size: int, repeats: int) -> dict[str, list[
 
 def ratio(seconds: list[float], baseline: list[float]) -> str:
     """Median of the ratios of the rounds, and their extremes."""
-    ratios = [ours / theirs for ours, theirs in zip(seconds, baseline, strict=True)]
+    ratios = [own / other for own, other in zip(seconds, baseline, strict=True)]
     return f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
 
 

@@ -29,11 +29,11 @@ CALIBRATION_CALLS = 4
 # Names of contestants: the folder each loads, and the environment it runs in.
 CONTESTANTS = {
     "torch": ("plain", "own"),
-    "ours exact": ("packed", "own"),
-    "ours int8": ("packed", "own"),
+    "bitsfusion exact": ("packed", "own"),
+    "bitsfusion int8": ("packed", "own"),
     "openvino": ("openvino", "optimum"),
     "openvino int8": ("openvino-int8", "optimum"),
-    "ours exported": ("packed-openvino", "optimum"),
+    "bitsfusion exported": ("packed-openvino", "optimum"),
 }
 HINTS = {"bfloat16": "bf16", "float32": "f32"}
 
@@ -150,11 +150,11 @@ def load(name: str, folder: Path, dtype: str) -> Any:
         return pipeline
     from diffusers import StableDiffusionPipeline
 
-    if name.startswith("ours"):
+    if name.startswith("bitsfusion"):
         from diffusers_bitsfusion import set_compute
     pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=getattr(torch, dtype))
-    if name.startswith("ours"):
-        set_compute(pipeline.unet, name.removeprefix("ours "))
+    if name.startswith("bitsfusion"):
+        set_compute(pipeline.unet, name.removeprefix("bitsfusion "))
     return pipeline
 
 

@@ -4,8 +4,8 @@
 
 Builds the UNet in DIR (1.7 GB), quantizes it, loads it, checks it with the reader of docs/FORMAT.md, and times a call.
 Peers (`pip install sdnq optimum-quanto`) may live in an environment of their own. Quantizing is repeated with SDNQ and
-ours in turn; loading with the fp16 file and ours in turn; medians are shown. Files are read from the page cache unless
-a row says cold.
+this package in turn, loading with the fp16 file and the packed one; medians are shown. Files are read from the page
+cache unless a row says cold.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from benchmarks.measure import drop_page_cache, run_child, warm_page_cache
 from benchmarks.peers import MB, PEERS
 from benchmarks.sd15_shape import build
 
-OURS = {"cache": "ours, 50 cached steps", "default": "ours, default (any steps)"}
+LABELS = {"cache": "BitsFusion, 50 cached steps", "default": "BitsFusion, default (any steps)"}
 
 
 def worker(module: str, name: str, python: str, **options: Any) -> dict[str, Any]:
-    """Run one worker of `benchmarks.peers` or `benchmarks.ours` in a fresh process."""
+    """Run one worker of `benchmarks.peers` or `benchmarks.own` in a fresh process."""
     arguments = [text for key, value in options.items() for text in (f"--{key}", str(value))]
     return run_child(["-m", f"benchmarks.{module}", name, *arguments], python)
 
 
 def quantizing(source: Path, work: Path, peers_python: str, repeats: int) -> dict[str, list[dict[str, Any]] | None]:
     """Every method of quantizing, in turn, `repeats` times; None for a peer that cannot run here."""
-    runs: dict[str, list[dict[str, Any]] | None] = {name: [] for name in OURS}
+    runs: dict[str, list[dict[str, Any]] | None] = {name: [] for name in LABELS}
     runs |= {name: [] if peer.obstacle(peers_python) is None else None for name, peer in PEERS.items()}
     for _ in range(repeats):
         for name, results in runs.items():
@@ -44,21 +44,21 @@ def quantizing(source: Path, work: Path, peers_python: str, repeats: int) -> dic
             warm_page_cache(source)
             out = work / name
             shutil.rmtree(out, ignore_errors=True)
-            if name in OURS:
-                results.append(worker("ours", "quantize", sys.executable, source=source, out=out, config=name))
+            if name in LABELS:
+                results.append(worker("own", "quantize", sys.executable, source=source, out=out, config=name))
             else:
                 results.append(worker("peers", name, peers_python, source=source, out=out))
     return runs
 
 
 def loading(source: Path, work: Path, repeats: int) -> dict[str, list[dict[str, Any]]]:
-    """Loading and reading each weight once: ours from the page cache, the fp16 file from the page cache and cold."""
-    runs: dict[str, list[dict[str, Any]]] = {"fp16": [], "fp16, cold cache": [], **{name: [] for name in OURS}}
+    """Loading and reading each weight once: both files from the page cache, the fp16 file also cold."""
+    runs: dict[str, list[dict[str, Any]]] = {"fp16": [], "fp16, cold cache": [], **{name: [] for name in LABELS}}
     for _ in range(repeats):
         for name, results in runs.items():
-            if name in OURS:
+            if name in LABELS:
                 warm_page_cache(work / name)
-                results.append(worker("ours", "load", sys.executable, out=work / name))
+                results.append(worker("own", "load", sys.executable, out=work / name))
                 continue
             warm_page_cache(source) if name == "fp16" else drop_page_cache(source)
             results.append(worker("peers", "fp16", sys.executable, source=source))
@@ -72,7 +72,7 @@ def median(results: list[dict[str, Any]], key: str) -> float:
 def quantizing_table(runs: dict[str, list[dict[str, Any]] | None]) -> str:
     lines = ["| | file, MB | resident, MB | quantize, s | peak memory, MB |", "|---|---|---|---|---|"]
     for name, results in runs.items():
-        label = OURS.get(name, name)
+        label = LABELS.get(name, name)
         if results is None:
             lines.append(f"| {label} | not installed, or needs a GPU | | | |")
             continue
@@ -88,7 +88,7 @@ def loading_table(runs: dict[str, list[dict[str, Any]]]) -> str:
         load = median(results, "load_seconds")
         both = statistics.median(result["load_seconds"] + result["read_seconds"] for result in results)
         peak = max(result["peak_over_imports"] for result in results) / MB
-        lines.append(f"| {OURS.get(name, name)} | {load:.2f} | {both:.2f} | {peak:.0f} |")
+        lines.append(f"| {LABELS.get(name, name)} | {load:.2f} | {both:.2f} | {peak:.0f} |")
     return "\n".join(lines)
 
 
@@ -106,20 +106,20 @@ def main() -> None:
 
     quantized = quantizing(source, work, arguments.peers_python, arguments.repeats)
     print(quantizing_table(quantized), end="\n\n", flush=True)
-    for name, label in OURS.items():
+    for name, label in LABELS.items():
         print(f"{label}:\n{quantized[name][0]['printed']}", end="\n\n", flush=True)
     print(loading_table(loading(source, work, arguments.repeats)), end="\n\n", flush=True)
 
-    check = worker("ours", "read_back", sys.executable, out=work / "cache")
+    check = worker("own", "read_back", sys.executable, out=work / "cache")
     print(f"reader of docs/FORMAT.md: {check['equal_layers']} of {check['layers']} layers equal dequantize()")
-    errors = worker("ours", "time_features", sys.executable, source=source, out=work / "default")
+    errors = worker("own", "time_features", sys.executable, source=source, out=work / "default")
     print("time features, largest relative RMS error: ", end="")
     print(
         f"{errors['whole_steps_error']:.3%} at whole steps, {errors['half_steps_error']:.3%} at half steps", flush=True
     )
     for dtype in ("float32", "bfloat16"):
         options = {"source": source, "out": work / "cache", "dtype": dtype, "repeats": arguments.repeats + 2}
-        call = worker("ours", "call_ratio", sys.executable, **options)
+        call = worker("own", "call_ratio", sys.executable, **options)
         print(f"UNet call, batch 2 at 64x64, {dtype}: packed takes {call['ratio']:.3f} of unquantized", end=" ")
         print(json.dumps([round(ratio, 3) for ratio in call["ratios"]]), flush=True)
 

@@ -17,7 +17,7 @@ def folders(tmp_path_factory):
     return work
 
 
-@pytest.mark.parametrize("name", ["torch", "ours exact", "ours int8"])
+@pytest.mark.parametrize("name", ["torch", "bitsfusion exact", "bitsfusion int8"])
 def test_a_contestant_draws_and_is_measured(folders, name):
     folder, _ = pictures.CONTESTANTS[name]
     drawn = pictures.draw(name, folders / folder, "float32", steps=2, repeats=2)
