@@ -37,7 +37,7 @@ def mixed(bits: float) -> Callable[[Any], Any]:
     def config(unet: Any) -> Any:
         from diffusers_bitsfusion import BitsFusionConfig, Recipe
         from diffusers_bitsfusion.allocation.data_free import allocate_data_free
-        from diffusers_bitsfusion.packing.layer_selection import recipe_layers
+        from diffusers_bitsfusion.packing.planning import recipe_layers
 
         sizes = {name: layer.weight.numel() for name, layer in recipe_layers(unet).items()}
         recipe = Recipe(allocate_data_free(sizes, bits * sum(sizes.values())))

@@ -23,7 +23,8 @@ from .nn.conversion import packed_from_float, replace_module
 from .nn.fake_quantized import QATConv2d, QATLinear, fake_quantized_from_float
 from .ops.dispatch import check_device
 from .packing.packer import install_time_features
-from .packing.plan import Plan, make_plan
+from .packing.plan import Plan
+from .packing.planning import make_plan
 from .utils.finite import refuse_not_finite
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32

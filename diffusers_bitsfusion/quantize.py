@@ -21,8 +21,8 @@ from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
 from .ops.dispatch import check_device
 from .packing.file_budget import make_fitting_plan
-from .packing.layer_selection import check_excluded
 from .packing.packer import ModelPacker
+from .packing.planning import check_excluded
 from .utils.finite import refuse_not_finite
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32

@@ -125,7 +125,7 @@ class Analysis:
         """Refuse a model of another architecture; a fine-tune of the same one is fine.
 
         Args:
-            shapes: weight shape by name of the model's layers that a recipe decides, see `plan.recipe_layers`.
+            shapes: weight shape by name of the model's layers that a recipe decides, see `planning.recipe_layers`.
             what: name of the model in the message.
 
         Raises:

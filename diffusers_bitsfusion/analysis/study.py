@@ -11,8 +11,7 @@ from torch import nn
 
 from ..config.bitsfusion import BitsFusionConfig
 from ..evaluation import DENOISERS, Clip, Sampling
-from ..packing.layer_selection import recipe_layers
-from ..packing.plan import fixed_bits, make_plan
+from ..packing.planning import fixed_bits, make_plan, recipe_layers
 from ..utils.errors import shown
 from ..utils.json_files import is_count, is_number
 from ..utils.private_names import DIFFUSERS_FP32

@@ -18,8 +18,8 @@ from ..config.bitsfusion import BitsFusionConfig
 from ..nn.conversion import float_from_packed, replace_module
 from ..nn.packed import PackedWeight
 from ..packing.file_budget import make_fitting_plan
-from ..packing.layer_selection import matches
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
+from ..packing.planning import matches
 from ..utils.hooks import refuse_dispatched, refuse_offloaded
 from ..utils.private_names import (
     TORCH_BUFFERS,

@@ -19,8 +19,8 @@ from ..codec.time_table import high_bits_rows
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.time_path import TimePath
 from ..utils.private_names import DIFFUSERS_FP32
-from .layer_selection import recipe_layers
-from .plan import TABLE_BITS_PER_FEATURE, Plan, make_plan
+from .plan import Plan
+from .planning import TABLE_BITS_PER_FEATURE, make_plan
 from .time_lookup import make_lookup
 
 # Name, shape and bytes of a tensor.
@@ -33,7 +33,7 @@ _ENTRY_BYTES = 2
 def make_fitting_plan(
     model: ModelMixin, config: BitsFusionConfig, dtype: torch.dtype, exclude: Iterable[str] = ()
 ) -> Plan:
-    """Return the plan of `plan.make_plan`, its bits changed so that the model takes `config.target_bytes`, if any.
+    """Return the plan of `planning.make_plan`, its bits changed so that the model takes `config.target_bytes`, if any.
 
     The bits by the recipe say how sensitive layers are relative to each other. Of the file (`config.budget`) layers
     get bits a weight, `plan.rates`, and grids wide enough for them. Of memory, or of a file that is not entropy coded,
@@ -46,22 +46,20 @@ def make_fitting_plan(
         exclude: names of modules that are not quantized, beside those that the config names.
 
     Raises:
-        ValueError: the target cannot be reached; or see `plan.make_plan`.
+        ValueError: the target cannot be reached; or see `planning.make_plan`.
     """
-    exclude = list(exclude)
     plan = make_plan(model, config, exclude)
     if config.target_bytes is None:
         return plan
     in_memory = config.budget == "memory"
-    ordinary = recipe_layers(model, [*config.modules_to_not_convert, *exclude])
-    bits = {name: n for name, n in plan.bits.items() if name in ordinary}
-    sizes = {name: ordinary[name].weight.numel() for name in bits}
-    left = config.target_bytes - _other_bytes(plan, model, config, dtype, set(bits), in_memory)
+    bits = {name: n for name, n in plan.bits.items() if name in plan.decided}
+    schemas = plan.schema(model).layers
+    sizes = {name: schemas[name].num_weights for name in bits}
+    left = config.target_bytes - _other_bytes(plan, model, dtype, in_memory)
     try:
-        if in_memory or config.compression is None:
+        if in_memory or plan.compression is None:
             width = dense_width if in_memory else byte_width
-            shapes = {name: (len(ordinary[name].weight), ordinary[name].weight[0].numel()) for name in bits}
-            cost = {name: [rows * width(columns, n) for n in range(1, 8)] for name, (rows, columns) in shapes.items()}
+            cost = {name: [schemas[name].rows * width(schemas[name].columns, n) for n in range(1, 8)] for name in bits}
             errors = {name: [sizes[name] * 4.0**n * error for error in GAUSSIAN_ERROR] for name, n in bits.items()}
             plan.bits |= knapsack(errors, cost, left)
         else:
@@ -76,27 +74,23 @@ def make_fitting_plan(
     return plan
 
 
-def _other_bytes(
-    plan: Plan, model: ModelMixin, config: BitsFusionConfig, dtype: torch.dtype, decided: set[str], in_memory: bool
-) -> int:
-    """Return the bytes of everything but the codes of the layers `decided`."""
-    tensors = list(_codes_and_scales(plan, model, config, decided, in_memory))
+def _other_bytes(plan: Plan, model: ModelMixin, dtype: torch.dtype, in_memory: bool) -> int:
+    """Return the bytes of everything but the codes of the layers that a recipe decides."""
+    tensors = list(_codes_and_scales(plan, model, in_memory))
     tensors += time_tensors(plan, in_memory)
     tensors += float_tensors(model, plan, dtype)
     total = sum(size for _, _, size in tensors)
     return total if in_memory else total + header_bytes(tensors)
 
 
-def _codes_and_scales(
-    plan: Plan, model: ModelMixin, config: BitsFusionConfig, decided: set[str], in_memory: bool
-) -> Iterator[TensorSize]:
+def _codes_and_scales(plan: Plan, model: ModelMixin, in_memory: bool) -> Iterator[TensorSize]:
     for name, layer in plan.schema(model).layers.items():
         codes = 0
-        if name not in decided and in_memory:
+        if name not in plan.decided and in_memory:
             codes = layer.rows * dense_width(layer.columns, layer.bits)
-        elif name not in decided and config.compression is None:
+        elif name not in plan.decided and plan.compression is None:
             codes = layer.rows * byte_width(layer.columns, layer.bits)
-        elif name not in decided:
+        elif name not in plan.decided:
             codes = round(layer.num_weights * GAUSSIAN_ENTROPY[layer.bits - 1] / 8)
         yield f"{name}.codes", (layer.num_weights,), codes
         yield f"{name}.scale", (layer.rows,), 4 * layer.rows

@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig
-from diffusers_bitsfusion.packing.plan import make_plan
+from diffusers_bitsfusion.packing.planning import make_plan
 
 from . import autoencoders, image_models, unets, video_models
 from .case import Case

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.packing.layer_selection import quantizable_layers
+from diffusers_bitsfusion.packing.planning import quantizable_layers
 from diffusers_bitsfusion.packing.tensors import packable_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")

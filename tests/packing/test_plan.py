@@ -8,8 +8,7 @@ from helpers import layer_sizes
 from tiny import tiny_controlnet, tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
-from diffusers_bitsfusion.packing.layer_selection import matches
-from diffusers_bitsfusion.packing.plan import make_plan
+from diffusers_bitsfusion.packing.planning import make_plan, matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

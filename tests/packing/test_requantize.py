@@ -10,7 +10,7 @@ from helpers import all_packed_layers
 from tiny import tiny_lora, tiny_unet
 
 from diffusers_bitsfusion import Recipe, quantize_model, requantize_branches, size_report
-from diffusers_bitsfusion.packing.layer_selection import recipe_layers
+from diffusers_bitsfusion.packing.planning import recipe_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TARGETS = ("to_q", "to_k", "ff.net.2", "conv1", "proj_in")

@@ -13,7 +13,7 @@ from ...calibration.run import calibrate
 from ...calibration.time_estimate import CalibrationTime, estimate_time
 from ...config.bitsfusion import BitsFusionConfig
 from ...config.calibration import Calibration
-from ...packing.layer_selection import matches
+from ...packing.planning import matches
 from ...qat import prepare_qat, qat_layers, start_calibrated
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
