@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from helpers import all_packed_layers, relative_error
 from torch import Tensor
@@ -13,19 +12,18 @@ from diffusers_bitsfusion import quantize_model
 from diffusers_bitsfusion.nn.packed import from_float_bits
 
 # Largest differences that docs/RELIABILITY.md allows: the share of codes; relative, of scales and of predicted noise.
-CODES, SCALES, NOISE = 0.01, 0.01, 0.02
+CODES, SCALES, NOISE = 0.001, 1e-4, 1e-4
 
 
-@pytest.mark.parametrize("tuning_steps", [0, 10])
 @torch.no_grad()
-def test_threads_change_few_codes_and_last_digits(make_pipeline, config, make_calibration, tuning_steps):
+def test_a_second_thread_changes_few_codes_and_last_digits(make_pipeline, config, make_calibration):
     torch.manual_seed(0)
     inputs: tuple[Any, ...] = torch.randn(2, 4, 8, 8), 500, torch.randn(2, 5, 32)
 
     def calibrated(threads: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return steps of half a level [weights], scales [rows], and the noise that the model predicts."""
         torch.set_num_threads(threads)
-        calibration = make_calibration(tuning_steps=tuning_steps)
+        calibration = make_calibration(tuning_steps=10)
         unet = quantize_model(make_pipeline(), config, progress=False, calibration=calibration).unet
         torch.set_num_threads(1)
         steps, scales = [], []
@@ -36,15 +34,7 @@ def test_threads_change_few_codes_and_last_digits(make_pipeline, config, make_ca
         return torch.cat(steps), torch.cat(scales), unet(*inputs).sample
 
     steps, scales, noise = calibrated(1)
-    for threads in (2, 3):
-        other_steps, other_scales, other_noise = calibrated(threads)
-        print(
-            threads,
-            (steps != other_steps).float().mean(),
-            relative_error(other_scales, scales),
-            relative_error(other_noise, noise),
-            torch.equal(noise, other_noise),
-        )
-        assert (steps != other_steps).float().mean() <= CODES
-        assert relative_error(other_scales, scales) <= SCALES
-        assert relative_error(other_noise, noise) <= NOISE
+    other_steps, other_scales, other_noise = calibrated(2)
+    assert (steps != other_steps).float().mean() <= CODES
+    assert relative_error(other_scales, scales) <= SCALES
+    assert relative_error(other_noise, noise) <= NOISE
