@@ -20,9 +20,9 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def command(source_folder, tmp_path) -> Callable[..., list[str]]:
-    """Arguments of a short run on the tiny pipeline, with others added."""
+    """Arguments of a short run on the tiny pipeline, with others added; a quiet one makes no estimate first."""
 
-    def make(*arguments, output="out", steps=2, batch=2):
+    def make(*arguments, output="out", steps=2, batch=2, quiet=True):
         common = {
             "pretrained_model_name_or_path": source_folder,
             "output_dir": tmp_path / output,
@@ -31,6 +31,8 @@ def command(source_folder, tmp_path) -> Callable[..., list[str]]:
             "train_batch_size": batch,
             "learning_rate": 1e-3,
         }
-        return [*(str(part) for key, value in common.items() for part in (f"--{key}", value)), *map(str, arguments)]
+        loudness = ["--quiet"] * quiet
+        named = (str(part) for key, value in common.items() for part in (f"--{key}", value))
+        return [*named, *loudness, *map(str, arguments)]
 
     return make

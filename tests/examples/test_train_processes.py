@@ -78,7 +78,7 @@ def test_processes_that_share_the_model_are_one(command, data, tmp_path):
     rate = ("--learning_rate", 1e-6, "--validation_prompts", "a b", "--validation_steps", 2)
     arguments = ("--train_data_dir", data, "--gradient_checkpointing", "--use_ema", *rate, "--num_inference_steps", 2)
     shared = ("--shard", "--checkpointing_steps", 2)
-    process = run(command(*arguments, *shared, output="two", steps=4, batch=1), processes=2)
+    process = run(command(*arguments, *shared, output="two", steps=4, batch=1, quiet=False), processes=2)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors[-3000:]
     train_bitsfusion.main(command(*arguments, "--checkpointing_steps", 2, output="one", steps=4, batch=2))
