@@ -36,8 +36,8 @@ COMMANDS = {
     "training from calibrated weights": "train --pretrained_model_name_or_path {pipeline} --output_dir {out} "
     "--prompts {pipeline}/prompts.tsv --target_bits 3 --stage 1 --max_train_steps 20 --init calibrated",
 }
-# The line with an estimate, and the units of `utils.durations.as_duration`.
-_ESTIMATE = re.compile(r"(?:takes|In all) about ([\d.]+) (s|min|hours|days)")
+# The line with an estimate, of a training that of all its parts; and the units of `utils.durations.as_duration`.
+_ESTIMATE = r"{} about ([\d.]+) (s|min|hours|days)"
 _UNITS = {"s": 1, "min": 60, "hours": 3600, "days": 86400}
 
 
@@ -56,9 +56,10 @@ def said_and_taken(command: str, work: Path) -> tuple[float, float]:
         program, cwd=work, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     said, at, printed = None, 0.0, []
+    estimate = re.compile(_ESTIMATE.format("In all" if words[0] == "train" else "takes"))
     for line in process.stdout:  # Universal newlines: each state of a progress bar is a line as well.
         printed.append(line)
-        found = _ESTIMATE.search(line)
+        found = estimate.search(line)
         if found and said is None:
             said, at = float(found[1]) * _UNITS[found[2]], time.perf_counter()
     code, taken = process.wait(), time.perf_counter() - at
