@@ -30,6 +30,7 @@ _MIN_VALUES = {
     "learning_rate": 0,
     "feature_weight": 0,
     "rate_weight": 0,
+    "target_bytes": 1,
     "guidance_scale": 0,
     "validation_guidance_scale": 0,
     "seed": 0,
@@ -137,6 +138,11 @@ def _add_method(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.0,
         help="Price of a bit a weight in Stage I's loss, for a smaller file; 0 for none.",
+    )
+    group.add_argument(
+        "--target_bytes",
+        type=int,
+        help="Size of the UNet's file: bits beyond it have the price of --rate_weight, in both stages.",
     )
     group.add_argument(
         "--timestep_sampling",
@@ -266,6 +272,8 @@ def _check_combinations(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error("In full precision there is no error of quantization to measure along the timesteps.")
     if args.rate_weight and (args.full_precision or args.shard):
         parser.error("--rate_weight prices codes that each process has whole: not with --full_precision or --shard.")
+    if args.target_bytes is not None and not args.rate_weight:
+        parser.error("--target_bytes needs --rate_weight, the price of a bit a weight beyond it, such as 0.05.")
     if args.shard and args.use_8bit_adam:
         parser.error("--shard and --use_8bit_adam do not go together; --shard saves more.")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..codec.grid import code_range, half_range
 from ..nn.fake_quantized import LEAST_SCALE, FakeQuantizedWeight
 from .batches import Batch
-from .losses import Distillation, Loss
+from .losses import Distillation, Loss, NoisePrediction
 
 
 class _Entropy(torch.autograd.Function):
@@ -65,16 +65,22 @@ def codes_entropy(layer: FakeQuantizedWeight) -> Tensor:
 
 
 class PricedCodes:
-    """Objective of Stage I with the bits of the codes: its loss + weight · bits a weight.
+    """Objective with a price of the codes' bits: its loss + weight · max(bits a weight − free, 0).
+
+    With a price above that of a bit at the optimum, training ends at `free` bits, and pays for none of them: an exact
+    penalty, which needs no state beside the model.
 
     Args:
-        objective: distillation, to which the price is added.
+        objective: objective to which the price is added.
         student: model in training, unwrapped, whose fake-quantized layers count.
         weight: price of a bit a weight.
+        free: bits a weight that have no price.
     """
 
-    def __init__(self, objective: Distillation, student: nn.Module, weight: float) -> None:
-        self.objective, self.weight = objective, weight
+    def __init__(
+        self, objective: Distillation | NoisePrediction, student: nn.Module, weight: float, free: float = 0.0
+    ) -> None:
+        self.objective, self.weight, self.free = objective, weight, free
         self._layers = [module for module in student.modules() if isinstance(module, FakeQuantizedWeight)]
         self._count = sum(layer.weight.numel() for layer in self._layers)
 
@@ -82,7 +88,7 @@ class PricedCodes:
         """Return the loss of `model`, the student as accelerate has prepared it."""
         loss = self.objective(model, batch)
         rate = torch.stack([codes_entropy(layer) for layer in self._layers]).sum() / self._count
-        return Loss(loss.total + self.weight * rate, loss.parts | {"bits": rate.detach()})
+        return Loss(loss.total + self.weight * (rate - self.free).clamp_min(0), loss.parts | {"bits": rate.detach()})
 
     def close(self) -> None:
         """Remove the hooks of both models."""

@@ -13,9 +13,11 @@ from torch import nn
 
 from diffusers_bitsfusion import convert, prepare_qat
 from diffusers_bitsfusion.nn.fake_quantized import fake_quantized_from_float
+from diffusers_bitsfusion.packing.file_budget import codes_rate
+from diffusers_bitsfusion.packing.planning import make_plan
 from diffusers_bitsfusion.qat import qat_layers
 from diffusers_bitsfusion.training.batches import Batch
-from diffusers_bitsfusion.training.losses import Distillation
+from diffusers_bitsfusion.training.losses import Distillation, NoisePrediction
 from diffusers_bitsfusion.training.rate import PricedCodes, codes_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -111,3 +113,43 @@ def test_a_price_makes_the_file_smaller(make_config, tmp_path):
         convert(student).save_pretrained(tmp_path / str(price))
         sizes.append(sum(file.stat().st_size for file in (tmp_path / str(price)).glob("*.safetensors")))
     assert sizes[1] < 0.98 * sizes[0]
+
+
+def test_only_bits_beyond_the_free_ones_have_a_price(make_config):
+    student = prepare_qat(tiny_unet(), make_config(recipe=2))
+    noise = NoisePrediction()
+    with torch.no_grad():
+        bits = PricedCodes(noise, student, 1.0)(student, batch()).parts["bits"].item()
+        base = noise(student, batch()).total.item()
+        for free, paid in ((bits + 0.1, 0.0), (bits - 0.25, 0.25)):
+            found = PricedCodes(noise, student, 2.0, free)(student, batch())
+            assert found.total.item() == pytest.approx(base + 2 * paid, rel=1e-5)
+
+
+def test_training_ends_at_the_bytes_asked_for(make_config, tmp_path):
+    teacher = tiny_unet().requires_grad_(False)
+    config = make_config(recipe=3)
+    plan, target = make_plan(teacher, config), 260_000
+    rate = codes_rate(plan, teacher, torch.float32, target)
+    student = prepare_qat(copy.deepcopy(teacher).requires_grad_(True), config)
+    objective = PricedCodes(Distillation(student, teacher), student, 0.3, rate)
+    optimizer = torch.optim.Adam(student.parameters(), lr=3e-3)
+    bits = []
+    for _ in range(50):
+        loss = objective(student, batch())
+        loss.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        bits.append(loss.parts["bits"].item())
+    objective.close()
+    convert(student).save_pretrained(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert bits[0] > 2 * rate
+    assert bits[-1] == pytest.approx(rate, rel=0.05)
+    assert 0.95 * target < file.stat().st_size < 1.02 * target
+
+
+def test_a_file_without_room_for_codes_is_refused(make_config):
+    unet = tiny_unet()
+    with pytest.raises(ValueError, match=r"target_bytes=1000 cannot be reached .*: all but the codes takes \d+ bytes"):
+        codes_rate(make_plan(unet, make_config(recipe=2)), unet, torch.float32, 1000)

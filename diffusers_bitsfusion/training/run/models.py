@@ -13,7 +13,8 @@ from ...calibration.run import calibrate
 from ...calibration.time_estimate import CalibrationTime, estimate_time
 from ...config.bitsfusion import BitsFusionConfig
 from ...config.calibration import Calibration
-from ...packing.planning import matches
+from ...packing.file_budget import codes_rate
+from ...packing.planning import make_plan, matches
 from ...qat import prepare_qat, qat_layers, start_calibrated
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -80,6 +81,18 @@ def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
             if matches(name, ("time_embedding", "time_emb_proj")):
                 parameter.requires_grad_(False)
     return student
+
+
+def priced_from(args: argparse.Namespace, student: UNet2DConditionModel, teacher: DiffusionPipeline) -> float:
+    """Return the bits a weight from which on the student's codes have a price: those of `--target_bytes`, else 0.
+
+    Raises:
+        ValueError: a file of so many bytes has no room for codes.
+    """
+    if args.target_bytes is None:
+        return 0.0
+    plan = make_plan(teacher.unet, student.qat_state.config)
+    return codes_rate(plan, teacher.unet, torch.float16, args.target_bytes)
 
 
 def calibrate_student(

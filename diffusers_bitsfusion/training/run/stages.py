@@ -34,7 +34,7 @@ from ..rate import PricedCodes
 from ..sharding import ShardedModel
 from ..timestep_errors import TimestepErrors
 from .data import calibration_prompts, make_batches, open_training_images
-from .models import calibrate_student, calibration_time, load_teacher, prepare_student
+from .models import calibrate_student, calibration_time, load_teacher, prepare_student, priced_from
 from .saving import save_pipeline
 from .stage_arguments import checkpoint_of, end_of_stage_1, learning_rate, of_stage, stages, stages_left
 from .validation import Validation
@@ -73,6 +73,7 @@ class Training:
         self.scheduler = DDPMScheduler.from_config(self.teacher.scheduler.config)
         self.text = TextEncoder(self.teacher.tokenizer, self.teacher.text_encoder)
         self.student = prepare_student(args)
+        self.free_rate = priced_from(args, self.student, self.teacher)
         self.fingerprint = fingerprint(self.student)
         with self.accelerator.main_process_first():  # One process downloads and converts for all.
             self.images = open_training_images(args, self.teacher)
@@ -248,7 +249,7 @@ class Training:
         student = self.student.to(self.accelerator.device)
         sharded = ShardedModel(self.accelerator, student) if args.shard else None
         distils = stage == 1
-        objective = self._distillation(student) if distils else NoisePrediction()
+        objective = self._objective(student, stage)
         optimizer = make_optimizer(
             student,
             learning_rate(args, stage),
@@ -283,9 +284,12 @@ class Training:
             EMAModel(student.parameters(), decay=args.ema_decay) if args.use_ema else None,
         )
 
-    def _distillation(self, student: ModelMixin) -> Objective:
-        distillation = Distillation(student, self.teacher.unet, self.args.feature_weight)
-        return PricedCodes(distillation, student, self.args.rate_weight) if self.args.rate_weight else distillation
+    def _objective(self, student: ModelMixin, stage: int) -> Objective:
+        args, teacher = self.args, self.teacher.unet
+        objective = Distillation(student, teacher, args.feature_weight) if stage == 1 else NoisePrediction()
+        if not args.rate_weight or (stage == 2 and args.target_bytes is None):
+            return objective
+        return PricedCodes(objective, student, args.rate_weight, self.free_rate)
 
     def _save_pipeline(self) -> None:
         if self.accelerator.is_main_process:
