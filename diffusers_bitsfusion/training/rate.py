@@ -64,10 +64,19 @@ def codes_entropy(layer: FakeQuantizedWeight) -> Tensor:
     return bits
 
 
+@torch.no_grad()
+def rounded_entropy(layer: FakeQuantizedWeight) -> Tensor:
+    """Return the bits that a layer's codes take as they are rounded now, a scalar."""
+    codes = layer.codes_and_scale()[0].flatten()
+    shares = torch.bincount((codes - codes.min()).long()).double() / codes.numel()
+    return torch.special.entr(shares).sum().to(layer.weight.dtype) * (codes.numel() / math.log(2))
+
+
 class PricedCodes:
     """Objective with a price of the codes' bits: its loss + weight · max(bits a weight − free, 0).
 
-    With a price above that of a bit at the optimum, training ends at `free` bits, and pays for none of them: an exact
+    The bits are those of the codes as they are rounded now, and their gradient is that of `codes_entropy`. With a
+    price above that of a bit at the optimum, training ends at `free` bits, and pays for none of them: an exact
     penalty, which needs no state beside the model.
 
     Args:
@@ -87,8 +96,12 @@ class PricedCodes:
     def __call__(self, model: nn.Module, batch: Batch) -> Loss:
         """Return the loss of `model`, the student as accelerate has prepared it."""
         loss = self.objective(model, batch)
-        rate = torch.stack([codes_entropy(layer) for layer in self._layers]).sum() / self._count
-        return Loss(loss.total + self.weight * (rate - self.free).clamp_min(0), loss.parts | {"bits": rate.detach()})
+        shared, rate = (
+            torch.stack([entropy(layer) for layer in self._layers]).sum() / self._count
+            for entropy in (codes_entropy, rounded_entropy)
+        )
+        paid = (rate - self.free + shared - shared.detach()).clamp_min(0)
+        return Loss(loss.total + self.weight * paid, loss.parts | {"bits": rate})
 
     def close(self) -> None:
         """Remove the hooks of both models."""

@@ -18,7 +18,7 @@ from diffusers_bitsfusion.packing.planning import make_plan
 from diffusers_bitsfusion.qat import qat_layers
 from diffusers_bitsfusion.training.batches import Batch
 from diffusers_bitsfusion.training.losses import Distillation, NoisePrediction
-from diffusers_bitsfusion.training.rate import PricedCodes, codes_entropy
+from diffusers_bitsfusion.training.rate import PricedCodes, codes_entropy, rounded_entropy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -35,6 +35,19 @@ def soft_entropy(weight, scale, half):
     counts = np.maximum(1 - np.abs(values[:, None] - levels), 0).sum(axis=0)
     counts = counts[counts > 0]
     return -(counts * np.log2(counts / counts.sum())).sum()
+
+
+def hard_entropy(layer):
+    """Bits of all codes, from the shares of each."""
+    codes = layer.codes_and_scale()[0].detach().numpy()
+    shares = np.unique(codes, return_counts=True)[1] / codes.size
+    return -(shares * np.log2(shares)).sum() * codes.size
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_entropy_of_rounded_codes_is_that_of_their_shares(bits):
+    layer = layer_of(bits)
+    assert rounded_entropy(layer).item() == pytest.approx(hard_entropy(layer), rel=1e-6)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -93,7 +106,7 @@ def test_the_price_is_added_to_the_loss(make_config):
     with torch.no_grad():
         found, base = priced(student, batch()), plain(student, batch())
     layers = qat_layers(student).values()
-    bits = sum(codes_entropy(layer).item() for layer in layers) / sum(layer.weight.numel() for layer in layers)
+    bits = sum(hard_entropy(layer) for layer in layers) / sum(layer.weight.numel() for layer in layers)
     assert found.parts["bits"].item() == pytest.approx(bits, rel=1e-5)
     assert found.total.item() == pytest.approx(base.total.item() + 0.5 * bits, rel=1e-5)
 
@@ -146,7 +159,8 @@ def test_training_ends_at_the_bytes_asked_for(make_config, tmp_path):
     (file,) = tmp_path.glob("*.safetensors")
     assert bits[0] > 2 * rate
     assert bits[-1] == pytest.approx(rate, rel=0.05)
-    assert 0.95 * target < file.stat().st_size < 1.02 * target
+    # Where whole rows become alike, zstd takes less than the entropy over the layer.
+    assert 0.85 * target < file.stat().st_size < 1.02 * target
 
 
 def test_a_file_without_room_for_codes_is_refused(make_config):
