@@ -69,7 +69,8 @@ def rounded_entropy(layer: FakeQuantizedWeight) -> Tensor:
     """Return the bits that a layer's codes take as they are rounded now, a scalar."""
     codes = layer.codes_and_scale()[0].flatten()
     shares = torch.bincount((codes - codes.min()).long()).double() / codes.numel()
-    return torch.special.entr(shares).sum().to(layer.weight.dtype) * (codes.numel() / math.log(2))
+    bits: Tensor = torch.special.entr(shares).sum().to(layer.weight.dtype) * (codes.numel() / math.log(2))
+    return bits
 
 
 class PricedCodes:
