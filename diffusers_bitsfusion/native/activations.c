@@ -1,5 +1,5 @@
 /* Activations to eight bits, and sums of integer products to outputs; the same in torch: ops/activations.py. */
-#include "common.h"
+#include "exponential.h"
 
 #define TINY 1e-30f
 
@@ -126,32 +126,6 @@ EXPORT void bitsfusion_rescale(const RescaleArguments *a, int64_t start, int64_t
             for (int64_t i = 0; i < columns; i++) y[i] = bf16_of((float)in[i] * weight_scale[i] * scale + bias[i]);
         }
     }
-}
-
-/* 2^x for x <= 0, to 2e-7 of its size, of at least 2^-126; NaN to that too. */
-INLINE float exp2_of(float x) {
-    x = x > -126.0f ? x : -126.0f;
-    const float whole = rintf(x), part = x - whole;
-    float y = 1.5403530e-4f; /* Taylor's, powers of log(2) */
-    y = y * part + 1.3333558e-3f;
-    y = y * part + 9.6181291e-3f;
-    y = y * part + 5.5504109e-2f;
-    y = y * part + 2.4022651e-1f;
-    y = y * part + 6.9314718e-1f;
-    y = y * part + 1.0f;
-    return y * float_of_bits((uint32_t)((int32_t)whole + 127) << 23);
-}
-
-/* x times the normal distribution's integral up to x, which is found to 1e-7 (Abramowitz and Stegun, 7.1.26). */
-INLINE float gelu_of(float x) {
-    const float z = fabsf(x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
-    float y = 1.061405429f;
-    y = y * t - 1.453152027f;
-    y = y * t + 1.421413741f;
-    y = y * t - 0.284496736f;
-    y = y * t + 0.254829592f;
-    const float tail = 0.5f * y * t * exp2_of(x * x * -0.72134752f);
-    return x * (x > 0.0f ? 1.0f - tail : tail);
 }
 
 /* The same, and of the halves of each row, hidden and gate, the product hidden * gelu(gate): sums [rows, 2 columns];

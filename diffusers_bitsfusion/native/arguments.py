@@ -81,6 +81,16 @@ class GegluArguments(Arguments):
     _fields_ = [*_pointers("x", "out"), *_integers("columns", "dtype")]
 
 
+class GroupNormArguments(Arguments):
+    """Arguments of the loops in `norms.c`."""
+
+    _fields_ = [
+        *_pointers("x", "weight", "bias", "shift", "moments", "out"),
+        *_integers("channels", "positions", "groups", "dtype", "silu", "block"),
+        ("eps", ctypes.c_double),
+    ]
+
+
 class BlockArguments(Arguments):
     """Arguments of the loop in `blocked.c`."""
 
@@ -130,6 +140,9 @@ ARGUMENTS: dict[str, type[Arguments]] = {
     "rescale": RescaleArguments,
     "rescale_geglu": RescaleArguments,
     "geglu": GegluArguments,
+    "group_norm": GroupNormArguments,
+    "group_moments": GroupNormArguments,
+    "group_norm_channels_last": GroupNormArguments,
     "block_weight": BlockArguments,
     "decode_blocked": DecodeBlockedArguments,
     "multiply": ProductArguments,

@@ -23,6 +23,7 @@ from .arguments import (
     DecodeArguments,
     DecodeBlockedArguments,
     GegluArguments,
+    GroupNormArguments,
     ProductArguments,
     QuantizeArguments,
     RangeArguments,
@@ -90,6 +91,9 @@ class NativeLibrary:
     rescale: Loop[RescaleArguments]
     rescale_geglu: Loop[RescaleArguments]
     geglu: Loop[GegluArguments]
+    group_norm: Loop[GroupNormArguments]
+    group_moments: Loop[GroupNormArguments]
+    group_norm_channels_last: Loop[GroupNormArguments]
     block_weight: Loop[BlockArguments]
     decode_blocked: Loop[DecodeBlockedArguments]
     multiply: Loop[ProductArguments] | None  # It is None without AVX2.

@@ -9,6 +9,7 @@ from . import PackedWeight
 from .attention import restore_attention, set_attention
 from .feed_forward import set_geglu
 from .packed_tensor import packed_tensors
+from .residual_block import fuse_residual_blocks, restore_residual_blocks
 from .transformer import set_channels_last
 
 # Names of the layers whose input no norm precedes: the first convolution, shortcuts of residual blocks. On the shapes
@@ -28,7 +29,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
             about a percent; gradients stay those of the exact model. Layers whose input is not normalised
             (`conv_in`, `conv_shortcut`) stay exact. On those processors attention is computed by bf16 dot products,
             whatever the dtype. "auto": exact. In both a gated activation (GEGLU) is computed together with its
-            projection.
+            projection, and norms of groups in one pass over memory with what stands around them.
         resident: "packed": codes are decoded for each call. "int8", with `compute="int8"`: one byte a weight is kept
             beside them, so that calls need not decode.
 
@@ -51,6 +52,7 @@ def set_compute(model: nn.Module, compute: str = "auto", resident: str = "packed
     set_attention(model, any_dtype=compute == "int8")
     set_geglu(model, fused=True)
     set_channels_last(model, True)
+    fuse_residual_blocks(model)
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if config is not None:
         config.compute, config.resident = compute, resident
@@ -61,6 +63,7 @@ def undo_fusions(model: nn.Module) -> None:
     restore_attention(model)
     set_geglu(model, fused=False)
     set_channels_last(model, False)
+    restore_residual_blocks(model)
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedWeight]:

@@ -29,7 +29,8 @@ _ON_CPU = ("cpu", "meta")
 # Private operators of torch for weights that oneDNN has prepacked.
 _ONEDNN_OPERATORS = ("_nbytes", "data_ptr", "_get_mkldnn_serialized_md")
 
-# Outputs from which on the weight of a convolution in fp32 is decoded into oneDNN's layout.
+# Outputs from which on the weight of a convolution in fp32 is decoded into oneDNN's layout, and channels from which on
+# a norm in fp32 is no longer torch's: smaller ones gain little, and so give the bits of the dequantized model.
 _FEWEST_OUTPUTS = 256
 
 # Private operators of torch that take weights in oneDNN's floating-point layouts, or lay them out.
@@ -153,6 +154,10 @@ INTEGER_PRODUCTS = (MULTIPLY_VNNI, MULTIPLY_COMPILED)
 
 # Kernel that rounds activations to eight bits, and rescales sums, on a CPU.
 ROUND_COMPILED = Kernel("compiled C", ("cpu",), why_not_here=_why_no_compiled_loops)
+
+# Kernel of norms of groups, with the sum before and the activation after, on a CPU; it has room for so many groups.
+NORMS_COMPILED = Kernel("compiled C", ("cpu",), (torch.float32, torch.bfloat16), why_not_here=_why_no_compiled_loops)
+_MOST_GROUPS = 128
 
 # Kernels of exact layers whose weight is decoded into oneDNN's own layout: convolutions, and linear layers in bf16;
 # linear layers in fp32 take no less time by it.
@@ -309,6 +314,15 @@ def why_no_bf16_attention(device: torch.device) -> str | None:
     if device.type not in _ON_CPU:
         return f'torch has its own for the device type "{device.type}"'
     return ATTENTION_BF16.why_not(device)
+
+
+def why_no_compiled_norm(device: torch.device, dtype: torch.dtype, channels: int, groups: int) -> str | None:
+    """Return why torch computes a norm of groups of channels, or None where the compiled loops do."""
+    if dtype == torch.float32 and channels < _FEWEST_OUTPUTS:
+        return f"in fp32 norms of fewer than {_FEWEST_OUTPUTS} channels gain little"
+    if groups > _MOST_GROUPS:
+        return f"{NORMS_COMPILED.name} is for at most {_MOST_GROUPS} groups"
+    return NORMS_COMPILED.why_not(device, dtype)
 
 
 def has_vnni() -> bool:

@@ -53,6 +53,7 @@ class SizeReport:
         histogram: bits to (layers, weights).
         kernels: how each packed layer of a model in memory computes, and why; empty for files.
         attention_kernels: the same of its attention, where `set_compute` chose it.
+        norm_kernels: the same of its norms of groups.
         checksums: whether a file has a checksum of every tensor; None of what is no file.
         left: number of weights, of two dimensions or more, that stay in floating point, by the reason.
     """
@@ -65,6 +66,7 @@ class SizeReport:
     histogram: dict[int, tuple[int, int]]
     kernels: dict[str, KernelSelection] = field(default_factory=dict)
     attention_kernels: dict[str, str] = field(default_factory=dict)
+    norm_kernels: dict[str, str] = field(default_factory=dict)
     checksums: bool | None = None
     left: dict[str, int] = field(default_factory=dict)
 
@@ -104,6 +106,7 @@ class SizeReport:
             "histogram": {bits: {"layers": n, "weights": w} for bits, (n, w) in self.histogram.items()},
             "kernels": {name: asdict(kernel) for name, kernel in self.kernels.items()},
             "attention_kernels": self.attention_kernels,
+            "norm_kernels": self.norm_kernels,
             "checksums": self.checksums,
             "left_in_floating_point": self.left,
         }
@@ -135,6 +138,8 @@ class SizeReport:
             lines.append(f"{count:>6}  {kernel.arithmetic}, weights {kernel.weights}: {kernel.reason}")
         for how, count in Counter(self.attention_kernels.values()).most_common():
             lines.append(f"{count:>6}  attention {how}")
+        for how, count in Counter(self.norm_kernels.values()).most_common():
+            lines.append(f"{count:>6}  norms of groups {how}")
         if self.checksums is not None:
             lines += ["", f"checksums: {'of every tensor' if self.checksums else 'none, save again to add them'}"]
         return "\n".join(lines)

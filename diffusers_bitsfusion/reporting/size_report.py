@@ -17,6 +17,7 @@ from ..codec.weight_files import index_files, read_headers
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.attention import attention_kernels
 from ..nn.compute import packed_layers
+from ..nn.residual_block import norm_kernels
 from ..utils.errors import DamagedFileError, UnfinishedSaveError
 from ..utils.json_files import MAX_MODEL_BYTES, read_json
 from ..utils.peft_names import split_adapters
@@ -147,4 +148,5 @@ def _memory_report(model: nn.Module) -> SizeReport:
     report.parts["int8 codes kept for compute"] = sum(weight.numel() for weight in kept)
     report.kernels.update({name: layer.select_kernel() for name, layer in layers.items()})
     report.attention_kernels.update(attention_kernels(model))
+    report.norm_kernels.update(norm_kernels(model))
     return report
