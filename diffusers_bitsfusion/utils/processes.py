@@ -17,6 +17,10 @@ from .private_names import TORCH_STORE
 # Key, in the store that the processes share, of the error of the first one that failed.
 _ERROR = "diffusers_bitsfusion/error"
 
+# Stores in which an error was told. The process that serves one keeps it, or others could not read it after the group
+# has gone.
+_told: list[Any] = []
+
 
 def process_state(**options: Any) -> PartialState:
     """Return the state of this process among those that were launched together.
@@ -57,6 +61,7 @@ def _tell(message: str) -> str | None:
     """Tell the other processes of an error; return that of an earlier one, if any can be read."""
     with suppress(RuntimeError):  # The store is gone with the process that kept it.
         store = TORCH_STORE.require(distributed_c10d)()
+        _told.append(store)
         if store.check([_ERROR]):
             return str(store.get(_ERROR).decode())
         store.set(_ERROR, message)
