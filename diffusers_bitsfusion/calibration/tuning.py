@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..nn.packed import PackedWeight, float_bits
+from ..ops.dispatch import has_bf16
 from .activation_memory import bounded_activations
 from .calls import Call, square_errors
 from .guidance import Guidance
@@ -121,8 +122,8 @@ def tune(
     and falls to zero as a cosine.
 
     Args:
-        model: packed model, on the device to use. Where it has half-precision parameters it computes in bf16, and its
-            parameters have their own dtype again in the end.
+        model: packed model, on the device to use. Where it has half-precision parameters it computes in bf16, on a
+            processor that has it, and its parameters have their own dtype again in the end.
         calls: recorded calls of the full-precision model.
         steps: number of steps of Adam.
         seed: seed of the order of calls.
@@ -136,7 +137,8 @@ def tune(
     """
     dtypes = _to_fp32(model)
     frozen = _freeze(model)
-    half = torch.bfloat16 if {torch.float16, torch.bfloat16} & set(dtypes.values()) else None
+    halves = {torch.float16, torch.bfloat16} & set(dtypes.values())
+    half = torch.bfloat16 if halves and has_bf16(next(model.parameters()).device) else None
     channels, guidance = _channels(model), Guidance()
     loss = _Loss(model, [calls[index] for index in _order(len(calls), steps * CALLS, seed)], guidance, half)
     with _hooked(channels), bounded_activations(model, memory, lambda: loss(0)), torch.enable_grad():

@@ -130,7 +130,7 @@ def _why_no_prepacked_onednn(device: torch.device) -> str | None:
 
 def _why_no_prepacked_bf16(device: torch.device) -> str | None:
     obstacle = _why_no_prepacked_onednn(device)
-    if obstacle is not None or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if obstacle is not None or has_bf16(device):
         return obstacle
     return "oneDNN has no bf16 on this processor"  # oneDNN would raise where it should lay out a weight in bf16.
 
@@ -323,6 +323,14 @@ def why_no_compiled_norm(device: torch.device, dtype: torch.dtype, channels: int
     if groups > _MOST_GROUPS:
         return f"{NORMS_COMPILED.name} is for at most {_MOST_GROUPS} groups"
     return NORMS_COMPILED.why_not(device, dtype)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bf16; a CPU without them takes longer for it than for fp32."""
+    if device.type not in _ON_CPU:
+        return True
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is not None and bool(supported())
 
 
 def has_vnni() -> bool:

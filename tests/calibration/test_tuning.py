@@ -123,6 +123,20 @@ def test_half_precision_stays_what_it_is(tuned, dtype):
     assert unet.dtype == dtype
 
 
+@pytest.mark.parametrize("supported", [True, False])
+def test_half_precision_is_computed_in_bf16_where_the_processor_has_it(tuned, monkeypatch, supported):
+    seen, repeat = [], Call.repeat
+
+    def watched(call, model):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return repeat(call, model)
+
+    monkeypatch.setattr(Call, "repeat", watched)
+    monkeypatch.setattr(tuning, "has_bf16", lambda device: supported)
+    tuned(torch.float16, tuning_steps=1)
+    assert set(seen) == {supported}
+
+
 def test_an_interrupted_run_goes_on_where_it_stopped(tuned, monkeypatch, tmp_path, equal_models):
     monkeypatch.setattr(calibration_run, "_SAVE_EVERY", 0)
     whole = tuned()
