@@ -25,6 +25,9 @@ from .schema import CheckpointSchema
 METADATA_KEY = "bitsfusion_checksums"
 ALGORITHM = "crc32"
 
+# Bytes that are read at a time, which stay in a processor's cache until they are counted.
+_PIECE = 1 << 18
+
 # Dtypes of tensors in a packed model's file, safetensors' names by torch's.
 _DTYPE_NAMES = {
     torch.bool: "BOOL",
@@ -153,11 +156,11 @@ def _parts(header: SafetensorsHeader) -> Iterator[dict[str, TensorEntry]]:
 
 
 def _of_entries(file: Path, entries: Mapping[str, TensorEntry], schema: CheckpointSchema) -> dict[str, str]:
-    checksums = {}
-    with file.open("rb") as stream:
+    checksums, buffer = {}, bytearray(_PIECE)
+    with file.open("rb", buffering=0) as stream:
         for name, entry in entries.items():
             checksum = _seed(name, entry.dtype, entry.shape, schema)
-            for piece in read_tensor_bytes(stream, entry):
+            for piece in read_tensor_bytes(stream, entry, buffer):
                 checksum = zlib.crc32(piece, checksum)
             checksums[name] = f"{checksum:08x}"
     return checksums

@@ -124,25 +124,25 @@ def sort_metadata(file: Path) -> None:
                 stream.write(text.ljust(length))
 
 
-def read_tensor_bytes(stream: BinaryIO, entry: TensorEntry, chunk: int = 1 << 22) -> Iterator[bytes]:
-    """Yield the data of one tensor of an open file, in pieces of at most `chunk` bytes.
+def read_tensor_bytes(stream: BinaryIO, entry: TensorEntry, buffer: bytearray) -> Iterator[memoryview]:
+    """Yield the data of one tensor of an open file in pieces, each in the same memory, which the next one overwrites.
 
     Args:
         stream: file, open for reading bytes.
         entry: entry of the tensor in the header of the file.
-        chunk: maximal number of bytes of a piece.
+        buffer: memory for a piece: new memory for each would take longer than reading.
 
     Raises:
         DamagedFileError: the file has become shorter.
     """
     stream.seek(entry.start)
-    left = entry.num_bytes
+    view, left = memoryview(buffer), entry.num_bytes
     while left:
-        piece = stream.read(min(chunk, left))
-        if not piece:
+        count = stream.readinto(view[: min(len(buffer), left)])  # type: ignore[attr-defined]
+        if not count:
             _refuse(stream.name, "is cut short")
-        left -= len(piece)
-        yield piece
+        left -= count
+        yield view[:count]
 
 
 def _entry(path: Path, name: str, content: Any, data_start: int) -> TensorEntry:
