@@ -25,7 +25,6 @@ PIPELINE = REPOSITORY / "examples" / "shapes" / "pipeline"
 COMMANDS = {
     "calibration": "quantize {pipeline} {out} --target-bits 3 --calibrate",
     "calibration, 24 tuning steps": "quantize {pipeline} {out} --target-bits 3 --calibrate --tuning-steps 24",
-    "analysis, weight": "analyze {pipeline} --out {out} --method weight",
     "analysis, output": "analyze {pipeline} --out {out} --method output",
     "analysis, gradient": "analyze {pipeline} --out {out} --method gradient",
     "analysis, calibrated": "analyze {pipeline} --out {out} --method calibrated --calls 2 --num-images 4",

@@ -40,6 +40,9 @@ _PACKAGES = ("diffusers_bitsfusion", "torch", "diffusers", "transformers")
 # Time-out of processes that wait for each other's shares, which may take days.
 _TIMEOUT = timedelta(days=7)
 
+# Seconds below which an estimate names no number: writing the results takes as long as such an analysis.
+_FEW_SECONDS = 5
+
 DEFAULT_SETTINGS = Settings()
 
 
@@ -121,7 +124,8 @@ def analyze(
     folder = Path(out)
     if progress and not (folder.is_dir() and any(folder.iterdir())):
         seconds = estimate_seconds(study, method, len(BITS), state.num_processes)
-        tqdm.write(f"This analysis takes about {as_duration(seconds)}.", file=sys.stderr)
+        told = "a few seconds" if seconds < _FEW_SECONDS else f"about {as_duration(seconds)}"
+        tqdm.write(f"This analysis takes {told}.", file=sys.stderr)
     if state.is_main_process:
         open_journal(folder, _header(study, method, progress))
         if chosen.needs_sampling and not (folder / _REFERENCE).is_file():
