@@ -21,6 +21,13 @@ def _video(frames: int = 5, size: int = 16):
     return {"sample": random(1, 3, frames, size, size)}
 
 
+def _in_one_tile(model, sample):
+    """Call an autoencoder that knows tiles only, with one tile of the size of the video."""
+    model.enable_tiling()
+    model.kernel = model.stride = tuple(sample.shape[2:])
+    return model(sample)
+
+
 CASES = {
     "AutoencoderKL": Case(_picture, _KL),
     "AutoencoderKLFlux2": Case(_picture, _KL | {"latent_channels": 4}),
@@ -119,5 +126,50 @@ CASES = {
         lambda: {"sample": random(1, 2, 64)},
         {"patch_size": 8, "encoder_channels": 8, "encoder_c_mults": (2,), "encoder_strides": (4,),
          "encoder_transformer_depths": (1,), "latent_dim": 8, "dim_heads": 8},
+    ),
+    "AutoencoderKLAllegro": Case(
+        lambda: _video(8),
+        {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2},
+        _in_one_tile,
+    ),
+    "AutoencoderKLKVAEVideo": Case(
+        _video, {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "z_channels": 4, "temporal_compress_times": 2}
+    ),
+    "AutoencoderKLLTX2Video": Case(
+        lambda: _video(9, 64),
+        {"latent_channels": 8, "block_out_channels": (8, 16, 32, 64), "decoder_block_out_channels": (8, 16, 32),
+         "layers_per_block": (1,) * 5, "decoder_layers_per_block": (1,) * 4},
+    ),
+    "AutoencoderKLMiniMaxH3": Case(
+        lambda: _video(10),
+        {"latent_channels": 4, "block_out_channels": (8, 8), "layers_per_block": 1,
+         "spatial_downsample_factors": (2, 2), "temporal_downsample_factors": (1, 2), "norm_num_groups": 4,
+         "decoder_num_layers": 1, "decoder_num_attention_heads": 2, "decoder_attention_head_dim": 16,
+         "decoder_ffn_mult": 2, "clip_length": 5, "token_drop": 1, "latents_mean": (0.0,) * 4,
+         "latents_std": (1.0,) * 4},
+    ),
+    "AutoencoderRAE": Case(
+        lambda: _picture(28),
+        {"encoder_hidden_size": 64, "encoder_num_hidden_layers": 1, "decoder_hidden_size": 32,
+         "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2, "decoder_intermediate_size": 32,
+         "patch_size": 4, "encoder_input_size": 28},
+    ),
+    "Kandinsky6SRVAE": Case(
+        _video,
+        {"latent_channels": 4, "encoder_block_out_channels": (4, 8, 8), "decoder_block_out_channels": (4, 8, 8),
+         "layers_per_block": 1},
+    ),
+    "Kandinsky6SRLatentUpscalerBank": Case(
+        lambda: {"latents": random(1, 4, 2, 4, 4), "scale": 4},
+        {"in_channels": 4, "stage_channels": (32, 32, 32), "num_pre_blocks": 1, "num_mid_blocks": 1,
+         "num_post_blocks": 1, "num_x2_adapter_blocks": 1},
+    ),
+    "LTX2VideoDiffusionDecoderModel": Case(
+        lambda: {"z": random(1, 8, 2, 4, 4)},
+        {"latent_channels": 8, "decoder_head_dim": 16, "decoder_stage_channels": (32, 32),
+         "decoder_stage_depths": (1, 1), "decoder_stage_kernels": ((1, 3, 3),),
+         "decoder_upsample_strides": ((2, 2, 2),), "decoder_upsample_channel_reductions": (1,),
+         "decoder_stage5_kernel": (3, 3, 3), "decoder_t_emb_dim": 16,
+         "spatial_compression_ratio": 8, "temporal_compression_ratio": 2},
     ),
 }  # fmt: skip

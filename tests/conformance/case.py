@@ -35,10 +35,12 @@ class Case:
     Attributes:
         inputs: makes the arguments of a call, by name.
         config: arguments of the constructor.
+        call: runs the model with the arguments, where its parts are called by another model.
     """
 
     inputs: Callable[[], dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
+    call: Callable[..., Any] = nn.Module.__call__
 
     def build(self, name: str) -> nn.Module:
         """Return the model of class `name` with random weights.
@@ -61,16 +63,17 @@ class Case:
 
 def flat_output(output: Any) -> Tensor:
     """Return all floating tensors in what a model returns, in one row."""
-    return torch.cat([part.flatten().float() for part in _tensors(output)])
+    return torch.cat([part.flatten().float() for part in tensors(output)])
 
 
-def _tensors(output: Any) -> list[Tensor]:
+def tensors(output: Any) -> list[Tensor]:
+    """Return all floating tensors in arguments or outputs, within lists and dicts, too."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
     if isinstance(output, dict):
         output = list(output.values())
     if isinstance(output, (list, tuple)):
-        return [tensor for part in output for tensor in _tensors(part)]
+        return [tensor for part in output for tensor in tensors(part)]
     if hasattr(output, "mean") and hasattr(output, "logvar"):  # a distribution of latents
         return [output.mean]
     return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers.models
@@ -14,11 +15,14 @@ from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig
 from diffusers_bitsfusion.packing.planning import make_plan
+from diffusers_bitsfusion.utils.private_names import DIFFUSERS_FP32
 
-from . import autoencoders, image_models, unets, video_models
+from . import audio_models, autoencoders, image_models, unets, video_models
 from .case import Case
 
-CASES: dict[str, Case] = {**image_models.CASES, **video_models.CASES, **unets.CASES, **autoencoders.CASES}
+CASES: dict[str, Case] = {
+    **image_models.CASES, **video_models.CASES, **unets.CASES, **autoencoders.CASES, **audio_models.CASES,
+}  # fmt: skip
 
 # Classes without weights of their own: they hold several models, each of which is quantized by itself.
 CONTAINERS = (
@@ -52,6 +56,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
     "OmniGenTransformer2DModel": {
         "rope_scaling": {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48, "type": "su"},
     },
+    "RFD4ProteinaAutoencoder": {"atom37_mask": [[True] * 37] * 147, "allowed_residue_types": [[True] * 147] * 7},
     "Transformer2DModel": {"in_channels": 320, "cross_attention_dim": 768},
     "TransformerTemporalModel": {"in_channels": 320},
     "ZImageControlNetModel": {
@@ -79,9 +84,34 @@ def published(name: str) -> nn.Module:
         return getattr(diffusers, name)(**_PUBLISHED.get(name, {}))
 
 
-def share_packed(name: str) -> float:
-    """Return the share of all parameters, biases and norms included, whose values are packed at the default size."""
+@dataclass(frozen=True)
+class Shares:
+    """Shares of all parameters of a class at its default size, biases and norms included.
+
+    Attributes:
+        packed: those whose values are packed.
+        embeddings: tables of embeddings, which are packed with `embeddings=True`.
+        fp32: those in modules that the class keeps in fp32, which no quantizer of diffusers touches.
+    """
+
+    packed: float
+    embeddings: float
+    fp32: float
+
+
+def shares(name: str) -> Shares:
+    """Return what becomes of the parameters of a class at its default size."""
     model = published(name)
-    plan = make_plan(model, BitsFusionConfig(recipe=2, time_embedding="keep"))
+    kept = DIFFUSERS_FP32.read(model) or []
+    packed, with_embeddings = (_share_packed(model, kept, embeddings) for embeddings in (False, True))
+    return Shares(packed, with_embeddings - packed, _share_packed(model, [], True) - with_embeddings)
+
+
+def _share_packed(model: nn.Module, kept: list[str], embeddings: bool) -> float:
+    config = BitsFusionConfig(recipe=2, time_embedding="keep", embeddings=embeddings)
+    try:
+        plan = make_plan(model, config, kept)
+    except ValueError:  # All of it is kept.
+        return 0.0
     packed = sum(layer.rows * layer.columns for layer in plan.schema(model).layers.values())
     return packed / sum(parameter.numel() for parameter in model.parameters())

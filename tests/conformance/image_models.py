@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 
 from .case import Case, long, ones, random, time
 
@@ -33,6 +34,14 @@ _HUNYUAN = {
     "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 8,
     "hidden_size": 16, "cross_attention_dim": 16, "cross_attention_dim_t5": 16, "pooled_projection_dim": 16,
     "text_len": 5, "text_len_t5": 6,
+}  # fmt: skip
+_Z_IMAGE = {
+    "dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16,
+    "axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32],
+}  # fmt: skip
+_PROTEIN = {
+    "nlayers": 2, "token_dim": 32, "nheads": 2, "dim_cond": 16, "pair_repr_dim": 16, "latent_dim": 8,
+    "token_type_emb_dim": 8,
 }  # fmt: skip
 
 
@@ -68,6 +77,29 @@ def _hunyuan(**more):
     sizes = {"image_meta_size": torch.tensor([[8.0, 8.0, 8.0, 8.0, 0.0, 0.0]]), "style": torch.tensor([0])}
     places = {"image_rotary_emb": (ones(16, 8), torch.zeros(16, 8))}
     return {"hidden_states": random(1, 4, 8, 8), "timestep": time(), **first, **second, **sizes, **places, **more}
+
+
+def _z_image(**more):
+    return {"x": [random(16, 1, 8, 8)], "t": time(0.5), "cap_feats": [random(6, 16)]} | more
+
+
+def _beside_its_transformer(controlnet, **inputs):
+    """Call a ControlNet that shares layers of a transformer, without keeping them: they are not its own."""
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        transformer = ZImageTransformer2DModel(**_Z_IMAGE).requires_grad_(False)
+    controlnet.gradient_checkpointing = False  # which the class reads where gradients are on, and does not have
+    own = set(controlnet._modules) | set(controlnet._parameters)
+    samples = ZImageControlNetModel.from_transformer(controlnet, transformer)(**inputs)
+    for name in {*controlnet._modules, *controlnet._parameters} - own:
+        setattr(controlnet, name, None)
+    return samples
+
+
+def _protein(**more):
+    everywhere = ones(1, 6).bool()
+    told = {"is_in_context_conditioning": ~everywhere, "supports_local_latent": everywhere}
+    return {"padding_mask": everywhere, "token_type": torch.zeros(1, 6).long(), "conditioning": told} | more
 
 
 CASES = {
@@ -121,11 +153,7 @@ CASES = {
          "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 2, "axes_dim_rope": (4, 2, 2),
          "axes_lens": (64, 64, 64), "cap_feat_dim": 32},
     ),
-    "ZImageTransformer2DModel": Case(
-        lambda: {"x": [random(16, 1, 8, 8)], "t": time(0.5), "cap_feats": [random(6, 16)]},
-        {"dim": 32, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 16,
-         "axes_dims": [8, 4, 4], "axes_lens": [256, 32, 32]},
-    ),
+    "ZImageTransformer2DModel": Case(_z_image, _Z_IMAGE),
     "HiDreamImageTransformer2DModel": Case(
         lambda: {
             "hidden_states": random(1, 4, 8, 8), "timesteps": time(), "encoder_hidden_states_t5": random(1, 5, 32),
@@ -232,5 +260,34 @@ CASES = {
         lambda: {"source_hidden_states": random(1, 5, 16), "target_input_ids": long(1, 2, 3)},
         {"source_dim": 16, "target_dim": 16, "model_dim": 16, "num_layers": 1, "num_attention_heads": 2,
          "target_vocab_size": 32, "min_sequence_length": 4},
+    ),
+    "OmniGenTransformer2DModel": Case(
+        lambda: _latents(
+            input_ids=long(1, 2, 3, 4, 5, 6), input_img_latents=[random(1, 4, 4, 4)], input_image_sizes={0: [[1, 5]]},
+            attention_mask=ones(1, 23, 23), position_ids=torch.arange(23)[None],
+        ),
+        {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32,
+         "num_layers": 1, "pad_token_id": 0, "vocab_size": 32, "pos_embed_max_size": 8, "time_step_dim": 16,
+         "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8, "type": "su"}},
+        lambda model, encoder_hidden_states, **inputs: model(**inputs),
+    ),
+    "ZImageControlNetModel": Case(
+        lambda: _z_image(control_context=[random(16, 1, 8, 8)]),
+        {"control_layers_places": [0], "control_in_dim": 16, "add_control_noise_refiner": "control_noise_refiner",
+         "control_refiner_layers_places": [0], "dim": 32, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2},
+        _beside_its_transformer,
+    ),
+    "RFD4ProteinaTransformer": Case(
+        lambda: _protein(bb_ca=random(1, 6, 3), local_latents=random(1, 6, 8), bb_ca_time=time(0.5),
+                         local_latents_time=time(0.5)),
+        _PROTEIN | {"cath_emb_dim": 8, "t_emb_dim": 16, "seq_sep_dim": 8, "xt_pair_dist_dim": 6, "tri_mult_c": 16,
+                    "num_sequence_classes": 9, "feats_seq": ("xt_bb_ca", "xt_local_latents", "token_type"),
+                    "feats_cond_seq": ("time_emb_bb_ca", "time_emb_local_latents"),
+                    "feats_pair_repr": ("xt_bb_ca_pair_dists",)},
+    ),
+    "RFD4ProteinaAutoencoder": Case(
+        lambda: _protein(z_latent=random(1, 6, 8), ca_coors_nm=random(1, 6, 3)),
+        _PROTEIN | {"atom37_mask": [[True] * 37] * 9, "allowed_residue_types": [[True] * 9] * 7,
+                    "n_residue_types": 9},
     ),
 }  # fmt: skip

@@ -31,6 +31,24 @@ def _video(**more):
     return _image(sample=random(1, 4, 2, 8, 8), **more)
 
 
+def _motion(adapter, hidden_states):
+    """Call the motion modules of an adapter, which a UNet calls between its own layers, one after the other."""
+    for block in (*adapter.down_blocks, adapter.mid_block, *adapter.up_blocks):
+        for module in block.motion_modules:
+            hidden_states = module(hidden_states, num_frames=2)
+    return hidden_states
+
+
+def _control_parts(adapter, sample, temb, text, controlnet_cond):
+    """Call what a UNet calls of an adapter before its blocks, and the block in the middle."""
+    hint = adapter.control_to_base_for_conv_in(
+        adapter.conv_in(sample) + adapter.controlnet_cond_embedding(controlnet_cond)
+    )
+    joined = torch.cat([hint, hint], dim=1)
+    middle = adapter.mid_block.midblock(joined, temb, encoder_hidden_states=text)
+    return hint, adapter.mid_block.base_to_ctrl(hint), adapter.mid_block.ctrl_to_base(middle)
+
+
 CASES = {
     "UNet2DConditionModel": Case(_image, _UNET | {"sample_size": 8}),
     "UNet2DModel": Case(
@@ -99,4 +117,25 @@ CASES = {
          "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion")},
     ),
     "T2IAdapter": Case(lambda: {"x": random(1, 3, 64, 64)}, {"channels": [8, 8, 16, 16], "num_res_blocks": 1}),
+    "DreamLiteUNetModel": Case(
+        lambda: _image(encoder_hidden_states=random(1, 5, 16)),
+        {"block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 8, "cross_attention_dim": 16,
+         "attention_head_dim": 8, "ff_mult": 2,
+         "down_block_types": ("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+         "up_block_types": ("DreamLiteCrossAttnUpBlock2D", "DreamLiteUpBlock2D")},
+    ),
+    "MotionAdapter": Case(
+        lambda: {"hidden_states": random(2, 16, 4, 4)},
+        {"block_out_channels": (16, 16), "motion_layers_per_block": 1, "motion_num_attention_heads": 2,
+         "motion_norm_num_groups": 8},
+        _motion,
+    ),
+    "ControlNetXSAdapter": Case(
+        lambda: {"sample": random(1, 4, 8, 8), "temb": random(1, 64), "text": random(1, 5, 32),
+                 "controlnet_cond": random(1, 3, 16, 16)},
+        {"block_out_channels": (8, 16), "base_block_out_channels": (16, 16), "cross_attention_dim": 32,
+         "conditioning_embedding_out_channels": (8, 8), "num_attention_heads": 2,
+         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")},
+        _control_parts,
+    ),
 }  # fmt: skip
