@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..codec.grid import cost_in_bits
+from ..codec.schema import TENSOR_PREFIX
 
 # Names of the first and last layers of diffusers' UNets, ControlNets and transformers. No recipe covers them; they are
 # quantized to `in_out_bits`.
@@ -15,6 +16,15 @@ IN_OUT_LAYERS = (
 
 # Timesteps that 50 steps of PNDM visit on a Stable Diffusion model, the sampling of the paper (section 5).
 PAPER_TIMESTEPS = tuple(range(1, 1000, 20))
+
+
+# What torch puts between a layer and the parameters that its weight is computed from.
+_COMPUTED = ".parametrizations.weight"
+
+
+def is_in_out(name: str) -> bool:
+    """Return whether a name in a plan is that of a first or last layer, or of a packed parameter of one."""
+    return name.partition(f".{TENSOR_PREFIX}")[0].removesuffix(_COMPUTED) in IN_OUT_LAYERS
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,7 @@ def average_bits(
         cached: bits of those features, see `cached_bits`.
     """
     cost = {name: cost_in_bits(bits, balance) * count for name, (bits, count) in layers.items()}
-    inner = [name for name in layers if name not in IN_OUT_LAYERS]
+    inner = [name for name in layers if not is_in_out(name)]
     total = sum(count for _, count in layers.values()) + other_weights + removed_weights
     return AverageBits(
         paper=(sum(cost.values()) + cached + 16 * other_weights) / total,

@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bits
+from ..allocation.average_bits import IN_OUT_LAYERS, PAPER_TIMESTEPS, cached_bits, is_in_out
 from ..allocation.data_free import allocate_data_free
 from ..codec.grid import cost_in_bits
 from ..config.bitsfusion import BitsFusionConfig
@@ -96,12 +96,12 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
     if plan.replaced_path is not None:
         layers = {name: layer for name, layer in layers.items() if name not in time_layers}
     if not layers and not plan.tensors:
-        raise ValueError(f"This {type(model).__name__} has no layer to quantize.")
+        left = f" beside {', '.join(exclude)}, which stay as they are" if exclude else ""
+        raise ValueError(f"This {type(model).__name__} has no layer to quantize{left}.")
 
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     sizes |= {name: tensor.num_weights for name, tensor in plan.tensors.items()}
-    special = [name for name in layers if name in IN_OUT_LAYERS or name in time_layers]
-    special += [name for name, tensor in plan.tensors.items() if tensor.owner in IN_OUT_LAYERS]
+    special = [name for name in sizes if is_in_out(name) or name in time_layers]
     plan.bits = {name: config.in_out_bits for name in special}
     ordinary = {name: size for name, size in sizes.items() if name not in plan.bits}
     shapes = {name: tuple(layer.weight.shape) for name, layer in layers.items()}

@@ -2,12 +2,14 @@ import logging
 import math
 
 import pytest
+import torch
 from accelerate import init_empty_weights
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import AutoencoderKLMiniMaxH3Audio, MiniMaxMusic3Vocoder, PixArtTransformer2DModel, UNet2DConditionModel
 from helpers import layer_sizes
 from tiny import tiny_controlnet, tiny_unet
 
 from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model
+from diffusers_bitsfusion.allocation.average_bits import average_bits, is_in_out
 from diffusers_bitsfusion.packing.planning import make_plan, matches
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -242,6 +244,27 @@ def test_a_model_of_which_nothing_is_left_is_refused(unet):
     blocks = ["down_blocks", "mid_block", "up_blocks", "time_embedding", "conv_in", "conv_out"]
     with pytest.raises(ValueError, match="UNet2DConditionModel has no layer to quantize"):
         make_plan(unet, BitsFusionConfig(modules_to_not_convert=blocks))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_model_that_keeps_all_of_itself_in_fp32_is_refused_naming_it():
+    with torch.device("meta"):
+        model = AutoencoderKLMiniMaxH3Audio()
+    config = BitsFusionConfig(recipe=2)
+    with pytest.raises(ValueError, match=r"H3Audio has no layer to quantize beside encoder, decoder,.*, which stay"):
+        make_plan(model, config, model._keep_in_fp32_modules)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_first_and_last_layers_of_other_kinds_get_the_bits_of_such_layers_and_count_as_such():
+    with torch.device("meta"):
+        model = MiniMaxMusic3Vocoder(8, 8, 8, (2,))  # its first and last layers are of one dimension, normalised
+    plan = make_plan(model, BitsFusionConfig(recipe=2, in_out_bits=8))
+    ends = {name for name, bits in plan.bits.items() if bits == 8}
+    assert ends == {"conv_in.packed_weight_v", "conv_out.packed_weight_v"}
+    assert is_in_out("conv_in.parametrizations.weight.packed_original1")
+    sizes = {name: (bits, plan.tensors[name].num_weights) for name, bits in plan.bits.items()}
+    assert average_bits(sizes).layers == pytest.approx(math.log2(5))  # levels of a balanced grid of two bits
 
 
 def test_a_quantized_model_is_refused():
