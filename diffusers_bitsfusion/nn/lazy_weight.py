@@ -27,17 +27,25 @@ class LazyWeight(torch.Tensor):
         decode: makes a new tensor of the values, with the metadata of `like`.
         like: a strided tensor, mostly on the meta device.
         device: of the values.
+        decode_rows: makes a tensor of the rows at given places, where those of a table can be decoded alone.
 
     Raises:
         RuntimeError: it, or a view of it, is written to, or asked to require a gradient.
     """
 
     decode: Callable[[], Tensor]
+    decode_rows: Callable[[Tensor], Tensor] | None
     _kept: Tensor | None
     _is_hf_initialized = True  # transformers' initialisation of modules leaves such tensors alone.
 
     @staticmethod
-    def __new__(cls: type[LazyWeight], decode: Callable[[], Tensor], like: Tensor, device: torch.device) -> LazyWeight:
+    def __new__(
+        cls: type[LazyWeight],
+        decode: Callable[[], Tensor],
+        like: Tensor,
+        device: torch.device,
+        decode_rows: Callable[[Tensor], Tensor] | None = None,
+    ) -> LazyWeight:
         """Make a tensor of the dtype, shape and strides of `like` on `device`, whose values `decode` gives."""
         made: LazyWeight = TORCH_WRAPPER.require(torch.Tensor)(
             cls,
@@ -48,7 +56,7 @@ class LazyWeight(torch.Tensor):
             device=device,
             requires_grad=False,
         )
-        made.decode, made._kept = decode, None
+        made.decode, made.decode_rows, made._kept = decode, decode_rows, None
         return made
 
     __torch_function__ = TORCH_NO_OVERRIDE.read(torch._C, torch.Tensor.__torch_function__)
@@ -62,6 +70,8 @@ class LazyWeight(torch.Tensor):
             refuse_writing()
         if func.is_view and isinstance(args[0], cls):
             return _view(func, args, kwargs)
+        if func is torch.ops.aten.embedding.default and _looks_up_few(*args[:2]):
+            return args[0].decode_rows(args[1])
         return func(*_decoded(args), **_decoded(kwargs))
 
     # These members go past torch's operators.
@@ -139,6 +149,12 @@ def refuse_writing() -> NoReturn:
         RuntimeError: always.
     """
     raise RuntimeError(_REFUSAL)
+
+
+def _looks_up_few(table: Tensor, indices: Tensor) -> bool:
+    """Whether a look-up reads fewer rows than a table has, which can be decoded by themselves."""
+    by_rows = isinstance(table, LazyWeight) and table.decode_rows is not None
+    return by_rows and 0 < indices.numel() < len(table)
 
 
 def _decoded(arguments: Any) -> Any:

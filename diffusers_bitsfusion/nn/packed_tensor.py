@@ -63,7 +63,9 @@ class PackedTensor(NotTrainable):
         if torch.compiler.is_compiling():
             return decode()
         like = torch.empty(self.shape, dtype=self.weight_dtype, device="meta")
-        return LazyWeight(decode, like, self.codes.device)
+        is_table = len(self.shape) == 2 and not self.schema.order
+        rows = functools.partial(_decode_rows, *kept, self.schema, self.weight_dtype) if is_table else None
+        return LazyWeight(decode, like, self.codes.device, rows)
 
     def decode(self) -> Tensor:
         """Return the parameter, a new tensor."""
@@ -77,6 +79,14 @@ class PackedTensor(NotTrainable):
 def _decode(codes: Tensor, scale: Tensor, schema: LayerSchema, axes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     rows: Tensor = weight(codes, scale.view(-1), schema.bits, (schema.rows, schema.columns), dtype)
     return rows.view(schema.shape).permute(axes).contiguous()
+
+
+def _decode_rows(codes: Tensor, scale: Tensor, schema: LayerSchema, dtype: torch.dtype, indices: Tensor) -> Tensor:
+    """Return the rows of a table at `indices`, any shape, decoded alone: [*indices.shape, columns]."""
+    places = indices.flatten()
+    chosen = codes.index_select(0, places), scale.view(-1).index_select(0, places)
+    rows: Tensor = weight(*chosen, schema.bits, (len(places), schema.columns), dtype)
+    return rows.view(*indices.shape, schema.columns)
 
 
 class HoldsPackedTensors(nn.Module):
