@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.utils import logging
 
 from .calibration.denoising import check_pipeline
 from .calibration.layers import CalibratedLayer
@@ -29,6 +30,8 @@ from .utils.finite import refuse_not_finite
 from .utils.hooks import refuse_dispatched
 from .utils.private_names import DIFFUSERS_FP32
 from .utils.undo import unchanged_on_error
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -59,7 +62,9 @@ def prepare_qat(
 
     Each layer that `quantize_model` would pack becomes a fake-quantized `QATLinear` or `QATConv2d`, an `nn.Linear` or
     `nn.Conv2d` with an fp32 latent `weight` and an fp32 `scale` [out], both requiring gradients, and rounds to the
-    same codes and scales as post-training quantization. Everything else stays as it is, time embedding included:
+    same codes and scales as post-training quantization. Weights of other kinds (convolutions in one or three
+    dimensions, transposed ones, attention in one module, experts, embeddings) are trained and stay in floating point,
+    of which a warning says the share. Everything else stays as it is, time embedding included:
     `convert` replaces that by the look-up that the config requests. Load the model in fp32 and train under autocast;
     `save_pretrained` is refused until `convert`.
 
@@ -81,7 +86,8 @@ def prepare_qat(
         ValueError: the model is quantized, prepared or offloaded already, holds NaN or infinite weights, or does not
             suit the config; `layers` names a layer that the config does not quantize; the config asks for integers
             that this machine cannot compute with; calibration is requested, and the object is not a pipeline that
-            accepts prompts and has one model to train, or the calibration is to tune, which training does itself.
+            accepts prompts and has one model to train, or the calibration is to tune, which training does itself; the
+            model has no Linear or Conv2d layer.
             After an error or an interruption the model is as it was.
     """
     config = copy.deepcopy(config or BitsFusionConfig())
@@ -132,10 +138,35 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
     if config.target_bytes is not None:
         raise ValueError("target_bytes is for quantizing; training keeps the step of its scales. Give target_bits.")
     plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
-    plan.bits, plan.tensors = plan.layer_bits, {}  # Parameters of other kinds are trained in floating point.
+    if plan.tensors:
+        _say_what_stays(model, plan)
+    plan.bits, plan.tensors = plan.layer_bits, {}
     if layers is not None:
         plan.bits = _selected(plan.bits, layers)
     return plan
+
+
+def _say_what_stays(model: ModelMixin, plan: Plan) -> None:
+    """Warn of the parameters that are neither of Linear nor of Conv2d layers, which stay in floating point.
+
+    Raises:
+        ValueError: there are no others.
+    """
+    first = next(iter(plan.tensors.values())).full_parameter
+    if not plan.layer_bits:
+        raise ValueError(
+            f"This {type(model).__name__} has no Linear or Conv2d layer to fake-quantize. Its other weights, such as "
+            f"{first}, are packed by `quantize_model`, without training."
+        )
+    left = sum(place.num_weights for place in plan.tensors.values())
+    trained = sum(model.get_submodule(name).weight.numel() for name in plan.layer_bits)
+    logger.warning(
+        "%.2g %% of the weights of this %s, such as %s, are neither of Linear nor of Conv2d layers: they are trained "
+        "in floating point and stay so after `convert()`. `quantize_model` packs them too.",
+        100 * left / (left + trained),
+        type(model).__name__,
+        first,
+    )
 
 
 def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMixin:

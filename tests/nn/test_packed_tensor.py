@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import pickle
 
 import pytest
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from peft import LoraConfig, inject_adapter_in_model
 from test_format import read_layers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from diffusers_bitsfusion import BitsFusionConfig, quantize_model, size_report
+from diffusers_bitsfusion import BitsFusionConfig, convert, prepare_qat, quantize_model, size_report
 from diffusers_bitsfusion.codec.scales import quantize_rows
+from diffusers_bitsfusion.nn import packed_tensor
 from diffusers_bitsfusion.nn.packed_tensor import HoldsPackedTensors, PackedTensor, packed_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
@@ -93,9 +96,61 @@ def packed() -> EveryKind:
 def test_every_kind_is_packed_and_the_embedding_by_choice(packed):
     layers = {"attention.out_proj", "linear"}
     assert packed.config.quantization_config.layers.keys() == NAMES | layers
-    chosen = quantize_model(float_model(), BitsFusionConfig(recipe=3, embeddings=True), progress=False)
+    chosen = packed_with_embedding()
     assert chosen.config.quantization_config.layers.keys() == NAMES | layers | {"embedding.packed_weight"}
     assert packed.num_parameters() == chosen.num_parameters() == float_model().num_parameters()
+
+
+def packed_with_embedding() -> EveryKind:
+    return quantize_model(float_model(), BitsFusionConfig(recipe=3, embeddings=True), progress=False)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 4), (0,), (4, 5), (6, 7)], ids=str)
+def test_a_look_up_gives_the_rows_of_the_dequantized_table_and_decodes_no_other(shape, monkeypatch):
+    embedding = packed_with_embedding().embedding
+    rows = embedding.weight.clone()
+    tokens = torch.randint(20, shape, generator=torch.Generator().manual_seed(1))
+    decoded = []
+    original = packed_tensor.weight
+    monkeypatch.setattr(packed_tensor, "weight", lambda *args: (decoded.append(args[3][0]), original(*args))[1])
+    assert torch.equal(embedding(tokens), nn.functional.embedding(tokens, rows))
+    assert decoded == [tokens.numel() if 0 < tokens.numel() < 20 else 20]
+    with pytest.raises(IndexError, match="out of range"):
+        embedding(torch.tensor([20]))
+
+
+def test_an_adapter_of_a_packed_table_learns_what_it_learns_beside_the_dequantized_one():
+    tokens = torch.tensor([[1, 3, 3], [7, 19, 0]])
+    results = []
+    for is_packed in (True, False):
+        model = packed_with_embedding()
+        model = model if is_packed else model.dequantize().requires_grad_(False)
+        config = LoraConfig(r=2, target_modules=["embedding"], init_lora_weights=False)
+        torch.manual_seed(4)
+        embedding = inject_adapter_in_model(config, model).embedding
+        output = embedding(tokens)
+        output.square().sum().backward()
+        factors = embedding.lora_embedding_A, embedding.lora_embedding_B
+        results.append([output, *(factor["default"].grad for factor in factors)])
+    for found, expected in zip(*results, strict=True):
+        assert torch.equal(found, expected)
+        assert expected.any()
+
+
+def test_training_says_what_it_leaves_in_floating_point(packed, caplog):
+    layers = packed.config.quantization_config.layers
+    names = [name.replace("packed_", "") for name in NAMES]
+    weights = {name: value.numel() for name, value in float_model().named_parameters()}
+    left, trained = (
+        sum(weights[name] for name in names),
+        weights["linear.weight"] + weights["attention.out_proj.weight"],
+    )
+    with caplog.at_level(logging.WARNING, logger="diffusers_bitsfusion"):
+        model = convert(prepare_qat(float_model(), BitsFusionConfig(recipe=3)))
+    assert f"{100 * left / (left + trained):.2g} % of the weights of this EveryKind" in caplog.text
+    assert model.config.quantization_config.layers.keys() == layers.keys() - NAMES
+    with pytest.raises(ValueError, match=r"has no Linear or Conv2d layer to fake-quantize.*conv1\.weight"):
+        prepare_qat(float_model(), BitsFusionConfig(recipe=3, modules_to_not_convert=["linear", "out_proj"]))
 
 
 def test_values_are_rounded_by_output_channel(packed):
