@@ -18,6 +18,7 @@ from .calibration.run import calibrate
 from .codec.radix import pack_dense, unpack_dense
 from .config.bitsfusion import BitsFusionConfig
 from .config.calibration import Calibration
+from .integrations.borrowed_layers import own_layers
 from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish
 from .nn.conversion import packed_from_float, replace_module
@@ -137,7 +138,8 @@ def _plan(model: ModelMixin, config: BitsFusionConfig, layers: Iterable[str] | N
     check_device(config.compute, model.device)  # `convert` would refuse it after the training.
     if config.target_bytes is not None:
         raise ValueError("target_bytes is for quantizing; training keeps the step of its scales. Give target_bits.")
-    plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
+    with own_layers(model):
+        plan = make_plan(model, config, DIFFUSERS_FP32.read(model) or [])
     if plan.tensors:
         _say_what_stays(model, plan)
     plan.bits, plan.tensors = plan.layer_bits, {}

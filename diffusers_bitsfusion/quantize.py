@@ -16,6 +16,7 @@ from .calibration.layers import CalibratedLayer
 from .calibration.run import calibrate, record_calls, tune_packed
 from .config.bitsfusion import BitsFusionConfig
 from .config.calibration import Calibration
+from .integrations.borrowed_layers import own_layers
 from .integrations.diffusers_quantizer import BitsFusionQuantizer
 from .integrations.finish import finish, warn_untrained
 from .integrations.transformers_quantizer import BitsFusionTextQuantizer
@@ -108,8 +109,9 @@ def _quantize(
     refuse_dispatched(model, "quantize")
     dtype = model.dtype
     exclude = DIFFUSERS_FP32.read(model) or []
-    plan = make_fitting_plan(model, config, dtype, exclude)
-    packer = ModelPacker(model, plan, dtype, progress)
+    with own_layers(model):
+        plan = make_fitting_plan(model, config, dtype, exclude)
+        packer = ModelPacker(model, plan, dtype, progress)
     calibrated: dict[str, CalibratedLayer] = {}
     calls: list[Call] = []
     timesteps = plan.timesteps if plan.time_embedding == "cache" else None

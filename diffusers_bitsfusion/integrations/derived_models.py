@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import diffusers
-from diffusers import ConfigMixin
+from diffusers import ConfigMixin, UNetMotionModel
 from torch import nn
 
 from ..config.bitsfusion import BitsFusionMethod
@@ -38,6 +38,8 @@ def register_derived_models() -> None:
         owner = getattr(diffusers, name, None)  # Earlier versions of diffusers lack some.
         if owner is not None and method in vars(owner):
             setattr(owner, method, classmethod(_wrap_copying(vars(owner)[method].__func__)))
+    UNetMotionModel.load_motion_modules = _wrap_load_motion(UNetMotionModel.load_motion_modules)
+    UNetMotionModel.save_motion_modules = _wrap_save_motion(UNetMotionModel.save_motion_modules)
 
 
 def _wrap_from_config(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,6 +76,38 @@ def _wrap_copying(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(cls, *args, **kwargs)
 
     return copying
+
+
+def _wrap_load_motion(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `UNetMotionModel.load_motion_modules`, so that packed and plain modules are not mixed."""
+
+    @functools.wraps(original)
+    def load_motion_modules(self: Any, motion_adapter: Any) -> Any:
+        packed = [model for model in (self, motion_adapter) if model is not None and _holds_packed(model)]
+        if len(packed) == 1:
+            raise ValueError(
+                f"Motion modules are copied, and those of {type(packed[0]).__name__} alone are packed. Call "
+                "`dequantize()` on it first; the whole can be quantized afterwards."
+            )
+        return original(self, motion_adapter)
+
+    return load_motion_modules
+
+
+def _wrap_save_motion(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `UNetMotionModel.save_motion_modules`, which saves them as a plain adapter."""
+
+    @functools.wraps(original)
+    def save_motion_modules(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _holds_packed(self):
+            raise ValueError(
+                "Motion modules are saved as a plain MotionAdapter, and those of this UNetMotionModel are packed. "
+                "Call `dequantize()` on it first, or on a copy (`copy.deepcopy`); or save all of it by "
+                "`save_pretrained`."
+            )
+        return original(self, *args, **kwargs)
+
+    return save_motion_modules
 
 
 def _holds_packed(model: nn.Module) -> bool:

@@ -27,6 +27,7 @@ from ..packing.file_budget import make_fitting_plan
 from ..packing.packer import ModelPacker, install_packed_layers, raise_missing
 from ..utils.hooks import refuse_dispatched
 from ..utils.private_names import ACCELERATE_HOOK
+from .borrowed_layers import own_layers
 from .finish import finish, warn_untrained
 from .saving import as_plain_model
 
@@ -247,6 +248,10 @@ class BitsFusionQuantizer(DiffusersQuantizer):
 
     def _dequantize(self, model: ModelMixin) -> ModelMixin:
         refuse_dispatched(model, "dequantize")
+        with own_layers(model):
+            return self._put_back(model)
+
+    def _put_back(self, model: ModelMixin) -> ModelMixin:
         packed = [(name, m) for name, m in model.named_modules() if isinstance(m, PackedWeight)]
         dtype = packed[-1][1].weight_dtype if packed else self._dtype
         if isinstance(getattr(model, "time_proj", None), TimeFeatures):
