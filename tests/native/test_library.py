@@ -33,6 +33,12 @@ def no_compiler(fresh_library, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
 
 
+@pytest.fixture
+def quick_build(fresh_library, monkeypatch):
+    """Builds a library that is slow to run: fully optimised, compiling it takes four times as long."""
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-O1"))
+
+
 def random_packed(rows, columns, bits, seed=0):
     generator = torch.Generator().manual_seed(seed)
     half = half_range(bits)
@@ -200,7 +206,7 @@ def test_without_threads_to_share_with_one_range_is_all():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the flag is one of GNU linkers")
-def test_loops_without_memory_to_work_in_say_so(fresh_library, monkeypatch, tmp_path):
+def test_loops_without_memory_to_work_in_say_so(quick_build, monkeypatch, tmp_path):
     source = tmp_path / "no_memory.c"
     source.write_text("void *__wrap_malloc(unsigned long size) { (void)size; return 0; }")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # other sources take the place of the usual ones in a cache
@@ -283,7 +289,7 @@ def test_a_missing_library_is_told_once_in_the_compilers_words(fresh_library, mo
     assert "cc says: fatal error: all is lost" in record.getMessage()
 
 
-def test_without_a_cache_the_library_is_built_for_the_process(fresh_library, monkeypatch, tmp_path):
+def test_without_a_cache_the_library_is_built_for_the_process(quick_build, monkeypatch, tmp_path):
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
 
@@ -309,7 +315,7 @@ def test_a_cut_library_is_not_loaded_but_built_anew(fresh_library, monkeypatch, 
     assert len(library.read_bytes()) > 5000
 
 
-def test_the_library_is_built_once_and_then_found(fresh_library, monkeypatch, tmp_path):
+def test_the_library_is_built_once_and_then_found(quick_build, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert native.native_library() is not None
     (built,) = [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -75,7 +75,7 @@ def test_tokens_of_many_panels_on_several_threads(without_vnni):
 
 @x86
 def test_a_processor_without_these_instructions_says_so(fresh_library, monkeypatch, without_vnni):
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx2", "-mno-avx512f"))
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-mno-avx2", "-mno-avx512f", "-O1"))
     assert native.native_library().multiply is None
     assert why_no_int_mm() == "this processor has neither VNNI nor AVX2"
     x, weight = operands(3, 4, 70, bits=2)
