@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from diffusers.loaders import lora_base
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -43,6 +43,8 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
         check_targets(model, arguments.get("state_dict") or names, config)
         # Some tuners have no `modules_to_save`.
         _check_modules_to_save(model, getattr(config, "modules_to_save", None) or ())
+        if config.peft_type == PeftType.LN_TUNING:
+            _check_trained_norms(model, names)
         before = {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
         branches = [(module, module.branch_rank) for module in model.modules() if isinstance(module, LowRankBranch)]
         try:
@@ -119,6 +121,16 @@ def _check_modules_to_save(model: nn.Module, names: Iterable[str]) -> None:
             raise ValueError(
                 f"modules_to_save names {name}, whose weights are packed: they cannot be trained whole. Name it in "
                 "target_modules, or train the full-precision model by `prepare_qat`."
+            )
+
+
+def _check_trained_norms(model: nn.Module, targets: Iterable[str]) -> None:
+    """Refuse targets of LNTuning, which trains them whole, whose weights are packed."""
+    for name in targets:
+        if any(isinstance(part, _PACKED) for part in model.get_submodule(name).modules()):
+            raise ValueError(
+                f"target_modules names {name}, whose weights are packed: LNTuning would train them whole. Name norms "
+                "alone, or take another tuner, such as LoRA."
             )
 
 

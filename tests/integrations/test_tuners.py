@@ -8,7 +8,15 @@ import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from peft import LoKrConfig, LoraConfig, PeftMixedModel, PeftModel, TrainableTokensConfig, get_peft_model
+from peft import (
+    LNTuningConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftMixedModel,
+    PeftModel,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
@@ -221,6 +229,15 @@ def test_modules_to_save_of_a_packed_layer_says_what_to_do(target):
         get_peft_model(net, config)
     assert not any(isinstance(module, BaseTunerLayer) for module in net.modules())
     assert torch.equal(net(images()), before)
+
+
+def test_a_packed_target_of_lntuning_says_what_to_do(packed_unet, call_unet):
+    before = call_unet(packed_unet)
+    with pytest.raises(ValueError, match=r"target_modules names .*to_q, whose weights are packed: LNTuning .* norms"):
+        get_peft_model(packed_unet, LNTuningConfig(target_modules=["norm1", "to_q"]))
+    assert torch.equal(call_unet(packed_unet), before)
+    tuned = get_peft_model(packed_unet, LNTuningConfig(target_modules=["norm1"]))
+    assert torch.equal(call_unet(tuned), before)
 
 
 def test_modules_to_save_of_a_unet_s_block_says_what_to_do(packed_unet, call_unet):
