@@ -40,8 +40,9 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
     elif time.kind == "table":
         if _BASIS in encoded:
             _expand(encoded, time)
-        packed, high_bits = encoded["time_proj.codes"].cpu(), encoded.pop("time_proj.high_bits").cpu()
-        encoded["time_proj.codes"] = unpack_rows(packed, high_bits, torch.arange(len(packed)))
+        rows = torch.arange(time.num_timesteps + 2)
+        for key in _tables(time):
+            encoded[key] = unpack_rows(encoded[key].cpu(), rows).to(torch.int16)
         _fold_time_branches(encoded, time)
     for name, layer in schema.layers.items():
         key = f"{name}.codes"
@@ -63,9 +64,8 @@ def _expand(state_dict: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
     codes, scale = quantize_table(LowRankTable(basis, basis_scale, coefficients, scale).dense())
     parts = {"codes": slice(time.num_features), "embedding_codes": slice(time.num_features, None)}
     for name, part in parts.items():
-        state_dict[f"time_proj.{name}"] = codes[:, part]
+        state_dict[f"time_proj.{name}"] = pack_table(codes[:, part])
         state_dict[f"time_proj.{name.replace('codes', 'scale')}"] = scale[part].contiguous().view(torch.int32)
-    state_dict["time_proj.codes"], state_dict["time_proj.high_bits"] = pack_table(state_dict["time_proj.codes"])
 
 
 def _fold_time_branches(state_dict: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
@@ -189,10 +189,7 @@ def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> 
             codes = decode_table(frame, time.num_timesteps + 2, columns)
         except ValueError as error:
             raise ValueError(f"{key} {error}.") from error
-        if key == "time_proj.codes":
-            decoded[key], decoded["time_proj.high_bits"] = pack_table(codes)
-        else:
-            decoded[key] = codes
+        decoded[key] = pack_table(codes)
 
 
 def _decode_sums(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:

@@ -1,8 +1,8 @@
 """Time features over all training timesteps as small integers: coded in the file (docs/FORMAT.md), packed in memory.
 
 Features are smooth along time: third differences of their codes are near zero and entropy-code well. In memory any row
-must be read alone, on any device: there the low byte of each code is kept, and of every third row two bits more. A
-code in between is the one of its low byte that is nearest to the line between the rows around it that are known.
+must be read alone, on any device: there three rows take 24 bits, 10 for the first code, 8 and 6 for what the others
+differ by from where the codes around them lead.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ RELATIVE_ERROR = 0.0044
 
 _DIFFERENCES = 3
 
-# Distance of the rows whose codes are known in ten bits, as are those of the last row; largest of these codes.
-_ANCHOR_DISTANCE = 3
-_LARGEST_ANCHOR = 511
+# Rows that are packed together, and the largest code of the first of them, which is known in ten bits.
+_GROUP = 3
+_LARGEST = 511
 
 
 def quantize_table(features: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,73 +87,84 @@ def decode_table(frame: Tensor, timesteps: int, features: int) -> Tensor:
     return codes
 
 
-def high_bits_rows(timesteps: int) -> int:
-    """Rows of the high bits of a table of so many rows, four anchors a byte."""
-    return math.ceil(_anchors(timesteps) / 4)
+def packed_rows(timesteps: int) -> int:
+    """Return the rows of a packed table of so many rows: whole groups, one of them after the last row."""
+    return _GROUP * (math.ceil((timesteps - 1) / _GROUP) + 1)
 
 
-def pack_table(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Pack codes into 8.67 bits each, where they are smooth enough for that.
+def pack_table(codes: Tensor) -> Tensor:
+    """Pack codes into 8 bits each, where they are smooth enough for that.
+
+    Of three rows the first byte is the low one of the first code, the second byte that of the second code, and the
+    third byte has six bits of the third code and the two high ones of the first.
 
     Args:
         codes: int16 [timesteps, features].
 
     Returns:
-        The low bytes of all codes, uint8 [timesteps, features], and the high bits of the anchors, uint8
-        [high_bits_rows(timesteps), features]. Where they would not give back the codes, the codes themselves, int16,
-        and zeros.
+        uint8 [packed_rows(timesteps), features]. Where that would not give back the codes, the codes themselves.
     """
     timesteps, features = codes.shape
-    low = torch.empty(timesteps, features, dtype=torch.uint8, device=codes.device)
-    high = torch.zeros(high_bits_rows(timesteps), features, dtype=torch.uint8, device=codes.device)
+    packed = torch.zeros(packed_rows(timesteps), features, dtype=torch.uint8, device=codes.device)
     rows = torch.arange(timesteps, device=codes.device)
     for part in _column_parts(features, width=128):  # The intermediates of a part stay within the caches.
         exact = codes[:, part].to(torch.int32)
-        low[:, part] = exact & 255
-        bits = torch.zeros(4 * len(high), exact.shape[1], dtype=torch.int32, device=codes.device)
-        bits[: _anchors(timesteps)] = (exact[_anchor_rows(timesteps, codes.device)] >> 8) & 3
-        bits = bits.view(len(high), 4, -1)
-        high[:, part] = bits[:, 0] | bits[:, 1] << 2 | bits[:, 2] << 4 | bits[:, 3] << 6
-        if not torch.equal(unpack_rows(low[:, part], high[:, part], rows), exact):
-            return codes, torch.zeros_like(high)
-    return low, high
+        groups = _with_group_after(exact).view(-1, _GROUP, exact.shape[1])
+        first, second, third = groups.unbind(dim=1)
+        into = packed.view(-1, _GROUP, features)
+        into[:, 0, part], into[:, 1, part] = first & 255, second & 255
+        into[:, 2, part] = (third & 63) << 2 | (first >> 8 & 3)
+        if not torch.equal(unpack_rows(packed[:, part], rows), exact):
+            return codes
+    return packed
 
 
-def unpack_rows(codes: Tensor, high_bits: Tensor, rows: Tensor) -> Tensor:
+def _with_group_after(codes: Tensor) -> Tensor:
+    """Return the rows with as many after them as fill the groups: the first one goes on as the last rows went."""
+    timesteps, features = codes.shape
+    filled = codes.new_zeros(packed_rows(timesteps), features)
+    filled[:timesteps] = codes
+    after = len(filled) - _GROUP
+    if after >= timesteps:  # The steps of the last group's slope are the last step of the table.
+        going_on = codes[after - _GROUP] + _GROUP * (codes[-1] - codes[-2])
+        filled[after] = going_on.clamp(-_LARGEST - 1, _LARGEST)
+    return filled
+
+
+def unpack_rows(packed: Tensor, rows: Tensor) -> Tensor:
     """Return rows of what `pack_table` packed.
 
+    The second code of three is the one of its low byte that is nearest to the line from the first code to that of the
+    next three; the third is the one of its six bits that is nearest to where that line's slope leads from the second.
+
     Args:
-        codes: uint8 or int16 [timesteps, features].
-        high_bits: uint8 [high_bits_rows(timesteps), features].
-        rows: int64 [...], each in 0 ... timesteps - 1.
+        packed: uint8 or int16 [..., features].
+        rows: int64 [...], each a row of the codes.
 
     Returns:
         The codes, int32 [..., features].
     """
-    if codes.dtype == torch.int16:
-        return codes[rows].to(torch.int32)
-    timesteps = codes.shape[0]
-    last = timesteps - 1
-    anchor = rows.div(_ANCHOR_DISTANCE, rounding_mode="floor")
-    before, after = anchor * _ANCHOR_DISTANCE, ((anchor + 1) * _ANCHOR_DISTANCE).clamp(max=last)
+    if packed.dtype == torch.int16:
+        return packed[rows].to(torch.int32)
+    group = rows.div(_GROUP, rounding_mode="floor")
+    first = group * _GROUP
+    after = (first + _GROUP).clamp(max=packed.shape[0] - _GROUP)
 
-    def known(number: Tensor, row: Tensor) -> Tensor:
-        bits = high_bits[number.div(4, rounding_mode="floor")].to(torch.int32) >> (2 * (number % 4)).unsqueeze(-1)
-        return ((codes[row].to(torch.int32) | (bits & 3) << 8) ^ (_LARGEST_ANCHOR + 1)) - (_LARGEST_ANCHOR + 1)
+    def known(row: Tensor) -> Tensor:
+        code = packed[row].to(torch.int32) | (packed[row + 2].to(torch.int32) & 3) << 8
+        return (code ^ (_LARGEST + 1)) - (_LARGEST + 1)
 
-    start, end = known(anchor, before), known((anchor + 1).clamp(max=_anchors(timesteps) - 1), after)
-    step, distance = (rows - before).unsqueeze(-1), (after - before).clamp(min=1).unsqueeze(-1)
-    line = start + ((end - start) * step).div(distance, rounding_mode="floor")
-    return (line + ((codes[rows].to(torch.int32) - line + 128) & 255) - 128).to(torch.int32)
-
-
-def _anchors(timesteps: int) -> int:
-    return math.ceil((timesteps - 1) / _ANCHOR_DISTANCE) + 1
+    start = known(first)
+    slope = (known(after) - start).div(_GROUP, rounding_mode="floor")
+    second = _nearest(packed[first + 1].to(torch.int32), start + slope, 256)
+    third = _nearest(packed[first + 2].to(torch.int32) >> 2, second + slope, 64)
+    step = (rows - first).unsqueeze(-1)
+    return torch.where(step == 0, start, torch.where(step == 1, second, third)).to(torch.int32)
 
 
-def _anchor_rows(timesteps: int, device: torch.device) -> Tensor:
-    """Row of each anchor, the last row among them."""
-    return (torch.arange(_anchors(timesteps), device=device) * _ANCHOR_DISTANCE).clamp(max=timesteps - 1)
+def _nearest(bits: Tensor, expected: Tensor, values: int) -> Tensor:
+    """Return the integers of such low bits that are nearest to `expected`."""
+    return expected + ((bits - expected + values // 2) & (values - 1)) - values // 2
 
 
 def _column_parts(columns: int, width: int = 1024) -> list[slice]:

@@ -167,8 +167,8 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         if self._keep_float or not self.pre_quantized or not self.quantization_config.is_resolved:
             return state_dict
         decoded = decode_state_dict(state_dict, self.quantization_config.schema)
-        if self._table is not None and "time_proj.codes" in decoded:
-            self._table.expect(decoded["time_proj.codes"].dtype)
+        if self._table is not None:
+            self._table.expect(decoded, "time_proj.")
         return decoded
 
     def update_missing_keys(self, model: ModelMixin, missing_keys: list[str], prefix: str) -> list[str]:
@@ -177,8 +177,6 @@ class BitsFusionQuantizer(DiffusersQuantizer):
         Raises:
             ValueError: tensors are missing.
         """
-        # No file has this tensor: it is made of the table's codes, when they are decoded.
-        missing_keys = [name for name in missing_keys if name != "time_proj.high_bits"]
         if missing_keys and not self._keep_float:
             raise_missing(model, missing_keys)
         return missing_keys

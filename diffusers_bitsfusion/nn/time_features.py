@@ -7,13 +7,14 @@ table has time_embedding(t), from which an adapter of a `time_emb_proj` computes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codec.time_table import high_bits_rows, pack_table, unpack_rows
+from ..codec.time_table import pack_table, packed_rows, unpack_rows
 from ..utils.private_names import TORCH_ASSERT
 from .lazy_weight import LazyWeight
 from .low_rank_branch import LowRankBranch
@@ -90,13 +91,12 @@ class TimeFeatureTable(TimeFeatures):
     an offset of 1.
 
     Attributes:
-        codes (`nn.Parameter`): [num_timesteps + 2, features], row i is timestep i - 1: uint8, the codes' low bytes, or
-            int16, the codes themselves, where they are not smooth.
-        high_bits (`nn.Parameter`): uint8 [high_bits_rows(num_timesteps + 2), features]; see `codec.time_table`.
+        codes (`nn.Parameter`): what `codec.time_table.pack_table` makes of the codes of num_timesteps + 2 rows, of
+            which row i is timestep i - 1: uint8 [packed_rows(num_timesteps + 2), features], or int16
+            [num_timesteps + 2, features] where they are not smooth.
         scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
-        embedding_codes, embedding_scale (`nn.Parameter`): int16 [num_timesteps + 2, embedding_width] and int32
-            [embedding_width, 1], the codes and scale of the time embedding before its SiLU, which so can be given
-            back; where `embedding_width` is not 0.
+        embedding_codes, embedding_scale (`nn.Parameter`): the same of the time embedding before its SiLU, which so can
+            be given back, with embedding_width in place of features; where that is not 0.
     """
 
     def __init__(self, num_timesteps: int, features: int, embedding_width: int = 0) -> None:
@@ -104,16 +104,10 @@ class TimeFeatureTable(TimeFeatures):
         self.num_timesteps = num_timesteps
         self.num_features = features
         self.embedding_width = embedding_width
-        rows = num_timesteps + 2
-        self.codes = nn.Parameter(torch.zeros(rows, features, dtype=torch.uint8), requires_grad=False)
-        self.high_bits = nn.Parameter(
-            torch.zeros(high_bits_rows(rows), features, dtype=torch.uint8), requires_grad=False
-        )
+        self.codes = self._room_for(features, torch.uint8)
         self.scale = float_bits(torch.empty(features))
         if embedding_width:
-            self.embedding_codes = nn.Parameter(
-                torch.empty(num_timesteps + 2, embedding_width, dtype=torch.int16), requires_grad=False
-            )
+            self.embedding_codes = self._room_for(embedding_width, torch.uint8)
             self.embedding_scale = float_bits(torch.empty(embedding_width))
 
     @property
@@ -124,33 +118,41 @@ class TimeFeatureTable(TimeFeatures):
     def set_codes(self, codes: Tensor, scale: Tensor, start: int = 0) -> None:
         """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
         part = slice(start, start + len(scale))
-        low, high = pack_table(codes)
-        if low.dtype != self.codes.dtype:  # One part that is not smooth has all parts kept whole.
-            self.codes = nn.Parameter(self._unpack(self._all_rows).to(torch.int16), requires_grad=False)
-            low = codes
-        self.codes[:, part], self.high_bits[:, part] = low, high
+        packed = pack_table(codes)
+        if packed.dtype != self.codes.dtype:  # One part that is not smooth has all parts kept whole.
+            whole = self._unpack(self._all_rows).to(torch.int16)
+            self.codes, packed = nn.Parameter(whole, requires_grad=False), codes
+        self.codes[:, part] = packed
         from_float_bits(self.scale)[part] = scale
 
     def set_embedding(self, codes: Tensor, scale: Tensor) -> None:
         """Take the time embedding before its SiLU: codes int16 [num_timesteps + 2, embedding_width] and scale fp32."""
-        self.embedding_codes.copy_(codes)
+        self.embedding_codes = nn.Parameter(pack_table(codes).to(self.embedding_codes.device), requires_grad=False)
         from_float_bits(self.embedding_scale).copy_(scale)
 
-    def expect(self, dtype: torch.dtype) -> None:
-        """Make room for codes of `dtype`, which loaders would cast to that of the parameter."""
-        if dtype != self.codes.dtype:
-            self.codes = nn.Parameter(torch.empty_like(self.codes, dtype=dtype), requires_grad=False)
+    def expect(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
+        """Make room for the tables of `state_dict`, which loaders would cast to the dtype of the parameter."""
+        for name in ("codes", "embedding_codes"):
+            loaded = state_dict.get(f"{prefix}{name}")
+            if loaded is not None and name in self._parameters and loaded.dtype != getattr(self, name).dtype:
+                self.register_parameter(name, self._room_for(loaded.shape[1], loaded.dtype))
+
+    def _room_for(self, columns: int, dtype: torch.dtype) -> nn.Parameter:
+        """Return a table of zeros, packed in uint8 or whole in int16."""
+        rows = self.num_timesteps + 2
+        device = self.codes.device if "codes" in self._parameters else None
+        shape = (packed_rows(rows) if dtype == torch.uint8 else rows, columns)
+        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
 
     @property
     def _all_rows(self) -> Tensor:
         return torch.arange(self.num_timesteps + 2, device=self.codes.device)
 
     def _unpack(self, rows: Tensor) -> Tensor:
-        return unpack_rows(self.codes, self.high_bits, rows)
+        return unpack_rows(self.codes, rows)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        if f"{prefix}codes" in state_dict:
-            self.expect(state_dict[f"{prefix}codes"].dtype)
+        self.expect(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def features(self) -> tuple[Tensor, Tensor]:
@@ -159,7 +161,8 @@ class TimeFeatureTable(TimeFeatures):
 
     def embedding(self) -> Tensor:
         """Return the time embedding before its SiLU as kept, fp32 [T, embedding_width], timesteps as `features`."""
-        return self.embedding_codes[1:].float() * from_float_bits(self.embedding_scale)
+        codes = unpack_rows(self.embedding_codes, self._all_rows[1:])
+        return codes.float() * from_float_bits(self.embedding_scale)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return the features of `timesteps` [batch], or of the block."""
@@ -169,31 +172,30 @@ class TimeFeatureTable(TimeFeatures):
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
         embedding = (self.embedding_codes, from_float_bits(self.embedding_scale)) if self.embedding_width else None
-        return look_up(t, last, (self.codes, self.high_bits, from_float_bits(self.scale)), embedding)
+        return look_up(t, last, (self.codes, from_float_bits(self.scale)), embedding)
 
 
 def look_up(
-    timesteps: Tensor, last: int, table: tuple[Tensor, Tensor, Tensor], embedding: tuple[Tensor, Tensor] | None
+    timesteps: Tensor, last: int, table: tuple[Tensor, Tensor], embedding: tuple[Tensor, Tensor] | None
 ) -> Tensor:
     """Return the features of timesteps in a table, interpolated.
 
     Args:
         timesteps: fp32 [batch], 0 to `last`.
         last: the last timestep that the table was made for.
-        table: codes, high bits and fp32 scales of `codec.time_table.pack_table`.
-        embedding: codes and fp32 scales of the time embedding before its SiLU; None where the table has none.
+        table: codes, as `codec.time_table.pack_table` packs them, and their fp32 scales.
+        embedding: the same of the time embedding before its SiLU; None where the table has none.
 
     Returns:
         fp32 [batch, features], the activated time embedding after them where there is one.
     """
     rows, weights = cubic_weights(timesteps, last)
-    codes, high_bits, scale = table
-    features = (unpack_rows(codes, high_bits, rows).to(torch.float32) * weights).sum(dim=1) * scale
-    if embedding is None:
-        return features
-    codes, scale = embedding
-    hidden = (codes[rows].to(torch.float32) * weights).sum(dim=1) * scale
-    return torch.cat([features, F.silu(hidden)], dim=1)
+
+    def interpolated(codes: Tensor, scale: Tensor) -> Tensor:
+        return (unpack_rows(codes, rows).to(torch.float32) * weights).sum(dim=1) * scale
+
+    features = interpolated(*table)
+    return features if embedding is None else torch.cat([features, F.silu(interpolated(*embedding))], dim=1)
 
 
 def cubic_weights(timesteps: Tensor, last: int) -> tuple[Tensor, Tensor]:

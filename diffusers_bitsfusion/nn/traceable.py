@@ -51,7 +51,6 @@ class TraceableTimeTable(nn.Module):
         super().__init__()
         self.num_timesteps = table.num_timesteps
         self.codes = nn.Buffer(table.codes.detach())
-        self.high_bits = nn.Buffer(table.high_bits.detach())
         self.scale = nn.Buffer(table.scale.detach().view(torch.float32).view(-1))
         self.has_embedding = table.embedding_width > 0
         if self.has_embedding:
@@ -61,7 +60,7 @@ class TraceableTimeTable(nn.Module):
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return what the table returns for `timesteps` [batch], fp32."""
         embedding = (self.embedding_codes, self.embedding_scale) if self.has_embedding else None
-        table = self.codes, self.high_bits, self.scale
+        table = self.codes, self.scale
         return look_up(timesteps.to(torch.float32), self.num_timesteps, table, embedding)
 
 

@@ -15,7 +15,7 @@ from ..codec.checksums import ALGORITHM, METADATA_KEY
 from ..codec.radix import byte_width, dense_width
 from ..codec.schema import CheckpointSchema
 from ..codec.state_dict import encode_state_dict
-from ..codec.time_table import high_bits_rows
+from ..codec.time_table import packed_rows
 from ..config.bitsfusion import BitsFusionConfig
 from ..nn.time_path import TimePath
 from ..utils.private_names import DIFFUSERS_FP32
@@ -28,9 +28,6 @@ TensorSize = tuple[str, tuple[int, ...], int]
 
 # What zstd makes of the entropy of codes: 1.020 times as many bytes over the trained UNet of examples/shapes.
 _CODING_OVERHEAD = 1.02
-
-# Bytes in memory of an entry of the time embedding's table.
-_ENTRY_BYTES = 2
 
 
 def make_fitting_plan(
@@ -151,7 +148,7 @@ def _estimated_time_tensors(plan: Plan, path: TimePath, in_memory: bool) -> list
         ]
     rows = plan.num_timesteps + 2
     if in_memory:
-        sizes = [(rows + high_bits_rows(rows)) * features, _ENTRY_BYTES * rows * path.embedding_width]
+        sizes = [packed_rows(rows) * width for width in (features, path.embedding_width)]
     else:
         sizes = [round(width * TABLE_BITS_PER_FEATURE / 8) for width in (features, path.embedding_width)]
     return [

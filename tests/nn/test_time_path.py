@@ -15,7 +15,7 @@ from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.codec.time_schema import TimeFeaturesSchema
-from diffusers_bitsfusion.codec.time_table import quantize_table
+from diffusers_bitsfusion.codec.time_table import packed_rows, quantize_table
 from diffusers_bitsfusion.nn.time_features import TimeFeatureCache, TimeFeatures, TimeFeatureTable
 from diffusers_bitsfusion.nn.time_path import TimePath, empty_lookup, install, why_not_cacheable
 from diffusers_bitsfusion.nn.time_restoration import restore
@@ -332,7 +332,7 @@ def test_the_lookup_of_a_checkpoint_is_made_from_its_description():
     cache = empty_lookup(TimeFeaturesSchema("cache", sizes, timesteps=(1.0, 5.0)))
     assert isinstance(cache, TimeFeatureCache) and cache.values.shape == (2, 7)
     table = empty_lookup(TimeFeaturesSchema("table", sizes, num_timesteps=100))
-    assert isinstance(table, TimeFeatureTable) and table.codes.shape == (102, 7)
+    assert isinstance(table, TimeFeatureTable) and table.codes.shape == (packed_rows(102), 7)
 
 
 FIRST_AT_1000 = {
@@ -359,7 +359,8 @@ def test_a_table_that_is_not_smooth_survives_saving(tmp_path):
     model = quantize_model(tiny_unet(), BitsFusionConfig(recipe=8, time_embedding="table"), progress=False)
     lookup = model.time_proj
     assert lookup.codes.dtype == torch.uint8
-    codes = torch.randint(-2000, 2000, lookup.codes.shape, generator=torch.Generator().manual_seed(0))
+    shape = lookup.num_timesteps + 2, lookup.num_features
+    codes = torch.randint(-2000, 2000, shape, generator=torch.Generator().manual_seed(0))
     lookup.set_codes(codes.to(torch.int16), lookup.scale.view(torch.float32).view(-1))
     model.save_pretrained(tmp_path)
     loaded = UNet2DConditionModel.from_pretrained(tmp_path).time_proj
