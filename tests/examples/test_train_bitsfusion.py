@@ -36,6 +36,7 @@ def test_both_stages_end_in_a_packed_pipeline(command, data, tmp_path, capsys):
             *("--hub_token", "hf_secret"),
             *("--validation_file", prompts, "--validation_scorer", f"{__name__}:is_bright"),
             *("--num_inference_steps", 2, "--validation_steps", 2),
+            quiet=False,
         )
     )
     out = tmp_path / "out"
