@@ -76,7 +76,8 @@ def restore_residual_blocks(model: nn.Module) -> None:
     """Undo `fuse_residual_blocks`."""
     own: dict[type[nn.Module], Any] = {FusedGroupNorm: nn.GroupNorm, FusedResnetBlock2D: ResnetBlock2D}
     for module in model.modules():
-        module.__class__ = own.get(type(module), type(module))
+        if type(module) in own:
+            module.__class__ = own[type(module)]
 
 
 def norm_kernels(model: nn.Module) -> dict[str, str]:

@@ -11,7 +11,7 @@ from .compute import packed_layers, undo_fusions
 from .conv import BitsFusionConv2d
 from .conversion import replace_module
 from .low_rank_time_features import LowRankTimeFeatures, look_up_sums
-from .packed import PackedWeight
+from .packed import PackedWeight, from_float_bits
 from .time_features import TimeFeatureCache, TimeFeatureTable, look_up
 
 
@@ -51,11 +51,11 @@ class TraceableTimeTable(nn.Module):
         super().__init__()
         self.num_timesteps = table.num_timesteps
         self.codes = nn.Buffer(table.codes.detach())
-        self.scale = nn.Buffer(table.scale.detach().view(torch.float32).view(-1))
+        self.scale = nn.Buffer(from_float_bits(table.scale))
         self.has_embedding = table.embedding_width > 0
         if self.has_embedding:
             self.embedding_codes = nn.Buffer(table.embedding_codes.detach())
-            self.embedding_scale = nn.Buffer(table.embedding_scale.detach().view(torch.float32).view(-1))
+            self.embedding_scale = nn.Buffer(from_float_bits(table.embedding_scale))
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return what the table returns for `timesteps` [batch], fp32."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from diffusers import ModelMixin
@@ -87,10 +88,7 @@ def codes_rate(plan: Plan, model: ModelMixin, dtype: torch.dtype, target_bytes: 
         ValueError: the file takes as many bytes without the codes.
     """
     layers = plan.schema(model).layers
-    tensors = [(f"{name}.codes", layer.shape, 0) for name, layer in layers.items()]
-    tensors += [(f"{name}.scale", (layer.rows,), 4 * layer.rows) for name, layer in layers.items()]
-    tensors += [*time_tensors(plan), *float_tensors(model, plan, dtype)]
-    other = sum(size for _, _, size in tensors) + header_bytes(tensors)
+    other = _other_bytes(replace(plan, decided=frozenset(layers)), model, dtype, in_memory=False)
     if other >= target_bytes:
         raise ValueError(
             f"target_bytes={target_bytes} cannot be reached for this model: all but the codes takes {other} bytes."

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ..codec.grid import code_range, half_range
 from ..nn.fake_quantized import LEAST_SCALE, FakeQuantizedWeight
 from .batches import Batch
-from .losses import Distillation, Loss, NoisePrediction
+from .loop import Objective
+from .losses import Loss
 
 
 class _Entropy(torch.autograd.Function):
@@ -87,9 +88,7 @@ class PricedCodes:
         free: bits a weight that have no price.
     """
 
-    def __init__(
-        self, objective: Distillation | NoisePrediction, student: nn.Module, weight: float, free: float = 0.0
-    ) -> None:
+    def __init__(self, objective: Objective, student: nn.Module, weight: float, free: float = 0.0) -> None:
         self.objective, self.weight, self.free = objective, weight, free
         self._layers = [module for module in student.modules() if isinstance(module, FakeQuantizedWeight)]
         self._count = sum(layer.weight.numel() for layer in self._layers)
@@ -105,5 +104,5 @@ class PricedCodes:
         return Loss(loss.total + self.weight * paid, loss.parts | {"bits": rate})
 
     def close(self) -> None:
-        """Remove the hooks of both models."""
+        """Undo what the objective has changed on models."""
         self.objective.close()

@@ -36,11 +36,14 @@ class Case:
         inputs: makes the arguments of a call, by name.
         config: arguments of the constructor.
         call: runs the model with the arguments, where its parts are called by another model.
+        kernel_error: relative difference from the dequantized model's outputs that is allowed, where layers are so
+            wide that the packed ones take other kernels; 0 for none.
     """
 
     inputs: Callable[[], dict[str, Any]]
     config: dict[str, Any] = field(default_factory=dict)
     call: Callable[..., Any] = nn.Module.__call__
+    kernel_error: float = 0.0
 
     def build(self, name: str) -> nn.Module:
         """Return the model of class `name` with random weights.

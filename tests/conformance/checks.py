@@ -22,8 +22,6 @@ from diffusers_bitsfusion.ops import conv, forward_mode, linear
 from .case import Case, flat_output, tensors
 
 _BITS = 4
-# Relative difference of outputs where oneDNN is given the weights in a layout of its own; elsewhere there is none.
-_KERNEL_ERROR = 1e-5
 # Relative change of outputs by rounding activations to eight bits that no model here exceeds.
 _INT8_ERROR = 0.3
 
@@ -85,8 +83,10 @@ class Subject:
 def equals_dequantized(subject: Subject) -> bool:
     """Whether the dequantized model, which has the tensors of the float model, computes the same."""
     assert subject.dequantized.state_dict().keys() == subject.case.build(subject.name).state_dict().keys()
+    if subject.case.kernel_error == 0:
+        return torch.equal(subject.call(subject.dequantized), subject.output)
     error = (subject.call(subject.dequantized) - subject.output).norm()
-    return bool(error <= _KERNEL_ERROR * subject.output.norm())
+    return bool(error <= subject.case.kernel_error * subject.output.norm())
 
 
 def equals_reloaded(subject: Subject) -> bool:

@@ -24,11 +24,11 @@ gives. A row for every model class of diffusers {diffusers.__version__} that has
 **packed** is the share of all parameters, biases and norms included, that is packed at the size that the class has by
 default. **embeddings** are tables of embeddings, which are packed too with `embeddings=True`. **in fp32** is what the
 class says must stay in fp32, which no quantizer of diffusers touches. The other columns are of a tiny model of random
-weights, at 4 bits: it computes what the dequantized model computes, within 1e-5 where oneDNN is given a layout of its
-own and exactly elsewhere; exactly the same after it was saved and reloaded, or quantized while loading; its gradients
-in the inputs are the dequantized model's; a call decodes as many weights as it uses; and in `compute="int8"` it
-changes its outputs by 30 % at most. – means that there is nothing to pack, or that the float model has no gradient in
-these inputs.
+weights, at 4 bits: it computes exactly what the dequantized model computes (`Kandinsky3UNet` within 1e-5, since oneDNN
+is given a layout of its own for wide convolutions), also after it was saved and reloaded, or quantized while loading;
+its gradients in the inputs are the dequantized model's; a call decodes as many weights as it uses; and in
+`compute="int8"` it changes its outputs by 30 % at most. – means that there is nothing to pack, or that the float model
+has no gradient in these inputs.
 """
 
 

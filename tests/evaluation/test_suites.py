@@ -333,7 +333,7 @@ from diffusers_bitsfusion.evaluation import Sampling, Prompt, evaluate, evaluate
 from diffusers_bitsfusion.evaluation.suites.clip_score import ClipScore
 pipeline, clip, folder = sys.argv[1:]
 SAMPLING = Sampling(steps=1, guidance_scale=1, batch_size=50, scheduler="DDIMScheduler")
-for count in (200, 1400):
+for count in (500, 5000):
     prompts = [Prompt("abcdefgh"[i % 8] * (1 + i % 7)) for i in range(count)]
     evaluate_suites(pipeline, [ClipScore(prompts, clip)], sampling=SAMPLING, images=folder, progress=False)
     evaluate(pipeline, prompts, clip=clip, sampling=SAMPLING, images=folder, progress=False)

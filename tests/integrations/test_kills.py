@@ -21,7 +21,7 @@ KILLS = Path(__file__).resolve().parent.parent / "kills.py"
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that are killed")
 def test_no_kill_leaves_a_mixture_or_leftovers():
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run([sys.executable, KILLS, "17"], env=environment, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, KILLS, "9"], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if " kills: " in line]
     assert len(lines) == 7

@@ -14,7 +14,7 @@ from ...calibration.time_estimate import CalibrationTime, estimate_time
 from ...config.bitsfusion import BitsFusionConfig
 from ...config.calibration import Calibration
 from ...packing.file_budget import codes_rate
-from ...packing.planning import make_plan, matches
+from ...packing.planning import matches
 from ...qat import prepare_qat, qat_layers, start_calibrated
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -91,8 +91,7 @@ def priced_from(args: argparse.Namespace, student: UNet2DConditionModel, teacher
     """
     if args.target_bytes is None:
         return 0.0
-    plan = make_plan(teacher.unet, student.qat_state.config)
-    return codes_rate(plan, teacher.unet, torch.float16, args.target_bytes)
+    return codes_rate(student.qat_state.plan, teacher.unet, torch.float16, args.target_bytes)
 
 
 def calibrate_student(
