@@ -123,7 +123,8 @@ METHODS: dict[str, Callable[[Any], Any] | None] = {
         for kb in SIZES
         for seed in SEEDS
     },
-    **{f"uniform {n}, calibrated, seed {seed}": calibrated(uniform(n), seed) for n in (1, 2, 3) for seed in SEEDS},
+    **{f"uniform {n}, calibrated, seed {seed}": calibrated(uniform(n), seed) for n in (1, 2, 3, 4) for seed in SEEDS},
+    **{f"uniform {n}, tuned, seed {seed}": calibrated(uniform(n), seed, **TUNED) for n in (3, 4) for seed in SEEDS},
     "SDNQ uint2, row-wise": sdnq(weights_dtype="uint2", group_size=-1),
     "SDNQ uint2": sdnq(weights_dtype="uint2"),
     "SDNQ uint2 everywhere, row-wise": sdnq(**EVERY_LAYER, group_size=-1),
