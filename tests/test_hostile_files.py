@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from fresh_process import FreshProcess
 from hostile_files import CALIBRATION, LINES, RECIPE, frame, zeros
 
 from diffusers_bitsfusion import Recipe
@@ -23,9 +22,7 @@ PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks the processes that are measured")
 def test_no_refused_model_takes_much_more_memory_than_the_right_one():
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, PEAK_MEMORY, "inspect --verify, a frame"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = FreshProcess([PEAK_MEMORY, "inspect --verify, a frame"]).result()
     assert result.returncode == 0, result.stdout + result.stderr[-2000:]
     assert "4 files, all refused" in result.stdout
 

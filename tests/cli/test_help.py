@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from fresh_process import FreshProcess
 from typer.testing import CliRunner
 
 from diffusers_bitsfusion.cli import app
@@ -62,7 +63,7 @@ def test_a_typo_is_named_in_few_lines(arguments, tmp_path):
 def test_the_launched_command_line_runs_commands(tmp_path, packed_folders):
     result = launch("inspect", str(packed_folders["keep"]), folder=tmp_path)
     assert result.returncode == 0 and "whole pipeline" in result.stdout, result.stderr
-    missing = launch("inspect", "no/such", folder=tmp_path)
+    missing = FreshProcess(["-c", LAUNCH, "inspect", "no/such"]).result()
     assert missing.returncode == 1 and "There is no folder no/such" in missing.stderr
     assert "Traceback" not in missing.stderr
 

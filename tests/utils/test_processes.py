@@ -2,59 +2,38 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-REPOSITORY = Path(__file__).resolve().parents[2]
+from fresh_process import run_together
 
 SCRIPT = """
-import sys
+import sys, time
+from pathlib import Path
 from accelerate.utils import gather_object
 from diffusers_bitsfusion.utils.processes import failing_together, process_state
+folder, failing = Path(sys.argv[1]), int(sys.argv[2])
 state = process_state()
 
 @failing_together()
 def work():
     gather_object([1])
-    if state.process_index == int(sys.argv[1]):
+    if state.process_index == failing:
         raise ValueError("The input of conv_in holds NaN.")
     gather_object([2])
 
 try:
     work()
 except Exception as error:
-    print(state.process_index, repr(error), flush=True)
-    input()  # The launcher ends nothing: no process has ended.
+    (folder / str(state.process_index)).write_text(repr(error))
+    while len(list(folder.iterdir())) < state.num_processes:
+        time.sleep(0.02)  # The launcher ends nothing: no process has ended.
 """
 
 
 def test_the_others_end_with_the_error_of_the_one_that_fails(tmp_path):
     failing = 0  # It keeps the store in which the error is told.
-    (script := tmp_path / "work.py").write_text(SCRIPT)
-    environment = os.environ | {
-        "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(29000 + os.getpid() % 5000), "ACCELERATE_USE_CPU": "1",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(failing)],
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = {rank: process.stdout.readline().strip() for rank, process in enumerate(processes)}
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    error = "ValueError('The input of conv_in holds NaN.')"
-    assert said[failing] == f"{failing} {error}"
+    result = run_together(["-c", SCRIPT, tmp_path, failing])
+    assert result.returncode == 0, result.stderr[-3000:]
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    assert said[failing] == "ValueError('The input of conv_in holds NaN.')"
     assert said[1 - failing] == (
-        f"{1 - failing} RuntimeError('Process {failing} failed: ValueError: The input of conv_in holds NaN.')"
+        f"RuntimeError('Process {failing} failed: ValueError: The input of conv_in holds NaN.')"
     )
