@@ -1,8 +1,8 @@
 /* Packed weights of convolutions to the order in which oneDNN reads them; why: ops/onednn_weights.py.
  *
  * The values that belong to four bytes of a layout (two of bf16, one of fp32) are those of neighbouring inputs. Rows
- * are decoded, and 16 of them at a time transposed in words of four bytes, of which the layout's own are put together:
- * loads and stores are of whole vectors throughout. */
+ * are decoded, and 16 of them at a time transposed: for bf16 in words of four bytes, of which the layout's own are put
+ * together. Loads and stores are of whole vectors throughout. */
 #include "decode.h"
 #include "transpose.h"
 
@@ -34,35 +34,72 @@ typedef struct {
     char *first, *second; /* second: NULL where there is none */
 } Lanes;
 
-/* Of the transposed words of one group of inputs (of one input in fp32, of two in bf16), those of each tap. */
-INLINE void store_group(uint32_t (*words)[LANES], int64_t taps, int kind, Lanes to, int64_t offset, int64_t tap_bytes) {
+INLINE void store_lanes(Lanes to, int64_t offset, const uint32_t *words) {
+    if (to.second == to.first + HALF * 4) memcpy(to.first + offset, words, LANES * 4);
+    else {
+        memcpy(to.first + offset, words, HALF * 4);
+        if (to.second) memcpy(to.second + offset, words + HALF, HALF * 4);
+    }
+}
+
+/* Rows of codes as fp32. Its words are single weights, so bytes are transposed, and become weights on their way out:
+ * the rows of a layer then stay in the second-level cache. */
+INLINE void store_floats(const DecodeBlockedArguments *a, int64_t first, const int8_t *rows, Lanes to) {
+    const int64_t columns = a->inputs * a->taps, lanes = min64(LANES, a->outputs - first);
+    const int64_t input_bytes = a->block * 4, tap_bytes = a->inputs * input_bytes;
+    float scale[LANES] = {0};
+    memcpy(scale, a->scale + first, (size_t)lanes * sizeof *scale);
+    for (int64_t column = 0, tap = 0, input = 0; column < columns; column += TILE) {
+        const int64_t count = min64(TILE, columns - column);
+        int8_t codes[TILE][TILE];
+        transpose_bytes(rows + column, columns, lanes, count, codes);
+        for (int64_t c = 0; c < count; c++) {
+            float weights[LANES];
+            for (int o = 0; o < LANES; o++) weights[o] = (float)codes[c][o] * scale[o];
+            store_lanes(to, tap * tap_bytes + input * input_bytes, (const uint32_t *)weights);
+            if (++tap == a->taps) tap = 0, input++;
+        }
+    }
+}
+
+/* Of the transposed words of one group of two inputs in bf16, those of each tap. */
+INLINE void store_pair(uint32_t (*words)[LANES], int64_t taps, Lanes to, int64_t offset, int64_t tap_bytes) {
     for (int64_t tap = 0; tap < taps; tap++, offset += tap_bytes) {
         uint32_t out[LANES];
-        if (kind == FLOAT32) memcpy(out, words[tap], sizeof out);
-        else {
-            const uint32_t *first = words[tap / 2], *second = words[(taps + tap) / 2];
-            const int low = 16 * (int)(tap % 2), high = 16 * (int)((taps + tap) % 2);
-            for (int o = 0; o < LANES; o++) out[o] = (first[o] >> low & 0xffffu) | (second[o] >> high & 0xffffu) << 16;
+        const uint32_t *first = words[tap / 2], *second = words[(taps + tap) / 2];
+        const int low = 16 * (int)(tap % 2), high = 16 * (int)((taps + tap) % 2);
+        for (int o = 0; o < LANES; o++) out[o] = (first[o] >> low & 0xffffu) | (second[o] >> high & 0xffffu) << 16;
+        store_lanes(to, offset, out);
+    }
+}
+
+/* Rows of bf16. `transposed` has room for the words of 16 pairs of inputs. */
+INLINE void store_pairs(const DecodeBlockedArguments *a, int64_t first, const char *rows, uint32_t (*transposed)[LANES],
+                        Lanes to) {
+    const int64_t taps = a->taps, row_bytes = a->inputs * taps * 2, pairs = ceil_div(a->inputs, 2);
+    const int64_t lanes = min64(LANES, a->outputs - first), pair_bytes = a->block * 4;
+    for (int64_t pair = 0; pair < pairs; pair += LANES) {
+        const int64_t count = min64(LANES, pairs - pair);
+        for (int64_t w = 0; w < count * taps; w += WORDS) {
+            const int64_t at = (pair * taps + w) * 4, bytes = max64(0, min64(WORDS * 4, row_bytes - at));
+            if (lanes == LANES && bytes == WORDS * 4) transpose(rows + at, row_bytes, transposed + w);
+            else transpose_part(rows + at, row_bytes, lanes, bytes, transposed + w);
         }
-        if (to.second == to.first + sizeof out / 2) memcpy(to.first + offset, out, sizeof out);
-        else {
-            memcpy(to.first + offset, out, sizeof out / 2);
-            if (to.second) memcpy(to.second + offset, out + HALF, sizeof out / 2);
-        }
+        for (int64_t p = 0; p < count; p++)
+            store_pair(transposed + p * taps, taps, to, (pair + p) * pair_bytes, pairs * pair_bytes);
     }
 }
 
 /* A row of this loop is 16 outputs. What fills up the last block beyond them is left as it is. */
 EXPORT void bitsfusion_decode_blocked(DecodeBlockedArguments *a, int64_t start, int64_t stop) {
-    const int64_t taps = a->taps, block = a->block, size = a->kind == FLOAT32 ? 4 : 2;
-    const int64_t columns = a->inputs * taps, row_bytes = columns * size, groups = ceil_div(a->inputs * size, 4);
-    const int64_t words = LANES * taps; /* transposed at a time: those of 16 groups of inputs */
-    char *const rows = malloc((size_t)(LANES * (row_bytes + words * 4)));
+    const int floats = a->kind == FLOAT32;
+    const int64_t taps = a->taps, block = a->block, columns = a->inputs * taps;
+    const int64_t row_bytes = columns * (floats ? 1 : 2), groups = floats ? a->inputs : ceil_div(a->inputs, 2);
+    char *const rows = malloc((size_t)(LANES * (row_bytes + (floats ? 0 : LANES * taps * 4))));
     if (!rows) {
         a->failed = 1;
         return;
     }
-    uint32_t(*const transposed)[LANES] = (uint32_t(*)[LANES])(rows + LANES * row_bytes);
     for (int64_t first = start * LANES; first < min64(stop * LANES, a->outputs); first += LANES) {
         const int64_t lanes = min64(LANES, a->outputs - first);
         const DecodeArguments part = {.dense = a->dense + first * a->row_bytes_in,
@@ -71,25 +108,13 @@ EXPORT void bitsfusion_decode_blocked(DecodeBlockedArguments *a, int64_t start, 
                                       .columns = columns,
                                       .row_bytes_in = a->row_bytes_in,
                                       .bits = a->bits,
-                                      .kind = a->kind};
+                                      .kind = floats ? INT8 : a->kind};
         bitsfusion_decode(&part, 0, lanes);
 #define LANE(OUTPUT) ((char *)a->blocked + ((OUTPUT) / block * block * taps * groups + (OUTPUT) % block) * 4)
         const Lanes to = {LANE(first), lanes > HALF ? LANE(first + HALF) : NULL};
 #undef LANE
-        for (int64_t group = 0; group < groups; group += LANES) {
-            const int64_t count = min64(LANES, groups - group);
-            for (int64_t w = 0; w < count * taps; w += WORDS) {
-                const int64_t at = (group * taps + w) * 4, bytes = max64(0, min64(WORDS * 4, row_bytes - at));
-                if (lanes == LANES && bytes == WORDS * 4) transpose(rows + at, row_bytes, transposed + w);
-                else transpose_part(rows + at, row_bytes, lanes, bytes, transposed + w);
-            }
-            for (int64_t g = 0; g < count; g++) {
-                const int64_t offset = (group + g) * block * 4;
-                if (a->kind == FLOAT32)
-                    store_group(transposed + g * taps, taps, FLOAT32, to, offset, groups * block * 4);
-                else store_group(transposed + g * taps, taps, BFLOAT16, to, offset, groups * block * 4);
-            }
-        }
+        if (floats) store_floats(a, first, (const int8_t *)rows, to);
+        else store_pairs(a, first, rows, (uint32_t(*)[LANES])(rows + LANES * row_bytes), to);
     }
     free(rows);
 }

@@ -1,4 +1,4 @@
-/* Tiles of 16 by 16 words of four bytes, turned. */
+/* Tiles of 16 by 16 words of four bytes, or of bytes, turned. */
 #ifndef BITSFUSION_TRANSPOSE_H
 #define BITSFUSION_TRANSPOSE_H
 
@@ -6,6 +6,8 @@
 
 #ifdef __AVX512F__
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 enum { TILE = 16 };
@@ -37,6 +39,33 @@ INLINE void transpose(const char *from, int64_t stride, uint32_t (*to)[TILE]) {
 #else
     for (int w = 0; w < TILE; w++)
         for (int r = 0; r < TILE; r++) memcpy(to[w] + r, from + r * stride + w * 4, 4);
+#endif
+}
+
+/* to[b][r] = byte b of row r, of rows `stride` bytes apart. Of a tile that has fewer rows or bytes, what is missing is
+ * zero. */
+INLINE void transpose_bytes(const int8_t *from, int64_t stride, int64_t rows, int64_t bytes, int8_t (*to)[TILE]) {
+    int8_t whole[TILE][TILE];
+    if (rows < TILE || bytes < TILE) {
+        memset(whole, 0, sizeof whole);
+        for (int64_t r = 0; r < rows; r++) memcpy(whole[r], from + r * stride, (size_t)bytes);
+        from = whole[0];
+        stride = TILE;
+    }
+#ifdef __SSE2__
+    __m128i tile[TILE], mixed[TILE];
+    for (int r = 0; r < TILE; r++) tile[r] = _mm_loadu_si128((const __m128i *)(from + r * stride));
+    for (int round = 0; round < 4; round++) { /* each doubles the rows that a vector has bytes of */
+        for (int r = 0; r < TILE / 2; r++) {
+            mixed[2 * r] = _mm_unpacklo_epi8(tile[r], tile[r + TILE / 2]);
+            mixed[2 * r + 1] = _mm_unpackhi_epi8(tile[r], tile[r + TILE / 2]);
+        }
+        memcpy(tile, mixed, sizeof tile);
+    }
+    for (int b = 0; b < TILE; b++) _mm_storeu_si128((__m128i *)to[b], tile[b]);
+#else
+    for (int b = 0; b < TILE; b++)
+        for (int r = 0; r < TILE; r++) to[b][r] = from[r * stride + b];
 #endif
 }
 
