@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from ..nn import PackedWeight, TimeFeatures
 from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed_tensor import HoldsPackedTensors
 from ..nn.time_features import TimeFeaturePassThrough, TimeFeatureSlice
-from ..utils.private_names import DIFFUSERS_FETCH_LORA, PEFT_ADAPTERS, PEFT_TARGETS
+from ..utils.private_names import DIFFUSERS_FETCH_LORA, PEFT_ADAPTERS, PEFT_PREPARE, PEFT_TARGETS
 from .peft_lora import PackedLoraLayer, reads_base_weight
 
 _PACKED = (PackedWeight, HoldsPackedTensors)
@@ -37,7 +38,9 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
         if not any(isinstance(module, (*_PACKED, *_REMOVED)) for module in model.modules()):
             original(self, model, adapter_name, *args, **kwargs)
             return
-        config = self.peft_config[adapter_name]
+        # Targets that are not given are known by the architecture.
+        config = copy.copy(self.peft_config[adapter_name])
+        config = PEFT_PREPARE.require(self)(config, self.get_model_config(model))
         arguments = signature.bind(self, model, adapter_name, *args, **kwargs).arguments
         names = [name for name, _ in model.named_modules() if PEFT_TARGETS.require(self)(config, name)]
         check_targets(model, arguments.get("state_dict") or names, config)

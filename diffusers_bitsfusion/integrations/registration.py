@@ -12,6 +12,7 @@ from diffusers.pipelines import pipeline_utils
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.utils import logging
 from peft import LoraModel
+from peft.tuners.glora import GloraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from ..utils.private_names import (
     DIFFUSERS_EXPAND_LAYERS,
     DIFFUSERS_FIT_LORA,
     DIFFUSERS_UPLOAD,
+    PEFT_GLORA,
     PEFT_MERGE,
     PEFT_NEW_MODULE,
     PrivateName,
@@ -33,6 +35,7 @@ from .diffusers_quantizer import BitsFusionQuantizer
 from .loading import wrap_component_check, wrap_from_pretrained, wrap_from_single_file, wrap_load_components
 from .parameters import wrap_num_parameters
 from .peft_checks import wrap_fuse_lora, wrap_inject_adapter, wrap_merge
+from .peft_glora import wrap_create_glora
 from .peft_lora import wrap_create_new_module
 from .saving_pipelines import wrap_from_pipe, wrap_push_to_hub, wrap_save_pretrained, wrap_to, wrap_upload_folder
 from .transformers_quantizer import BitsFusionTextQuantizer
@@ -68,6 +71,7 @@ def register() -> None:
         _wrap(tuner, PEFT_MERGE, wrap_merge)
     _wrap(DiffusionPipeline, DIFFUSERS_UPLOAD, wrap_upload_folder)
     _wrap(LoraModel, PEFT_NEW_MODULE, lambda original: staticmethod(wrap_create_new_module(original)))
+    _wrap(GloraModel, PEFT_GLORA, lambda original: staticmethod(wrap_create_glora(original)))
 
 
 def _register_loading() -> None:

@@ -99,11 +99,16 @@ TRANSFORMERS_ADAPTER = PrivateName(
     "transformers.modeling_utils", "_hf_peft_config_loaded", "saving a packed text encoder that has an adapter"
 )
 PEFT_NEW_MODULE = PrivateName("peft.tuners.lora.model", "_create_new_module", "fusing LoRAs into packed layers")
+PEFT_GLORA = PrivateName("peft.tuners.glora.model", "_create_new_module", "GLoRA on packed layers")
+PEFT_KASA = PrivateName("peft.tuners.lora.variants", "_lora_kasa_truncation_deferred", "KaSA on packed layers")
 PEFT_MERGE = PrivateName(
     "peft.tuners.tuners_utils", "_unload_and_optionally_merge", "refusing to merge what packed layers cannot take"
 )
 PEFT_TARGETS = PrivateName(
     "peft.tuners.tuners_utils", "_check_target_module_exists", "putting adapters in whole or not at all"
+)
+PEFT_PREPARE = PrivateName(
+    "peft.tuners.tuners_utils", "_prepare_adapter_config", "adapters whose targets PEFT knows by the architecture"
 )
 PEFT_ADAPTERS = PrivateName(
     "peft.tuners.tuners_utils", "_all_available_adapter_names", "saying which adapters are not saved"
