@@ -20,9 +20,10 @@ from ..codec.time_schema import TimeFeaturesSchema
 from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight, QATConv2d
 from ..nn.low_rank_branch import LowRankBranch
 from ..nn.low_rank_time_features import LowRankTimeFeatures
-from ..nn.packed import without_weight
+from ..nn.packed import from_float_bits, without_weight
 from ..nn.time_features import TimeFeatureSlice
-from ..utils.private_names import PEFT_ADAPTERS
+from ..utils.private_names import PEFT_ADAPTERS, PEFT_KASA
+from .peft_folding import by_rows, fold, low_rank_halves, why_not_foldable
 
 logger = logging.get_logger(__name__)
 
@@ -64,9 +65,11 @@ class PackedLoraLayer(SubstitutedBaseLayer):
     """
 
     _unmerged_rank = 0
+    # Scales and `branch_up` of the base layer before a DoRA was merged.
+    _unmerged_rows: tuple[Tensor, Tensor | None] | None = None
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters, times their scaling, into the packed layer's branch.
+        """Fold adapters, times their scaling, into the packed layer's branch; a DoRA multiplies its scales, too.
 
         Args:
             safe_merge: whether to refuse adapters with NaN or infinite values.
@@ -84,48 +87,62 @@ class PackedLoraLayer(SubstitutedBaseLayer):
         if not names:
             return
         self.check_foldable(names, finite=safe_merge)
-        downs = torch.cat([self.lora_A[name].weight for name in names])
-        ups = torch.cat([self._scaled_up(name) for name in names], dim=1)
-        if not self.merged:
-            self._unmerged_rank = base.branch_rank
-        base.extend_branch(downs, ups)
+        # A DoRA's factors are of the weight into which nothing is merged.
+        names = [*self.merged_adapters, *names]
+        if self.merged:
+            self._unmerge(base)
+        self._unmerged_rank = base.branch_rank
+        down, up, factor = fold(self, names)
+        if factor is not None:
+            self._multiply_rows(base, factor)
+        base.extend_branch(down, up)
         self.merged_adapters.extend(names)
 
+    def _multiply_rows(self, base: Any, factor: Tensor) -> None:
+        self._unmerged_rows = scale, up = from_float_bits(base.scale), base.branch_up
+        base.set_rows(scale * factor, None if up is None else up * by_rows(factor, up))
+
     def unmerge(self) -> None:
-        """Remove all merged adapters from the branch of the packed layer, which is then as before, bit for bit."""
+        """Remove all merged adapters from the packed layer, which is then as before, bit for bit."""
         base = self.get_base_layer()
         if not isinstance(base, LowRankBranch):
             super().unmerge()
         elif not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         else:
-            base.shrink_branch(self._unmerged_rank)
-            self.merged_adapters.clear()
+            self._unmerge(base)
+
+    def _unmerge(self, base: Any) -> None:
+        base.shrink_branch(self._unmerged_rank)
+        if self._unmerged_rows is not None:
+            base.set_rows(*self._unmerged_rows)
+            self._unmerged_rows = None
+        self.merged_adapters.clear()
 
     def check_foldable(self, adapter_names: Iterable[str], finite: bool = False) -> None:
-        """Refuse adapters that are more than a low-rank addition to the weight.
+        """Refuse adapters that are more than a low-rank addition to the weight and, of DoRA, factors of its rows.
 
         Args:
             adapter_names: names of adapters; those that this layer lacks are ignored.
             finite: whether to refuse NaN and infinite values, too.
 
         Raises:
-            ValueError: an adapter is a DoRA or another variant of LoRA, or has a bias; the convolution has groups; the
-                weights are offloaded; or values are not finite.
+            ValueError: an adapter is another variant of LoRA, or has a bias; a DoRA's magnitude is not positive; the
+                convolution has groups; the weights are offloaded; or values are not finite.
         """
         base = self.get_base_layer()
         for name in adapter_names:
             if name not in self.lora_A:
                 continue
-            if name in self.lora_variant:
-                reason = f"{type(self.lora_variant[name]).__name__} changes the weight by more than a low-rank matrix"
+            if variant_reason := why_not_foldable(self, name):
+                reason = variant_reason
             elif self.lora_bias[name]:
                 reason = "it has a bias (lora_bias=True)"
             elif getattr(base, "groups", 1) > 1:
                 reason = f"a convolution of {base.groups} groups has no low-rank branch"
             elif any(p.is_meta for p in base.parameters()) or self.lora_A[name].weight.is_meta:
                 reason = "the weights are offloaded; fuse before offloading"
-            elif finite and not all(torch.isfinite(half[name].weight).all() for half in (self.lora_A, self.lora_B)):
+            elif finite and not all(torch.isfinite(half).all() for half in low_rank_halves(self, name)):
                 raise ValueError(f"The adapters {name} hold NaN or infinite values; they were not merged.")
             else:
                 continue
@@ -137,13 +154,19 @@ class PackedLoraLayer(SubstitutedBaseLayer):
     def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does.
 
-        PiSSA and OLoRA subtract a matrix of the adapter's rank from the base weight: here it becomes a branch.
+        PiSSA, OLoRA and KaSA subtract a matrix of the adapter's rank from the base weight: here it becomes a branch.
 
         Raises:
-            ValueError: the config requests an initialisation that changes the base weight otherwise; or PiSSA or OLoRA
+            ValueError: the config requests an initialisation that changes the base weight otherwise; or one of those
                 while adapters are merged.
         """
         base, init = self.get_base_layer(), config.init_lora_weights
+        if isinstance(base, BitsFusionLinear) and getattr(config, "kasa_config", None) is not None:
+            self._refuse_merged("kasa_config")
+            with self._substituting(_dense_layer(base)):
+                super().update_layer(adapter_name, *args, config=config, **kwargs)
+            self._truncate(base, adapter_name)
+            return
         if not isinstance(base, PackedWeight) or not isinstance(init, str):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
@@ -156,20 +179,22 @@ class PackedLoraLayer(SubstitutedBaseLayer):
         if not init.startswith(_SUBTRACTING_INITS) or isinstance(base, nn.Conv2d):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
-        if self.merged:
-            raise ValueError(f"init_lora_weights={init!r} changes the base weight: unmerge the other adapters first.")
+        self._refuse_merged(f"init_lora_weights={init!r}")
         with self._substituting(_dense_layer(base)):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
-        base.extend_branch(self.lora_A[adapter_name].weight, -self._scaled_up(adapter_name))
+        base.extend_branch(self.lora_A[adapter_name].weight, -low_rank_halves(self, adapter_name)[1])
 
-    @property
-    def lora_variants(self) -> dict[tuple[str, ...], Any]:
-        """Variants of LoRA that PEFT may choose from: all but KaSA, which truncates the base weight."""
-        return {fields: variant for fields, variant in super().lora_variants.items() if "kasa_config" not in fields}
+    def _refuse_merged(self, option: str) -> None:
+        if self.merged:
+            raise ValueError(f"{option} changes the base weight: unmerge the other adapters first.")
 
-    def _scaled_up(self, name: str) -> Tensor:
-        scaled: Tensor = self.lora_B[name].weight.float() * self.scaling[name]
-        return scaled
+    def _truncate(self, base: BitsFusionLinear, adapter_name: str) -> None:
+        """Subtract the components of the smallest singular values, as many as the adapter's rank (KaSA)."""
+        left, values, right = torch.linalg.svd(base.dense_weight(torch.float32), full_matrices=False)
+        kept = len(values) - self.r[adapter_name]
+        base.extend_branch(right[kept:], -left[:, kept:] * values[kept:])
+        # PEFT puts it off until the first call where the adapter has no values yet.
+        PEFT_KASA.require(self).discard(adapter_name)
 
 
 class PackedLoraLinear(PackedLoraLayer, Linear):

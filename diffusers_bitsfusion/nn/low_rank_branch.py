@@ -40,3 +40,4 @@ class LowRankBranch(nn.Module):
         for name, half in (("branch_down", down), ("branch_up", up)):
             parameter = nn.Parameter(half.detach().clone(), requires_grad=False) if len(down) else None
             self.register_parameter(name, parameter)
+            self._parameters[name] = parameter  # Under `init_empty_weights` it was put on the meta device.

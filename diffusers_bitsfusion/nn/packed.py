@@ -168,6 +168,13 @@ class PackedWeight(NotTrainable, LowRankBranch):
         self.codes = nn.Parameter(codes, requires_grad=False)
         self.scale = float_bits(scale)
 
+    def set_rows(self, scale: Tensor, branch_up: Tensor | None) -> None:
+        """Take scale fp32 [out] and, if it is not None, branch_up floating [out, rank, ...], in place of what was."""
+        self.scale = float_bits(scale.to(self.codes.device))
+        if branch_up is not None:
+            self._set_branch(self.branch_down, branch_up.to(self.branch_up))
+        self._renew_int8_weight()
+
     @property
     def scale_bits(self) -> Tensor:
         """The scales as operators take them: the bits of fp32, int32 [out]."""

@@ -21,7 +21,7 @@ from lora_cases import (
     train_config,
     with_trainable_adapter,
 )
-from peft import KasaConfig, LoraConfig
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from tiny import tiny_unet
@@ -233,11 +233,6 @@ def test_adapters_on_a_model_in_training_have_plain_halves(call_unet):
             assert type(module.get_base_layer()) is kinds[name]
     unet.disable_adapters()
     assert torch.equal(call_unet(unet), bare) and not torch.allclose(adapted, bare)
-
-
-def test_a_variant_that_truncates_the_base_weight_is_refused(unet):
-    with pytest.raises(ValueError, match="unsupported variant combination"):
-        unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], kasa_config=KasaConfig()))
 
 
 def test_an_adapter_of_another_architecture_gives_peft_s_error(packed_folders, call_unet):

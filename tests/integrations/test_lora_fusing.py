@@ -23,7 +23,7 @@ from peft import LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffusers_bitsfusion import size_report
+from diffusers_bitsfusion import set_compute, size_report
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.integrations.peft_lora import PackedLoraLinear
 from diffusers_bitsfusion.nn import PackedWeight
@@ -243,15 +243,74 @@ def test_rslora_is_fused_with_its_scale(unet, call_unet):
     close(call_unet(unet), unfused, 1e-5)
 
 
+def add_dora(model: nn.Module, name: str = "dora") -> None:
+    torch.manual_seed(3)
+    model.add_adapter(train_config(use_dora=True, init_lora_weights=False), adapter_name=name)
+    for parameter_name, parameter in model.named_parameters():
+        if "magnitude" in parameter_name:
+            parameter.data *= 0.5 + torch.rand_like(parameter)
+
+
+@every_dtype
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+def test_a_dora_is_fused_beside_a_lora_onto_what_was_fused_before(unets, call_unet, tmp_path, dtype):
+    unet, _ = unets(dtype)
+    unet.load_lora_adapter(make_lora(unet, "linear", seed=1), prefix=None)
+    unet.fuse_lora()
+    unet.unload_lora()
+    bare = call_unet(unet)
+    unet.load_lora_adapter(make_lora(unet, "conv", seed=2), prefix=None, adapter_name="plain")
+    add_dora(unet)
+    unet.set_adapters(["plain", "dora"], [0.7, 0.6])
+    unfused = call_unet(unet)
+    unet.fuse_lora(adapter_names=["plain"])
+    unet.fuse_lora(adapter_names=["dora"])
+    fused = call_unet(unet)
+    close(fused, unfused, 1e-5 if dtype == torch.float32 else TOLERANCE[dtype])
+    unet.save_pretrained(tmp_path)
+    assert torch.equal(call_unet(UNet2DConditionModel.from_pretrained(tmp_path, dtype=dtype)), fused)
+    unet.unfuse_lora()
+    unet.unload_lora()
+    assert torch.equal(call_unet(unet), bare)
+
+
+def test_integers_that_are_kept_follow_a_fused_dora(unets, call_unet):
+    outputs = []
+    for early in (True, False):
+        unet, _ = unets()
+        if early:
+            set_compute(unet, "int8", resident="int8")
+        add_dora(unet)
+        unet.fuse_lora()
+        if not early:
+            set_compute(unet, "int8", resident="int8")
+        outputs.append(call_unet(unet))
+    assert torch.equal(*outputs)
+
+
+def test_two_doras_are_fused_and_a_negative_magnitude_is_refused(unet, call_unet):
+    add_dora(unet)
+    add_dora(unet, "other")
+    unet.set_adapters(["dora", "other"])
+    before = call_unet(unet)
+    unet.fuse_lora()
+    close(call_unet(unet), before, 1e-5)
+    unet.unfuse_lora()
+    assert torch.equal(call_unet(unet), before)
+    next(p for name, p in unet.named_parameters() if "magnitude" in name).data[0] *= -1
+    with pytest.raises(ValueError, match="magnitudes must be positive"):
+        unet.fuse_lora()
+    assert not any(layer.branch_rank for layer in layers(unet, PackedWeight))
+
+
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (train_config(use_dora=True), "Dora.*Variant changes the weight by more"),
         (train_config(lora_bias=True), "has a bias"),
         (LoKrConfig(r=4, alpha=4, target_modules=["to_q"]), "no LoRA"),
     ],
-    ids=["dora", "bias", "lokr"],
+    ids=["bias", "lokr"],
 )
 def test_what_is_no_low_rank_addition_is_refused_before_anything_is_fused(unet, call_unet, config, reason):
     unet.add_adapter(LoraConfig(r=4, target_modules=["conv1", "ff.net.2"]), adapter_name="plain")

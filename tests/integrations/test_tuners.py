@@ -17,6 +17,7 @@ from peft import (
     TrainableTokensConfig,
     get_peft_model,
 )
+from peft.tuners.lora.config import BdLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
@@ -76,6 +77,17 @@ TUNERS = {
     "PiSSA, fast": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="pissa_niter_8"),
     "OLoRA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="olora"),
     "orthogonal": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="orthogonal"),
+    "KaSA": lambda: LoraConfig(r=2, target_modules=LINEAR, kasa_config=peft.KasaConfig(), init_lora_weights=False),
+    "MiCA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="mica"),
+    "VeLoRA": lambda: LoraConfig(
+        r=2, target_modules=LINEAR, init_lora_weights=False, velora_config=peft.VeloraConfig(num_groups=4)
+    ),
+    "BD-LoRA": lambda: LoraConfig(
+        r=4,
+        target_modules=LINEAR,
+        init_lora_weights=False,
+        use_bdlora=BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2),
+    ),
     "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=ALL, init_weights=False, use_effective_conv2d=True),
     "LoKr": lambda: LoKrConfig(r=2, target_modules=ALL, init_weights=False),
     "OFT": lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=ALL, init_weights=False),
@@ -91,9 +103,11 @@ TUNERS = {
     ),
     "RandLora": lambda: peft.RandLoraConfig(r=2, target_modules=LINEAR, init_weights=False),
     "VB-LoRA": lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=LINEAR),
+    "GLoRA": lambda: peft.GloraConfig(r=2, target_modules=LINEAR, init_weights=False),
+    "OSF": lambda: peft.OSFConfig(effective_rank=4, init_weights=False),  # by itself it targets all that is linear
     "C3A": lambda: peft.C3AConfig(block_size=4, target_modules=LINEAR, init_weights=False),
 }
-FOLDS = {"LoRA", "rsLoRA", "PiSSA", "PiSSA, fast", "OLoRA", "orthogonal"}
+FOLDS = set(list(TUNERS)[: list(TUNERS).index("LoHa")])  # LoRA and its variants
 
 every_tuner = pytest.mark.parametrize("tuner", TUNERS)
 
@@ -145,6 +159,22 @@ def test_a_trained_adapter_is_saved_and_comes_back(tuner, tmp_path):
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(packed_net(), tmp_path)
     close(again(images()), model.eval()(images()), 1e-5)
+
+
+def test_a_base_weight_is_truncated_where_the_adapter_has_no_memory_yet(tmp_path):
+    model = adapted(packed_net(), "KaSA").eval()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(packed_net(), tmp_path, low_cpu_mem_usage=True)
+    assert not any(p.is_meta for p in again.parameters())
+    close(again(images()), model(images()), 1e-5)
+
+
+def test_targets_that_are_not_given_are_those_of_the_architecture():
+    net = packed_net()
+    model = nn.ModuleDict({"q": net.first, "v": net.second, "conv": net.conv})
+    model.config = {"model_type": "t5"}
+    get_peft_model(model, LoraConfig(r=2))
+    assert {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)} == {"q", "v"}
 
 
 @every_tuner
@@ -377,8 +407,8 @@ def test_no_component_of_a_pipeline_is_fused_when_one_cannot_be(source_folder):
     config = BitsFusionConfig(recipe=4, time_embedding="keep", components=["unet", "text_encoder"])
     pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=config)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="a")
-    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], use_dora=True), adapter_name="a")
-    with pytest.raises(ValueError, match="Dora"):
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), adapter_name="a")
+    with pytest.raises(ValueError, match="has a bias"):
         pipe.fuse_lora(components=["unet", "text_encoder"])
     for model in (pipe.unet, pipe.text_encoder):
         assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))

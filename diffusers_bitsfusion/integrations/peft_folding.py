@@ -1,0 +1,101 @@
+"""What LoRA and its variants in PEFT do to a weight: add a low-rank matrix and, of DoRA, multiply its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.variants import (
+    BdLoraLinearVariant,
+    BlockDiagonalLinear,
+    DoraConv2dVariant,
+    DoraLinearVariant,
+    KasaLinearVariant,
+    MiCALinearVariant,
+    MontecloraLinearVariant,
+    VeloraLinearVariant,
+)
+from torch import Tensor
+
+_DORA = (DoraLinearVariant, DoraConv2dVariant)
+
+# Variants that add a low-rank matrix. MiCA, MonteCLoRA and VeLoRA differ from LoRA in training alone.
+_LOW_RANK = (
+    BdLoraLinearVariant,
+    KasaLinearVariant,
+    MiCALinearVariant,
+    MontecloraLinearVariant,
+    VeloraLinearVariant,
+)
+
+
+def why_not_foldable(layer: LoraLayer, name: str) -> str | None:
+    """Why a variant of LoRA cannot be merged into packed weights, or None where it can.
+
+    Args:
+        layer: LoRA layer.
+        name: name of the adapter.
+    """
+    variant = layer.lora_variant.get(name)
+    if variant is None or isinstance(variant, _LOW_RANK):
+        return None
+    if not isinstance(variant, _DORA):
+        return f"{type(variant).__name__} changes the weight by more than a low-rank matrix"
+    if not (layer.lora_magnitude_vector[name].weight > 0).all():
+        return "its magnitudes must be positive"
+    return None
+
+
+def fold(layer: Any, names: Iterable[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return what merging adapters does to a weight: its rows are multiplied, then up @ down is added.
+
+    A DoRA multiplies what the adapters before it added, too, as in PEFT. Its factors are of the unmerged weight.
+
+    Args:
+        layer: LoRA layer around a packed layer into which nothing is merged.
+        names: names of adapters, in the order in which they are merged.
+
+    Returns:
+        Down [rank, in, ...], up fp32 [out, rank, ...] and, where there is a DoRA, the factor of the rows, fp32 [out].
+    """
+    downs, ups, factor = [], [], None
+    for name in names:
+        down, up = low_rank_halves(layer, name)
+        downs.append(down)
+        ups.append(up)
+        if isinstance(layer.lora_variant.get(name), _DORA):
+            weight = layer.get_base_layer().dense_weight(torch.float32)
+            adapted = weight.flatten(1) + up.flatten(1) @ down.float().flatten(1)
+            magnitude = layer.lora_magnitude_vector[name].weight.detach().float().flatten()
+            own = magnitude / torch.linalg.vector_norm(adapted, dim=1)
+            ups = [by_rows(own, before) * before for before in ups]
+            factor = own if factor is None else factor * own
+    return torch.cat(downs), torch.cat(ups, dim=1), factor
+
+
+def by_rows(factor: Tensor, like: Tensor) -> Tensor:
+    """Return a factor of rows, [out], in a shape that multiplies the rows of a tensor like `like`."""
+    return factor.view(-1, *[1] * (like.ndim - 1))
+
+
+def low_rank_halves(layer: Any, name: str) -> tuple[Tensor, Tensor]:
+    """Return the factors of the matrix that an adapter adds to the weight, before DoRA multiplies the rows.
+
+    Args:
+        layer: LoRA layer.
+        name: name of the adapter.
+
+    Returns:
+        Down [rank, in, ...] and, times the adapter's scaling, up, fp32 [out, rank, ...], as a branch takes them.
+    """
+    down, up = _weight(layer.lora_A[name]), _weight(layer.lora_B[name]).float() * layer.scaling[name]
+    if isinstance(layer.lora_variant.get(name), KasaLinearVariant):
+        up = up * layer.lora_diag[name].detach().float()
+    return down, up
+
+
+def _weight(half: Any) -> Tensor:
+    weight: Tensor = half.weight_as_blockdiagonal_matrix() if isinstance(half, BlockDiagonalLinear) else half.weight
+    return weight.detach()
