@@ -19,6 +19,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging
+from fresh_process import REPOSITORY, FreshProcess
 from hub_server import content
 from hypothesis import settings
 from tiny import tiny_pipeline, tiny_tokenizer, tiny_unet
@@ -29,8 +30,6 @@ from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.native.library import native_library
 from diffusers_bitsfusion.nn import packed
 from diffusers_bitsfusion.ops import conv, forward_mode, linear
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 # The default of 1.99 needs wider models: here the layers outside the recipe weigh too much.
 TARGET_BITS = 2.6
@@ -134,10 +133,15 @@ def packed_unet(make_config):
 
 @pytest.fixture(scope="session")
 def run_python() -> Callable[..., subprocess.CompletedProcess]:
-    """Runs code in a fresh Python that finds this package, with `arguments` in sys.argv[1:]."""
+    """Runs code in a fresh Python that finds this package, with `arguments` in sys.argv[1:].
+
+    With an `environment`, which is added, other packages are imported anew as well, since they read it then.
+    """
 
     def run(code: str, *arguments: object, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | (environment or {})
+        if environment is None:
+            return FreshProcess(["-c", code, *arguments]).result()
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | environment
         command = [sys.executable, "-c", code, *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -1,7 +1,5 @@
 """The trained pipeline that the repository holds: small, plain, and able to draw what it is asked for."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -27,13 +25,14 @@ def test_its_prompts_are_the_held_out_ones(tmp_path):
     assert (FOLDER / "prompts.tsv").read_bytes() == (tmp_path / "prompts.tsv").read_bytes()
 
 
-def test_it_loads_where_this_package_is_not_imported():
+def test_it_loads_where_this_package_is_not_imported(run_python):
     code = (
         "import sys, diffusers;"
         f"diffusers.StableDiffusionPipeline.from_pretrained({str(FOLDER)!r});"
         "sys.exit('diffusers_bitsfusion' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    result = run_python(code)
+    assert result.returncode == 0, result.stderr
 
 
 def test_images_show_what_the_prompts_say():

@@ -5,10 +5,11 @@ from __future__ import annotations
 from fresh_process import run_together
 
 SCRIPT = """
-import sys, time
+import os, sys, time
 from pathlib import Path
 from accelerate.utils import gather_object
 from diffusers_bitsfusion.utils.processes import failing_together, process_state
+os.environ["ACCELERATE_USE_CPU"] = "1"
 folder, failing = Path(sys.argv[1]), int(sys.argv[2])
 state = process_state()
 
