@@ -2,48 +2,29 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import train_bitsfusion
+from fresh_process import REPOSITORY, FreshProcess, run_together
 from safetensors.torch import load_file
 from train_runs import losses
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def run(arguments, processes=1):
-    launch = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    return subprocess.Popen(
-        [sys.executable, *launch, str(SCRIPT), *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_killed_and_continued_it_is_the_uninterrupted_run(command, data, tmp_path):
     arguments = ("--train_data_dir", data, "--stage", 1, "--use_ema", "--checkpointing_steps", 2)
-    process = run(command(*arguments, steps=2000))
+    process = FreshProcess([SCRIPT, *command(*arguments, steps=2000)])
     log = tmp_path / "out" / "stage1" / "losses.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+    while process.exitcode is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    assert process.result().returncode == -signal.SIGKILL
 
     reached = len(losses(tmp_path / "out" / "stage1"))
     steps = reached + 2
@@ -57,9 +38,9 @@ def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
     # chaotic, so that the last bits of sums in another order would show; guidance magnifies them in drawings, too.
     rate, drawing = ("--learning_rate", 1e-5), ("--guidance_scale", 1, "--drawing_steps", 2, "--redraw_every", 2)
     arguments = ("--prompts", data / "prompts.txt", "--stage", 1, "--use_ema", *drawing, *rate)
-    process = run(command(*arguments, "--checkpointing_steps", 3, output="two", steps=5, batch=1), processes=2)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
+    two = command(*arguments, "--checkpointing_steps", 3, output="two", steps=5, batch=1)
+    result = run_together([SCRIPT, *two])
+    assert result.returncode == 0, result.stderr[-3000:]
     train_bitsfusion.main(command(*arguments, output="one", steps=5, batch=2))
     found, expected = losses(tmp_path / "two" / "stage1"), losses(tmp_path / "one" / "stage1")
     assert [e["loss"] for e in found] == pytest.approx([e["loss"] for e in expected], rel=1e-5)
@@ -78,9 +59,8 @@ def test_processes_that_share_the_model_are_one(command, data, tmp_path):
     rate = ("--learning_rate", 1e-6, "--validation_prompts", "a b", "--validation_steps", 2)
     arguments = ("--train_data_dir", data, "--gradient_checkpointing", "--use_ema", *rate, "--num_inference_steps", 2)
     shared = ("--shard", "--checkpointing_steps", 2)
-    process = run(command(*arguments, *shared, output="two", steps=4, batch=1, quiet=False), processes=2)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
+    result = run_together([SCRIPT, *command(*arguments, *shared, output="two", steps=4, batch=1, quiet=False)])
+    assert result.returncode == 0, result.stderr[-3000:]
     train_bitsfusion.main(command(*arguments, "--checkpointing_steps", 2, output="one", steps=4, batch=2))
     for stage in ("stage1", "stage2"):
         found, expected = losses(tmp_path / "two" / stage), losses(tmp_path / "one" / stage)
@@ -100,9 +80,8 @@ def test_processes_that_share_the_model_are_one(command, data, tmp_path):
     continued = command(
         *stage_two, "--shard", "--resume_from_checkpoint", halfway["one"], output="again", steps=4, batch=1
     )
-    process = run(continued, processes=2)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, errors[-3000:]
+    result = run_together([SCRIPT, *continued])
+    assert result.returncode == 0, result.stderr[-3000:]
     for name in ("alone", "again"):
         found = [entry["loss"] for entry in losses(tmp_path / name / "stage2")]
         assert found == pytest.approx([e["loss"] for e in expected[2:]], rel=1e-5)
