@@ -144,7 +144,8 @@ def test_two_processes_give_what_one_gives(calibrated, run_python, config, tmp_p
     )
     left = ",".join(config.modules_to_not_convert)
     examples = Path(__file__).parents[2] / "examples"
-    result = run_python(launch, script, tmp_path, left, examples)
+    # With an environment, though an empty one, the launcher is started as a user starts it.
+    result = run_python(launch, script, tmp_path, left, examples, environment={})
     assert result.returncode == 0, result.stderr[-3000:]
     first, second = (torch.load(tmp_path / f"{i}-of-2.pt", weights_only=True) for i in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first), "both have all layers"
