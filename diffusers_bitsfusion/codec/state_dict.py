@@ -17,11 +17,23 @@ from .radix import byte_width, bytes_from_dense, largest_byte
 from .repack import repack
 from .schema import CheckpointSchema, LayerSchema, branch_shapes
 from .time_schema import TimeFeaturesSchema
-from .time_table import decode_table, dequantize_table, encode_table, pack_table, quantize_table, unpack_rows
+from .time_table import (
+    decode_table,
+    dequantize_table,
+    encode_table,
+    from_table_bytes,
+    pack_table,
+    quantize_table,
+    table_bytes,
+    unpack_rows,
+)
 from .values import check_values
 
 # Names in a table of low rank: functions of time, and each feature's shares of them.
 _BASIS, _COEFFICIENTS = "time_proj.basis", "time_proj.coefficients"
+
+# Name in a cache: features in 16 bits. In memory these tensors of 16 bits are bytes, see `table_bytes`.
+_VALUES = "time_proj.values"
 
 
 def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> dict[str, Tensor]:
@@ -34,16 +46,18 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
     encoded, _ = split_adapters(state_dict)
     time = schema.time_features
     if time.rank:
-        encoded[_BASIS] = encode_basis(encoded[_BASIS].cpu())
-        encoded[_COEFFICIENTS] = encode_coefficients(encoded[_COEFFICIENTS].cpu())
+        encoded[_BASIS] = encode_basis(encoded[_BASIS].cpu().view(torch.int16))
+        encoded[_COEFFICIENTS] = encode_coefficients(encoded[_COEFFICIENTS].cpu().view(torch.int16))
         encoded["time_proj.scale"] = encoded["time_proj.scale"][_first_columns(time)]
     elif time.kind == "table":
         if _BASIS in encoded:
             _expand(encoded, time)
         rows = torch.arange(time.num_timesteps + 2)
-        for key in _tables(time):
-            encoded[key] = unpack_rows(encoded[key].cpu(), rows).to(torch.int16)
+        for key, columns in _tables(time).items():
+            encoded[key] = unpack_rows(from_table_bytes(encoded[key].cpu(), columns), rows).to(torch.int16)
         _fold_time_branches(encoded, time)
+    elif time.kind == "cache":
+        encoded[_VALUES] = encoded[_VALUES].view(torch.int16)
     for name, layer in schema.layers.items():
         key = f"{name}.codes"
         packed = bytes_from_dense(encoded[key].cpu(), layer.bits, layer.columns)
@@ -57,14 +71,14 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
 
 def _expand(state_dict: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
     """Replace a table of low rank by one of each feature's codes, in the form in memory."""
-    basis, coefficients = (state_dict.pop(key).cpu() for key in (_BASIS, _COEFFICIENTS))
+    basis, coefficients = (state_dict.pop(key).cpu().view(torch.int16) for key in (_BASIS, _COEFFICIENTS))
     basis_scale, scale = (
         state_dict.pop(f"time_proj.{name}").cpu().view(torch.float32).view(-1) for name in ("basis_scale", "scale")
     )
     codes, scale = quantize_table(LowRankTable(basis, basis_scale, coefficients, scale).dense())
     parts = {"codes": slice(time.num_features), "embedding_codes": slice(time.num_features, None)}
     for name, part in parts.items():
-        state_dict[f"time_proj.{name}"] = pack_table(codes[:, part])
+        state_dict[f"time_proj.{name}"] = table_bytes(pack_table(codes[:, part]))
         state_dict[f"time_proj.{name.replace('codes', 'scale')}"] = scale[part].contiguous().view(torch.int32)
 
 
@@ -181,6 +195,8 @@ def _coded_numbers(time: TimeFeaturesSchema) -> dict[str, int]:
 def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
     if time.rank:
         _decode_sums(decoded, time)
+    if _VALUES in decoded and time.kind == "cache":
+        decoded[_VALUES] = decoded[_VALUES].view(torch.uint8)
     for key, columns in _tables(time).items():
         if key not in decoded:
             continue
@@ -189,7 +205,7 @@ def _decode_time_table(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> 
             codes = decode_table(frame, time.num_timesteps + 2, columns)
         except ValueError as error:
             raise ValueError(f"{key} {error}.") from error
-        decoded[key] = pack_table(codes)
+        decoded[key] = table_bytes(pack_table(codes))
 
 
 def _decode_sums(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
@@ -201,7 +217,7 @@ def _decode_sums(decoded: dict[str, Tensor], time: TimeFeaturesSchema) -> None:
     for key, (decode, *shape) in sums.items():
         if key in decoded:
             try:
-                decoded[key] = decode(_frame(key, decoded[key]), *shape)
+                decoded[key] = decode(_frame(key, decoded[key]), *shape).view(torch.uint8)
             except ValueError as error:
                 raise ValueError(f"{key} {error}.") from error
     if "time_proj.scale" in decoded:
@@ -217,7 +233,7 @@ def _first_columns(time: TimeFeaturesSchema) -> Tensor:
 
 def _check_time_features(state_dict: Mapping[str, Tensor], time: TimeFeaturesSchema) -> None:
     if time.kind == "cache":
-        _check(state_dict, "time_proj.values", torch.int16, (len(time.timesteps), time.num_features))
+        _check(state_dict, _VALUES, torch.int16, (len(time.timesteps), time.num_features))
         _check(state_dict, "time_proj.timesteps", torch.int32, (len(time.timesteps),))
     for key, columns in _tables(time).items():
         _check(state_dict, key.replace("codes", "scale"), torch.int32, (columns,))

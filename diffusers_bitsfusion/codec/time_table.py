@@ -119,6 +119,19 @@ def pack_table(codes: Tensor) -> Tensor:
     return packed
 
 
+def table_bytes(packed: Tensor) -> Tensor:
+    """Return what `pack_table` gives as bytes: 16-bit codes [timesteps, features] as [timesteps, 2 * features].
+
+    Neither gloo nor NCCL passes 16-bit integers between processes, as data parallel training does with all parameters.
+    """
+    return packed.contiguous().view(torch.uint8)
+
+
+def from_table_bytes(table: Tensor, features: int) -> Tensor:
+    """Return what `table_bytes` made bytes of, in the same memory."""
+    return table if table.shape[1] == features else table.view(torch.int16)
+
+
 def _with_group_after(codes: Tensor) -> Tensor:
     """Return the rows with as many after them as fill the groups: the first one goes on as the last rows went."""
     timesteps, features = codes.shape

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec.low_rank_table import LowRankTable
+from ..codec.time_table import table_bytes
 from .packed import float_bits, from_float_bits
 from .time_features import TimeFeatures, cubic_weights
 
@@ -20,11 +21,12 @@ class LowRankTimeFeatures(TimeFeatures):
     It covers the same timesteps, with the same interpolation between them.
 
     Attributes:
-        basis (`nn.Parameter`): int16 [num_timesteps + 2, rank], codes of the functions of time; row i is timestep
-            i - 1.
+        basis (`nn.Parameter`): uint8 [num_timesteps + 2, 2 * rank], the bytes of codes of 16 bits of the functions of
+            time, see `codec.time_table.table_bytes`; row i is timestep i - 1.
         basis_scale (`nn.Parameter`): int32 [rank, 1], the bits of their fp32 scales.
-        coefficients (`nn.Parameter`): int16 [rank, num_features + embedding_width], codes of the share that each
-            feature has of each function. Columns from `num_features` on are of the time embedding before its SiLU.
+        coefficients (`nn.Parameter`): uint8 [rank, 2 * (num_features + embedding_width)], the same of the share that
+            each feature has of each function. Columns from `num_features` on are of the time embedding before its
+            SiLU.
         scale (`nn.Parameter`): int32 [num_features + embedding_width, 1], the bits of the fp32 scales of features.
     """
 
@@ -34,30 +36,30 @@ class LowRankTimeFeatures(TimeFeatures):
         self.num_features = features
         self.embedding_width = embedding_width
         columns = features + embedding_width
-        self.basis = nn.Parameter(torch.empty(num_timesteps + 2, rank, dtype=torch.int16), requires_grad=False)
+        self.basis = nn.Parameter(torch.empty(num_timesteps + 2, 2 * rank, dtype=torch.uint8), requires_grad=False)
         self.basis_scale = float_bits(torch.empty(rank))
-        self.coefficients = nn.Parameter(torch.empty(rank, columns, dtype=torch.int16), requires_grad=False)
+        self.coefficients = nn.Parameter(torch.empty(rank, 2 * columns, dtype=torch.uint8), requires_grad=False)
         self.scale = float_bits(torch.empty(columns))
 
     @property
     def rank(self) -> int:
         """Number of functions of time."""
-        return self.basis.shape[1]
+        return self.basis.shape[1] // 2
 
     @property
     def table(self) -> LowRankTable:
         """The table that is kept, which shares memory with the parameters."""
         return LowRankTable(
-            self.basis.detach(),
+            self.basis.detach().view(torch.int16),
             from_float_bits(self.basis_scale),
-            self.coefficients.detach(),
+            self.coefficients.detach().view(torch.int16),
             from_float_bits(self.scale),
         )
 
     def set_table(self, table: LowRankTable) -> None:
         """Take a table of the sizes of this one."""
-        self.basis.copy_(table.basis)
-        self.coefficients.copy_(table.coefficients)
+        self.basis.copy_(table_bytes(table.basis))
+        self.coefficients.copy_(table_bytes(table.coefficients))
         from_float_bits(self.basis_scale).copy_(table.basis_scale)
         from_float_bits(self.scale).copy_(table.scale)
 

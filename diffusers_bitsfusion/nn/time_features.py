@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codec.time_table import pack_table, packed_rows, unpack_rows
+from ..codec.time_table import from_table_bytes, pack_table, packed_rows, table_bytes, unpack_rows
 from ..utils.private_names import TORCH_ASSERT
 from .lazy_weight import LazyWeight
 from .low_rank_branch import LowRankBranch
@@ -51,7 +51,8 @@ class TimeFeatureCache(TimeFeatures):
     """Features of given timesteps only, as in the paper: lossless in fp16.
 
     Attributes:
-        values (`nn.Parameter`): int16 [timesteps, features], the bits of the fp16 features.
+        values (`nn.Parameter`): uint8 [timesteps, 2 * features], the bytes of the fp16 features, see
+            `codec.time_table.table_bytes`.
         timesteps (`nn.Parameter`): int32 [timesteps, 1], the bits of the fp32 timesteps.
         known_timesteps (`list[float]`): the same, for messages.
     """
@@ -60,12 +61,12 @@ class TimeFeatureCache(TimeFeatures):
         super().__init__()
         self.num_features = features
         self.known_timesteps = timesteps
-        self.values = nn.Parameter(torch.empty(len(timesteps), features, dtype=torch.int16), requires_grad=False)
+        self.values = nn.Parameter(torch.empty(len(timesteps), 2 * features, dtype=torch.uint8), requires_grad=False)
         self.timesteps = float_bits(torch.tensor(timesteps, dtype=torch.float32))
 
     def set_features(self, features: Tensor) -> None:
         """Take features fp32 [timesteps, features] and keep them in fp16."""
-        self.values = nn.Parameter(features.to(torch.float16).view(torch.int16), requires_grad=False)
+        self.values = nn.Parameter(table_bytes(features.to(torch.float16)), requires_grad=False)
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept."""
@@ -92,8 +93,8 @@ class TimeFeatureTable(TimeFeatures):
 
     Attributes:
         codes (`nn.Parameter`): what `codec.time_table.pack_table` makes of the codes of num_timesteps + 2 rows, of
-            which row i is timestep i - 1: uint8 [packed_rows(num_timesteps + 2), features], or int16
-            [num_timesteps + 2, features] where they are not smooth.
+            which row i is timestep i - 1: uint8 [packed_rows(num_timesteps + 2), features]; or, where they are not
+            smooth, the bytes of 16-bit codes, uint8 [num_timesteps + 2, 2 * features].
         scale (`nn.Parameter`): int32 [features, 1], the bits of the fp32 scales.
         embedding_codes, embedding_scale (`nn.Parameter`): the same of the time embedding before its SiLU, which so can
             be given back, with embedding_width in place of features; where that is not 0.
@@ -104,10 +105,10 @@ class TimeFeatureTable(TimeFeatures):
         self.num_timesteps = num_timesteps
         self.num_features = features
         self.embedding_width = embedding_width
-        self.codes = self._room_for(features, torch.uint8)
+        self.codes = self._room_for(features)
         self.scale = float_bits(torch.empty(features))
         if embedding_width:
-            self.embedding_codes = self._room_for(embedding_width, torch.uint8)
+            self.embedding_codes = self._room_for(embedding_width)
             self.embedding_scale = float_bits(torch.empty(embedding_width))
 
     @property
@@ -119,37 +120,46 @@ class TimeFeatureTable(TimeFeatures):
         """Take codes int16 [num_timesteps + 2, n] and scale fp32 [n] of the n features from `start` on."""
         part = slice(start, start + len(scale))
         packed = pack_table(codes)
-        if packed.dtype != self.codes.dtype:  # One part that is not smooth has all parts kept whole.
-            whole = self._unpack(self._all_rows).to(torch.int16)
+        if packed.dtype != self._table.dtype:  # One part that is not smooth has all parts kept whole.
+            whole = table_bytes(unpack_rows(self._table, self._all_rows).to(torch.int16))
             self.codes, packed = nn.Parameter(whole, requires_grad=False), codes
-        self.codes[:, part] = packed
+        self._table[:, part] = packed
         from_float_bits(self.scale)[part] = scale
 
     def set_embedding(self, codes: Tensor, scale: Tensor) -> None:
         """Take the time embedding before its SiLU: codes int16 [num_timesteps + 2, embedding_width] and scale fp32."""
-        self.embedding_codes = nn.Parameter(pack_table(codes).to(self.embedding_codes.device), requires_grad=False)
+        table = table_bytes(pack_table(codes)).to(self.embedding_codes.device)
+        self.embedding_codes = nn.Parameter(table, requires_grad=False)
         from_float_bits(self.embedding_scale).copy_(scale)
 
     def expect(self, state_dict: Mapping[str, Tensor], prefix: str) -> None:
-        """Make room for the tables of `state_dict`, which loaders would cast to the dtype of the parameter."""
-        for name in ("codes", "embedding_codes"):
+        """Make room for the tables of `state_dict`, packed or whole, whose shapes differ."""
+        for name, columns in (("codes", self.num_features), ("embedding_codes", self.embedding_width)):
             loaded = state_dict.get(f"{prefix}{name}")
-            if loaded is not None and name in self._parameters and loaded.dtype != getattr(self, name).dtype:
-                self.register_parameter(name, self._room_for(loaded.shape[1], loaded.dtype))
+            if loaded is not None and name in self._parameters:
+                is_whole = tuple(loaded.shape) == (self.num_timesteps + 2, 2 * columns)
+                if is_whole != (getattr(self, name).shape[1] == 2 * columns):
+                    self.register_parameter(name, self._room_for(columns, is_whole))
 
-    def _room_for(self, columns: int, dtype: torch.dtype) -> nn.Parameter:
-        """Return a table of zeros, packed in uint8 or whole in int16."""
+    def _room_for(self, columns: int, whole: bool = False) -> nn.Parameter:
+        """Return a table of zeros, packed or as bytes of whole codes."""
         rows = self.num_timesteps + 2
         device = self.codes.device if "codes" in self._parameters else None
-        shape = (packed_rows(rows) if dtype == torch.uint8 else rows, columns)
-        return nn.Parameter(torch.zeros(shape, dtype=dtype, device=device), requires_grad=False)
+        shape = (rows, 2 * columns) if whole else (packed_rows(rows), columns)
+        return nn.Parameter(torch.zeros(shape, dtype=torch.uint8, device=device), requires_grad=False)
 
     @property
     def _all_rows(self) -> Tensor:
         return torch.arange(self.num_timesteps + 2, device=self.codes.device)
 
-    def _unpack(self, rows: Tensor) -> Tensor:
-        return unpack_rows(self.codes, rows)
+    @property
+    def _table(self) -> Tensor:
+        """The codes as `pack_table` gives them, in the memory of the parameter."""
+        return from_table_bytes(self.codes.detach(), self.num_features)
+
+    @property
+    def _embedding_table(self) -> Tensor:
+        return from_table_bytes(self.embedding_codes.detach(), self.embedding_width)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         self.expect(state_dict, prefix)
@@ -157,11 +167,12 @@ class TimeFeatureTable(TimeFeatures):
 
     def features(self) -> tuple[Tensor, Tensor]:
         """(timesteps fp32 [T], features fp32 [T, features]) as kept, timesteps 0 to num_timesteps."""
-        return self.rows[1:].float(), self._unpack(self._all_rows[1:]).float() * from_float_bits(self.scale)
+        codes = unpack_rows(self._table, self._all_rows[1:])
+        return self.rows[1:].float(), codes.float() * from_float_bits(self.scale)
 
     def embedding(self) -> Tensor:
         """Return the time embedding before its SiLU as kept, fp32 [T, embedding_width], timesteps as `features`."""
-        codes = unpack_rows(self.embedding_codes, self._all_rows[1:])
+        codes = unpack_rows(self._embedding_table, self._all_rows[1:])
         return codes.float() * from_float_bits(self.embedding_scale)
 
     def forward(self, timesteps: Tensor) -> Tensor:
@@ -171,8 +182,13 @@ class TimeFeatureTable(TimeFeatures):
         self._require(
             (t >= 0) & (t <= last), timesteps, f"the time features of this model cover the timesteps 0 to {last}."
         )
-        embedding = (self.embedding_codes, from_float_bits(self.embedding_scale)) if self.embedding_width else None
-        return look_up(t, last, (self.codes, from_float_bits(self.scale)), embedding)
+        return look_up(t, last, *self.tables)
+
+    @property
+    def tables(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+        """The table of features and that of the time embedding, as `look_up` takes them, in the parameters' memory."""
+        embedding = (self._embedding_table, from_float_bits(self.embedding_scale)) if self.embedding_width else None
+        return (self._table, from_float_bits(self.scale)), embedding
 
 
 def look_up(

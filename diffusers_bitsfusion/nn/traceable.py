@@ -11,7 +11,7 @@ from .compute import packed_layers, undo_fusions
 from .conv import BitsFusionConv2d
 from .conversion import replace_module
 from .low_rank_time_features import LowRankTimeFeatures, look_up_sums
-from .packed import PackedWeight, from_float_bits
+from .packed import PackedWeight
 from .time_features import TimeFeatureCache, TimeFeatureTable, look_up
 
 
@@ -50,12 +50,11 @@ class TraceableTimeTable(nn.Module):
     def __init__(self, table: TimeFeatureTable) -> None:
         super().__init__()
         self.num_timesteps = table.num_timesteps
-        self.codes = nn.Buffer(table.codes.detach())
-        self.scale = nn.Buffer(from_float_bits(table.scale))
-        self.has_embedding = table.embedding_width > 0
-        if self.has_embedding:
-            self.embedding_codes = nn.Buffer(table.embedding_codes.detach())
-            self.embedding_scale = nn.Buffer(from_float_bits(table.embedding_scale))
+        features, embedding = table.tables
+        self.codes, self.scale = map(nn.Buffer, features)
+        self.has_embedding = embedding is not None
+        if embedding is not None:
+            self.embedding_codes, self.embedding_scale = map(nn.Buffer, embedding)
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return what the table returns for `timesteps` [batch], fp32."""
