@@ -29,7 +29,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.native.library import native_library
 from diffusers_bitsfusion.nn import packed
-from diffusers_bitsfusion.ops import conv, forward_mode, linear
+from diffusers_bitsfusion.ops import conv, linear, transforms
 
 # The default of 1.99 needs wider models: here the layers outside the recipe weigh too much.
 TARGET_BITS = 2.6
@@ -174,7 +174,7 @@ def decodes(monkeypatch) -> dict[str, int]:
     counts = {"read": 0, "call": 0}
     for module, name, kind in (
         (packed, "decode_weight", "read"),
-        (forward_mode, "decode_weight", "read"),
+        (transforms, "decode_weight", "read"),
         (linear, "decode_to_scratch", "call"),
         (conv, "decode_to_scratch", "call"),
     ):

@@ -70,6 +70,19 @@ def test_compiled_layers_have_the_eager_output_and_gradients():
     torch.testing.assert_close(x.grad, x_reference.grad, rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_gradient_by_transforms_is_that_of_the_float_layers():
+    torch.manual_seed(0)
+    model = nn.Sequential(packed(nn.Conv2d(3, 6, 3)), nn.Flatten(2), packed(nn.Linear(16, 5), compute="int8"))
+    dequantized = nn.Sequential(float_from_packed(model[0]), nn.Flatten(2), float_from_packed(model[2]))
+
+    def gradient(model):
+        return torch.func.grad(lambda x: model(x).square().sum())
+
+    compiled = torch.compile(gradient(model), fullgraph=True, dynamic=False, backend="aot_eager")
+    x = torch.randn(2, 3, 6, 6)
+    torch.testing.assert_close(compiled(x), gradient(dequantized)(x))
+
+
 def test_compiled_forward_mode_is_that_of_the_float_layers():
     torch.manual_seed(0)
     model = nn.Sequential(packed(nn.Conv2d(3, 6, 3)), nn.Flatten(2), packed(nn.Linear(16, 5), compute="int8"))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.ops import conv, forward_mode, linear
+from diffusers_bitsfusion.ops import conv, linear, transforms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -185,7 +185,7 @@ def decodes(monkeypatch) -> dict[str, list[int]]:
     """Addresses of the codes in the order of their decoding: for reading `weight`, and for a call."""
     seen: dict[str, list[int]] = {"read": [], "call": []}
     for module, name, calls in (
-        (forward_mode, "decode_weight", seen["read"]),
+        (transforms, "decode_weight", seen["read"]),
         (linear, "decode_to_scratch", seen["call"]),
         (conv, "decode_to_scratch", seen["call"]),
     ):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..ops.conv import conv2d, int8_conv_weight
 from ..ops.dispatch import wants_channels_last
-from ..ops.forward_mode import in_forward_mode, weight
+from ..ops.transforms import in_transform, weight
 from .packed import PackedWeight, autocast
 
 
@@ -28,7 +28,7 @@ class BitsFusionConv2d(PackedWeight, nn.Conv2d):
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
         x, padding = self._pad(x)
         packed, geometry = (self.codes, self.scale_bits), (self.stride, padding, self.dilation, self.groups)
-        if in_forward_mode():
+        if in_transform():
             y = F.conv2d(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias, *geometry)
         else:
             # The layout changes here, where a compiler fuses the change with what made x.

@@ -144,14 +144,18 @@ def straight_through(
 class _RoundedLinear(torch.autograd.Function):
     """y = x Q(W)^T + b, rounding again in the backward pass rather than keeping Q(W)."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, balance: bool
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, bits: int, balance: bool) -> Tensor:
         """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
-        ctx.save_for_backward(x, weight, scale)
-        ctx.grid = bits, balance
         return F.linear(x, _rounded(weight, scale, bits, balance).to(x.dtype), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the backward pass needs."""
+        x, weight, scale, _, *ctx.grid = inputs
+        ctx.save_for_backward(x, weight, scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -183,9 +187,10 @@ class QATLinear(FakeQuantizedWeight, nn.Linear):
 class _RoundedConv2d(torch.autograd.Function):
     """y = x * Q(W) + b with numeric zero padding, rounding again in the backward pass."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         weight: Tensor,
         scale: Tensor,
@@ -194,10 +199,16 @@ class _RoundedConv2d(torch.autograd.Function):
         padding: tuple[int, ...],
     ) -> Tensor:
         """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
+        rounded = _rounded(weight, scale, layer.bits, layer.balance).to(x.dtype)
+        return F.conv2d(x, rounded, bias, layer.stride, padding, layer.dilation, layer.groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep what the backward pass needs."""
+        x, weight, scale, _, layer, padding = inputs
         ctx.save_for_backward(x, weight, scale)
         ctx.grid = layer.bits, layer.balance
         ctx.geometry = layer.stride, padding, layer.dilation, layer.groups
-        return F.conv2d(x, _rounded(weight, scale, *ctx.grid).to(x.dtype), bias, *ctx.geometry)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

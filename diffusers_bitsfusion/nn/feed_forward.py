@@ -8,7 +8,7 @@ import torch
 from diffusers.models.activations import GEGLU
 from torch import Tensor, nn
 
-from ..ops.forward_mode import in_forward_mode
+from ..ops.transforms import in_transform
 from .linear import BitsFusionLinear
 
 
@@ -36,7 +36,7 @@ class FusedGEGLU(GEGLU):
 
     def _differentiates(self, *inputs: Tensor | None) -> bool:
         gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        return gradient or in_forward_mode()
+        return gradient or in_transform()
 
 
 def set_geglu(model: nn.Module, fused: bool) -> None:

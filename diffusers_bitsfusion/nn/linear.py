@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.forward_mode import in_forward_mode, weight
 from ..ops.linear import int8_linear_weight, linear, linear_geglu
+from ..ops.transforms import in_transform, weight
 from .packed import PackedWeight, autocast
 
 
@@ -26,7 +26,7 @@ class BitsFusionLinear(PackedWeight, nn.Linear):
         if geglu:
             y = linear_geglu(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)
             return y
-        if in_forward_mode():
+        if in_transform():
             y = F.linear(x, weight(*packed, self.bits, self.weight_shape, x.dtype), bias)
         else:
             y = linear(x, *packed, bias, self.bits, self.weight_shape, self.computes_int8, self.int8_weight)

@@ -13,7 +13,7 @@ from ..codec.radix import dense_width
 from ..codec.schema import branch_shapes
 from ..ops.decode import decode_weight
 from ..ops.dispatch import KernelSelection, select_for_layer
-from ..ops.forward_mode import weight
+from ..ops.transforms import weight
 from .lazy_weight import LazyWeight, refuse_writing
 from .low_rank_branch import LowRankBranch
 

@@ -13,7 +13,7 @@ from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import dense_width
 from ..codec.rounding import Rounding
 from ..codec.schema import TENSOR_PREFIX, LayerSchema
-from ..ops.forward_mode import weight
+from ..ops.transforms import weight
 from .lazy_weight import LazyWeight, refuse_writing
 from .packed import NotTrainable, float_bits
 

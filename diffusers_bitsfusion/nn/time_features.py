@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec.time_table import from_table_bytes, pack_table, packed_rows, table_bytes, unpack_rows
+from ..ops.transforms import all_values
 from ..utils.private_names import TORCH_ASSERT
 from .lazy_weight import LazyWeight
 from .low_rank_branch import LowRankBranch
@@ -39,6 +40,7 @@ class TimeFeatures(nn.Module):
 
     def _require(self, known: Tensor, timesteps: Tensor, problem: str) -> None:
         """Refuse timesteps where `known` is false: at once on a CPU, without a synchronisation elsewhere."""
+        known, timesteps = all_values(known), all_values(timesteps)  # torch.func.vmap hides the batch.
         if timesteps.device.type == "cpu" and not torch.compiler.is_compiling():
             if not known.all():
                 missing = ", ".join(f"{t:g}" for t in timesteps[~known].unique().tolist())

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..native.arguments import AttentionArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .dispatch import why_no_bf16_attention
-from .forward_mode import in_forward_mode
+from .transforms import in_transform
 
 # Entries of a head that the compiled loop has room for.
 _WIDEST = 256
@@ -31,7 +31,7 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         [batch, queries, heads, width].
     """
     gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if gradient or in_forward_mode():
+    if gradient or in_transform():
         return F.scaled_dot_product_attention(query, key, value)
     output: Tensor = _attention(query, key, value)
     return output

@@ -192,6 +192,19 @@ def _(
     return grad_x
 
 
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, ctx.bits, _, *ctx.settings = inputs
+    ctx.save_for_backward(codes, scale)
+
+
+def _second_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate the gradient once more: it is linear in that of the output."""
+    return conv2d(grad, *ctx.saved_tensors, None, ctx.bits, *ctx.settings, False, None), *[None] * 9
+
+
+conv2d_input_grad.register_autograd(_second_backward, setup_context=_setup_second)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, codes, scale, _, ctx.bits, *ctx.settings, _, _ = inputs
     ctx.input_shape = x.shape

@@ -220,6 +220,19 @@ def _(grad: Tensor, codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int
     return grad @ grad.new_empty(shape)
 
 
+def _setup_second(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scale, ctx.bits, ctx.shape = inputs
+    ctx.save_for_backward(codes, scale)
+
+
+def _second_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """Differentiate the gradient once more: it is linear in that of the output."""
+    return linear(grad, *ctx.saved_tensors, None, ctx.bits, ctx.shape, False, None), None, None, None, None
+
+
+linear_input_grad.register_autograd(_second_backward, setup_context=_setup_second)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, codes, scale, _, ctx.bits, ctx.shape, _, _ = inputs
     ctx.save_for_backward(codes, scale)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..native.arguments import GroupNormArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .dispatch import why_no_compiled_norm
-from .forward_mode import in_forward_mode
+from .transforms import in_transform
 
 # Positions of an image that is channels last that the loops process at a time.
 _BLOCK = 64
@@ -51,7 +51,7 @@ def group_norm(
     """
     tensors = [t for t in (x, weight, bias, shift) if t is not None]
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if torch.compiler.is_compiling() or gradient or in_forward_mode() or not _fits(x, groups, weight, bias, shift):
+    if torch.compiler.is_compiling() or gradient or in_transform() or not _fits(x, groups, weight, bias, shift):
         return group_norm_reference(x, groups, weight, bias, eps, silu, shift)
     output: Tensor = _group_norm(x, groups, weight, bias, eps, silu, shift)
     return output

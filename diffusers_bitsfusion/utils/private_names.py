@@ -130,3 +130,8 @@ TORCH_STORE = PrivateName(
 )
 TORCH_EXTENSION = PrivateName("torch", "_C", "compiled loops on several threads")
 TORCH_FORWARD_LEVEL = PrivateName("torch.autograd.forward_ad", "_current_level", "forward-mode differentiation")
+TORCH_TRANSFORMS = PrivateName("torch._C", "_are_functorch_transforms_active", "transforms of torch.func")
+TORCH_UNWRAP = PrivateName("torch._C._functorch", "get_unwrapped", "checks of timesteps within torch.func.vmap")
+TORCH_WRAPPED = PrivateName(
+    "torch._C._functorch", "is_functorch_wrapped_tensor", "checks of timesteps within torch.func.vmap"
+)

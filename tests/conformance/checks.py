@@ -17,7 +17,7 @@ from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.nn.compute import packed_layers, set_compute
 from diffusers_bitsfusion.nn.packed import PackedWeight
 from diffusers_bitsfusion.nn.packed_tensor import PackedTensor
-from diffusers_bitsfusion.ops import conv, forward_mode, linear
+from diffusers_bitsfusion.ops import conv, linear, transforms
 
 from .case import Case, flat_output, tensors
 
@@ -165,7 +165,7 @@ CHECKS: dict[str, Callable[[Subject], bool]] = {
 @contextmanager
 def _counting_decodes() -> Iterator[Counter[str]]:
     count: Counter[str] = Counter()
-    places = ((linear, "decode_to_scratch"), (conv, "decode_to_scratch"), (forward_mode, "decode_weight"))
+    places = ((linear, "decode_to_scratch"), (conv, "decode_to_scratch"), (transforms, "decode_weight"))
     originals = [getattr(module, name) for module, name in places]
     patches = [
         mock.patch.object(module, name, _counting(original, count))

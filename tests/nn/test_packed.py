@@ -352,6 +352,32 @@ def test_transforms_of_torch_that_differentiate_forwards(kind, base, sizes):
     torch.testing.assert_close(list(derivatives(packed)), list(derivatives(float_from_packed(packed))))
 
 
+@every_kind
+@pytest.mark.parametrize("training", [False, True])
+def test_transforms_and_second_derivatives(kind, base, sizes, training):
+    packed = packed_layer(base, sizes)
+    expected = float_from_packed(packed)
+    if training:
+        packed = fake_quantized_from_float(expected, 2)
+        expected = copy.deepcopy(expected)
+        expected.weight.data = packed.codes_and_scale()[0].view_as(expected.weight) * packed.scale.view(
+            -1, *[1] * (expected.weight.dim() - 1)
+        )
+    x = example_input(base)
+
+    def derivatives(layer):
+        def loss(x):
+            return layer(x).pow(3).sum()
+
+        yield torch.func.vmap(torch.func.grad(loss))(x)
+        yield torch.func.vmap(layer)(x)
+        point = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(point), point, create_graph=True)
+        yield torch.autograd.grad(slope.square().sum(), point)[0]
+
+    torch.testing.assert_close(list(derivatives(packed)), list(derivatives(expected)), rtol=1e-4, atol=1e-4)
+
+
 # Outputs, inputs.
 
 

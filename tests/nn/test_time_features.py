@@ -52,6 +52,15 @@ def test_timesteps_of_any_dtype_are_found(dtype):
     assert torch.equal(found, exact[[2, 0, 2]].half().float())
 
 
+@pytest.mark.parametrize("make", [lambda: filled_cache(range(51))[0], lambda: filled_table(waves)])
+def test_a_call_for_each_timestep_is_one_for_all_of_them(make):
+    lookup, asked = make(), torch.tensor([3.0, 50.0, 17.0])
+    each = torch.func.vmap(lambda t: lookup(t.unsqueeze(0))[0])
+    torch.testing.assert_close(each(asked), lookup(asked))
+    with pytest.raises(ValueError, match=r"Timestep 63, 77, 110: "):
+        each(asked + 60)
+
+
 @pytest.mark.parametrize("asked", [[2], [1, 2], [1.5], [-1], [float("nan")]])
 def test_a_timestep_that_is_not_cached_is_refused_naming_it_and_what_is_there(asked):
     cache, _ = filled_cache([1, 21, 981.25])

@@ -1,24 +1,36 @@
-"""What stands in for the layers' operators, which carry no tangents, in forward-mode differentiation."""
+"""What stands in for the layers' operators where torch transforms a call, which they do not take part in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..utils.private_names import TORCH_FORWARD_LEVEL
+from ..utils.private_names import TORCH_FORWARD_LEVEL, TORCH_TRANSFORMS, TORCH_UNWRAP, TORCH_WRAPPED
 from .decode import decode_weight
 
 
-def in_forward_mode() -> bool:
-    """Return whether tangents may pass through the current call (`torch.func.jvp`, `autograd.forward_ad`).
+def in_transform() -> bool:
+    """Return whether torch differentiates forwards or transforms the current call (`forward_ad`, `torch.func`).
 
-    Torch has one level for the process, so that other threads compute exactly meanwhile, too.
+    Operators of a package carry no tangents, and torch has no transforms of their derivatives. Forward mode has one
+    level for the process, so that other threads compute exactly meanwhile, too.
     """
     level: int = TORCH_FORWARD_LEVEL.read(forward_ad, -1)
-    return level >= 0
+    transforms: Callable[[], bool] = TORCH_TRANSFORMS.read(torch._C, bool)
+    return level >= 0 or transforms()
+
+
+def all_values(x: Tensor) -> Tensor:
+    """Return the values of `x` in all the calls that `torch.func` makes one of: within vmap, of more dimensions."""
+    if torch.compiler.is_compiling():
+        return x
+    wrapped, unwrap = TORCH_WRAPPED.read(torch._C._functorch, lambda _: False), TORCH_UNWRAP
+    while wrapped(x):
+        x = unwrap.require(torch._C._functorch)(x)
+    return x
 
 
 @torch.library.custom_op(
