@@ -142,9 +142,20 @@ class QuantizedModelMixin(_Base):
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move as `ModelMixin.to`, but accept dtype None (`save_lora_adapter`) and the model's own (IP-Adapters)."""
-        if "dtype" in kwargs and kwargs["dtype"] in (None, self.dtype):
-            del kwargs["dtype"]
-        return super().to(*(None if argument is self.dtype else argument for argument in args), **kwargs)
+        dtype = next((part for part in args if isinstance(part, torch.dtype)), kwargs.pop("dtype", None))
+        if dtype not in (None, self.dtype):
+            self.check_cast(dtype)
+            nn.Module.to(self, dtype=dtype)
+        return super().to(*(None if isinstance(part, torch.dtype) else part for part in args), **kwargs)
+
+    def check_cast(self, dtype: torch.dtype) -> None:
+        """Refuse a cast, but of an autoencoder that its pipelines cast to fp32 to decode in it, and then back.
+
+        Raises:
+            ValueError: the dtype is not the model's own.
+        """
+        if dtype is not self.dtype and not self.config.get("force_upcast"):
+            super().to(dtype=dtype)  # It refuses, as `.half()` and `.float()` do, in diffusers' words.
 
     def check_device(self, device: torch.device | str | int) -> None:
         """Refuse a device that cannot compute as the layers were told to.
@@ -156,7 +167,10 @@ class QuantizedModelMixin(_Base):
             check_device(layer.compute, torch.device(device))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        self.check_device(fn(torch.empty(0, device=self.device)).device)  # The first layer would be moved before.
+        # The first layers would be moved or cast before.
+        after = fn(torch.empty(0, dtype=self.dtype, device=self.device))
+        self.check_cast(after.dtype)
+        self.check_device(after.device)
         return super()._apply(fn, recurse)
 
     def _load_ip_adapter_weights(self, *args: Any, **kwargs: Any) -> None:

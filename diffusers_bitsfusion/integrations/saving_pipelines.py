@@ -138,7 +138,7 @@ def wrap_to(original: Callable[..., Any]) -> Callable[..., Any]:
         for model in _quantized_models(self):
             for value in requested:
                 if isinstance(value, torch.dtype):
-                    model.to(dtype=value)  # It raises, or changes nothing: only the model's own is accepted.
+                    model.check_cast(value)
                 elif value is not None:
                     model.check_device(value)
         return original(self, *args, **kwargs)

@@ -170,6 +170,12 @@ class BitsFusionTextQuantizer(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, PackedWeight):
                 replace_module(model, name, float_from_packed(module))
+        # Where it is asked for none, transformers gives that of the config; the model keeps its own then.
+        if dtype not in (None, model.config.dtype):
+            for name, parameter in model.named_parameters():
+                if parameter.is_floating_point():
+                    kept = _weight_dtype(model, name.rpartition(".")[0], dtype)
+                    parameter.data = parameter.data.to(kept)
         return model
 
     def is_serializable(self) -> bool:

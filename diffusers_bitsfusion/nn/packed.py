@@ -72,8 +72,31 @@ def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
     return made
 
 
-class NotTrainable(nn.Module):
-    """Mixin of modules whose parameters are codes and scales as integers, which have no gradients."""
+# Dtypes that layers compute in; a cast to others, such as fp8, only stores.
+_COMPUTING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class HoldsCodes(nn.Module):
+    """Mixin of modules whose parameters are codes and scales as integers: no gradients, and no cast but of the weight.
+
+    Attributes:
+        weight_dtype (`torch.dtype`): dtype of the decoded weight, which follows casts as a parameter would.
+    """
+
+    weight_dtype: torch.dtype
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
+        device = next(self.parameters(recurse=False)).device
+        cast = fn(torch.empty(0, dtype=self.weight_dtype, device=device)).dtype
+        if fn(torch.empty(0, dtype=torch.uint8, device=device)).dtype != torch.uint8:
+            raise TypeError(
+                f"{type(self).__name__} holds codes, which no cast may change. Cast by `.to(dtype)` where the model "
+                "allows it, or load it in another `dtype`."
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if cast in _COMPUTING:
+            self.weight_dtype = cast
+        return self
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """As `nn.Module.requires_grad_`.
@@ -86,7 +109,7 @@ class NotTrainable(nn.Module):
         return super().requires_grad_(False)
 
 
-class PackedWeight(NotTrainable, LowRankBranch):
+class PackedWeight(HoldsCodes, LowRankBranch):
     """Mixin before `nn.Linear` or `nn.Conv2d` whose weight is kept as codes and scales, made by `from_float`.
 
     `weight` is not stored but decoded where it is used, see `LazyWeight`. Codes and scales are integer parameters
@@ -214,7 +237,7 @@ class PackedWeight(NotTrainable, LowRankBranch):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
         before = self.codes.device
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self.codes.device != before and not self.codes.is_meta:
             self.set_compute(self.compute, self.resident)
         return self
@@ -235,7 +258,8 @@ class PackedWeight(NotTrainable, LowRankBranch):
 
     def __getattr__(self, name: str) -> Any:
         # `weight` is no property of the class, since the constructor of nn.Linear assigns it.
-        if name == "weight" and "codes" in self._parameters:
+        # Replicas for several devices (`nn.DataParallel`) have parameters as plain attributes.
+        if name == "weight" and ("codes" in self._parameters or "codes" in self.__dict__):
             return self._lazy_weight()
         return super().__getattr__(name)
 

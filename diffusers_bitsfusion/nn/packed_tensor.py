@@ -15,10 +15,10 @@ from ..codec.rounding import Rounding
 from ..codec.schema import TENSOR_PREFIX, LayerSchema
 from ..ops.transforms import weight
 from .lazy_weight import LazyWeight, refuse_writing
-from .packed import NotTrainable, float_bits
+from .packed import HoldsCodes, float_bits
 
 
-class PackedTensor(NotTrainable):
+class PackedTensor(HoldsCodes):
     """A parameter of a module, kept as codes and scales; made by `pack_tensor` or `empty_tensor`.
 
     Calling it gives the parameter as a tensor that is decoded where it is used, see `LazyWeight`.

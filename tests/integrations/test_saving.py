@@ -318,6 +318,13 @@ def test_casting_is_refused_in_the_words_of_diffusers(packed_unet):
         packed_unet.half()
     with pytest.raises(ValueError, match=r"`\.float\(\)` is not supported for quantized model"):
         packed_unet.float()
+    before = packed_unet.state_dict()
+    for cast in (packed_unet.bfloat16, packed_unet.double, lambda: packed_unet.type(torch.float16)):
+        with pytest.raises(ValueError, match="Casting a quantized model to a new `dtype` is unsupported"):
+            cast()
+    assert {name: tensor.dtype for name, tensor in packed_unet.state_dict().items()} == {
+        name: tensor.dtype for name, tensor in before.items()
+    }
 
 
 def test_moving_without_casting_is_allowed(packed_unet, call_unet):

@@ -198,6 +198,17 @@ def test_a_dequantized_encoder_saves_plain(packed, tmp_path):
     assert torch.equal(encode(type(packed).from_pretrained(tmp_path)), expected)
 
 
+def test_an_encoder_may_be_cast_and_dequantized_in_another_dtype(packed):
+    half = copy.deepcopy(packed).to(torch.bfloat16)
+    expected = encode(half)
+    assert expected.dtype == torch.bfloat16
+    torch.testing.assert_close(encode(half.dequantize()), expected)
+    other = packed.dequantize(dtype=torch.float16)
+    kept = {"wo"} if isinstance(packed, T5EncoderModel) else set()  # which transformers keeps in fp32
+    found = {(name.split(".")[-2] in kept, parameter.dtype) for name, parameter in other.named_parameters()}
+    assert found == {(False, torch.float16)} | ({(True, torch.float32)} if kept else set())
+
+
 def test_an_encoder_comes_back_from_shards(packed, tmp_path):
     packed.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2

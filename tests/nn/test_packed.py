@@ -82,8 +82,32 @@ def test_the_scale_is_kept_to_the_last_bit_through_casts(kind, base, sizes):
     weight, codes, scale = layer.weight, layer.codes.clone(), layer.scale.clone()
     layer.half().float().bfloat16().to(torch.float64)
     assert torch.equal(layer.codes, codes) and torch.equal(layer.scale, scale)
-    assert torch.equal(layer.weight, weight)
-    assert layer.bias.dtype == torch.float64
+    assert layer.weight.dtype == layer.bias.dtype == torch.float64
+    assert torch.equal(layer.float().weight, weight)
+
+
+@every_kind
+def test_the_weight_follows_casts_as_a_parameter_would(kind, base, sizes):
+    layer, x = packed_layer(base, sizes).bfloat16(), example_input(base).bfloat16()
+    assert layer.weight.dtype == torch.bfloat16
+    torch.testing.assert_close(float_from_packed(layer)(x), layer(x))
+    layer.to(torch.float8_e4m3fn)  # Layerwise casting stores in such dtypes, in which nothing computes.
+    assert layer.weight.dtype == torch.bfloat16
+    codes = layer.codes.clone()
+    with pytest.raises(TypeError, match=f"{kind.__name__} holds codes, which no cast may change"):
+        layer.type(torch.float16)
+    assert torch.equal(layer.codes, codes)
+
+
+@every_kind
+def test_a_replica_for_another_device_has_its_weight(kind, base, sizes):
+    layer = packed_layer(base, sizes)
+    replica = layer._replicate_for_data_parallel()
+    for name in ("codes", "scale", "bias"):  # as `torch.nn.parallel.replicate`, which needs GPUs
+        setattr(replica, name, layer.get_parameter(name).detach())
+    replica._parameters |= {"branch_down": None, "branch_up": None}
+    assert torch.equal(replica.weight, layer.weight)
+    assert torch.equal(replica(example_input(base) * 0), layer(example_input(base) * 0))
 
 
 @every_kind
