@@ -96,8 +96,8 @@ class FakeQuantizedWeight(nn.Module):
     @torch.no_grad()
     def codes_and_scale(self) -> tuple[Tensor, Tensor]:
         """Codes fp32 [out, columns] and scale fp32 [out] of the weight as it is now."""
-        scale = self.scale.clamp_min(LEAST_SCALE)
-        return round_to_codes(self.weight.flatten(1), scale, self.bits, self.balance), scale
+        scale = self.scale.float().clamp_min(LEAST_SCALE)
+        return round_to_codes(self.weight.flatten(1).float(), scale, self.bits, self.balance), scale
 
     def extra_repr(self) -> str:
         """Return what a printed model shows of the layer."""
@@ -106,8 +106,8 @@ class FakeQuantizedWeight(nn.Module):
 
 def _rounded(weight: Tensor, scale: Tensor, bits: int, balance: bool) -> Tensor:
     """Return the latent weight [out, ...] on its grid, fp32 of the same shape."""
-    scale = scale.clamp_min(LEAST_SCALE)
-    return round_to_codes(weight.flatten(1), scale, bits, balance).mul_(scale.unsqueeze(1)).view_as(weight)
+    scale = scale.float().clamp_min(LEAST_SCALE)
+    return round_to_codes(weight.flatten(1).float(), scale, bits, balance).mul_(scale.unsqueeze(1)).view_as(weight)
 
 
 def straight_through(
@@ -121,8 +121,8 @@ def straight_through(
 
     Args:
         grad: floating, as `weight`; overwritten with the weight's gradient where it is fp32.
-        weight: fp32 latent weight [out, ...].
-        scale: fp32 [out].
+        weight: latent weight [out, ...], floating.
+        scale: floating [out].
         bits: 1 to 8.
         balance: as in `codec.grid.code_range`.
 
@@ -130,9 +130,9 @@ def straight_through(
         fp32 gradients, of the weight's and the scale's shape.
     """
     low, high = code_range(bits, balance)
-    scale = scale.clamp_min(LEAST_SCALE)
+    scale = scale.float().clamp_min(LEAST_SCALE)
     rows = grad.flatten(1).float()
-    exact = weight.flatten(1) * scale.reciprocal().unsqueeze(1)
+    exact = weight.flatten(1).float() * scale.reciprocal().unsqueeze(1)
     nearest = exact.round()
     codes = nearest.clamp(low, high)
     inside = nearest == codes

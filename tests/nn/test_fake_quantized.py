@@ -155,6 +155,25 @@ def test_under_autocast_products_are_bf16_and_gradients_fp32(kind):
     assert {p.grad.dtype for p in layer.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", [nn.Linear(12, 8), nn.Conv2d(12, 8, 3, padding=1)], ids=["linear", "conv"])
+def test_a_layer_that_was_cast_rounds_in_fp32(kind, dtype):
+    layer = disturbed(fake_quantized_from_float(kind, 2)).to(dtype)
+    x = torch.randn(2, 12, 6, 12, dtype=dtype) if isinstance(kind, nn.Conv2d) else torch.randn(2, 12, dtype=dtype)
+    weight, scale = (tensor.detach().float().requires_grad_() for tensor in (layer.weight, layer.scale))
+    rounded = textbook_rounding(weight, scale, 2, True)
+    output, expected = layer(x), F.linear(x, rounded.to(dtype), layer.bias) if x.dim() == 2 else None
+    if expected is None:
+        expected = layer._conv_forward(x, rounded.to(dtype), layer.bias)
+    assert torch.equal(output, expected)
+    found = torch.autograd.grad(output.float().sum(), [layer.weight, layer.scale])
+    for gradient, reference in zip(found, torch.autograd.grad(expected.float().sum(), [weight, scale]), strict=True):
+        assert gradient.dtype == dtype
+        torch.testing.assert_close(gradient.float(), reference, rtol=2e-2, atol=2e-2)
+    codes, exact = layer.codes_and_scale()
+    torch.testing.assert_close(codes * exact.unsqueeze(1), rounded.detach().flatten(1))
+
+
 def test_the_rounded_weight_is_not_kept_for_the_backward_pass():
     layer = fake_quantized_from_float(nn.Linear(64, 64), 2)
     kept = []
