@@ -42,8 +42,18 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
     Args:
         state_dict: tensors by name; packed layers have `codes` in the dense form. PEFT's adapters are left out.
         schema: what the checkpoint holds.
+
+    Raises:
+        ValueError: packed layers of the schema were replaced by others, or removed.
     """
     encoded, _ = split_adapters(state_dict)
+    gone = [name for name in schema.layers if f"{name}.codes" not in encoded]
+    if gone:
+        names = ", ".join(gone[:5]) + (f" and {len(gone) - 5} more" if len(gone) > 5 else "")
+        raise ValueError(
+            f"Cannot save the model: its packed layers {names} were replaced or removed since it was quantized. "
+            "Change layers of the model in full precision (after `dequantize()`), then quantize it again."
+        )
     time = schema.time_features
     if time.rank:
         encoded[_BASIS] = encode_basis(encoded[_BASIS].cpu().view(torch.int16))

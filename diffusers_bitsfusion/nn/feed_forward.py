@@ -22,6 +22,7 @@ class FusedGEGLU(GEGLU):
         """Return the gated activation of `hidden_states`, as `GEGLU` does."""
         proj = self.proj
         fuses = isinstance(proj, BitsFusionLinear) and not proj.branch_rank and self._gains(proj, hidden_states)
+        fuses = fuses and not proj._forward_hooks  # They are shown what the projection alone gives.
         output: Tensor
         if fuses and not self._differentiates(hidden_states, proj.bias):
             output = proj(hidden_states, geglu=True)

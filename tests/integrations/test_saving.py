@@ -327,6 +327,13 @@ def test_casting_is_refused_in_the_words_of_diffusers(packed_unet):
     }
 
 
+def test_a_model_whose_packed_layers_were_replaced_is_not_saved(packed_unet, tmp_path):
+    packed_unet.conv_in = torch.nn.Conv2d(9, packed_unet.conv_in.out_channels, 3, padding=1)
+    with pytest.raises(ValueError, match=r"its packed layers conv_in were replaced or removed.*dequantize\(\)"):
+        packed_unet.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_moving_without_casting_is_allowed(packed_unet, call_unet):
     expected = call_unet(packed_unet)
     for own in (("cpu",), (torch.float32,), ("cpu", torch.float32), (None, None)):

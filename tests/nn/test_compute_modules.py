@@ -141,6 +141,15 @@ def test_gates_are_computed_with_their_projections(packed_unet, call_unet, monke
     assert {type(gate) for gate in gates(unet.dequantize())} == {GEGLU}
 
 
+def test_a_hook_on_the_projection_of_a_gate_sees_what_it_alone_gives(packed_unet, call_unet):
+    set_compute(packed_unet, "int8")
+    seen, projections = [], [gate.proj for gate in gates(packed_unet)]
+    for projection in projections:
+        projection.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[-1]))
+    call_unet(packed_unet)
+    assert seen and sorted(seen) == sorted(projection.out_features for projection in projections)
+
+
 @pytest.mark.parametrize("compute", ["int8", "exact"])
 @pytest.mark.parametrize("tokens", [0, 5, 300])
 @pytest.mark.parametrize("bias", [True, False])
