@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fresh_process import run_together
 from typer.testing import CliRunner
 
 from diffusers_bitsfusion.cli import app
@@ -29,7 +26,6 @@ from diffusers_bitsfusion.evaluation.clip import Clip
 from diffusers_bitsfusion.evaluation.image_folder import ImageFolder
 from diffusers_bitsfusion.evaluation.suites import clip_score, preference, score_file
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SAMPLING = Sampling(steps=1, batch_size=3)
 PLUG_IN = '''
 import numpy as np
@@ -262,13 +258,6 @@ def command(files, source_folder, *more):
     return ["evaluate", str(source_folder), *(str(part) for pair in options.items() for part in pair), *map(str, more)]
 
 
-def launch(*arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    command += ["-m", "diffusers_bitsfusion", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-
-
 def test_two_processes_find_what_one_finds(files, source_folder, packed_folders, tmp_path, one_thread):
     suites = command(files, packed_folders["table"], "--suite", "geneval", "--suite", "clip")
     plain = command(files, packed_folders["table"])
@@ -282,7 +271,7 @@ def test_two_processes_find_what_one_finds(files, source_folder, packed_folders,
         )
         result = CliRunner().invoke(app, [str(part) for part in alone])
         assert result.exit_code == 0, result.output
-        launched = launch(*shared)
+        launched = run_together(["-m", "diffusers_bitsfusion", *shared])
         assert launched.returncode == 0, launched.stderr[-3000:]
         for output in (result.stdout, launched.stdout):
             spoken = output.count("no intervals of fewer")
