@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import reproduce_sd15 as script
 import sd15_budgets
+from fresh_process import FreshProcess
 
 ARGUMENTS = ["--out", "O", "--prompts", "P.tsv", "--train_data_dir", "D"]
 
@@ -116,10 +118,17 @@ def schema():
     return json.loads(re.search(r"```json\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[1])
 
 
-def test_the_whole_of_it_on_the_shapes_and_again_from_what_is_done(tmp_path):
-    command = [sys.executable, script.__file__, "--tiny", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=1800)
-    assert result.returncode == 0, result.stderr[-3000:]
+def test_the_whole_of_it_on_the_shapes_and_again_from_what_is_done(tmp_path, monkeypatch, capsys):
+    def run_step(command, env):
+        assert command[0] == sys.executable
+        result = FreshProcess(command[1:], env).result()
+        assert result.returncode == 0, result.stderr[-3000:]
+        return result
+
+    with monkeypatch.context() as patched:
+        patched.setattr(script, "subprocess", SimpleNamespace(run=run_step))
+        patched.setattr(sys, "path", list(sys.path))  # which it adds to
+        script.main(["--tiny", "--out", str(tmp_path)])
     rows = [line.split("|")[1].strip() for line in (tmp_path / "table.md").read_text().splitlines() if "|" in line]
     assert rows == ["", "---", *script.MODELS]
     results = json.loads((tmp_path / "results.json").read_text())
@@ -130,8 +139,9 @@ def test_the_whole_of_it_on_the_shapes_and_again_from_what_is_done(tmp_path):
         assert list(model["suites"]) == ["clip", "geneval"]
         assert list(model["suites"]["clip"]["by_guidance_scale"]) == ["2.5", "7.5", "9.5"]
         assert name == "full" or model["unet_bytes"] < 1.5e6
-    assert (tmp_path / "table.md").read_text() in result.stdout
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
+    command = [sys.executable, script.__file__, "--tiny", "--out", str(tmp_path)]
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert again.returncode == 0 and again.stdout.count("done before") == len(script.STEPS)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")} == times
