@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..utils.private_names import TORCH_NO_OVERRIDE, TORCH_WRAPPER
 
@@ -28,6 +28,7 @@ class LazyWeight(torch.Tensor):
         like: a strided tensor, mostly on the meta device.
         device: of the values.
         decode_rows: makes a tensor of the rows at given places, where those of a table can be decoded alone.
+        owner: module whose parameter it is; assigning the parameter to the module again changes nothing.
 
     Raises:
         RuntimeError: it, or a view of it, is written to, or asked to require a gradient.
@@ -35,6 +36,7 @@ class LazyWeight(torch.Tensor):
 
     decode: Callable[[], Tensor]
     decode_rows: Callable[[Tensor], Tensor] | None
+    owner: object | None
     _kept: Tensor | None
     _is_hf_initialized = True  # transformers' initialisation of modules leaves such tensors alone.
 
@@ -45,6 +47,7 @@ class LazyWeight(torch.Tensor):
         like: Tensor,
         device: torch.device,
         decode_rows: Callable[[Tensor], Tensor] | None = None,
+        owner: object | None = None,
     ) -> LazyWeight:
         """Make a tensor of the dtype, shape and strides of `like` on `device`, whose values `decode` gives."""
         made: LazyWeight = TORCH_WRAPPER.require(torch.Tensor)(
@@ -56,7 +59,7 @@ class LazyWeight(torch.Tensor):
             device=device,
             requires_grad=False,
         )
-        made.decode, made.decode_rows, made._kept = decode, decode_rows, None
+        made.decode, made.decode_rows, made.owner, made._kept = decode, decode_rows, owner, None
         return made
 
     __torch_function__ = TORCH_NO_OVERRIDE.read(torch._C, torch.Tensor.__torch_function__)
@@ -149,6 +152,16 @@ def refuse_writing() -> NoReturn:
         RuntimeError: always.
     """
     raise RuntimeError(_REFUSAL)
+
+
+def refuse_assigning(owner: nn.Module, value: Any) -> None:
+    """Refuse to assign a packed parameter of a module, unless it is what the module has, as where PEFT unloads.
+
+    Raises:
+        RuntimeError: the value is another one.
+    """
+    if not (isinstance(value, LazyWeight) and value.owner is owner):
+        refuse_writing()
 
 
 def _looks_up_few(table: Tensor, indices: Tensor) -> bool:

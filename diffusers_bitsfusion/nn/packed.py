@@ -14,7 +14,7 @@ from ..codec.schema import branch_shapes
 from ..ops.decode import decode_weight
 from ..ops.dispatch import KernelSelection, select_for_layer
 from ..ops.transforms import weight
-from .lazy_weight import LazyWeight, refuse_writing
+from .lazy_weight import LazyWeight, refuse_assigning
 from .low_rank_branch import LowRankBranch
 
 LayerT = TypeVar("LayerT", bound="PackedWeight")
@@ -218,7 +218,7 @@ class PackedWeight(HoldsCodes, LowRankBranch):
         if torch.compiler.is_compiling():  # A compiler removes the operators where only metadata are asked for.
             return dense()
         like = torch.empty(self.weight_shape, dtype=self.weight_dtype, device="meta")
-        return LazyWeight(dense, like, self.codes.device)
+        return LazyWeight(dense, like, self.codes.device, owner=self)
 
     def select_kernel(self, compute: str | None = None, resident: str | None = None) -> KernelSelection:
         """How `forward` computes, or would with other settings; raises as `ops.dispatch.select_for_layer`."""
@@ -265,7 +265,8 @@ class PackedWeight(HoldsCodes, LowRankBranch):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and "codes" in self.__dict__.get("_parameters", ()):
-            refuse_writing()
+            refuse_assigning(self, value)
+            return
         super().__setattr__(name, value)
 
     def extra_repr(self) -> str:

@@ -14,7 +14,7 @@ from ..codec.radix import dense_width
 from ..codec.rounding import Rounding
 from ..codec.schema import TENSOR_PREFIX, LayerSchema
 from ..ops.transforms import weight
-from .lazy_weight import LazyWeight, refuse_writing
+from .lazy_weight import LazyWeight, refuse_assigning
 from .packed import HoldsCodes, float_bits
 
 
@@ -65,7 +65,7 @@ class PackedTensor(HoldsCodes):
         like = torch.empty(self.shape, dtype=self.weight_dtype, device="meta")
         is_table = len(self.shape) == 2 and not self.schema.order
         rows = functools.partial(_decode_rows, *kept, self.schema, self.weight_dtype) if is_table else None
-        return LazyWeight(decode, like, self.codes.device, rows)
+        return LazyWeight(decode, like, self.codes.device, rows, owner=self)
 
     def decode(self) -> Tensor:
         """Return the parameter, a new tensor."""
@@ -97,8 +97,10 @@ class HoldsPackedTensors(nn.Module):
         return super().__getattr__(name) if packed is None else packed()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if TENSOR_PREFIX + name in self.__dict__.get("_modules", ()):
-            refuse_writing()
+        packed = self.__dict__.get("_modules", {}).get(TENSOR_PREFIX + name)
+        if packed is not None:
+            refuse_assigning(packed, value)
+            return
         super().__setattr__(name, value)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

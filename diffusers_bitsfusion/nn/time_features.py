@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..codec.time_table import from_table_bytes, pack_table, packed_rows, table_bytes, unpack_rows
 from ..ops.transforms import all_values
 from ..utils.private_names import TORCH_ASSERT
-from .lazy_weight import LazyWeight
+from .lazy_weight import LazyWeight, refuse_assigning
 from .low_rank_branch import LowRankBranch
 from .packed import float_bits, from_float_bits
 
@@ -281,7 +281,11 @@ class TimeFeatureSlice(LowRankBranch):
     def weight(self) -> Tensor:
         """The weight that there was, of which dtype, device and shape are left."""
         like = torch.empty(self.out_features, self.in_features, dtype=self.weight_dtype, device="meta")
-        return LazyWeight(_refuse_weight, like, self._lookup.device)
+        return LazyWeight(_refuse_weight, like, self._lookup.device, owner=self)
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        refuse_assigning(self, value)
 
     def embedding(self, input: Tensor) -> Tensor:
         """Return silu(time_embedding(t)) [batch, in_features], which `input` has after the features."""

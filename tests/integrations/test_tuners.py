@@ -231,6 +231,33 @@ def test_a_mixed_model_refuses_to_merge_what_is_no_lora():
     assert torch.equal(model(images()), before)
 
 
+@pytest.mark.parametrize("tuner", ["LoRA", "DoRA", "LoHa", "OFT", "VeRA", "GLoRA", "OSF"])
+def test_unloading_an_adapter_leaves_the_packed_layers(tuner):
+    net = packed_net()
+    before, kinds = net(images()), {name: type(module) for name, module in net.named_modules()}
+    assert adapted(net, tuner).unload() is net
+    assert {name: type(module) for name, module in net.named_modules()} == kinds
+    assert torch.equal(net(images()), before)
+
+
+def test_a_mixed_model_of_loras_is_merged_and_one_of_others_unloaded():
+    net = packed_net()
+    model = PeftMixedModel(net, TUNERS["LoRA"](), adapter_name="a")
+    model.add_adapter("b", TUNERS["rsLoRA"]())
+    model.set_adapter(["a", "b"])
+    before = model(images())
+    close(model.merge_and_unload()(images()), before)
+    net = packed_net()
+    before = net(images())
+    assert torch.equal(PeftMixedModel(net, TUNERS["LoKr"]()).unload()(images()), before)
+
+
+def test_another_layer_s_weight_is_not_taken_for_a_layer_s_own():
+    net = packed_net()
+    with pytest.raises(RuntimeError, match="neither be written"):
+        net.first.weight = packed_net().first.weight
+
+
 def test_what_is_not_packed_is_merged_as_ever():
     net = dequantized(packed_net())
     model = adapted(net, "LoKr").eval()
