@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
+
+from torch.distributed import TCPStore
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -100,10 +101,10 @@ def run_together(arguments: Sequence[object], processes: int = 2) -> subprocess.
     Raises:
         subprocess.TimeoutExpired: they were killed after ten minutes.
     """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_RANK": "0"}
-    group |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    # As torchrun's, the store is this process's, or a process that ends first would take it from the others.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    group |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes)) | {"GROUP_RANK": "0"}
     started = [
         FreshProcess(arguments, group | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(processes)
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 from fresh_process import run_together
 
 SCRIPT = """
@@ -9,8 +11,9 @@ import os, sys, time
 from pathlib import Path
 from accelerate.utils import gather_object
 from diffusers_bitsfusion.utils.processes import failing_together, process_state
-os.environ["ACCELERATE_USE_CPU"] = "1"
 folder, failing = Path(sys.argv[1]), int(sys.argv[2])
+# A store that a process keeps is gone when that one ends.
+os.environ |= {"ACCELERATE_USE_CPU": "1", "TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": sys.argv[3]}
 state = process_state()
 
 @failing_together()
@@ -31,7 +34,9 @@ except Exception as error:
 
 def test_the_others_end_with_the_error_of_the_one_that_fails(tmp_path):
     failing = 0  # It keeps the store in which the error is told.
-    result = run_together(["-c", SCRIPT, tmp_path, failing])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    result = run_together(["-c", SCRIPT, tmp_path, failing, port])
     assert result.returncode == 0, result.stderr[-3000:]
     said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     assert said[failing] == "ValueError('The input of conv_in holds NaN.')"
