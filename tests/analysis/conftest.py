@@ -17,7 +17,6 @@ from diffusers_bitsfusion.analysis.study import Settings
 from diffusers_bitsfusion.evaluation import Sampling
 
 DEAD = "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 CAPTIONS = ["ab", "c", "d"]
 SETTINGS = Settings(qat_steps=1, calls=4, sampling=Sampling(steps=2, batch_size=2))
 ONE_LEVEL = {

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_process import run_together
 
 from diffusers_bitsfusion.analysis import sensitivity, single_layer
 from diffusers_bitsfusion.analysis.layer_cost import round_weight
@@ -23,7 +21,7 @@ from diffusers_bitsfusion.analysis.study import Study
 from diffusers_bitsfusion.codec.scales import quantize_rows
 from diffusers_bitsfusion.evaluation import Clip, clip_score, generate_images
 
-from .conftest import CAPTIONS, DEAD, REPOSITORY, SETTINGS
+from .conftest import CAPTIONS, DEAD, SETTINGS
 
 pytest.importorskip("torchmetrics")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -135,7 +133,7 @@ def test_killed_within_a_line_it_goes_on_with_the_next(run_analysis, full, tmp_p
 
 
 COUNTING = """
-import atexit, runpy, sys
+import runpy, sys
 from pathlib import Path
 from diffusers_bitsfusion.analysis import sensitivity
 measured = []
@@ -143,22 +141,19 @@ append = sensitivity.Journal.append
 sensitivity.Journal.append = lambda journal, item, metrics: (measured.append(item), append(journal, item, metrics))
 counts, sys.argv = Path(sys.argv[1]), sys.argv[1:]
 state = sensitivity.process_state()
-atexit.register(lambda: (counts / str(state.process_index)).write_text(str(len(measured))))
-runpy.run_module("diffusers_bitsfusion", run_name="__main__")
+try:
+    runpy.run_module("diffusers_bitsfusion", run_name="__main__")
+finally:
+    (counts / str(state.process_index)).write_text(str(len(measured)))
 """
 
 
 def test_two_processes_share_the_work_and_find_what_one_finds(small_folder, full, tmp_path):
     (counts := tmp_path / "counts").mkdir()
-    (script := tmp_path / "counting.py").write_text(COUNTING)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), str(counts)]
     options = {"--steps": 2, "--qat-steps": 1, "--batch-size": 2, "--num-images": 3}
-    command = ["analyze", str(small_folder), "--out", str(tmp_path / "out")]
-    command += [str(part) for pair in options.items() for part in pair]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, *launch, *command], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = ["analyze", small_folder, "--out", tmp_path / "out"]
+    command += [part for pair in options.items() for part in pair]
+    result = run_together(["-c", COUNTING, counts, *command])
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.count("24 layers") == 1  # one process speaks
     assert [int((counts / process).read_text()) for process in "01"] == [36, 36]
