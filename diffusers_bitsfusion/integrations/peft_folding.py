@@ -7,28 +7,14 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
-from peft.tuners.lora.variants import (
-    BdLoraLinearVariant,
-    BlockDiagonalLinear,
-    DoraConv2dVariant,
-    DoraLinearVariant,
-    KasaLinearVariant,
-    MiCALinearVariant,
-    MontecloraLinearVariant,
-    VeloraLinearVariant,
-)
 from torch import Tensor
 
-_DORA = (DoraLinearVariant, DoraConv2dVariant)
+# Names of PEFT's classes of variants; versions of PEFT differ in which of them they have.
+_DORA = ("DoraLinearVariant", "DoraConv2dVariant")
+_KASA = "KasaLinearVariant"
 
-# Variants that add a low-rank matrix. MiCA, MonteCLoRA and VeLoRA differ from LoRA in training alone.
-_LOW_RANK = (
-    BdLoraLinearVariant,
-    KasaLinearVariant,
-    MiCALinearVariant,
-    MontecloraLinearVariant,
-    VeloraLinearVariant,
-)
+# Names of variants that add a low-rank matrix. MiCA, MonteCLoRA and VeLoRA differ from LoRA in training alone.
+_LOW_RANK = ("BdLoraLinearVariant", _KASA, "MiCALinearVariant", "MontecloraLinearVariant", "VeloraLinearVariant")
 
 
 def why_not_foldable(layer: LoraLayer, name: str) -> str | None:
@@ -38,11 +24,11 @@ def why_not_foldable(layer: LoraLayer, name: str) -> str | None:
         layer: LoRA layer.
         name: name of the adapter.
     """
-    variant = layer.lora_variant.get(name)
-    if variant is None or isinstance(variant, _LOW_RANK):
+    variant = _variant(layer, name)
+    if variant is None or variant in _LOW_RANK:
         return None
-    if not isinstance(variant, _DORA):
-        return f"{type(variant).__name__} changes the weight by more than a low-rank matrix"
+    if variant not in _DORA:
+        return f"{variant} changes the weight by more than a low-rank matrix"
     if not (layer.lora_magnitude_vector[name].weight > 0).all():
         return "its magnitudes must be positive"
     return None
@@ -65,7 +51,7 @@ def fold(layer: Any, names: Iterable[str]) -> tuple[Tensor, Tensor, Tensor | Non
         down, up = low_rank_halves(layer, name)
         downs.append(down)
         ups.append(up)
-        if isinstance(layer.lora_variant.get(name), _DORA):
+        if _variant(layer, name) in _DORA:
             weight = layer.get_base_layer().dense_weight(torch.float32)
             adapted = weight.flatten(1) + up.flatten(1) @ down.float().flatten(1)
             magnitude = layer.lora_magnitude_vector[name].weight.detach().float().flatten()
@@ -91,11 +77,18 @@ def low_rank_halves(layer: Any, name: str) -> tuple[Tensor, Tensor]:
         Down [rank, in, ...] and, times the adapter's scaling, up, fp32 [out, rank, ...], as a branch takes them.
     """
     down, up = _weight(layer.lora_A[name]), _weight(layer.lora_B[name]).float() * layer.scaling[name]
-    if isinstance(layer.lora_variant.get(name), KasaLinearVariant):
+    if _variant(layer, name) == _KASA:
         up = up * layer.lora_diag[name].detach().float()
     return down, up
 
 
+def _variant(layer: Any, name: str) -> str | None:
+    """Return the name of the class of an adapter's variant, None of a plain LoRA."""
+    variant = layer.lora_variant.get(name)
+    return None if variant is None else type(variant).__name__
+
+
 def _weight(half: Any) -> Tensor:
-    weight: Tensor = half.weight_as_blockdiagonal_matrix() if isinstance(half, BlockDiagonalLinear) else half.weight
+    as_matrix = getattr(half, "weight_as_blockdiagonal_matrix", None)  # BD-LoRA keeps the blocks alone.
+    weight: Tensor = half.weight if as_matrix is None else as_matrix()
     return weight.detach()
