@@ -44,6 +44,8 @@ SMALLEST = {
     "up_block_types": ("UpBlock2D",), "mid_block_type": None, "cross_attention_dim": 4,
 }  # fmt: skip
 SMALL = SMALLEST | {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+# Names of tensors of 16 bits that a model keeps as bytes, see `codec.time_table.table_bytes`.
+_IN_16_BITS = ("time_proj.values", "time_proj.basis", "time_proj.coefficients")
 UNETS = {
     "unet-table": BitsFusionConfig(recipe=2),
     "unet-cache": BitsFusionConfig(
@@ -141,10 +143,12 @@ def _student(seed: int = 0) -> tuple[Accelerator, UNet2DConditionModel]:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return all tensors of a model, packed weights dequantized to fp32 among them."""
+    """Return all tensors of a model, packed weights dequantized to fp32 among them, and 16-bit codes as such."""
     packed = {name: layer for name, layer in model.named_modules() if isinstance(layer, PackedWeight)}
     assert packed
-    return dict(model.state_dict()) | {f"{name}.weight": m.dense_weight(torch.float32) for name, m in packed.items()}
+    tensors = dict(model.state_dict())
+    in_16_bits = {name: tensors[name].view(torch.int16) for name in _IN_16_BITS if name in tensors}
+    return tensors | in_16_bits | {f"{name}.weight": m.dense_weight(torch.float32) for name, m in packed.items()}
 
 
 def _hash(value: Any) -> str:

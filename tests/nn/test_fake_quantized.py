@@ -79,6 +79,7 @@ def test_linear_equals_textbook_lsq(inputs, outputs, bits, balance, bias, batch,
     torch.testing.assert_close(gradients(layer(x), tensors), gradients(expected, tensors), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 @given(
     groups=st.sampled_from([1, 2, 3]),
     kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
