@@ -85,15 +85,13 @@ class Record:
 
     def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
         index, parts = self.part
-        kept = [
-            item
-            for item in items
-            if item.nodeid not in self.done
-            and zlib.crc32(item.nodeid.encode()) % parts == index
-            and (self.names is None or item.nodeid in self.names)
-        ]
-        config.hook.pytest_deselected(items=items[: len(items) - len(kept)])
-        items[:] = kept
+
+        def is_wanted(item: Any) -> bool:
+            in_part = zlib.crc32(item.nodeid.encode()) % parts == index
+            return in_part and item.nodeid not in self.done and (self.names is None or item.nodeid in self.names)
+
+        config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+        items[:] = filter(is_wanted, items)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if (report.when != "call" and report.passed) or report.when == "teardown":
@@ -116,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     import diffusers_bitsfusion
 
-    print(f"{diffusers_bitsfusion.__file__}")
+    print(diffusers_bitsfusion.__file__)
     sdist = arguments.sdist.resolve()
     (sdist / "tests" / "__init__.py").touch()  # The repository has it, the sdist lacks it.
     if not arguments.float:

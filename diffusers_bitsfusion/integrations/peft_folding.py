@@ -29,8 +29,9 @@ def why_not_foldable(layer: LoraLayer, name: str) -> str | None:
         return None
     if variant not in _DORA:
         return f"{variant} changes the weight by more than a low-rank matrix"
-    if not (layer.lora_magnitude_vector[name].weight > 0).all():
-        return "its magnitudes must be positive"
+    magnitude = layer.lora_magnitude_vector[name].weight
+    if not (torch.isfinite(magnitude) & (magnitude > 0)).all():
+        return "its magnitudes must be positive and finite, since they go into scales"
     return None
 
 

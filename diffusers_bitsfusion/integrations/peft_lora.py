@@ -127,8 +127,8 @@ class PackedLoraLayer(SubstitutedBaseLayer):
             finite: whether to refuse NaN and infinite values, too.
 
         Raises:
-            ValueError: an adapter is another variant of LoRA, or has a bias; a DoRA's magnitude is not positive; the
-                convolution has groups; the weights are offloaded; or values are not finite.
+            ValueError: an adapter is another variant of LoRA, or has a bias; a DoRA's magnitude is not positive and
+                finite; the convolution has groups; the weights are offloaded; or values are not finite.
         """
         base = self.get_base_layer()
         for name in adapter_names:

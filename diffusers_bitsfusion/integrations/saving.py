@@ -141,10 +141,13 @@ class QuantizedModelMixin(_Base):
         return stored if only_trainable else stored + num_packed_parameters(self)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """Move as `ModelMixin.to`, but accept dtype None (`save_lora_adapter`) and the model's own (IP-Adapters)."""
+        """Move as `ModelMixin.to`, but accept dtype None (`save_lora_adapter`) and the model's own (IP-Adapters).
+
+        Raises:
+            ValueError: a cast is refused (see `check_cast`) or a device (see `check_device`).
+        """
         dtype = next((part for part in args if isinstance(part, torch.dtype)), kwargs.pop("dtype", None))
         if dtype not in (None, self.dtype):
-            self.check_cast(dtype)
             nn.Module.to(self, dtype=dtype)
         return super().to(*(None if isinstance(part, torch.dtype) else part for part in args), **kwargs)
 

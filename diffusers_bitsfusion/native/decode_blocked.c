@@ -1,4 +1,4 @@
-/* Packed weights of convolutions to the order in which oneDNN reads them; why: ops/onednn_weights.py.
+/* Packed weights of convolutions to the order in which oneDNN reads them; why: ops/onednn_float_weights.py.
  *
  * The values that belong to four bytes of a layout (two of bf16, one of fp32) are those of neighbouring inputs. Rows
  * are decoded, and 16 of them at a time transposed: for bf16 in words of four bytes, of which the layout's own are put

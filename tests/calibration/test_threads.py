@@ -23,7 +23,7 @@ def test_a_second_thread_changes_few_codes_and_last_digits(make_pipeline, config
     def calibrated(threads: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return steps of half a level [weights], scales [rows], and the noise that the model predicts."""
         torch.set_num_threads(threads)
-        calibration = make_calibration(tuning_steps=3)
+        calibration = make_calibration(tuning_steps=10)
         unet = quantize_model(make_pipeline(), config, progress=False, calibration=calibration).unet
         torch.set_num_threads(1)
         steps, scales = [], []

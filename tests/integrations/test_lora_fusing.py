@@ -288,7 +288,7 @@ def test_integers_that_are_kept_follow_a_fused_dora(unets, call_unet):
     assert torch.equal(*outputs)
 
 
-def test_two_doras_are_fused_and_a_negative_magnitude_is_refused(unet, call_unet):
+def test_two_doras_are_fused_and_magnitudes_that_are_no_scales_are_refused(unet, call_unet):
     add_dora(unet)
     add_dora(unet, "other")
     unet.set_adapters(["dora", "other"])
@@ -297,9 +297,11 @@ def test_two_doras_are_fused_and_a_negative_magnitude_is_refused(unet, call_unet
     close(call_unet(unet), before, 1e-5)
     unet.unfuse_lora()
     assert torch.equal(call_unet(unet), before)
-    next(p for name, p in unet.named_parameters() if "magnitude" in name).data[0] *= -1
-    with pytest.raises(ValueError, match="magnitudes must be positive"):
-        unet.fuse_lora()
+    magnitude = next(p for name, p in unet.named_parameters() if "magnitude" in name)
+    for value in (-1.0, 0.0, float("inf"), float("nan")):
+        magnitude.data[0] = value
+        with pytest.raises(ValueError, match="magnitudes must be positive and finite"):
+            unet.fuse_lora()
     assert not any(layer.branch_rank for layer in layers(unet, PackedWeight))
 
 

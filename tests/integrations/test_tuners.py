@@ -79,6 +79,9 @@ TUNERS = {
     "orthogonal": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="orthogonal"),
     "KaSA": lambda: LoraConfig(r=2, target_modules=LINEAR, kasa_config=peft.KasaConfig(), init_lora_weights=False),
     "MiCA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="mica"),
+    "MonteCLoRA": lambda: LoraConfig(
+        r=2, target_modules=LINEAR, init_lora_weights=False, monteclora_config=peft.MontecloraConfig()
+    ),
     "VeLoRA": lambda: LoraConfig(
         r=2, target_modules=LINEAR, init_lora_weights=False, velora_config=peft.VeloraConfig(num_groups=4)
     ),
