@@ -22,6 +22,7 @@ from ..ops.dispatch import check_settings
 from ..utils.errors import UnfinishedSaveError, printable, shown
 from ..utils.json_files import is_count, is_number
 from .calibration import Calibration
+from .keywords import what_to_write
 from .recipe import Recipe
 
 logger = logging.get_logger(__name__)
@@ -85,6 +86,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             set by quantizing and saving.
 
     Raises:
+        TypeError: an argument that there is not; the message says what to write instead.
         ValueError: a value is impossible; the message names the argument.
     """
 
@@ -114,7 +116,13 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         budget: str = "file",
         format_version: int | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            raise TypeError(
+                f"BitsFusionConfig got unexpected keyword arguments: {', '.join(unknown)}. "
+                f"{what_to_write(unknown, self._arguments())}"
+            )
         self.recipe = _as_recipe(recipe)
         self.target_bits = target_bits
         self.scale_init = scale_init
@@ -143,6 +151,10 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
                 "compression": compression,
             }
             self._schema = CheckpointSchema.from_json(described)
+
+    @classmethod
+    def _arguments(cls) -> list[str]:
+        return [name for name in inspect.signature(cls).parameters if name != "unknown"]
 
     def _check(self) -> None:
         if isinstance(self.target_bits, bool) or not isinstance(self.target_bits, (int, float)):
@@ -235,12 +247,13 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
                 "--repair`, or save again."
             )
         known = {key: value for key, value in config_dict.items() if key != "quant_method"}
-        arguments = inspect.signature(cls).parameters
+        arguments = cls._arguments()
         unknown = sorted(printable(name) for name in set(known) - set(arguments))
         if unknown and known.get("format_version") is None:
+            values = {key: value for key, value in known.items() if key not in arguments}
             raise ValueError(
-                f"Unknown keys in the BitsFusion quantization config: {', '.join(unknown)}. Known are: "
-                f"{', '.join(arguments)}."
+                f"Unknown keys in the BitsFusion quantization config: {', '.join(unknown)}. "
+                f"{what_to_write(values, arguments)}"
             )
         if unknown:  # docs/FORMAT.md allows later writers of the same version to add keys.
             logger.warning("Ignoring unknown keys of the checkpoint's quantization_config: %s.", ", ".join(unknown))
@@ -249,7 +262,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as a JSON-safe dictionary, which `from_dict` reads."""
-        content = {name: copy.deepcopy(getattr(self, name)) for name in inspect.signature(type(self)).parameters}
+        content = {name: copy.deepcopy(getattr(self, name)) for name in self._arguments()}
         if isinstance(self.recipe, Recipe):
             content["recipe"] = dict(self.recipe)
         # Readers of earlier versions do not know these keys, which say nothing where they are left at their defaults.

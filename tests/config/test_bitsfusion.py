@@ -177,9 +177,27 @@ def test_a_wish_has_no_schema():
         BitsFusionConfig().schema  # noqa: B018
 
 
-def test_an_unknown_argument_is_refused():
-    with pytest.raises(TypeError, match="target_bit"):
-        BitsFusionConfig(target_bit=2.0)
+@pytest.mark.parametrize(
+    ("wrong", "written"),
+    [
+        ({"target_bit": 2.0}, "target_bit: did you mean target_bits"),
+        ({"bits": 3}, r"bits: 3 bits in every layer are BitsFusionConfig\(recipe=3\).* target_bits=3"),
+        ({"weight_bits": 2}, r"recipe=2\)"),
+        ({"n_bits": 2}, r"recipe=2\)"),
+        ({"wbits": 2}, r"recipe=2\)"),
+        ({"load_in_4bit": True}, "target_bits"),
+        ({"skip_modules": ["conv_in"]}, r"modules_to_not_convert=\[names\]"),
+        ({"modules_to_not_converted": []}, "did you mean modules_to_not_convert"),
+        ({"calibrate": True}, "did you mean calibration"),
+        ({"colour": "red", "bits": 2}, r"arguments: colour, bits\. .*Known are: recipe, .*layers\."),
+    ],
+    ids=str,
+)
+def test_an_unknown_argument_is_refused_with_what_to_write(wrong, written):
+    with pytest.raises(TypeError, match=written):
+        BitsFusionConfig(**wrong)
+    with pytest.raises(ValueError, match=written.replace("arguments: colour, bits", "config: bits, colour")):
+        BitsFusionConfig.from_dict(wrong)
 
 
 @pytest.mark.parametrize("more", [1, 10])
