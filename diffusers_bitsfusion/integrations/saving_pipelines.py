@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from ..config.bitsfusion import BitsFusionConfig
 from ..reporting.model_card import is_users_own, write_card
@@ -30,7 +31,8 @@ from .transformers_quantizer import BitsFusionTextQuantizer
 
 
 def _quantized_models(pipeline: Any) -> list[QuantizedModelMixin]:
-    return [part for part in pipeline.components.values() if isinstance(part, QuantizedModelMixin)]
+    parts = [unwrap_module(part) for part in pipeline.components.values()]  # They may be compiled.
+    return [part for part in parts if isinstance(part, QuantizedModelMixin)]
 
 
 # Flag that `from_pipe` is at work without a dtype: it ends in a cast that nobody asked for.

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_vae
+from tiny import tiny_pipeline, tiny_vae
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 
@@ -32,3 +32,15 @@ def test_an_autoencoder_that_decodes_in_fp32_is_cast_and_cast_back():
     assert all(
         torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
     )
+
+
+def test_a_pipeline_with_a_compiled_packed_model_refuses_before_it_casts_another(tmp_path):
+    pipe = tiny_pipeline(tmp_path)
+    quantize_model(pipe, BitsFusionConfig(target_bits=3), progress=False)
+    pipe.unet = torch.compile(pipe.unet)
+    for cast in (lambda: pipe.to(torch.float16), lambda: pipe.to("cpu", torch.float16)):
+        with pytest.raises(ValueError, match="Casting a quantized model"):
+            cast()
+    assert {part.dtype for part in pipe.components.values() if isinstance(part, torch.nn.Module)} == {torch.float32}
+    dtypes = {bias.dtype for name, bias in pipe.unet.named_parameters() if name.endswith("bias")}
+    assert dtypes == {torch.float32}
