@@ -18,7 +18,7 @@ from ..utils.errors import DamagedFileError
 from ..utils.files import claim_folder, refuse_foreign_files, replacing_file
 from ..utils.json_files import is_count, is_number
 from ..utils.locks import FolderLock
-from ..utils.torch_files import is_finite_tensor, read_torch, tensors_of
+from ..utils.torch_files import is_finite_state, is_finite_tensor, read_torch, tensors_of
 from .calls import Call
 from .layers import CalibratedLayer
 from .moments import InputMoments
@@ -246,5 +246,5 @@ def _is_tuning_state(state: Mapping[str, Any], steps: int) -> bool:
         and all(is_finite_tensor(value, torch.float32) for value in state["values"])
         and isinstance(state["optimizer"], dict)
         and state["optimizer"].keys() == {"state", "param_groups"}
-        and all(is_finite_tensor(tensor) for tensor in tensors_of((state["optimizer"], state["surplus"])))
+        and is_finite_state((state["optimizer"], state["surplus"]))
     )

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import RNG_STATE_NAME, SAFE_WEIGHTS_NAME, load
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from ..utils.files import file_checksum, flush_folder, flush_tree
 from ..utils.fingerprints import hash_of_first_values, hash_of_settings
 from ..utils.json_files import is_count, read_json
 from ..utils.safetensors_files import read_header
-from ..utils.torch_files import check_archive, read_torch
+from ..utils.torch_files import check_archive, is_finite_state, is_finite_tensor, read_torch
 from .sharding import gathered, load_whole
 
 _RUN_FILE = "run.json"
@@ -224,7 +224,7 @@ def _check_files(path: Path) -> None:
     """Compare the files of a checkpoint with the checksums that it has of them, which older ones have not.
 
     Raises:
-        DamagedFileError: a file is missing, damaged or changed.
+        DamagedFileError: a file is missing, damaged or changed, or holds NaN or infinite values.
     """
     expected = read_json(path / _RUN_FILE, remedy=_REMEDY).get("files", {})
     if not isinstance(expected, dict):
@@ -236,13 +236,25 @@ def _check_files(path: Path) -> None:
             raise DamagedFileError(path / name, "is damaged: its checksum does not fit", _REMEDY)
     for file in sorted(path.iterdir()):
         if file.suffix == ".safetensors":
-            read_header(file)
+            _check_weights(file)
         elif file.suffix == ".bin":  # accelerate copies the optimizer and the schedule as they are.
-            read_torch(file, _REMEDY, mmap=True)
+            _refuse_unless_finite(file, is_finite_state(read_torch(file, _REMEDY, mmap=True)))
         elif file.suffix in (".pt", ".pkl"):
             check_archive(file, _REMEDY)
             if file.name.startswith(f"{RNG_STATE_NAME}_"):
                 _check_random_states(file)
+
+
+def _check_weights(file: Path) -> None:
+    read_header(file)
+    with safe_open(file, framework="pt") as stream:
+        for name in stream.keys():  # noqa: SIM118 - it is no dict.
+            _refuse_unless_finite(file, is_finite_tensor(stream.get_tensor(name)))
+
+
+def _refuse_unless_finite(file: Path, finite: bool) -> None:
+    if not finite:
+        raise DamagedFileError(file, "holds NaN or infinite values, from which no training goes on", _REMEDY)
 
 
 def _check_random_states(file: Path) -> None:
@@ -261,6 +273,7 @@ def _read_state(path: Path) -> dict[str, Any]:
     state = read_torch(path / _STATE_FILE, _REMEDY)
     if not isinstance(state, dict) or not isinstance(state.get("lr_scheduler"), dict) or "ema" not in state:
         raise DamagedFileError(path / _STATE_FILE, "is damaged: it must have lr_scheduler and ema", _REMEDY)
+    _refuse_unless_finite(path / _STATE_FILE, is_finite_state(state))
     return state
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import pickletools
 import re
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,19 +98,23 @@ def _refuse_other_calls(content: bytes) -> None:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Return all tensors within nested dicts, lists and tuples; what is there many times is looked at once."""
-    seen, found, left = set(), [], [value]
+    return [part for part in _parts_of(value) if isinstance(part, Tensor)]
+
+
+def _parts_of(value: Any) -> Iterator[Any]:
+    """Yield what nested dicts, lists and tuples hold."""
+    seen, left = set(), [value]
     while left:
         part = left.pop()
         if id(part) in seen:
             continue
         seen.add(id(part))
-        if isinstance(part, Tensor):
-            found.append(part)
-        elif isinstance(part, dict):
+        if isinstance(part, dict):
             left += part.values()
         elif isinstance(part, (list, tuple)):
             left += part
-    return found
+        else:
+            yield part
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -116,6 +122,17 @@ def _is_dense(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.device.type != "cpu":
         return False
     return tensor.numel() * tensor.itemsize <= tensor.untyped_storage().nbytes()
+
+
+def is_finite_state(state: Any) -> bool:
+    """Return whether the nested state of an optimizer or schedule holds finite tensors, and no NaN among its numbers.
+
+    Infinity is a number that some schedules begin with.
+    """
+    return all(
+        is_finite_tensor(part) if isinstance(part, Tensor) else not (isinstance(part, float) and math.isnan(part))
+        for part in _parts_of(state)
+    )
 
 
 def is_finite_tensor(value: Any, dtype: torch.dtype | None = None, shape: tuple[int, ...] | None = None) -> bool:

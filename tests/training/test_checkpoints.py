@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
 
-from diffusers_bitsfusion.training.checkpoints import find_checkpoint, read_settings
+from diffusers_bitsfusion.training.checkpoints import (
+    find_checkpoint,
+    load_checkpoint,
+    read_settings,
+    save_checkpoint,
+)
 
 
 @pytest.fixture
@@ -47,3 +56,32 @@ def test_a_damaged_checkpoint_is_named(run, content):
     (path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"checkpoint-2/run\.json (is damaged|holds).*earlier checkpoint"):
         read_settings(path)
+
+
+@pytest.mark.parametrize("part", ["moment", "rate", "weight", "average"])
+def test_values_that_are_not_finite_are_refused(tmp_path, part):
+    """Checkpoints of earlier versions have no checksums."""
+    accelerator, settings = Accelerator(cpu=True), {"model": "m"}
+    model = torch.nn.Linear(2, 2)
+    model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    model.weight.grad = torch.ones_like(model.weight)
+    optimizer.step()
+    state = {"lr_scheduler": {}, "ema": {"shadow_params": [torch.ones(2)]}}
+    path = save_checkpoint(accelerator, tmp_path, 1, state, settings)
+    (path / "run.json").write_text(json.dumps({"step": 1, "settings": settings}))
+    load_checkpoint(accelerator, path, settings)
+
+    moments, weights = torch.load(path / "optimizer.bin"), load_file(path / "model.safetensors")
+    if part == "moment":
+        moments["state"][0]["exp_avg_sq"][0, 0] = math.inf
+    elif part == "rate":
+        moments["param_groups"][0]["lr"] = math.nan
+    elif part == "weight":
+        weights["weight"][1, 1] = math.nan
+    else:
+        state["ema"]["shadow_params"][0][1] = math.nan
+    torch.save(moments, path / "optimizer.bin")
+    torch.save(state, path / "run.pt")
+    save_file(weights, path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"checkpoint-1/\S+ holds NaN or infinite values.*earlier checkpoint"):
+        load_checkpoint(accelerator, path, settings)
