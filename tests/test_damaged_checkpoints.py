@@ -145,6 +145,19 @@ def test_a_damaged_shard_is_refused_by_tensor_name(packed_unet, tmp_path):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("weight_map", None), ("weight_map", []), ("metadata", None), ("metadata", "x")]
+)
+def test_an_index_that_is_damaged_is_named(packed_unet, tmp_path, key, value):
+    packed_unet.save_pretrained(tmp_path, max_shard_size="60KB")
+    index = tmp_path / f"{WEIGHTS}.index.json"
+    content = json.loads(index.read_text())
+    assert content.pop(key)
+    index.write_text(json.dumps(content if value is None else content | {key: value}))
+    with pytest.raises(ValueError, match=rf'{index.name} has no "{key}"'):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
 def test_a_missing_shard_is_named(packed_unet, tmp_path):
     packed_unet.save_pretrained(tmp_path, max_shard_size="60KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

@@ -91,9 +91,12 @@ def read_index(file: Path) -> dict[str, str]:
     """Read names of files by names of tensors from a `*.index.json`.
 
     Raises:
-        DamagedFileError: it has no `weight_map`, or names something else than a file beside it.
+        DamagedFileError: it has no `weight_map` or `metadata`, or names something else than a file beside it.
     """
-    mapped = read_json(file, non_finite=True, max_bytes=MAX_MODEL_BYTES).get("weight_map")
+    content = read_json(file, non_finite=True, max_bytes=MAX_MODEL_BYTES)
+    mapped = content.get("weight_map")
+    if not isinstance(content.get("metadata"), dict):  # Both libraries look up what it has.
+        raise DamagedFileError(file, 'has no "metadata", an object')
     if not isinstance(mapped, dict) or not mapped:
         raise DamagedFileError(file, 'has no "weight_map" from tensors to files')
     for name, file_name in mapped.items():

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from diffusers import PipelineQuantizationConfig
 
+from ..codec.weight_files import read_index
 from ..config.bitsfusion import BitsFusionConfig
+from ..utils.json_files import MAX_MODEL_BYTES, read_json
 from .derived_models import is_packed
 
 # Arguments of `from_pretrained` that say where a model's config is.
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+# What config.json of a packed model has in it, however damaged.
+_METHOD = b'"bitsfusion"'
 
 
 def _named_components(config: Any) -> list[str]:
@@ -97,7 +103,7 @@ def wrap_load_components(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `ModelMixin.from_pretrained`, so that it refuses FlashPack, which would go past the quantizer."""
+    """Wrap `ModelMixin.from_pretrained`, so that it names damaged JSON and refuses FlashPack, past the quantizer."""
 
     @functools.wraps(original)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
@@ -106,9 +112,24 @@ def wrap_from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
             stored = cls.load_config(pretrained_model_name_or_path, **where).get("quantization_config")
             if any(is_packed(config) for config in (kwargs.get("quantization_config"), stored)):
                 refuse_flashpack()
+        if pretrained_model_name_or_path is not None:
+            _check_documents(Path(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         return original(cls, pretrained_model_name_or_path, **kwargs)
 
     return from_pretrained
+
+
+def _check_documents(folder: Path) -> None:
+    """Refuse a packed model whose config.json or index is damaged, of which diffusers may raise any error.
+
+    Raises:
+        DamagedFileError: one of them is.
+    """
+    config = folder / "config.json"
+    if config.is_file() and _METHOD in config.read_bytes():
+        read_json(config, non_finite=True, max_bytes=MAX_MODEL_BYTES)
+        for index in sorted(folder.glob("*.safetensors.index.json")):
+            read_index(index)
 
 
 def refuse_flashpack() -> None:
