@@ -233,7 +233,7 @@ def mutate_archive(content: bytes, random: random.Random) -> bytes:
 
 def _change_value(data: bytearray, start: int, stop: int, random: random.Random) -> None:
     place = start + random.randrange(stop - start) // 4 * 4
-    value = random.choice((float("nan"), float("inf"), 0.0, -1.0, 1e38, 1e-42))
+    value = random.choice((float("nan"), float("inf"), float("-inf"), 0.0, -0.0, -1.0, 3e38, 1e38, 1e-42))
     new = random.choice((struct.pack("<f", value), struct.pack("<e", min(max(value, -1.0), 1.0)), random.randbytes(4)))
     new = new[: stop - place]
     data[place : place + len(new)] = new
@@ -253,7 +253,7 @@ def _mutate_tree(tree: Any, random: random.Random) -> Any:
         return random.choice(ODD_VALUES)
     # Half of the choices are of the few values at the top, which those of many layers outnumber.
     parent, key = random.choice(places if random.random() < 0.5 else places[: max(1, len(tree))])
-    kind = random.randrange(6)
+    kind = random.randrange(7)
     if kind == 0:
         del parent[key]
     elif kind == 1 and isinstance(parent, dict):
@@ -264,8 +264,14 @@ def _mutate_tree(tree: Any, random: random.Random) -> Any:
         other, place = random.choice(places)
         if place in other if isinstance(other, dict) else place < len(other):
             parent[key] = copy.deepcopy(other[place])
-    elif kind == 4:
-        parent[key] = [parent[key]]
     else:
-        parent[key] = random.choice(ODD_VALUES)
+        parent[key] = random.choice(ODD_VALUES if kind > 4 else _as_other_types(parent[key]))
     return tree
+
+
+def _as_other_types(value: Any) -> list[Any]:
+    """Return what a careless writer makes of a value: a number as a text, a whole number as 2.0, a flag as 1."""
+    if isinstance(value, (dict, list)):
+        return [[value], list(value), json.dumps(value)]
+    as_numbers = [int(value), float(value), bool(value)] if isinstance(value, (bool, int)) else []
+    return [[value], str(value), *as_numbers]

@@ -26,7 +26,7 @@ from mutations import (
     mutate_quantization_config,
     mutate_safetensors,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import tiny_pipeline, tiny_unet
 from torch import Tensor
 from transformers import CLIPTextModel
@@ -41,16 +41,29 @@ from diffusers_bitsfusion.calibration.calls import Call
 from diffusers_bitsfusion.calibration.folder import CalibrationFolder, TuningFolder
 from diffusers_bitsfusion.calibration.layers import quantize_layer
 from diffusers_bitsfusion.calibration.moments import InputMoments
+from diffusers_bitsfusion.codec.checksums import checksums_metadata
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.config.calibration import Calibration
 from diffusers_bitsfusion.evaluation import Sampling
 from diffusers_bitsfusion.integrations.folder_commit import PREFIX, repair
+from diffusers_bitsfusion.nn.packed import PackedWeight
 from diffusers_bitsfusion.reporting.size_prediction import model_from_config, predict_size
 from diffusers_bitsfusion.reporting.size_report import SizeReport, read_schema
 from diffusers_bitsfusion.reporting.verification import verify_checkpoint
 from diffusers_bitsfusion.training.timestep_errors import TimestepErrors
+from diffusers_bitsfusion.utils.files import file_checksum
+from diffusers_bitsfusion.utils.fingerprints import hash_of_settings
+from diffusers_bitsfusion.utils.torch_files import tensors_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+# A UNet of few layers, of which each reader's time is a multiple.
+_UNET: dict[str, Any] = {
+    "block_out_channels": (16,),
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+    "norm_num_groups": 4,
+}
 
 # Mutation by suffix of the file.
 _MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
@@ -58,6 +71,8 @@ _MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".jsonl": mutate_lines,
     ".safetensors": mutate_safetensors,
     ".pt": mutate_archive,
+    ".bin": mutate_archive,
+    ".pkl": mutate_archive,
 }
 
 
@@ -72,6 +87,7 @@ class Target:
         files: patterns of the files that are mutated.
         same: function that returns whether the values read are the written ones; None where files have no checksums.
         mutation: mutation of the files; the one of their suffix where None.
+        sign: function that makes the checksums of a mutated folder fit, as a hostile writer would.
     """
 
     name: str
@@ -80,6 +96,7 @@ class Target:
     files: tuple[str, ...]
     same: Callable[[Any], bool] | None = None
     mutation: Callable[[bytes, random.Random], bytes] | None = None
+    sign: Callable[[Path], None] | None = None
 
     def mutate(self, seed: random.Random, work: Path) -> Path:
         """Return a copy of the folder with one file mutated."""
@@ -91,6 +108,8 @@ class Target:
         content = mutate(file.read_bytes(), seed)
         file.unlink()  # Other files are the sound ones themselves; readers replace files rather than write into them.
         file.write_bytes(content)
+        if self.sign is not None:
+            self.sign(copied)
         return copied
 
 
@@ -115,15 +134,17 @@ def targets(work: Path) -> list[Target]:
 
 
 def _checkpoints(work: Path) -> list[Target]:
-    checkpoints, load = [], UNet2DConditionModel.from_pretrained
+    checkpoints: list[Target] = []
+    load = UNet2DConditionModel.from_pretrained
     for kind, bits, compression, shard in (
         ("table", 2, "zstd", "10GB"),
         ("cache", 6, None, "10GB"),  # Its codes take as many bytes as those of 4, 5 and 7 bits.
-        ("keep", 4, "zstd", "60KB"),
+        ("keep", 4, "zstd", "20KB"),
     ):
         folder = work / f"model-{kind}"
         config = BitsFusionConfig(recipe=bits, time_embedding=kind, compression=compression)
-        unet = quantize_model(tiny_unet(), config, progress=False)
+        attention = {} if kind == "table" else {"mid_block_type": None}
+        unet = quantize_model(tiny_unet(**_UNET, **attention), config, progress=False)
         unet.save_pretrained(folder, max_shard_size=shard)
         state = unet.state_dict()
 
@@ -131,7 +152,17 @@ def _checkpoints(work: Path) -> list[Target]:
             return equal(read.state_dict(), state)
 
         checkpoints += [
-            Target(f"load {kind}", folder, load, ("*.safetensors",), same),
+            Target(f"load {kind}", folder, load, ("*.safetensors", "*.index.json"), same),
+            Target(f"signed {kind}", folder, load, ("*.safetensors",), _is_finite, sign=_sign_weights),
+            Target(
+                f"signed config {kind}",
+                folder,
+                load,
+                ("config.json",),
+                _is_finite,
+                mutate_quantization_config,
+                _sign_weights,
+            ),
             Target(f"config {kind}", folder, load, ("config.json",), same, mutate_quantization_config),
             Target(f"inspect {kind}", folder, _inspect, ("*.safetensors", "*.json")),
             Target(f"verify {kind}", folder, _verify, ("*.safetensors", "*.json"), _same_files(folder)),
@@ -156,6 +187,28 @@ def _text_encoder(work: Path) -> list[Target]:
         Target("load text encoder", folder, load, ("*.safetensors",), same),
         Target("config text encoder", folder, load, ("config.json",), same, mutate_quantization_config),
     ]
+
+
+def _is_finite(model: UNet2DConditionModel) -> bool:
+    """Return whether all values of a packed model are finite, weights decoded."""
+    values = [
+        *model.state_dict().values(),
+        *(layer.weight for layer in model.modules() if isinstance(layer, PackedWeight)),
+    ]
+    return all(bool(torch.isfinite(value).all()) for value in values if value.is_floating_point())
+
+
+def _sign_weights(folder: Path) -> None:
+    """Write checksums that fit a mutated model, where its files can be read at all."""
+    try:
+        files = {file: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+        tensors = {name: tensor for content in files.values() for name, tensor in content.items()}
+        metadata = checksums_metadata(tensors, read_schema(folder))
+    except Exception:  # Readers of other targets are fuzzed; what they cannot read has no checksums.
+        return
+    for file, content in files.items():
+        file.unlink()  # It may be a hard link.
+        save_file(content, file, {"format": "pt"} | metadata)
 
 
 def _unfinished(work: Path) -> Target:
@@ -194,7 +247,7 @@ def _same_files(folder: Path) -> Callable[[Any], bool]:
 def _small_files(work: Path) -> list[Target]:
     folder = work / "small"
     folder.mkdir()
-    unet = tiny_unet()
+    unet = tiny_unet(**_UNET)
     Recipe({"conv_in": 8, "mid": 2}, source="somewhere", shapes={"mid": (3, 4)}).save(folder / "recipe.json")
     unet.save_config(folder / "plan")
     TimestepErrors([25.0, 75.0], [0.5, 0.25]).save(folder / "errors.json")
@@ -290,7 +343,7 @@ def _training(work: Path) -> list[Target]:
     from diffusers_bitsfusion.training.loop import _LossLog
 
     accelerator = Accelerator(cpu=True)
-    student = prepare_qat(tiny_unet(), BitsFusionConfig(recipe=2))
+    student = prepare_qat(tiny_unet(**_UNET, mid_block_type=None), BitsFusionConfig(recipe=2))
     optimizer = torch.optim.Adam(student.parameters())
     model, optimizer = accelerator.prepare(student, optimizer)
     for parameter in student.parameters():
@@ -309,9 +362,28 @@ def _training(work: Path) -> list[Target]:
         states = [state for state in optimizer.state_dict()["state"].values()]
         return [loaded, {name: tensor.clone() for name, tensor in student.state_dict().items()}, states]
 
-    target = _same_as_now("training", checkpoint, read, ("*.json", "*.jsonl", "*.pt", "*.safetensors"))
+    files = ("*.json", "*.jsonl", "*.pt", "*.bin", "*.pkl", "*.safetensors")
+    target = _same_as_now("training", checkpoint, read, files)
     assert equal(read(work / "training" / "checkpoint-2")[1], expected)
-    return [target]
+
+    def is_finite(content: list[Any]) -> bool:
+        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors_of(content))
+
+    return [target, Target("signed training", checkpoint, read, files, is_finite, sign=_sign_training)]
+
+
+def _sign_training(checkpoint: Path) -> None:
+    """Write checksums that fit a mutated checkpoint, where its run.json can be read at all."""
+    file = checkpoint / "run.json"
+    try:
+        run = json.loads(file.read_text())
+        run["files"] = {name: file_checksum(checkpoint / name) for name in run["files"]}
+        del run["checksum"]
+        text = json.dumps(run | {"checksum": hash_of_settings(run)})
+    except Exception:
+        return
+    file.unlink()
+    file.write_text(text)
 
 
 def _same_as_now(name: str, folder: Path, read: Callable[[Path], Any], files: tuple[str, ...]) -> Target:
