@@ -129,7 +129,13 @@ def table_bytes(packed: Tensor) -> Tensor:
 
 def from_table_bytes(table: Tensor, features: int) -> Tensor:
     """Return what `table_bytes` made bytes of, in the same memory."""
-    return table if table.shape[1] == features else table.view(torch.int16)
+    return table if table.shape[1] == features else reinterpret(table, torch.int16)
+
+
+def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return `x.view(dtype)`, in memory of its own where `torch.jit.trace` is at work, which cannot record it."""
+    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return torch.view_copy(x, dtype=dtype) if tracing else x.view(dtype)
 
 
 def _with_group_after(codes: Tensor) -> Tensor:

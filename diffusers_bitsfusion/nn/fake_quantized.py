@@ -129,16 +129,44 @@ def straight_through(
     Returns:
         fp32 gradients, of the weight's and the scale's shape.
     """
+    rows = grad.flatten(1).float()
+    inside, slope = _slopes(weight, scale, bits, balance)
+    grad_scale = torch.linalg.vecdot(rows, slope) * _scale_factor(weight, bits)
+    return rows.mul_(inside).view_as(weight), grad_scale
+
+
+def _slopes(weight: Tensor, scale: Tensor, bits: int, balance: bool) -> tuple[Tensor, Tensor]:
+    """Return the rounded weight's derivatives, [out, columns]: by the latent weight, boolean; by the scale, fp32."""
     low, high = code_range(bits, balance)
     scale = scale.float().clamp_min(LEAST_SCALE)
-    rows = grad.flatten(1).float()
     exact = weight.flatten(1).float() * scale.reciprocal().unsqueeze(1)
     nearest = exact.round()
     codes = nearest.clamp(low, high)
     inside = nearest == codes
-    slope = codes.sub_(exact.mul_(inside))
-    grad_scale = torch.linalg.vecdot(rows, slope) / math.sqrt(rows.shape[1] * half_range(bits))
-    return rows.mul_(inside).view_as(weight), grad_scale
+    return inside, codes.sub_(exact.mul_(inside))
+
+
+def _scale_factor(weight: Tensor, bits: int) -> float:
+    """Factor of the derivatives by the scales (LSQ, section 2.2)."""
+    return 1 / math.sqrt(weight[0].numel() * half_range(bits))
+
+
+def _output_tangent(ctx: Any, multiply: Callable[[Tensor, Tensor], Tensor], tangents: tuple[Any, ...]) -> Tensor:
+    """Return the tangent of a layer's output without its bias', of which the backward pass is the transpose.
+
+    Args:
+        ctx: with the input, the latent weight and the scales saved, and bits and balance as `grid`.
+        multiply: the layer's product, or convolution, of an input and a weight.
+        tangents: of these three, each of which may be None.
+    """
+    x, weight, scale = ctx.saved_tensors
+    by_x, by_weight, by_scale = tangents
+    inside, slope = _slopes(weight, scale, *ctx.grid)
+    rounded = torch.zeros_like(slope) if by_weight is None else by_weight.flatten(1).float() * inside
+    if by_scale is not None:
+        rounded = rounded + slope * (by_scale.float() * _scale_factor(weight, ctx.grid[0])).unsqueeze(1)
+    y = multiply(x, rounded.view_as(weight).to(x.dtype))
+    return y if by_x is None else y + multiply(by_x, _rounded(weight, scale, *ctx.grid).to(x.dtype))
 
 
 class _RoundedLinear(torch.autograd.Function):
@@ -156,6 +184,14 @@ class _RoundedLinear(torch.autograd.Function):
         """Keep what the backward pass needs."""
         x, weight, scale, _, *ctx.grid = inputs
         ctx.save_for_backward(x, weight, scale)
+        ctx.save_for_forward(x, weight, scale)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Return the tangent of the output, in forward-mode differentiation."""
+        *inner, bias, _, _ = tangents
+        y = _output_tangent(ctx, F.linear, tuple(inner))
+        return y if bias is None else y + bias
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -207,8 +243,16 @@ class _RoundedConv2d(torch.autograd.Function):
         """Keep what the backward pass needs."""
         x, weight, scale, _, layer, padding = inputs
         ctx.save_for_backward(x, weight, scale)
+        ctx.save_for_forward(x, weight, scale)
         ctx.grid = layer.bits, layer.balance
         ctx.geometry = layer.stride, padding, layer.dilation, layer.groups
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        """Return the tangent of the output, in forward-mode differentiation."""
+        *inner, bias, _, _ = tangents
+        y = _output_tangent(ctx, lambda x, weight: F.conv2d(x, weight, None, *ctx.geometry), tuple(inner))
+        return y if bias is None else y + bias.view(-1, 1, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

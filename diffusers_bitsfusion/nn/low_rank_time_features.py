@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec.low_rank_table import LowRankTable
-from ..codec.time_table import table_bytes
+from ..codec.time_table import reinterpret, table_bytes
 from .packed import float_bits, from_float_bits
 from .time_features import TimeFeatures, cubic_weights
 
@@ -50,9 +50,9 @@ class LowRankTimeFeatures(TimeFeatures):
     def table(self) -> LowRankTable:
         """The table that is kept, which shares memory with the parameters."""
         return LowRankTable(
-            self.basis.detach().view(torch.int16),
+            reinterpret(self.basis.detach(), torch.int16),
             from_float_bits(self.basis_scale),
-            self.coefficients.detach().view(torch.int16),
+            reinterpret(self.coefficients.detach(), torch.int16),
             from_float_bits(self.scale),
         )
 

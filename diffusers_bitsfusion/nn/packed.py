@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..codec.radix import dense_width
 from ..codec.schema import branch_shapes
+from ..codec.time_table import reinterpret
 from ..ops.decode import decode_weight
 from ..ops.dispatch import KernelSelection, select_for_layer
 from ..ops.transforms import weight
@@ -33,7 +34,7 @@ def float_bits(values: Tensor) -> nn.Parameter:
 
 def from_float_bits(bits: Tensor) -> Tensor:
     """Return the values of `float_bits`, fp32 [n], in its memory."""
-    return bits.detach().view(torch.float32).view(-1)
+    return reinterpret(bits.detach(), torch.float32).view(-1)
 
 
 # The arguments of the constructors, beside `bias`, that say what a layer computes; attributes of the same names.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codec.time_table import from_table_bytes, pack_table, packed_rows, table_bytes, unpack_rows
+from ..codec.time_table import from_table_bytes, pack_table, packed_rows, reinterpret, table_bytes, unpack_rows
 from ..ops.transforms import all_values
 from ..utils.private_names import TORCH_ASSERT
 from .lazy_weight import LazyWeight, refuse_assigning
@@ -76,7 +76,7 @@ class TimeFeatureCache(TimeFeatures):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return the features of `timesteps` [batch], or of the block."""
-        match = timesteps.to(torch.float32).unsqueeze(1) == self.timesteps.view(torch.float32).view(-1)
+        match = timesteps.to(torch.float32).unsqueeze(1) == from_float_bits(self.timesteps)
         have = ", ".join(f"{t:g}" for t in self.known_timesteps)
         self._require(
             match.any(dim=1),
@@ -84,7 +84,7 @@ class TimeFeatureCache(TimeFeatures):
             f"the time features of this model are cached for the timesteps {have} only. Use a scheduler with these "
             'steps, or quantize with time_embedding="table" for any number of steps.',
         )
-        return self.values.view(torch.float16)[match.to(torch.uint8).argmax(dim=1)].float()
+        return reinterpret(self.values, torch.float16)[match.to(torch.uint8).argmax(dim=1)].float()
 
 
 class TimeFeatureTable(TimeFeatures):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from ..native.arguments import AttentionArguments
 from ..native.library import NATIVE_DTYPES, native_library
@@ -47,6 +50,11 @@ def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 @_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return _tokens_first(query)
+
+
+@register_flop_formula(torch.ops.bitsfusion.attention)
+def _(query: torch.Size, key: torch.Size, value: torch.Size, **_: Any) -> int:
+    return 2 * query[:-1].numel() * key[2] * (query[-1] + value[-1])
 
 
 def _tokens_first(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ One operator, so that `torch.compile` sees a single node and the decoded weight 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.grad import conv2d_input
+from torch.utils.flop_counter import register_flop_formula
 
 from .activations import quantize_image
 from .decode import decode_channels_last, decode_to_scratch
@@ -221,6 +223,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 conv2d.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.bitsfusion.conv2d)
+def _(
+    x: Any, codes: Any, scale: Any, bias: Any, bits: int, shape: Sequence[int], *_: Any, out_shape: torch.Size
+) -> int:
+    return 2 * out_shape.numel() * math.prod(shape[1:])
+
+
+@register_flop_formula(torch.ops.bitsfusion.conv2d_input_grad)
+def _(
+    grad: torch.Size, codes: Any, scale: Any, bits: int, input_shape: Any, shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * grad.numel() * math.prod(shape[1:])
 
 
 def int8_conv_weight(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .activations import geglu, quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
@@ -248,6 +249,18 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+@register_flop_formula([torch.ops.bitsfusion.linear, torch.ops.bitsfusion.linear_geglu])
+def _(
+    x: torch.Size, codes: torch.Size, scale: Any, bias: Any, bits: int, shape: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return 2 * x.numel() * shape[0]
+
+
+@register_flop_formula(torch.ops.bitsfusion.linear_input_grad)
+def _(grad: torch.Size, codes: torch.Size, scale: torch.Size, bits: int, shape: Sequence[int], **_: Any) -> int:
+    return 2 * grad.numel() * shape[1]
 
 
 def int8_linear_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> Tensor:

@@ -105,6 +105,28 @@ def test_conv_equals_textbook_lsq(groups, kernel, stride, dilation, padding, mod
     torch.testing.assert_close(layer(x[0]), layer(x)[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_forward_mode_is_the_transpose_of_the_backward_pass(kind):
+    torch.manual_seed(0)
+    plain, shape = (nn.Linear(6, 5), (3, 6)) if kind == "linear" else (nn.Conv2d(4, 6, 3, 2, 1, 1, 2), (2, 4, 7, 7))
+    layer = disturbed(fake_quantized_from_float(plain, 2))
+    inputs = {"x": torch.randn(shape), **{name: value.detach() for name, value in layer.named_parameters()}}
+    tangents = {name: torch.randn_like(value) for name, value in inputs.items()}
+
+    def call(values):
+        return torch.func.functional_call(layer, {n: v for n, v in values.items() if n != "x"}, (values["x"],))
+
+    output, pull = torch.func.vjp(call, inputs)
+    gradient = torch.randn_like(output)
+    pulled = pull(gradient)[0]
+    for names in (inputs, ["x"], ["weight"], ["scale"], ["bias"]):
+        primals = {name: inputs[name] for name in names}
+        some = {name: tangents[name] for name in names}
+        tangent = torch.func.jvp(lambda values: call(inputs | values), (primals,), (some,))[1]
+        expected = sum((pulled[name] * some[name]).sum() for name in names)
+        torch.testing.assert_close((tangent * gradient).sum(), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_estimator_by_hand():
     # Ternary, scale 2: 5 is clipped to 2, -1.2 rounds to -2, 0.5 to 0, 2.6 to 2 without being clipped.
     weight, grad = torch.tensor([[5.0, -1.2, 0.5, 2.6]]), torch.tensor([[1.0, 10.0, 100.0, 1000.0]])

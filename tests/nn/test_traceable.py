@@ -20,10 +20,13 @@ ARGUMENTS = (torch.randn(2, 4, 8, 8), torch.tensor(7.5), torch.randn(2, 5, 32))
 def test_a_traced_unet_computes_the_same_without_an_operator_of_this_package(time_embedding):
     kept = {"type": "cache", "timesteps": [1.0, 7.5]} if time_embedding == "cache" else time_embedding
     config = BitsFusionConfig(recipe=2, time_embedding=kept)
-    packed = quantize_model(tiny_unet(), config, progress=False)
+    packed = quantize_model(tiny_unet(), config, progress=False).requires_grad_(False)
     set_compute(packed, "exact")
     expected = packed(*ARGUMENTS).sample
-    bits = make_traceable(packed.requires_grad_(False))
+    with_operators = torch.jit.trace(lambda *x: packed(*x, return_dict=False)[0], ARGUMENTS, check_trace=False)
+    elsewhere = ARGUMENTS[0], torch.tensor(1.0), ARGUMENTS[2]
+    assert torch.equal(with_operators(*elsewhere), packed(*elsewhere).sample)
+    bits = make_traceable(packed)
     assert set(bits.values()) == {2, 8}
     traced = torch.jit.trace(lambda *x: packed(*x, return_dict=False)[0], ARGUMENTS, check_trace=False)
     torch.testing.assert_close(traced(*ARGUMENTS), expected)
