@@ -174,7 +174,7 @@ def _say_what_stays(model: ModelMixin, plan: Plan) -> None:
 def _prepare(model: ModelMixin, config: BitsFusionConfig, plan: Plan) -> ModelMixin:
     for name, bits in plan.bits.items():
         try:
-            layer = fake_quantized_from_float(model.get_submodule(name), bits, plan.rounding)
+            layer = fake_quantized_from_float(model.get_submodule(name), bits, plan.rounding, plan.scale_dtype)
         except ValueError as error:
             raise ValueError(f"Cannot quantize {name}.weight: {error}.") from error
         replace_module(model, name, layer)
@@ -235,7 +235,7 @@ def _convert(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
     config, plan = model.qat_state.config, model.qat_state.plan
     schema = plan.schema(model)
     for name, layer in qat_layers(model).items():
-        packed = packed_from_float(layer, layer.bits, dtype)
+        packed = packed_from_float(layer, layer.bits, dtype, scale_dtype=layer.scale_dtype)
         codes, scale = layer.codes_and_scale()
         packed.set_codes(pack_dense(codes.to(torch.int8), layer.bits), scale)
         replace_module(model, name, packed)

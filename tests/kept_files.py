@@ -2,6 +2,7 @@
 
     python tests/kept_files.py tests/data/0.1
     python tests/kept_files.py tests/data/0.1-low-rank unet-low-rank   # of the kinds that are new
+    python tests/kept_files.py tests/data/0.1-short-scales unet-short-scales
 
 writes them, with hashes of what they hold, once for each version of a format; `test_kept_files.py` reads those of all
 versions ever after.
@@ -53,6 +54,7 @@ UNETS = {
     ),
     "unet-keep": BitsFusionConfig(recipe=1, time_embedding="keep", balance=False),
     "unet-low-rank": BitsFusionConfig(recipe=1, time_embedding="table"),
+    "unet-short-scales": BitsFusionConfig(recipe=1, time_embedding="keep", scale_dtype="bfloat16"),
 }
 
 

@@ -36,11 +36,14 @@ def test_reader_is_short_and_uses_only_public_libraries():
     assert imported == {"json", "pathlib", "numpy", "zstandard", "safetensors"}
 
 
-@pytest.mark.parametrize("compression", ["zstd", None])
-@pytest.mark.parametrize("shards", [None, "100KB"])
-def test_reader_gets_the_weights_that_dequantize_gives(tmp_path, compression, shards):
+@pytest.mark.parametrize(
+    ("compression", "shards", "scale_dtype"),
+    [("zstd", None, "float32"), ("zstd", "100KB", "bfloat16"), (None, None, "bfloat16"), (None, "100KB", "float32")],
+)
+def test_reader_gets_the_weights_that_dequantize_gives(tmp_path, compression, shards, scale_dtype):
     recipe = {name: 1 + i % 8 for i, name in enumerate(_ordinary_layers())}
-    unet = quantize_model(tiny_unet(), BitsFusionConfig(recipe=recipe, compression=compression), progress=False)
+    config = BitsFusionConfig(recipe=recipe, compression=compression, scale_dtype=scale_dtype)
+    unet = quantize_model(tiny_unet(), config, progress=False)
     unet.save_pretrained(tmp_path, **({"max_shard_size": shards} if shards else {}))
     assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (shards is not None)
     weights = read_layers(tmp_path)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..nn.packed import PackedWeight, float_bits
+from ..nn.packed import PackedWeight
 from ..ops.dispatch import has_bf16
 from .activation_memory import bounded_activations
 from .calls import Call, square_errors
@@ -79,7 +79,7 @@ class Channels:
         """Fold gain and offset into the module's own scale or weight and its bias."""
         module: Any = self.module
         if isinstance(module, PackedWeight):
-            module.scale = float_bits(module.scale_bits.view(torch.float32) * self.gain)
+            module.set_rows(module.scale_bits.view(torch.float32) * self.gain, None)
         else:
             module.weight.mul_(self.gain)
         if self.offset is not None:

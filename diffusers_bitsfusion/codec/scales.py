@@ -25,6 +25,19 @@ _ORDINARY_EXPONENT = 40
 _TILE = 1 << 16
 
 
+def round_scale(scale: Tensor, dtype: str) -> Tensor:
+    """Return scales fp32 rounded to what a file with scales of `dtype` holds, fp32 of the same shape.
+
+    A scale in bfloat16 is within 2^-9 of its own size: the error that this adds to a weight is a hundredth of that of
+    rounding to 8 bits, and less of fewer bits.
+
+    Args:
+        scale: positive, fp32.
+        dtype: "float32" or "bfloat16".
+    """
+    return scale if dtype == "float32" else scale.to(torch.bfloat16).to(scale.dtype)
+
+
 def quantize_rows(weight: Tensor, bits: int, rounding: Rounding = Rounding()) -> tuple[Tensor, Tensor]:
     """Return scale and codes of each row, minimising ||scale * codes - weight||^2 row by row.
 

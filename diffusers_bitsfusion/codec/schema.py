@@ -6,7 +6,7 @@ The `quantization_config` of config.json is read into these classes by `from_jso
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,14 +19,17 @@ from .time_schema import TimeFeaturesSchema
 
 # Newest version of the file format, raised when older readers could not read it. A file has the oldest version that
 # describes it: 2 where parameters are packed that belong to no ordinary Linear or Conv2d layer, 3 where the table of
-# time features is of low rank.
-FORMAT_VERSION = 3
-_LAYERS_VERSION, _TENSORS_VERSION, _LOW_RANK_VERSION = 1, 2, FORMAT_VERSION
+# time features is of low rank, 4 where scales have 16 bits.
+FORMAT_VERSION = 4
+_LAYERS_VERSION, _TENSORS_VERSION, _LOW_RANK_VERSION, _SHORT_SCALES_VERSION = 1, 2, 3, FORMAT_VERSION
 
 # Prefix of a parameter's name in the name of the module that holds its codes.
 TENSOR_PREFIX = "packed_"
 
 COMPRESSIONS = ("zstd", None)
+
+# Values of `scale_dtype`.
+SCALE_DTYPES = ("float32", "bfloat16")
 
 # Largest rank of a low-rank branch, which bounds the memory that a file can request.
 MAX_BRANCH_RANK = 1 << 16
@@ -43,6 +46,7 @@ class LayerSchema:
         order: axis of `shape` that each axis of the model's own parameter is, where they differ: (1, 0, 2, 3) for a
             transposed convolution. Empty where they do not.
         row_dims: number of leading axes of `shape` that make the rows; 2 for (experts, out, in).
+        scale_dtype: of the scales, "float32" or "bfloat16".
     """
 
     bits: int
@@ -50,6 +54,7 @@ class LayerSchema:
     branch_rank: int = 0
     order: tuple[int, ...] = ()
     row_dims: int = 1
+    scale_dtype: str = "float32"
 
     @property
     def rows(self) -> int:
@@ -60,6 +65,11 @@ class LayerSchema:
     def columns(self) -> int:
         """Weights of an output channel."""
         return math.prod(self.shape[self.row_dims :])
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of a scale in the file."""
+        return 4 if self.scale_dtype == "float32" else 2
 
     @property
     def num_weights(self) -> int:
@@ -91,7 +101,8 @@ class LayerSchema:
             raise ValueError(f"order of layer {name!r} must list each axis of its shape once, got {shown(order)}")
         if not is_count(row_dims) or not 1 <= row_dims <= len(shape):
             raise ValueError(f"row_dims of layer {name!r} must be from 1 to {len(shape)}, got {row_dims!r}")
-        return cls(bits, tuple(shape), rank, tuple(order), row_dims)
+        scale_dtype = check_scale_dtype(content.get("scale_dtype", "float32"), f"scale_dtype of layer {name!r}")
+        return cls(bits, tuple(shape), rank, tuple(order), row_dims, scale_dtype)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -102,6 +113,8 @@ class LayerSchema:
             content["order"] = list(self.order)
         if self.row_dims != 1:
             content["row_dims"] = self.row_dims
+        if self.scale_dtype != "float32":
+            content["scale_dtype"] = self.scale_dtype
         return content
 
 
@@ -171,8 +184,10 @@ class CheckpointSchema:
         return replace(self, layers=layers)
 
 
-def format_version_of(layers: Iterable[str], time: TimeFeaturesSchema) -> int:
-    """Return the oldest version of the format that describes packed layers of these names, and these time features."""
+def format_version_of(layers: Mapping[str, LayerSchema], time: TimeFeaturesSchema) -> int:
+    """Return the oldest version of the format that describes these packed layers, by name, and these time features."""
+    if any(layer.scale_dtype != "float32" for layer in layers.values()):
+        return _SHORT_SCALES_VERSION
     if time.rank:
         return _LOW_RANK_VERSION
     return _TENSORS_VERSION if any(is_tensor_name(name) for name in layers) else _LAYERS_VERSION
@@ -192,6 +207,21 @@ def check_balance(balance: Any) -> bool:
     if not isinstance(balance, bool):
         raise ValueError(f"balance must be True or False, got {balance!r}")
     return balance
+
+
+def check_scale_dtype(dtype: Any, name: str = "scale_dtype") -> str:
+    """Return the dtype of scales if there is such a one.
+
+    Args:
+        dtype: "float32" or "bfloat16".
+        name: what to call it in the message.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not isinstance(dtype, str) or dtype not in SCALE_DTYPES:
+        raise ValueError(f"{name} must be one of {SCALE_DTYPES}, got {shown(dtype)}")
+    return dtype
 
 
 def check_compression(compression: Any) -> str | None:

@@ -74,6 +74,7 @@ def encode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
         encoded[key] = compress(packed) if schema.compression == "zstd" else packed
     for key in _float_bits(schema):
         encoded[key] = encoded[key].view(-1)
+    _shorten_scales(encoded, schema)
     for key in _tables(time):
         encoded[key] = encode_table(encoded[key].cpu())
     return encoded
@@ -138,6 +139,7 @@ def decode_state_dict(state_dict: Mapping[str, Tensor], schema: CheckpointSchema
     with ThreadPoolExecutor(threads) as pool:
         decoded.update(pool.map(decode_codes, [name for name in schema.layers if f"{name}.codes" in state_dict]))
     _decode_time_table(decoded, schema.time_features)
+    _lengthen_scales(decoded, schema)
     for key in _float_bits(schema) & decoded.keys():
         decoded[key] = decoded[key].view(-1, 1)
     return decoded
@@ -164,7 +166,8 @@ def check_encoded(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) ->
 def _check_plain(state_dict: Mapping[str, Tensor], schema: CheckpointSchema) -> None:
     """Check all but what is compressed."""
     for name, layer in schema.layers.items():
-        _check(state_dict, f"{name}.scale", torch.int32, (layer.rows,))
+        dtype = torch.int32 if layer.scale_bytes == 4 else torch.int16
+        _check(state_dict, f"{name}.scale", dtype, (layer.rows,))
         _check_branch(state_dict, name, layer)
     _check_time_features(state_dict, schema.time_features)
     check_values(state_dict, schema)
@@ -184,6 +187,21 @@ def _float_bits(schema: CheckpointSchema) -> set[str]:
     scales |= {key.replace("codes", "scale") for key in _tables(time)}
     scales |= {"time_proj.basis_scale", "time_proj.scale"} if time.rank else set()
     return scales | ({"time_proj.timesteps"} if time.kind == "cache" else set())
+
+
+def _shorten_scales(encoded: dict[str, Tensor], schema: CheckpointSchema) -> None:
+    """Replace scales of layers that are rounded to bfloat16, the bits of fp32 in memory, by the bits of bfloat16."""
+    for name, layer in schema.layers.items():
+        if layer.scale_dtype == "bfloat16":
+            key = f"{name}.scale"
+            encoded[key] = encoded[key].view(torch.float32).to(torch.bfloat16).view(torch.int16)
+
+
+def _lengthen_scales(decoded: dict[str, Tensor], schema: CheckpointSchema) -> None:
+    for name, layer in schema.layers.items():
+        key = f"{name}.scale"
+        if layer.scale_dtype == "bfloat16" and key in decoded:
+            decoded[key] = decoded[key].view(torch.bfloat16).float().view(torch.int32)
 
 
 def _tables(time: TimeFeaturesSchema) -> dict[str, int]:

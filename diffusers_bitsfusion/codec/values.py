@@ -55,9 +55,10 @@ def check_file_values(files: Sequence[Path], schema: CheckpointSchema) -> None:
 def _check_integers(name: str, tensor: Tensor, schema: CheckpointSchema) -> None:
     """Check scales, time features and timesteps, which are the bits of floating numbers."""
     owner, _, kind = name.rpartition(".")
-    if kind == "scale" and tensor.dtype == torch.int32 and owner in schema.layers:
-        scale = tensor.contiguous().view(torch.float32)
-        largest = LARGEST_WEIGHT / half_range(schema.layers[owner].bits)
+    layer = schema.layers.get(owner)
+    if kind == "scale" and layer is not None and tensor.element_size() == layer.scale_bytes:
+        scale = tensor.contiguous().view(torch.float32 if layer.scale_bytes == 4 else torch.bfloat16).float()
+        largest = LARGEST_WEIGHT / half_range(layer.bits)
         if not ((scale >= SMALLEST_SCALE) & (scale <= largest)).all():
             raise DamagedFileError(name, "holds scales that are not positive, or far outside of what weights have")
     elif owner == "time_proj" and kind in ("scale", "basis_scale", "embedding_scale") and tensor.dtype == torch.int32:

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin as Tr
 
 from ..codec.grid import check_bits
 from ..codec.rounding import Rounding
-from ..codec.schema import CheckpointSchema, check_compression
+from ..codec.schema import CheckpointSchema, check_compression, check_scale_dtype
 from ..codec.time_schema import TIME_FEATURES, check_time_features
 from ..ops.dispatch import check_settings
 from ..utils.errors import UnfinishedSaveError, printable, shown
@@ -79,6 +79,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         budget: what `target_bytes` counts: "file", the model's weight files, for which layers get wide grids whose
             codes are cheap to code, rounded by error and bits; or "memory", the loaded model, for which they get the
             widths that fit.
+        scale_dtype: dtype of the scales in the file, "float32" or "bfloat16", to which they are rounded. When left
+            out, "bfloat16" for a `target_bytes` of the file, of which small models would else spend much on scales.
         components: names of the pipeline's components to quantize, text encoders (of transformers) among them.
         embeddings: whether tables of embeddings of diffusers' models are packed, too.
         format_version: version of the checkpoint's format; set by quantizing.
@@ -114,6 +116,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         embeddings: bool = False,
         target_bytes: int | None = None,
         budget: str = "file",
+        scale_dtype: str | None = None,
         format_version: int | None = None,
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         **unknown: Any,
@@ -140,8 +143,10 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         self.embeddings = embeddings
         self.target_bytes = target_bytes
         self.budget = budget
-        self._check()
         self._schema: CheckpointSchema | None = None
+        is_requested = format_version is None
+        self.scale_dtype = self._default_scale_dtype(is_requested) if scale_dtype is None else scale_dtype
+        self._check()
         if format_version is not None:
             described = {
                 "format_version": format_version,
@@ -169,12 +174,18 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             raise ValueError(f"budget must be one of {BUDGETS}, got {shown(self.budget)}")
         if self.target_bytes is not None and not self.balance:
             raise ValueError("target_bytes needs balanced grids; leave balance True.")
+        check_scale_dtype(self.scale_dtype)
         Rounding(self.scale_init, self.scale_iterations, self.balance)  # The constructor checks its arguments.
         check_settings(self.compute, self.resident)
         if isinstance(self.time_embedding, dict):
             check_time_features(self.time_embedding)
         elif self.time_embedding not in TIME_EMBEDDINGS:
             raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
+
+    def _default_scale_dtype(self, is_requested: bool) -> str:
+        # Files of earlier versions have a target and scales of 32 bits.
+        counts_file = is_requested and self.target_bytes is not None and self.budget == "file"
+        return "bfloat16" if counts_file else "float32"
 
     @property
     def rounding(self) -> Rounding:
@@ -270,6 +281,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             del content["target_bytes"], content["budget"]
         if not self.embeddings:
             del content["embeddings"]
+        if self.scale_dtype == self._default_scale_dtype(not self.is_resolved):
+            del content["scale_dtype"]
         if self.is_resolved:  # Kernels and paths of one machine do not suit others that load the checkpoint.
             content |= {"compute": "auto", "resident": "packed"}
             if isinstance(self.recipe, str) and os.path.exists(self.recipe):

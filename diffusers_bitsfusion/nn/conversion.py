@@ -39,11 +39,15 @@ def _differs(layer: nn.Module, kind: type[nn.Module], name: str) -> bool:
 
 
 def packed_from_float(
-    layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0
+    layer: nn.Linear | nn.Conv2d,
+    bits: int,
+    dtype: torch.dtype,
+    branch_rank: int = 0,
+    scale_dtype: str = "float32",
 ) -> PackedWeight:
     """Return the packed layer of an `nn.Linear` or `nn.Conv2d`, codes and branch still on the meta device."""
     kind = BitsFusionConv2d if isinstance(layer, nn.Conv2d) else BitsFusionLinear
-    return kind.from_float(layer, bits, dtype, branch_rank)
+    return kind.from_float(layer, bits, dtype, branch_rank, scale_dtype)
 
 
 def pack_weight(packed: PackedWeight, weight: Tensor, rounding: Rounding) -> PackedWeight:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..codec.grid import code_range, half_range
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.rounding import Rounding
-from ..codec.scales import round_to_codes
+from ..codec.scales import round_scale, round_to_codes
 from .packed import autocast, without_weight
 
 LayerT = TypeVar("LayerT", bound="FakeQuantizedWeight")
@@ -38,10 +38,12 @@ class FakeQuantizedWeight(nn.Module):
         scale (`nn.Parameter`): fp32 [out].
         bits (`int`): 1 to 8.
         balance (`bool`): 2**bits + 1 symmetric levels, or the plain grid of 2**bits.
+        scale_dtype (`str`): "float32", or "bfloat16" to round with scales that have 16 bits in the file.
     """
 
     bits: int
     balance: bool
+    scale_dtype: str = "float32"
     weight: Any
     bias: Any
     scale: nn.Parameter
@@ -59,6 +61,7 @@ class FakeQuantizedWeight(nn.Module):
         layer: nn.Linear | nn.Conv2d,
         bits: int,
         rounding: Rounding = Rounding(),
+        scale_dtype: str = "float32",
     ) -> LayerT:
         """Return the fake-quantized layer of a Linear or Conv2d, with the scales that quantizing gives; a copy.
 
@@ -66,7 +69,7 @@ class FakeQuantizedWeight(nn.Module):
             ValueError: the weight holds NaN or infinite values.
         """
         prepared = without_weight(cls, layer)
-        prepared.bits, prepared.balance = bits, rounding.balance
+        prepared.bits, prepared.balance, prepared.scale_dtype = bits, rounding.balance, scale_dtype
         weight = layer.weight.detach()
         _, scale = quantize_to_dense(weight.flatten(1), bits, rounding)
         prepared.weight = nn.Parameter(weight.to(torch.float32, copy=True))
@@ -93,10 +96,15 @@ class FakeQuantizedWeight(nn.Module):
         if bias is not None:
             self.bias.copy_(bias)
 
+    @property
+    def rounded_scale(self) -> Tensor:
+        """The scale as the file will hold it, fp32 [out]; gradients go straight through its rounding."""
+        return round_scale(self.scale, self.scale_dtype)
+
     @torch.no_grad()
     def codes_and_scale(self) -> tuple[Tensor, Tensor]:
         """Codes fp32 [out, columns] and scale fp32 [out] of the weight as it is now."""
-        scale = self.scale.float().clamp_min(LEAST_SCALE)
+        scale = self.rounded_scale.float().clamp_min(LEAST_SCALE)
         return round_to_codes(self.weight.flatten(1).float(), scale, self.bits, self.balance), scale
 
     def extra_repr(self) -> str:
@@ -217,7 +225,7 @@ class QATLinear(FakeQuantizedWeight, nn.Linear):
         """Return the layer's output with the rounded weight, in the dtype of `x` or autocast's."""
         x = autocast(input)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return _rounded_linear(x, self.weight, self.scale, bias, self.bits, self.balance)
+        return _rounded_linear(x, self.weight, self.rounded_scale, bias, self.bits, self.balance)
 
 
 class _RoundedConv2d(torch.autograd.Function):
@@ -295,11 +303,11 @@ class QATConv2d(FakeQuantizedWeight, nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode=mode), (0, 0)
         bias = self.bias if self.bias is None else self.bias.to(x.dtype)
-        return _rounded_conv2d(x, self.weight, self.scale, bias, self, padding)
+        return _rounded_conv2d(x, self.weight, self.rounded_scale, bias, self, padding)
 
 
 def fake_quantized_from_float(
-    layer: nn.Linear | nn.Conv2d, bits: int, rounding: Rounding = Rounding()
+    layer: nn.Linear | nn.Conv2d, bits: int, rounding: Rounding = Rounding(), scale_dtype: str = "float32"
 ) -> QATLinear | QATConv2d:
     """Return the fake-quantized layer of an `nn.Linear` or `nn.Conv2d`.
 
@@ -309,4 +317,4 @@ def fake_quantized_from_float(
         ValueError: the weight holds NaN or infinite values.
     """
     kind: type[QATConv2d | QATLinear] = QATConv2d if isinstance(layer, nn.Conv2d) else QATLinear
-    return kind.from_float(layer, bits, rounding)
+    return kind.from_float(layer, bits, rounding, scale_dtype)

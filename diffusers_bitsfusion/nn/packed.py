@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..codec.radix import dense_width
+from ..codec.scales import round_scale
 from ..codec.schema import branch_shapes
 from ..codec.time_table import reinterpret
 from ..ops.decode import decode_weight
@@ -122,6 +123,8 @@ class PackedWeight(HoldsCodes, LowRankBranch):
     Attributes:
         codes (`nn.Parameter`): uint8 [out, dense_width(in * kernel, bits)], the dense form of `codec.radix`.
         scale (`nn.Parameter`): int32 [out, 1], the bits of the fp32 scales.
+        scale_dtype (`str`): "float32"; or "bfloat16" where the file has scales of 16 bits: all that the layer is given
+            are rounded to them.
         branch_down (`nn.Parameter | None`): `weight_dtype` [rank, in] or [rank, in, height, width].
         branch_up (`nn.Parameter | None`): `weight_dtype` [out, rank] or [out, rank, 1, 1].
         bits (`int`): 1 to 8.
@@ -137,6 +140,7 @@ class PackedWeight(HoldsCodes, LowRankBranch):
     bits: int
     weight_shape: tuple[int, ...]
     weight_dtype: torch.dtype
+    scale_dtype: str = "float32"
     compute: str = "auto"
     resident: str = "packed"
     sensitive: bool = False
@@ -154,7 +158,12 @@ class PackedWeight(HoldsCodes, LowRankBranch):
 
     @classmethod
     def from_float(
-        cls: type[LayerT], layer: nn.Linear | nn.Conv2d, bits: int, dtype: torch.dtype, branch_rank: int = 0
+        cls: type[LayerT],
+        layer: nn.Linear | nn.Conv2d,
+        bits: int,
+        dtype: torch.dtype,
+        branch_rank: int = 0,
+        scale_dtype: str = "float32",
     ) -> LayerT:
         """Make the packed layer for a Linear or Conv2d, without codes yet.
 
@@ -163,6 +172,7 @@ class PackedWeight(HoldsCodes, LowRankBranch):
             bits: 1 to 8.
             dtype: that reading `weight` gives.
             branch_rank: of the low-rank branch; 0 for none.
+            scale_dtype: "float32" or "bfloat16", to which scales are rounded.
 
         Returns:
             The layer, with codes, scale and branch on the meta device.
@@ -171,6 +181,7 @@ class PackedWeight(HoldsCodes, LowRankBranch):
         packed.bits = bits
         packed.weight_shape = tuple(layer.weight.shape)
         packed.weight_dtype = dtype
+        packed.scale_dtype = scale_dtype
         rows, columns = packed.weight_shape[0], packed.columns
         with torch.device("meta"):
             packed.codes = nn.Parameter(
@@ -190,11 +201,14 @@ class PackedWeight(HoldsCodes, LowRankBranch):
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes uint8 [out, dense_width(columns, bits)] and scale fp32 [out]."""
         self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scale = float_bits(scale)
+        self._set_scale(scale)
+
+    def _set_scale(self, scale: Tensor) -> None:
+        self.scale = float_bits(round_scale(scale, self.scale_dtype))
 
     def set_rows(self, scale: Tensor, branch_up: Tensor | None) -> None:
         """Take scale fp32 [out] and, if it is not None, branch_up floating [out, rank, ...], in place of what was."""
-        self.scale = float_bits(scale.to(self.codes.device))
+        self._set_scale(scale.to(self.codes.device))
         if branch_up is not None:
             self._set_branch(self.branch_down, branch_up.to(self.branch_up))
         self._renew_int8_weight()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..codec.quantize_dense import quantize_to_dense
 from ..codec.radix import dense_width
 from ..codec.rounding import Rounding
+from ..codec.scales import round_scale
 from ..codec.schema import TENSOR_PREFIX, LayerSchema
 from ..ops.transforms import weight
 from .lazy_weight import LazyWeight, refuse_assigning
@@ -53,7 +54,7 @@ class PackedTensor(HoldsCodes):
     def set_codes(self, codes: Tensor, scale: Tensor) -> None:
         """Take codes uint8 [rows, dense_width(columns, bits)] and scale fp32 [rows]."""
         self.codes = nn.Parameter(codes, requires_grad=False)
-        self.scale = float_bits(scale)
+        self.scale = float_bits(round_scale(scale, self.schema.scale_dtype))
 
     def forward(self) -> Tensor:
         """Return the parameter, decoded where it is used."""

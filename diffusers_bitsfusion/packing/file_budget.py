@@ -116,7 +116,7 @@ def _codes_and_scales(plan: Plan, model: ModelMixin, in_memory: bool) -> Iterato
         elif name not in plan.decided:
             codes = round(layer.num_weights * GAUSSIAN_ENTROPY[layer.bits - 1] / 8)
         yield f"{name}.codes", (layer.num_weights,), codes
-        yield f"{name}.scale", (layer.rows,), 4 * layer.rows
+        yield f"{name}.scale", (layer.rows,), layer.rows * (4 if in_memory else layer.scale_bytes)
 
 
 def time_tensors(plan: Plan, in_memory: bool = False) -> list[TensorSize]:

@@ -113,8 +113,12 @@ class ModelPacker:
             raise ValueError(f"Cannot quantize {parameter}: {error}.") from error
         self._bar.update()
 
+    def _empty_layer(self, name: str) -> PackedWeight:
+        layer = self.model.get_submodule(name)
+        return packed_from_float(layer, self.plan.bits[name], self.dtype, scale_dtype=self.plan.scale_dtype)
+
     def _pack_layer(self, name: str, value: Tensor) -> None:
-        packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        packed = self._empty_layer(name)
         if (rate := self.plan.rates.get(name)) is None:
             pack_weight(packed, value, self.plan.rounding)
         else:
@@ -128,7 +132,7 @@ class ModelPacker:
 
     def take_calibrated(self, name: str, layer: CalibratedLayer, device: torch.device) -> None:
         """Pack a layer with the codes, scale and bias of its calibration."""
-        packed = packed_from_float(self.model.get_submodule(name), self.plan.bits[name], self.dtype)
+        packed = self._empty_layer(name)
         packed.set_codes(layer.codes.to(device), layer.scale.to(device))
         if layer.bias is not None:
             packed.bias = nn.Parameter(layer.bias.to(packed.bias), requires_grad=packed.bias.requires_grad)
@@ -198,12 +202,12 @@ def install_packed_layers(
                 f"The checkpoint's config gives {printable(name)} the shape {list(layer.shape)}; "
                 f"{type(model).__name__} has {list(module.weight.shape)}."
             )
-        packed = packed_from_float(module, layer.bits, weight_dtype(name), layer.branch_rank)
+        packed = packed_from_float(module, layer.bits, weight_dtype(name), layer.branch_rank, layer.scale_dtype)
         replace_module(model, name, packed)
 
 
 def _install_packed_tensor(model: nn.Module, place: TensorPlace, layer: LayerSchema, dtype: torch.dtype) -> None:
-    expected = place.schema(layer.bits)
+    expected = place.schema(layer.bits, layer.scale_dtype)
     if layer != expected:
         raise ValueError(
             f"The checkpoint's config gives {printable(place.name)} {layer.to_json()}; {type(model).__name__} has "

@@ -32,6 +32,7 @@ class Plan:
             rounded with least error.
         rounding: settings of rounding to the grid.
         compression: "zstd", or None for plain packed bytes in the file.
+        scale_dtype: dtype of the layers' scales in the file, "float32" or "bfloat16".
         tensors: parameters to pack that belong to no ordinary Linear or Conv2d layer; their bits are in `bits`, too.
     """
 
@@ -43,6 +44,7 @@ class Plan:
     rates: dict[str, float] = field(default_factory=dict)
     rounding: Rounding = Rounding()
     compression: str | None = "zstd"
+    scale_dtype: str = "float32"
     tensors: dict[str, TensorPlace] = field(default_factory=dict)
     decided: frozenset[str] = frozenset()
 
@@ -62,10 +64,7 @@ class Plan:
         Args:
             model: model with its float layers, which may be on the meta device.
         """
-        layers = {
-            name: tensor.schema(bits) if (tensor := self.tensors.get(name)) else LayerSchema(bits, _shape(model, name))
-            for name, bits in self.bits.items()
-        }
+        layers = {name: self._layer(model, name, bits) for name, bits in self.bits.items()}
         time = self._time_features()
         return CheckpointSchema(
             layers=layers,
@@ -74,6 +73,11 @@ class Plan:
             balance=self.rounding.balance,
             compression=self.compression,
         )
+
+    def _layer(self, model: nn.Module, name: str, bits: int) -> LayerSchema:
+        if (tensor := self.tensors.get(name)) is not None:
+            return tensor.schema(bits, self.scale_dtype)
+        return LayerSchema(bits, _shape(model, name), scale_dtype=self.scale_dtype)
 
     def _time_features(self) -> TimeFeaturesSchema:
         path = self.replaced_path

@@ -90,6 +90,7 @@ def make_plan(model: ModelMixin, config: BitsFusionConfig, exclude: Iterable[str
         path,
         rounding=config.rounding,
         compression=config.compression,
+        scale_dtype=config.scale_dtype,
         tensors=packable_tensors(model, exclude, config.embeddings),
     )
     time_layers = _time_names(path, layers)

@@ -56,9 +56,9 @@ class TensorPlace:
         """Elements of the parameter."""
         return math.prod(self.shape)
 
-    def schema(self, bits: int) -> LayerSchema:
-        """Return the schema with `bits`."""
-        return LayerSchema(bits, self.shape, order=self.order, row_dims=self.row_dims)
+    def schema(self, bits: int, scale_dtype: str) -> LayerSchema:
+        """Return the schema with `bits` and scales of `scale_dtype`."""
+        return LayerSchema(bits, self.shape, order=self.order, row_dims=self.row_dims, scale_dtype=scale_dtype)
 
 
 def packable_tensors(

@@ -121,7 +121,7 @@ def _packed(schema: CheckpointSchema, rates: Mapping[str, float]) -> Iterator[Te
         elif schema.compression is not None:
             size = round(_compressed_share(layer.bits, schema.balance) * size)
         yield f"{name}.codes", (size,), size
-        yield f"{name}.scale", (layer.rows,), 4 * layer.rows
+        yield f"{name}.scale", (layer.rows,), layer.rows * layer.scale_bytes
 
 
 @functools.cache

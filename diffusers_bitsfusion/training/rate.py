@@ -61,7 +61,7 @@ def codes_entropy(layer: FakeQuantizedWeight) -> Tensor:
     Returns:
         Bits of all its weights, a scalar.
     """
-    bits: Tensor = _Entropy.apply(layer.weight, layer.scale, layer.bits, layer.balance)  # type: ignore[no-untyped-call]
+    bits: Tensor = _Entropy.apply(layer.weight, layer.rounded_scale, layer.bits, layer.balance)  # type: ignore[no-untyped-call]
     return bits
 
 

@@ -206,6 +206,15 @@ def test_every_part_can_be_switched_off(command, data, tmp_path):
     assert config.layers["conv_in"]["bits"] == 8 and config.layers["mid_block.resnets.0.conv1"]["bits"] == 2
 
 
+def test_with_a_price_of_bits_scales_have_16(command, data, tmp_path):
+    train_bitsfusion.main(command("--train_data_dir", data, "--stage", 1, "--rate_weight", 0.1, steps=1))
+    (step,) = losses(tmp_path / "out" / "stage1")
+    assert step["loss"] > 0.1 * step["bits"] > 0
+    tensors = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    layers = config_of(tmp_path / "out")["layers"]
+    assert layers and all(tensors[f"{name}.scale"].dtype == torch.int16 for name in layers)
+
+
 def test_the_control_in_full_precision(command, data, tmp_path):
     train_bitsfusion.main(command("--train_data_dir", data, "--full_precision", "--stage", 2, steps=1))
     unet = StableDiffusionPipeline.from_pretrained(tmp_path / "out").unet

@@ -74,6 +74,7 @@ def prepare_student(args: argparse.Namespace) -> UNet2DConditionModel:
         time_embedding=args.time_embedding,
         balance=not args.no_balance,
         scale_init=args.scale_init,
+        scale_dtype="bfloat16" if args.rate_weight else None,  # The bits of scales count, too.
     )
     prepare_qat(student, config)
     if args.freeze_time_embedding:
