@@ -144,8 +144,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         self.target_bytes = target_bytes
         self.budget = budget
         self._schema: CheckpointSchema | None = None
-        is_requested = format_version is None
-        self.scale_dtype = self._default_scale_dtype(is_requested) if scale_dtype is None else scale_dtype
+        self._scale_dtype = scale_dtype
         self._check()
         if format_version is not None:
             described = {
@@ -174,7 +173,8 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             raise ValueError(f"budget must be one of {BUDGETS}, got {shown(self.budget)}")
         if self.target_bytes is not None and not self.balance:
             raise ValueError("target_bytes needs balanced grids; leave balance True.")
-        check_scale_dtype(self.scale_dtype)
+        if self._scale_dtype is not None:
+            check_scale_dtype(self._scale_dtype)
         Rounding(self.scale_init, self.scale_iterations, self.balance)  # The constructor checks its arguments.
         check_settings(self.compute, self.resident)
         if isinstance(self.time_embedding, dict):
@@ -182,10 +182,13 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
         elif self.time_embedding not in TIME_EMBEDDINGS:
             raise ValueError(f"time_embedding must be one of {TIME_EMBEDDINGS} or a dict, got {self.time_embedding!r}")
 
-    def _default_scale_dtype(self, is_requested: bool) -> str:
-        # Files of earlier versions have a target and scales of 32 bits.
-        counts_file = is_requested and self.target_bytes is not None and self.budget == "file"
-        return "bfloat16" if counts_file else "float32"
+    @property
+    def scale_dtype(self) -> str:
+        """Dtype of the scales in the file, "float32" or "bfloat16"; of a checkpoint what its layers have."""
+        if self._schema is not None:
+            return next(iter(self._schema.layers.values())).scale_dtype
+        counts_file = self.target_bytes is not None and self.budget == "file"
+        return self._scale_dtype or ("bfloat16" if counts_file else "float32")
 
     @property
     def rounding(self) -> Rounding:
@@ -281,7 +284,7 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             del content["target_bytes"], content["budget"]
         if not self.embeddings:
             del content["embeddings"]
-        if self.scale_dtype == self._default_scale_dtype(not self.is_resolved):
+        if self._scale_dtype is None:
             del content["scale_dtype"]
         if self.is_resolved:  # Kernels and paths of one machine do not suit others that load the checkpoint.
             content |= {"compute": "auto", "resident": "packed"}
