@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -14,6 +13,7 @@ import torch
 from torch import nn
 
 from ..codec.radix import dense_width
+from ..utils.crc32 import crc32
 from ..utils.errors import DamagedFileError
 from ..utils.files import claim_folder, refuse_foreign_files, replacing_file
 from ..utils.json_files import is_count, is_number
@@ -168,7 +168,7 @@ class TuningFolder:
     """
 
     def __init__(self, folder: str | os.PathLike[str], steps: int, timesteps: Sequence[float] | None) -> None:
-        known = "" if timesteps is None else f"-{zlib.crc32(repr(sorted(timesteps)).encode()):08x}"
+        known = "" if timesteps is None else f"-{crc32(repr(sorted(timesteps)).encode()):08x}"
         self._folder = Path(folder) / f"tuning{steps}{known}"
         self._folder.mkdir(exist_ok=True)
         self._state = self._folder / "state.pt"

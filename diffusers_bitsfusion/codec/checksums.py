@@ -7,7 +7,6 @@ also what config.json says of their layer: they cannot be taken for those of ano
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..utils.crc32 import crc32
 from ..utils.errors import DamagedFileError, shown
 from ..utils.json_files import MAX_MODEL_BYTES, parse_json
 from ..utils.safetensors_files import SafetensorsHeader, TensorEntry, read_header, read_tensor_bytes
@@ -144,7 +144,7 @@ def _common_table(headers: Mapping[Path, SafetensorsHeader]) -> dict[str, str] |
 def _of_tensor(name: str, tensor: Tensor, schema: CheckpointSchema) -> str:
     data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
     seed = _seed(name, _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), schema)
-    return f"{zlib.crc32(data, seed):08x}"
+    return f"{crc32(data, seed):08x}"
 
 
 def _parts(header: SafetensorsHeader) -> Iterator[dict[str, TensorEntry]]:
@@ -161,7 +161,7 @@ def _of_entries(file: Path, entries: Mapping[str, TensorEntry], schema: Checkpoi
         for name, entry in entries.items():
             checksum = _seed(name, entry.dtype, entry.shape, schema)
             for piece in read_tensor_bytes(stream, entry, buffer):
-                checksum = zlib.crc32(piece, checksum)
+                checksum = crc32(piece, checksum)
             checksums[name] = f"{checksum:08x}"
     return checksums
 
@@ -175,4 +175,5 @@ def _seed(name: str, dtype: str, shape: tuple[int, ...], schema: CheckpointSchem
         meaning += [layer.bits, list(layer.shape), schema.compression]
     elif owner == "time_proj":
         meaning.append(schema.time_features.meaning())
-    return zlib.crc32(json.dumps(meaning).encode())
+    seed: int = crc32(json.dumps(meaning).encode())
+    return seed

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from .crc32 import crc32
 from .json_files import changed_keys, read_json
 
 # Name of the file of settings in a folder that belongs to them; a process number may come before it.
@@ -50,7 +50,7 @@ def file_checksum(file: Path) -> str:
     checksum = 0
     with file.open("rb") as stream:
         while piece := stream.read(1 << 22):
-            checksum = zlib.crc32(piece, checksum)
+            checksum = crc32(piece, checksum)
     return f"{checksum:08x}"
 
 
