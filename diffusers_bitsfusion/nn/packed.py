@@ -16,6 +16,7 @@ from ..codec.time_table import reinterpret
 from ..ops.decode import decode_weight
 from ..ops.dispatch import KernelSelection, select_for_layer
 from ..ops.transforms import weight
+from .earlier_states import TakesEarlierStates
 from .lazy_weight import LazyWeight, refuse_assigning
 from .low_rank_branch import LowRankBranch
 
@@ -78,7 +79,7 @@ def without_weight(kind: type[AnyLayerT], layer: nn.Module) -> AnyLayerT:
 _COMPUTING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-class HoldsCodes(nn.Module):
+class HoldsCodes(TakesEarlierStates):
     """Mixin of modules whose parameters are codes and scales as integers: no gradients, and no cast but of the weight.
 
     Attributes:

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from ..codec.time_table import from_table_bytes, pack_table, packed_rows, reinterpret, table_bytes, unpack_rows
 from ..ops.transforms import all_values
 from ..utils.private_names import TORCH_ASSERT
+from .earlier_states import TakesEarlierStates
 from .lazy_weight import LazyWeight, refuse_assigning
 from .low_rank_branch import LowRankBranch
 from .packed import float_bits, from_float_bits
 
 
-class TimeFeatures(nn.Module):
+class TimeFeatures(TakesEarlierStates):
     """Base of the look-ups: timesteps [batch], of any dtype, to features fp32 [batch, features + embedding].
 
     Attributes:
@@ -164,6 +165,7 @@ class TimeFeatureTable(TimeFeatures):
         return from_table_bytes(self.embedding_codes.detach(), self.embedding_width)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        self._renew_earlier(state_dict, prefix)
         self.expect(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
