@@ -263,6 +263,11 @@ class PackedWeight(HoldsCodes, LowRankBranch):
         if self.int8_weight is not None:
             self._renew_int8_weight()
 
+    def _replicate_for_data_parallel(self) -> Any:
+        replica: Any = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.int8_weight = None  # It is on the device of the first replica; others decode in each call.
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         # oneDNN's layouts can neither be deep-copied nor pickled: they are made anew.
         return {name: value for name, value in self.__dict__.items() if name != "int8_weight"}
