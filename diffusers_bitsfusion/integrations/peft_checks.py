@@ -18,7 +18,8 @@ from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed_tensor import HoldsPackedTensors
 from ..nn.time_features import TimeFeaturePassThrough, TimeFeatureSlice
 from ..utils.private_names import DIFFUSERS_FETCH_LORA, PEFT_ADAPTERS, PEFT_PREPARE, PEFT_TARGETS
-from .peft_lora import PackedLoraLayer, reads_base_weight
+from .peft_lora import reads_base_weight
+from .peft_merging import MergesIntoBranch, let_merge, tuner_of
 
 _PACKED = (PackedWeight, HoldsPackedTensors)
 # Arguments of `load_lora_adapter` that say how the file is found.
@@ -58,6 +59,7 @@ def wrap_inject_adapter(original: Callable[..., None]) -> Callable[..., None]:
                 if module.branch_rank > rank:
                     module.shrink_branch(rank)
             raise
+        let_merge(model)
 
     return inject_adapter
 
@@ -181,7 +183,7 @@ def wrap_fuse_lora(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_fusable(model: nn.Module, adapter_names: list[str] | None, safe: bool = False) -> None:
-    """Refuse to fuse if an adapter on a packed layer cannot be fused; only LoRA can.
+    """Refuse to fuse if an adapter on a packed layer cannot be fused.
 
     Args:
         model: model with PEFT adapters.
@@ -189,7 +191,8 @@ def check_fusable(model: nn.Module, adapter_names: list[str] | None, safe: bool 
         safe: whether the values of the adapters must be finite.
 
     Raises:
-        ValueError: an adapter is no LoRA (but LoKr, for example); or see `PackedLoraLayer.check_foldable`.
+        ValueError: an adapter is no addition to the weight (but OFT, for example); or see
+            `MergesIntoBranch.check_foldable`.
     """
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer) or not isinstance(
@@ -199,16 +202,20 @@ def check_fusable(model: nn.Module, adapter_names: list[str] | None, safe: bool 
         names = module.active_adapters if adapter_names is None else adapter_names
         present = PEFT_ADAPTERS.require(module)()
         names = [adapter for adapter in names if adapter in present and adapter not in module.merged_adapters]
-        if isinstance(module, PackedLoraLayer):
+        if isinstance(module, MergesIntoBranch):
             module.check_foldable(names, finite=safe)
-        elif names:
-            kind = type(module).__module__.removeprefix("peft.tuners.").partition(".")[0]
-            what = (
-                f"({kind}) is no LoRA and"
-                if isinstance(module.get_base_layer(), PackedWeight)
-                else "is on a layer that"
-            )
+        elif names and (reason := _why_not_merged(module)):
             raise ValueError(
-                f"The adapter {names[0]!r} on {name} {what} cannot be fused into packed weights. It works "
-                "unfused, and can be fused after `dequantize()`."
+                f"The adapter {names[0]!r} on {name} ({tuner_of(module)}) cannot be fused into packed weights: "
+                f"{reason}. It works unfused, and can be fused after `dequantize()`."
             )
+
+
+def _why_not_merged(module: BaseTunerLayer) -> str | None:
+    base = module.get_base_layer()
+    if not isinstance(base, PackedWeight):
+        return "the layer has no low-rank branch"
+    if tuner_of(module) != "beft":
+        return "what it does to the weight is no addition of low rank"
+    # PEFT's own merging changes the bias alone, which is no code.
+    return "it adds to the bias, and the layer has none" if base.bias is None else None

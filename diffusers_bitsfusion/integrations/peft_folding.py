@@ -16,6 +16,12 @@ _KASA = "KasaLinearVariant"
 # Names of variants that add a low-rank matrix. MiCA, MonteCLoRA and VeLoRA differ from LoRA in training alone.
 _LOW_RANK = ("BdLoraLinearVariant", _KASA, "MiCALinearVariant", "MontecloraLinearVariant", "VeloraLinearVariant")
 
+# Error of the factors of a matrix relative to it, of fp32.
+_EXACT = 1e-6
+
+# Number of vectors that the range of a matrix is first looked for with.
+_FIRST = 16
+
 
 def why_not_foldable(layer: LoraLayer, name: str) -> str | None:
     """Why a variant of LoRA cannot be merged into packed weights, or None where it can.
@@ -93,3 +99,35 @@ def _weight(half: Any) -> Tensor:
     as_matrix = getattr(half, "weight_as_blockdiagonal_matrix", None)  # BD-LoRA keeps the blocks alone.
     weight: Tensor = half.weight if as_matrix is None else as_matrix()
     return weight.detach()
+
+
+def low_rank_factors(delta: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Factor what an adapter adds to a weight, to the precision of its dtype.
+
+    The range is found by products with random vectors, ever more of them (Halko, Martinsson and Tropp, 2011).
+
+    Args:
+        delta: floating [out, in, ...].
+
+    Returns:
+        Down fp32 [rank, in, ...] and up fp32 [out, rank, ...], as a branch takes them; None where they would have no
+        fewer elements than `delta`.
+    """
+    matrix = delta.detach().flatten(1).double()
+    rows, columns = matrix.shape
+    allowed = max(_EXACT, torch.finfo(delta.dtype).eps / 2) * torch.linalg.matrix_norm(matrix)
+    most, size = (rows * columns - 1) // (rows + columns), 0
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    while size < most:
+        size = min(most, max(_FIRST, 4 * size))
+        vectors = torch.randn(columns, size, dtype=matrix.dtype, device=matrix.device, generator=generator)
+        basis = torch.linalg.qr(matrix @ vectors).Q
+        within = basis.T @ matrix
+        if torch.linalg.matrix_norm(matrix - basis @ within) <= allowed:
+            left, values, right = torch.linalg.svd(within, full_matrices=False)
+            beyond = values.square().flip(0).cumsum(0).flip(0).sqrt()
+            rank = int((beyond > allowed).sum())
+            up = basis @ left[:, :rank] * values[:rank]
+            ones = [1] * (delta.ndim - 2)
+            return right[:rank].reshape(rank, *delta.shape[1:]).float(), up.reshape(rows, rank, *ones).float()
+    return None

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import functools
-import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging
 from peft import LoraConfig
 from peft.tuners.lora.layer import Conv2d, Linear, LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..codec.time_schema import TimeFeaturesSchema
 from ..nn import BitsFusionConv2d, BitsFusionLinear, PackedWeight, QATConv2d
-from ..nn.low_rank_branch import LowRankBranch
 from ..nn.low_rank_time_features import LowRankTimeFeatures
-from ..nn.packed import from_float_bits, without_weight
+from ..nn.packed import without_weight
 from ..nn.time_features import TimeFeatureSlice
 from ..utils.private_names import PEFT_ADAPTERS, PEFT_KASA
-from .peft_folding import by_rows, fold, low_rank_halves, why_not_foldable
+from .peft_folding import fold, low_rank_halves, why_not_foldable
+from .peft_merging import MergesIntoBranch
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +37,13 @@ _REWRITING_INITS = ("corda", "loftq", "lora_ga")
 _PLAIN_INITS = ("gaussian", "eva")
 
 
-class SubstitutedBaseLayer(LoraLayer):
+if TYPE_CHECKING:
+    from peft.tuners.lora.layer import LoraLayer as _Module  # torch types its modules' attributes otherwise.
+else:
+    _Module = nn.Module
+
+
+class SubstitutedBaseLayer(_Module, LoraLayer):
     """LoRA layer that can give PEFT a substitute for its base layer while PEFT makes an adapter."""
 
     _substitute: nn.Module | None = None
@@ -56,100 +61,26 @@ class SubstitutedBaseLayer(LoraLayer):
             self.__dict__["_substitute"] = None
 
 
-class PackedLoraLayer(SubstitutedBaseLayer):
-    """Mixin of LoRA layers on packed weights.
+class PackedLoraLayer(MergesIntoBranch, SubstitutedBaseLayer):
+    """Mixin of LoRA layers on packed weights."""
 
-    PEFT merges by adding to `base_layer.weight.data`, which a decoded weight refuses. Here merging extends the
-    low-rank branch of the packed layer, and unmerging shortens it again. On a layer that is not packed (any more), the
-    methods are PEFT's.
-    """
+    def _fold(self, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+        return fold(self, names)
 
-    _unmerged_rank = 0
-    # Scales and `branch_up` of the base layer before a DoRA was merged.
-    _unmerged_rows: tuple[Tensor, Tensor | None] | None = None
+    def _added_bias(self, name: str) -> Tensor | None:
+        return self.lora_B[name].bias.detach() * self.scaling[name] if self.lora_bias[name] else None
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters, times their scaling, into the packed layer's branch; a DoRA multiplies its scales, too.
+    def _why_not_mergeable(self, name: str) -> str | None:
+        if reason := why_not_foldable(self, name):
+            return reason
+        if self.lora_bias[name] and getattr(self.get_base_layer(), "bias", None) is None:
+            return "it has a bias (lora_bias=True), and the layer has none"
+        return None
 
-        Args:
-            safe_merge: whether to refuse adapters with NaN or infinite values.
-            adapter_names: names of adapters; the active ones when None.
-
-        Raises:
-            ValueError: an adapter cannot be folded (see `check_foldable`) or, with `safe_merge`, is not finite.
-                Nothing has been merged then.
-        """
-        base = self.get_base_layer()
-        if not isinstance(base, LowRankBranch):
-            super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            return
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        self.check_foldable(names, finite=safe_merge)
-        # A DoRA's factors are of the weight into which nothing is merged.
-        names = [*self.merged_adapters, *names]
-        if self.merged:
-            self._unmerge(base)
-        self._unmerged_rank = base.branch_rank
-        down, up, factor = fold(self, names)
-        if factor is not None:
-            self._multiply_rows(base, factor)
-        base.extend_branch(down, up)
-        self.merged_adapters.extend(names)
-
-    def _multiply_rows(self, base: Any, factor: Tensor) -> None:
-        self._unmerged_rows = scale, up = from_float_bits(base.scale), base.branch_up
-        base.set_rows(scale * factor, None if up is None else up * by_rows(factor, up))
-
-    def unmerge(self) -> None:
-        """Remove all merged adapters from the packed layer, which is then as before, bit for bit."""
-        base = self.get_base_layer()
-        if not isinstance(base, LowRankBranch):
-            super().unmerge()
-        elif not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-        else:
-            self._unmerge(base)
-
-    def _unmerge(self, base: Any) -> None:
-        base.shrink_branch(self._unmerged_rank)
-        if self._unmerged_rows is not None:
-            base.set_rows(*self._unmerged_rows)
-            self._unmerged_rows = None
-        self.merged_adapters.clear()
-
-    def check_foldable(self, adapter_names: Iterable[str], finite: bool = False) -> None:
-        """Refuse adapters that are more than a low-rank addition to the weight and, of DoRA, factors of its rows.
-
-        Args:
-            adapter_names: names of adapters; those that this layer lacks are ignored.
-            finite: whether to refuse NaN and infinite values, too.
-
-        Raises:
-            ValueError: an adapter is another variant of LoRA, or has a bias; a DoRA's magnitude is not positive and
-                finite; the convolution has groups; the weights are offloaded; or values are not finite.
-        """
-        base = self.get_base_layer()
-        for name in adapter_names:
-            if name not in self.lora_A:
-                continue
-            if variant_reason := why_not_foldable(self, name):
-                reason = variant_reason
-            elif self.lora_bias[name]:
-                reason = "it has a bias (lora_bias=True)"
-            elif getattr(base, "groups", 1) > 1:
-                reason = f"a convolution of {base.groups} groups has no low-rank branch"
-            elif any(p.is_meta for p in base.parameters()) or self.lora_A[name].weight.is_meta:
-                reason = "the weights are offloaded; fuse before offloading"
-            elif finite and not all(torch.isfinite(half).all() for half in low_rank_halves(self, name)):
-                raise ValueError(f"The adapters {name} hold NaN or infinite values; they were not merged.")
-            else:
-                continue
-            raise ValueError(
-                f"The adapter {name!r} cannot be fused into packed weights: {reason}. It works unfused, and can be "
-                "fused after `dequantize()`."
-            )
+    def _changes(self, name: str) -> Iterator[Tensor]:
+        yield from low_rank_halves(self, name)
+        if (bias := self._added_bias(name)) is not None:
+            yield bias
 
     def update_layer(self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter, as PEFT does.

@@ -310,7 +310,7 @@ def test_two_doras_are_fused_and_magnitudes_that_are_no_scales_are_refused(unet,
     ("config", "reason"),
     [
         (train_config(lora_bias=True), "has a bias"),
-        (LoKrConfig(r=4, alpha=4, target_modules=["to_q"]), "no LoRA"),
+        (LoKrConfig(r=4, alpha=4, target_modules=["to_q"], init_weights=False), "no low rank"),
     ],
     ids=["bias", "lokr"],
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
-import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -12,120 +9,26 @@ from peft import (
     LNTuningConfig,
     LoKrConfig,
     LoraConfig,
-    PeftMixedModel,
+    OFTConfig,
     PeftModel,
     TrainableTokensConfig,
     get_peft_model,
 )
-from peft.tuners.lora.config import BdLoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_lora, tiny_unet
 from torch import Tensor, nn
+from tuner_cases import TUNERS, adapted, close, dequantized, images, packed_net
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model
 from diffusers_bitsfusion.codec.rounding import Rounding
-from diffusers_bitsfusion.nn import PackedWeight
-from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float, replace_module
+from diffusers_bitsfusion.nn.conversion import pack_weight, packed_from_float
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore"),  # of PEFT, about what its tuners cannot do
 ]
 
-LINEAR = ["first", "second"]
-ALL = [*LINEAR, "conv", "pointwise"]
-
-
-class Net(nn.Module):
-    """Convolutions, then linear layers; one of them without a bias."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.head = nn.Conv2d(3, 16, 3, padding=1)
-        self.conv, self.pointwise = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 1)
-        self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.pointwise(self.conv(torch.tanh(self.head(x)))).mean((2, 3))
-        return self.second(torch.tanh(self.first(x)))
-
-
-def packed_net() -> Net:
-    net = Net()
-    for name, layer in list(net.named_modules()):
-        if isinstance(layer, (nn.Linear, nn.Conv2d)):
-            packed = packed_from_float(layer, 4, torch.float32)
-            pack_weight(packed, layer.weight, Rounding(iterations=3))
-            replace_module(net, name, packed)
-    return net
-
-
-def dequantized(net: Net) -> Net:
-    dequantized = copy.deepcopy(net)
-    for name, layer in list(dequantized.named_modules()):
-        if isinstance(layer, PackedWeight):
-            replace_module(dequantized, name, float_from_packed(layer))
-    return dequantized
-
-
-TUNERS = {
-    "LoRA": lambda: LoraConfig(r=2, target_modules=ALL, init_lora_weights=False),
-    "rsLoRA": lambda: LoraConfig(r=2, lora_alpha=3, target_modules=ALL, init_lora_weights=False, use_rslora=True),
-    "DoRA": lambda: LoraConfig(r=2, target_modules=ALL, init_lora_weights=False, use_dora=True),
-    "PiSSA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="pissa"),
-    "PiSSA, fast": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="pissa_niter_8"),
-    "OLoRA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="olora"),
-    "orthogonal": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="orthogonal"),
-    "KaSA": lambda: LoraConfig(r=2, target_modules=LINEAR, kasa_config=peft.KasaConfig(), init_lora_weights=False),
-    "MiCA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="mica"),
-    "MonteCLoRA": lambda: LoraConfig(
-        r=2, target_modules=LINEAR, init_lora_weights=False, monteclora_config=peft.MontecloraConfig()
-    ),
-    "VeLoRA": lambda: LoraConfig(
-        r=2, target_modules=LINEAR, init_lora_weights=False, velora_config=peft.VeloraConfig(num_groups=4)
-    ),
-    "BD-LoRA": lambda: LoraConfig(
-        r=4,
-        target_modules=LINEAR,
-        init_lora_weights=False,
-        use_bdlora=BdLoraConfig(target_modules_bd_a=["first"], target_modules_bd_b=["second"], nblocks=2),
-    ),
-    "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=ALL, init_weights=False, use_effective_conv2d=True),
-    "LoKr": lambda: LoKrConfig(r=2, target_modules=ALL, init_weights=False),
-    "OFT": lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=ALL, init_weights=False),
-    "BOFT": lambda: peft.BOFTConfig(boft_block_size=2, target_modules=ALL, init_weights=False),
-    "IA3": lambda: peft.IA3Config(
-        target_modules=ALL, feedforward_modules=["second", "pointwise"], init_ia3_weights=False
-    ),
-    "VeRA": lambda: peft.VeraConfig(r=4, target_modules=LINEAR, init_weights=False),
-    "HRA": lambda: peft.HRAConfig(r=2, target_modules=ALL, init_weights=False),
-    "FourierFT": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=LINEAR, init_weights=False),
-    "AdaLoRA": lambda: peft.AdaLoraConfig(
-        init_r=4, target_r=2, total_step=9, target_modules=LINEAR, init_lora_weights=False
-    ),
-    "RandLora": lambda: peft.RandLoraConfig(r=2, target_modules=LINEAR, init_weights=False),
-    "VB-LoRA": lambda: peft.VBLoRAConfig(r=2, num_vectors=8, vector_length=4, target_modules=LINEAR),
-    "GLoRA": lambda: peft.GloraConfig(r=2, target_modules=LINEAR, init_weights=False),
-    "OSF": lambda: peft.OSFConfig(effective_rank=4, init_weights=False),  # by itself it targets all that is linear
-    "C3A": lambda: peft.C3AConfig(block_size=4, target_modules=LINEAR, init_weights=False),
-}
-FOLDS = set(list(TUNERS)[: list(TUNERS).index("LoHa")])  # LoRA and its variants
-
 every_tuner = pytest.mark.parametrize("tuner", TUNERS)
-
-
-def adapted(net: nn.Module, tuner: str) -> PeftModel:
-    torch.manual_seed(1)
-    return get_peft_model(net, TUNERS[tuner]())
-
-
-def images() -> Tensor:
-    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(2))
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 2e-6) -> None:
-    assert (found - expected).norm() <= tolerance * expected.norm() + 1e-12
 
 
 def training_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -178,103 +81,6 @@ def test_targets_that_are_not_given_are_those_of_the_architecture():
     model.config = {"model_type": "t5"}
     get_peft_model(model, LoraConfig(r=2))
     assert {name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)} == {"q", "v"}
-
-
-@every_tuner
-@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
-def test_merging_is_right_or_refused_by_name_before_anything_changes(tuner, merge):
-    net = packed_net()
-    model = adapted(net, tuner).eval()
-    before = model(images())
-    if tuner in FOLDS:
-        getattr(model, merge)()
-        close(net(images()), before)
-        return
-    names = {name for name, _ in model.named_modules()}
-    with pytest.raises(ValueError, match=r"The adapter 'default' .*dequantize\(\)"):
-        getattr(model, merge)()
-    assert {name for name, _ in model.named_modules()} == names
-    assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
-    assert torch.equal(model(images()), before)
-
-
-def test_a_layer_merged_by_itself_is_refused_too():
-    model = adapted(packed_net(), "LoKr")
-    before = model(images())
-    with pytest.raises(RuntimeError, match=r"fuse_lora\(\).*dequantize\(\)"):
-        model.base_model.model.conv.merge()
-    assert torch.equal(model(images()), before)
-
-
-def test_merging_names_the_tuner_and_the_layer():
-    with pytest.raises(ValueError, match=r"The adapter 'default' on conv \(lokr\) is no LoRA"):
-        adapted(packed_net(), "LoKr").merge_adapter()
-
-
-def test_a_lora_beside_another_adapter_is_merged_when_it_is_named():
-    net = packed_net()
-    model = PeftMixedModel(net, TUNERS["LoRA"](), adapter_name="lora")
-    model.add_adapter("lokr", LoKrConfig(r=2, target_modules=["head"], init_weights=False))
-    model.set_adapter(["lora"])
-    before = model(images())
-    with pytest.raises(ValueError, match=r"'lokr' on head \(lokr\)"):
-        model.base_model.merge_adapter(["lora", "lokr"])
-    assert torch.equal(model(images()), before)
-    model.base_model.merge_adapter(["lora"])
-    close(model(images()), before)
-
-
-def test_a_mixed_model_refuses_to_merge_what_is_no_lora():
-    model = PeftMixedModel(packed_net(), TUNERS["LoRA"](), adapter_name="lora")
-    model.add_adapter("lokr", LoKrConfig(r=2, target_modules=["head"], init_weights=False))
-    model.set_adapter(["lora", "lokr"])
-    before = model(images())
-    with pytest.raises(ValueError, match=r"'lokr' on head \(lokr\)"):
-        model.merge_and_unload()
-    assert torch.equal(model(images()), before)
-
-
-@pytest.mark.parametrize("tuner", ["LoRA", "DoRA", "LoHa", "OFT", "VeRA", "GLoRA", "OSF"])
-def test_unloading_an_adapter_leaves_the_packed_layers(tuner):
-    net = packed_net()
-    before, kinds = net(images()), {name: type(module) for name, module in net.named_modules()}
-    assert adapted(net, tuner).unload() is net
-    assert {name: type(module) for name, module in net.named_modules()} == kinds
-    assert torch.equal(net(images()), before)
-
-
-def test_a_mixed_model_of_loras_is_merged_and_one_of_others_unloaded():
-    net = packed_net()
-    model = PeftMixedModel(net, TUNERS["LoRA"](), adapter_name="a")
-    model.add_adapter("b", TUNERS["rsLoRA"]())
-    model.set_adapter(["a", "b"])
-    before = model(images())
-    close(model.merge_and_unload()(images()), before)
-    net = packed_net()
-    before = net(images())
-    assert torch.equal(PeftMixedModel(net, TUNERS["LoKr"]()).unload()(images()), before)
-
-
-def test_another_layer_s_weight_is_not_taken_for_a_layer_s_own():
-    net = packed_net()
-    with pytest.raises(RuntimeError, match="neither be written"):
-        net.first.weight = packed_net().first.weight
-
-
-def test_what_is_not_packed_is_merged_as_ever():
-    net = dequantized(packed_net())
-    model = adapted(net, "LoKr").eval()
-    before = model(images())
-    model.merge_and_unload()
-    close(net(images()), before, 1e-5)
-
-
-def test_values_that_are_not_finite_are_refused_before_any_layer_is_merged():
-    model = adapted(packed_net(), "LoRA")
-    model.base_model.model.second.lora_A["default"].weight.data[0, 0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinite"):
-        model.merge_adapter(safe_merge=True)
-    assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 # What cannot be trained.
@@ -437,8 +243,8 @@ def test_no_component_of_a_pipeline_is_fused_when_one_cannot_be(source_folder):
     config = BitsFusionConfig(recipe=4, time_embedding="keep", components=["unet", "text_encoder"])
     pipe = StableDiffusionPipeline.from_pretrained(source_folder, quantization_config=config)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="a")
-    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True), adapter_name="a")
-    with pytest.raises(ValueError, match="has a bias"):
+    pipe.text_encoder.add_adapter(OFTConfig(oft_block_size=4, r=0, target_modules=["q_proj"]), adapter_name="a")
+    with pytest.raises(ValueError, match="is no addition of low rank"):
         pipe.fuse_lora(components=["unet", "text_encoder"])
     for model in (pipe.unet, pipe.text_encoder):
         assert not any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer))
