@@ -12,6 +12,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..utils.reinterpret import reinterpret
 from .entropy import compress, decompress
 
 # Relative RMS error of the codes: a uniform quantizer of step s has an RMS error of s / sqrt(12).
@@ -130,12 +131,6 @@ def table_bytes(packed: Tensor) -> Tensor:
 def from_table_bytes(table: Tensor, features: int) -> Tensor:
     """Return what `table_bytes` made bytes of, in the same memory."""
     return table if table.shape[1] == features else reinterpret(table, torch.int16)
-
-
-def reinterpret(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return `x.view(dtype)`, in memory of its own where `torch.jit.trace` is at work, which cannot record it."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return torch.view_copy(x, dtype=dtype) if tracing else x.view(dtype)
 
 
 def _with_group_after(codes: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..codec.low_rank_table import LowRankTable
-from ..codec.time_table import reinterpret, table_bytes
+from ..codec.time_table import table_bytes
+from ..utils.reinterpret import reinterpret
 from .packed import float_bits, from_float_bits
 from .time_features import TimeFeatures, cubic_weights
 

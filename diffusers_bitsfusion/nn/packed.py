@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from ..codec.radix import dense_width
 from ..codec.scales import round_scale
 from ..codec.schema import branch_shapes
-from ..codec.time_table import reinterpret
 from ..ops.decode import decode_weight
 from ..ops.dispatch import KernelSelection, select_for_layer
 from ..ops.transforms import weight
+from ..utils.reinterpret import reinterpret
 from .earlier_states import TakesEarlierStates
 from .lazy_weight import LazyWeight, refuse_assigning
 from .low_rank_branch import LowRankBranch

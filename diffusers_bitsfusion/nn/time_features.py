@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..codec.time_table import from_table_bytes, pack_table, packed_rows, reinterpret, table_bytes, unpack_rows
+from ..codec.time_table import from_table_bytes, pack_table, packed_rows, table_bytes, unpack_rows
 from ..ops.transforms import all_values
 from ..utils.private_names import TORCH_ASSERT
+from ..utils.reinterpret import reinterpret
 from .earlier_states import TakesEarlierStates
 from .lazy_weight import LazyWeight, refuse_assigning
 from .low_rank_branch import LowRankBranch
