@@ -11,6 +11,7 @@ process.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -124,6 +125,7 @@ def run_together(arguments: Sequence[object], processes: int = 2) -> subprocess.
 
 def _run(arguments: list[str], environment: dict[str, str], out: str, err: str) -> None:
     """Become, in the forked process, what `python` starts as."""
+    gc.freeze()  # a collection of garbage would walk, and so copy, all that the server imported
     for descriptor, file in ((1, out), (2, err)):
         opened = os.open(file, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, descriptor)
