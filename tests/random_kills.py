@@ -8,6 +8,7 @@ three times in a row. The same command then goes on to the end; what it leaves m
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -29,6 +30,7 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
+import torchmetrics  # noqa: F401 - analyses import it, which takes as long as measuring.
 import train_bitsfusion
 import transformers
 from accelerate.utils import load
@@ -43,9 +45,10 @@ from diffusers_bitsfusion.cli.quantize import quantize
 from diffusers_bitsfusion.evaluation import Sampling
 
 _CAPTIONS = ["ab", "c", "d", "e f"]
-_ONE_LEVEL: dict[str, Any] = {
+_FEW_LAYERS: dict[str, Any] = {
     "block_out_channels": (16,),
     "down_block_types": ("DownBlock2D",),
+    "mid_block_type": None,
     "up_block_types": ("UpBlock2D",),
     "norm_num_groups": 4,
 }
@@ -88,7 +91,7 @@ def kinds(work: Path) -> list[Work]:
     source, tokenizer, data = work / "source", work / "tokenizer", work / "data"
     for folder in (tokenizer, data):
         folder.mkdir()
-    tiny_pipeline(tokenizer, **_ONE_LEVEL).save_pretrained(source)
+    tiny_pipeline(tokenizer, **_FEW_LAYERS).save_pretrained(source)
     prompts = data / "prompts.txt"
     prompts.write_text("\n".join(_CAPTIONS))
     images = np.random.default_rng(0).integers(0, 255, (len(_CAPTIONS), 16, 16, 3), dtype=np.uint8)
@@ -218,6 +221,7 @@ def kill_at_random(work: Work, folder: Path, kills: int, generator: random.Rando
 def main(kills: int, only: str, seed: int) -> None:
     """Print the outcome of each kind of work whose name contains `only`."""
     torch.set_num_threads(1)  # Forked children have no other threads.
+    gc.freeze()  # Children need not look through what is imported whenever they collect garbage.
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     calibration_run._SAVE_EVERY = 0  # Moments and the state of tuning are saved whenever they could be.

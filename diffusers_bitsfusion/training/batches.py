@@ -210,6 +210,7 @@ class ImageBatches(Batches):
             batch_sampler=_Positions(self.sharing, step),
             num_workers=self.num_workers,
             collate_fn=list,
+            generator=torch.Generator(),  # Torch's own would be advanced once more by a run that is continued.
         )
         self._loaded = iter(loader)
 

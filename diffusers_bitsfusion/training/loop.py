@@ -160,7 +160,7 @@ class TrainingLoop:
         """
         options, is_main = self.options, self.accelerator.is_main_process
         self.accelerator.gradient_accumulation_steps = self.batches.sharing.accumulation
-        self.accelerator.step = 0
+        self.accelerator.step = self.step * self.batches.sharing.accumulation
         self.batches.start(self.step)
         log = _LossLog(self.folder / LOG_FILE, self.step) if is_main else None
         bar = tqdm(
