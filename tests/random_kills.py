@@ -30,7 +30,6 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-import torchmetrics  # noqa: F401 - analyses import it, which takes as long as measuring.
 import train_bitsfusion
 import transformers
 from accelerate.utils import load
@@ -221,6 +220,8 @@ def kill_at_random(work: Work, folder: Path, kills: int, generator: random.Rando
 def main(kills: int, only: str, seed: int) -> None:
     """Print the outcome of each kind of work whose name contains `only`."""
     torch.set_num_threads(1)  # Forked children have no other threads.
+    if only in "analyze":
+        import torchmetrics  # noqa: F401 - Each child would import it, which takes as long as its work.
     gc.freeze()  # Children need not look through what is imported whenever they collect garbage.
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()

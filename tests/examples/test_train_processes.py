@@ -8,11 +8,15 @@ import time
 import pytest
 import torch
 import train_bitsfusion
+from accelerate.utils import load
 from fresh_process import REPOSITORY, FreshProcess, run_together
 from safetensors.torch import load_file
 from train_runs import losses
 
 SCRIPT = REPOSITORY / "examples" / "train_bitsfusion.py"
+
+# accelerate's file of the states of a process's random generators.
+STATES = "random_states_0.pkl"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,6 +35,9 @@ def test_killed_and_continued_it_is_the_uninterrupted_run(command, data, tmp_pat
     train_bitsfusion.main(command(*arguments, "--resume_from_checkpoint", "latest", steps=steps))
     train_bitsfusion.main(command(*arguments, output="whole", steps=steps))
     assert losses(tmp_path / "out" / "stage1") == losses(tmp_path / "whole" / "stage1")
+    states = [load(tmp_path / name / "stage1" / f"checkpoint-{steps}" / STATES) for name in ("out", "whole")]
+    assert states[0]["step"] == states[1]["step"] == steps
+    assert torch.equal(*(state["torch_manual_seed"] for state in states))
 
 
 def test_two_processes_are_one_with_the_doubled_batch(command, data, tmp_path):
