@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import tempfile
 from pathlib import Path
+
+import gradio as gr
 
 from diffusers_bitsfusion.app.models import fetch, quantize
 from diffusers_bitsfusion.app.page import LAUNCH, build_app
@@ -46,9 +49,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    """Serve the page."""
-    arguments = parse_arguments()
+def build(arguments: argparse.Namespace) -> gr.Blocks:
+    """Return the page of the pipelines that the arguments name.
+
+    Raises:
+        OSError: one of them is neither a folder nor on the Hub.
+        ValueError: one is quantized that should not be, or the reverse.
+    """
     full = SHAPES if arguments.pipeline is None else fetch(arguments.pipeline)
     chosen = [fetch(source) for source in arguments.quantized or []]
     if not chosen and arguments.pipeline is None and arguments.target_bits is None:
@@ -56,7 +63,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         if not chosen:
             chosen = [quantize(full, Path(scratch, "rounded"), arguments.target_bits or 3.0)]
-        app = build_app(full, *chosen, examples=PROMPTS if full == SHAPES else ())
+        return build_app(full, *chosen, examples=PROMPTS if full == SHAPES else ())
+
+
+def main() -> None:
+    """Serve the page."""
+    arguments = parse_arguments()
+    try:
+        app = build(arguments)
+    except (OSError, ValueError) as error:
+        sys.exit(f"Error: {error}")
     app.launch(server_port=arguments.server_port, **LAUNCH)
 
 

@@ -146,9 +146,12 @@ def test_refuses_a_quantized_pipeline_as_full_precision(packed_folders, source_f
         app.build_app(packed_folders["keep"], packed_folders["table"])
 
 
-def test_refuses_an_unquantized_pipeline_as_quantized(source_folder):
+def test_refuses_an_unquantized_pipeline_as_quantized(source_folder, monkeypatch):
     with pytest.raises(ValueError, match="not quantized by diffusers_bitsfusion"):
         app.build_app(source_folder, source_folder)
+    monkeypatch.setattr("sys.argv", ["app.py", "--pipeline", str(source_folder), "--quantized", str(source_folder)])
+    with pytest.raises(SystemExit, match=r"^Error: .*not quantized by diffusers_bitsfusion"):
+        app.main()
 
 
 @pytest.fixture(scope="module")
