@@ -84,6 +84,7 @@ def prepare_qat(
         The same object.
 
     Raises:
+        TypeError: `config` is no `BitsFusionConfig`.
         ValueError: the model is quantized, prepared or offloaded already, holds NaN or infinite weights, or does not
             suit the config; `layers` names a layer that the config does not quantize; the config asks for integers
             that this machine cannot compute with; calibration is requested, and the object is not a pipeline that
@@ -91,7 +92,7 @@ def prepare_qat(
             model has no Linear or Conv2d layer.
             After an error or an interruption the model is as it was.
     """
-    config = copy.deepcopy(config or BitsFusionConfig())
+    config = copy.deepcopy(BitsFusionConfig.of(config))
     settings = Calibration.of(config.calibration if calibration is None else calibration)
     if settings is None:
         plan = _plan(model, config, layers)

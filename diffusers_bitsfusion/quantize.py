@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
+from diffusers.utils.torch_utils import is_compiled_module
 from transformers import PreTrainedModel
 
 from .calibration.calls import Call
@@ -52,12 +53,13 @@ def quantize_model(
         The same object.
 
     Raises:
-        ValueError: the model is quantized already or offloaded, holds NaN or infinite weights, or does not suit the
-            config; the config asks for integers that this machine cannot compute with; or calibration is requested,
-            and the object is not a pipeline that accepts prompts. After an error or an interruption all models are
-            as they were.
+        TypeError: `config` is no `BitsFusionConfig`.
+        ValueError: the model is quantized already, compiled or offloaded, holds NaN or infinite weights, or does not
+            suit the config; the config asks for integers that this machine cannot compute with; or calibration is
+            requested, and the object is not a pipeline that accepts prompts. After an error or an interruption all
+            models are as they were.
     """
-    config = config or BitsFusionConfig()
+    config = BitsFusionConfig.of(config)
     settings = Calibration.of(config.calibration if calibration is None else calibration)
     if settings is not None:
         check_pipeline(model, tunes=settings.tuning_steps > 0)
@@ -135,6 +137,8 @@ def _quantize(
 
 def _check_kind(model: Any, name: str) -> None:
     """Refuse an object that is no model with a config, such as several ControlNets in one."""
+    if is_compiled_module(model):
+        raise ValueError(f"Cannot quantize {name}: it is compiled. Quantize the model first, then compile it.")
     if not isinstance(model, (ConfigMixin, PreTrainedModel)):
         raise ValueError(
             f"Cannot quantize {name}: {type(model).__name__} is no single model of diffusers or transformers. "

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_controlnet, tiny_unet
 from torch import nn
 
-from diffusers_bitsfusion import BitsFusionConfig, Recipe, quantize_model, set_compute
+from diffusers_bitsfusion import BitsFusionConfig, Recipe, prepare_qat, quantize_model, set_compute
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -294,6 +294,20 @@ def test_a_model_with_adapters_is_not_quantized(make_config):
         quantize_model(unet, make_config(), progress=False)
     unet.unload_lora()
     assert quantize_model(unet, make_config(), progress=False).is_quantized
+
+
+@pytest.mark.parametrize("function", [quantize_model, prepare_qat])
+def test_what_is_no_config_is_refused_with_what_to_write(function):
+    unet = tiny_unet()
+    for wrong, written in ((2, r"recipe=2"), ({"target_bits": 3}, r"\*\*config")):
+        with pytest.raises(TypeError, match=rf"must be a BitsFusionConfig, got .* BitsFusionConfig\({written}\)"):
+            function(unet, wrong)
+    assert not getattr(unet, "is_quantized", False)
+
+
+def test_a_compiled_model_is_not_quantized(make_config):
+    with pytest.raises(ValueError, match=r"it is compiled\. Quantize the model first"):
+        quantize_model(torch.compile(tiny_unet()), make_config(), progress=False)
 
 
 def test_a_pipeline_is_not_a_model_that_computes(source_folder):

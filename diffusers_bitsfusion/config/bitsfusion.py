@@ -157,6 +157,18 @@ class BitsFusionConfig(PipelineQuantizationConfig, QuantizationConfigMixin, Tran
             self._schema = CheckpointSchema.from_json(described)
 
     @classmethod
+    def of(cls, value: Any) -> BitsFusionConfig:
+        """Return the config that a user's `config=` means, the defaults where it is None.
+
+        Raises:
+            TypeError: the value is no config.
+        """
+        if value is None or isinstance(value, cls):
+            return value or cls()
+        arguments = "**config" if isinstance(value, Mapping) else f"recipe={shown(value)}"
+        raise TypeError(f"config must be a BitsFusionConfig, got {shown(value)}. Write BitsFusionConfig({arguments}).")
+
+    @classmethod
     def _arguments(cls) -> list[str]:
         return [name for name in inspect.signature(cls).parameters if name != "unknown"]
 

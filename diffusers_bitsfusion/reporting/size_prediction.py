@@ -103,7 +103,7 @@ def predict_size(
     Raises:
         ValueError: see `plan.make_plan`.
     """
-    config = config or BitsFusionConfig()
+    config = BitsFusionConfig.of(config)
     kept_in_fp32 = DIFFUSERS_FP32.read(model) or []
     plan = make_fitting_plan(model, config, dtype, kept_in_fp32)
     schema = plan.schema(model)

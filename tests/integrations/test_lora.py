@@ -10,6 +10,7 @@ import copy
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
 from lora_cases import (
     TARGETS,
     TOLERANCE,
@@ -251,3 +252,21 @@ def test_an_adapter_of_the_time_embedding_needs_the_time_embedding(packed_folder
     lora = {f"{name}.lora_A.weight": torch.zeros(4, 128), f"{name}.lora_B.weight": torch.zeros(32, 4)}
     with pytest.raises(ValueError, match='time_embedding="keep"'):
         pipe.load_lora_weights(lora)
+
+
+def test_diffusers_average_of_weights_averages_the_adapter_and_keeps_the_codes(unet):
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
+    unet.requires_grad_(False)
+    trained = {name: p for name, p in unet.named_parameters() if "lora" in name}
+    for parameter in trained.values():
+        parameter.requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in unet.named_parameters()}
+    average = EMAModel(unet.parameters(), decay=0.5, min_decay=0.5)
+    average.step(unet.parameters())  # The first step takes the weights as they are.
+    for parameter in trained.values():
+        parameter.data += 1
+    average.step(unet.parameters())
+    average.copy_to(unet.parameters())
+    for name, parameter in unet.named_parameters():
+        expected = before[name] + 0.5 if name in trained else before[name]
+        torch.testing.assert_close(parameter.detach(), expected)
