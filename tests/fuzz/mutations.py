@@ -273,5 +273,6 @@ def _as_other_types(value: Any) -> list[Any]:
     """Return what a careless writer makes of a value: a number as a text, a whole number as 2.0, a flag as 1."""
     if isinstance(value, (dict, list)):
         return [[value], list(value), json.dumps(value)]
-    as_numbers = [int(value), float(value), bool(value)] if isinstance(value, (bool, int)) else []
+    is_small = isinstance(value, int) and abs(value) < 1e300  # Greater ones are no floats.
+    as_numbers = [int(value), float(value), bool(value)] if is_small else []
     return [[value], str(value), *as_numbers]
