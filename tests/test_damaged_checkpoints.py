@@ -158,6 +158,15 @@ def test_an_index_that_is_damaged_is_named(packed_unet, tmp_path, key, value):
         UNet2DConditionModel.from_pretrained(tmp_path)
 
 
+def test_a_quantization_config_that_is_no_object_is_named(packed_unet, tmp_path):
+    packed_unet.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = [config["quantization_config"]]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json is damaged: quantization_config must be an object"):
+        UNet2DConditionModel.from_pretrained(tmp_path)
+
+
 def test_a_missing_shard_is_named(packed_unet, tmp_path):
     packed_unet.save_pretrained(tmp_path, max_shard_size="60KB")
     shard = sorted(tmp_path.glob("*.safetensors"))[1]

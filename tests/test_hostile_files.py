@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,13 @@ from hostile_files import CALIBRATION, LINES, RECIPE, frame, zeros
 
 from diffusers_bitsfusion import Recipe
 from diffusers_bitsfusion.analysis.results import Analysis
+from diffusers_bitsfusion.calibration.folder import using_alone
 from diffusers_bitsfusion.codec.entropy import check_frame, compress, decompress
+from diffusers_bitsfusion.integrations.folder_commit import finish_saves
 from diffusers_bitsfusion.utils.errors import DamagedFileError, shown
-from diffusers_bitsfusion.utils.torch_files import read_torch, tensors_of
+from diffusers_bitsfusion.utils.files import write_atomically
+from diffusers_bitsfusion.utils.json_files import read_json
+from diffusers_bitsfusion.utils.torch_files import check_archive, read_torch, tensors_of
 
 PEAK_MEMORY = Path(__file__).with_name("peak_memory.py")
 
@@ -31,11 +37,67 @@ def test_no_refused_model_takes_much_more_memory_than_the_right_one():
 def test_a_file_of_torch_that_calls_for_memory_is_refused(tmp_path, name):
     torch.save({"step": 2}, tmp_path / "state.pt")
     CALIBRATION[name](tmp_path)
-    if "doubled" in name:  # It takes no memory; what looks at it must look at each list once.
-        assert len(tensors_of(read_torch(tmp_path / "state.pt", ""))) == 1
-        return
-    with pytest.raises(DamagedFileError, match=r"state\.pt is damaged.* (it calls|larger than its data)"):
+    with pytest.raises(DamagedFileError, match=r"state\.pt is damaged.* (it calls|larger than its data|too often)"):
         read_torch(tmp_path / "state.pt", "Delete it.")
+
+
+def test_a_file_of_torch_may_hold_one_list_twice_but_no_list_in_itself(tmp_path):
+    shared: list[object] = [torch.zeros(2)]
+    torch.save({"a": shared, "b": [shared, shared]}, tmp_path / "state.pt")
+    assert len(tensors_of(read_torch(tmp_path / "state.pt", ""))) == 1
+    shared.append({"again": shared})
+    torch.save({"a": shared}, tmp_path / "state.pt")
+    with pytest.raises(DamagedFileError, match="holds itself"):
+        read_torch(tmp_path / "state.pt", "Delete it.")
+
+
+def test_records_of_the_same_bytes_are_refused(tmp_path):
+    """A directory of 65,000 records of one megabyte each would be read for hours."""
+    file = tmp_path / "state.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data", bytes(1000))
+        first = archive.infolist()[0]
+        for number in range(1, 10):
+            again = copy.copy(first)
+            again.filename = f"data{number}"
+            archive.filelist.append(again)
+    with pytest.raises(DamagedFileError, match="records have the same bytes"):
+        check_archive(file, "")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no such files")
+def test_what_has_no_end_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    for name in ("pipe.json", "zero.json"):
+        with pytest.raises(DamagedFileError, match=f"{name} is no regular file"):
+            read_json(tmp_path / name)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="links need rights on Windows")
+def test_links_in_a_folder_of_a_stranger_lead_nowhere(tmp_path):
+    """What is beside the folder is neither written, moved nor removed."""
+    folder, beside = tmp_path / "folder", tmp_path / "beside"
+    for place in (folder, beside):
+        place.mkdir()
+    (beside / "config.json").write_text("{}")
+    (folder / ".saving-a").symlink_to(beside)
+    (folder / ".x.json.part").symlink_to(beside / "config.json")
+    (folder / "calibration").mkdir()
+    (folder / "calibration" / ".0.lock-owner").symlink_to(beside / "config.json")
+    assert finish_saves(folder) == 0
+    write_atomically(folder / "x.json", "new")
+    with using_alone(folder / "calibration", 0):
+        pass
+    save = folder / ".saving-b"
+    save.mkdir()
+    (save / "commit.json").write_text('{"files": ["config.json"]}')
+    (save / "files").symlink_to(beside)
+    with pytest.raises(DamagedFileError, match="holds links to other files"):
+        finish_saves(folder)
+    assert [file.name for file in beside.iterdir()] == ["config.json"]
+    assert (beside / "config.json").read_text() == "{}"
+    assert (folder / "x.json").read_text() == "new"
 
 
 @pytest.mark.parametrize("name", sorted(RECIPE))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..utils.errors import DamagedFileError
 from ..utils.files import naming_file, write_atomically
 from ..utils.json_files import changed_keys, read_json
 from .header import Header, Item
@@ -96,6 +97,8 @@ class Journal:
         self._header = header
         self._file = file = folder / _PARTS / f"{process:04}.jsonl"
         file.parent.mkdir(exist_ok=True)
+        if file.is_symlink():  # Another file would be written, or cut.
+            raise DamagedFileError(file, "is a link", "Delete it.")
         file.touch()
         _, whole = _whole_lines(file)
         self._stream = file.open("r+b", buffering=0)  # Closing writes nothing.

@@ -18,6 +18,9 @@ from .schema import CheckpointSchema
 SMALLEST_SCALE = 2.0**-120
 LARGEST_WEIGHT = 2.0**120
 
+# The same of time features, whose codes have 16 bits, and of the functions of time that they are sums of.
+_LARGEST_TIME_SCALE = dict.fromkeys(("scale", "embedding_scale"), LARGEST_WEIGHT / 2**15) | {"basis_scale": 2.0**20}
+
 _CHECKED = ("F16", "BF16", "F32", "F64", "I16", "I32")
 
 
@@ -61,10 +64,10 @@ def _check_integers(name: str, tensor: Tensor, schema: CheckpointSchema) -> None
         largest = LARGEST_WEIGHT / half_range(layer.bits)
         if not ((scale >= SMALLEST_SCALE) & (scale <= largest)).all():
             raise DamagedFileError(name, "holds scales that are not positive, or far outside of what weights have")
-    elif owner == "time_proj" and kind in ("scale", "basis_scale", "embedding_scale") and tensor.dtype == torch.int32:
+    elif owner == "time_proj" and kind in _LARGEST_TIME_SCALE and tensor.dtype == torch.int32:
         scale = tensor.contiguous().view(torch.float32)
-        if not ((scale > 0) & torch.isfinite(scale)).all():
-            raise DamagedFileError(name, "holds scales that are not finite and positive")
+        if not ((scale > 0) & (scale <= _LARGEST_TIME_SCALE[kind])).all():
+            raise DamagedFileError(name, "holds scales that are not positive, or far outside of what features have")
     elif owner == "time_proj" and kind == "values" and tensor.dtype == torch.int16:
         if not torch.isfinite(tensor.contiguous().view(torch.float16)).all():
             raise DamagedFileError(name, "holds NaN or infinite features")

@@ -157,11 +157,14 @@ def repair(directory: Path) -> int:
 
 
 def _is_new(scratch: Path) -> bool:
-    """Return whether the folder has no lock yet, or is gone; an empty one is removed, which its process notices."""
+    """Return whether the folder has no lock yet, or is gone; an empty one is removed, which its process notices.
+
+    A link to a folder elsewhere is no save's, and nothing is removed or moved there.
+    """
     try:
         scratch.rmdir()
     except OSError:
-        return not scratch.is_dir()
+        return scratch.is_symlink() or not scratch.is_dir()
     return True
 
 
@@ -203,6 +206,10 @@ def _roll_forward(directory: Path, scratch: Path) -> None:
     names = read_json(scratch / _JOURNAL).get("files")
     if not is_list_of(names, str) or any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
         raise DamagedFileError(scratch / _JOURNAL, "is damaged: it must list files", f"Delete {scratch}; save again.")
+    if any(path.is_symlink() for path in scratch.rglob("*")):
+        raise DamagedFileError(
+            scratch, "is of no save: it holds links to other files", f"Delete {scratch}; save again."
+        )
     with _moving_alone(directory):
         flush_folder(scratch)
         flush_folder(directory)

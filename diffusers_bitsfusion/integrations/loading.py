@@ -11,6 +11,7 @@ from diffusers import PipelineQuantizationConfig
 
 from ..codec.weight_files import read_index
 from ..config.bitsfusion import BitsFusionConfig
+from ..utils.errors import DamagedFileError
 from ..utils.json_files import MAX_MODEL_BYTES, read_json
 from .derived_models import is_packed
 
@@ -18,7 +19,7 @@ from .derived_models import is_packed
 _WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 # What config.json of a packed model has in it, however damaged.
-_METHOD = b'"bitsfusion"'
+_METHOD = b"bitsfusion"
 
 
 def _named_components(config: Any) -> list[str]:
@@ -127,7 +128,9 @@ def _check_documents(folder: Path) -> None:
     """
     config = folder / "config.json"
     if config.is_file() and _METHOD in config.read_bytes():
-        read_json(config, non_finite=True, max_bytes=MAX_MODEL_BYTES)
+        content = read_json(config, non_finite=True, max_bytes=MAX_MODEL_BYTES)
+        if not isinstance(content.get("quantization_config", {}), dict):
+            raise DamagedFileError(config, "is damaged: quantization_config must be an object")
         for index in sorted(folder.glob("*.safetensors.index.json")):
             read_index(index)
 

@@ -65,6 +65,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
         OSError: the file cannot be written; the message names `path`, and the earlier file is kept.
     """
     partial = path.with_name(f".{path.name}.part")
+    partial.unlink(missing_ok=True)  # It may be a link to a file elsewhere.
     with naming_file(path):
         try:
             yield partial

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,12 +68,14 @@ def read_bounded(path: Path, remedy: str = "", max_bytes: int = MAX_BYTES) -> by
         max_bytes: size of the largest file that is read.
 
     Raises:
-        DamagedFileError: the file is larger than that.
+        DamagedFileError: the file is larger than that, or no regular one.
         FileNotFoundError: there is no such file.
     """
-    size = path.stat().st_size
-    if size > max_bytes:
-        _refuse(path, f"has {size} bytes; at most {max_bytes} are expected of such a JSON file", remedy)
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):  # A device may have no end, a pipe no beginning.
+        _refuse(path, "is no regular file", remedy)
+    if found.st_size > max_bytes:
+        _refuse(path, f"has {found.st_size} bytes; at most {max_bytes} are expected of such a JSON file", remedy)
     return path.read_bytes()
 
 

@@ -30,6 +30,7 @@ class FolderLock:
         except Timeout as error:
             by = owner.read_text(encoding="utf-8", errors="replace").strip() if owner.is_file() else ""
             raise FolderInUseError(f"{file.parent} is in use by {by or 'another process'}. {advice}") from error
+        owner.unlink(missing_ok=True)  # It may be a link to a file elsewhere.
         owner.write_text(f"process {os.getpid()} on {platform.node()}\n", encoding="utf-8")
 
     def release(self) -> None:

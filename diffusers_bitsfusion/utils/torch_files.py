@@ -28,6 +28,9 @@ _CALLS = {
     "torch._utils._rebuild_parameter",
     "torch._utils._rebuild_tensor_v2",
 }
+# Values that a file holds at most: an optimizer of 10,000 parameters has 50,000.
+_MAX_VALUES = 10_000_000
+
 # Storages and dtypes of torch.
 _TORCH_NAME = re.compile(r"torch\.(\w+Storage|b?float\d+\w*|u?int\d+|bool|half|double|long|Size)")
 
@@ -55,6 +58,8 @@ def read_torch(file: str | os.PathLike[str], remedy: str, mmap: bool = False) ->
         raise DamagedFileError(file, f"is damaged ({_first_line(error)})", remedy) from error
     if not all(map(_is_dense, tensors_of(content))):
         raise DamagedFileError(file, "is damaged: a tensor in it is larger than its data", remedy)
+    if not _is_a_tree(content):
+        raise DamagedFileError(file, "is damaged: a list or dict in it holds itself, or is there too often", remedy)
     return content
 
 
@@ -70,8 +75,11 @@ def check_archive(file: str | os.PathLike[str], remedy: str) -> None:
             names = archive.namelist()
             if len(set(names)) < len(names):
                 raise zipfile.BadZipFile("a record is there twice")
-            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+            records = archive.infolist()
+            if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise zipfile.BadZipFile("a record is compressed, which torch never does")
+            if sum(record.file_size for record in records) > os.path.getsize(file):
+                raise zipfile.BadZipFile("records have the same bytes")
             wrong = archive.testzip()
             for name in names if wrong is None else ():
                 if name.endswith("/data.pkl"):
@@ -115,6 +123,31 @@ def _parts_of(value: Any) -> Iterator[Any]:
             left += part
         else:
             yield part
+
+
+def _is_a_tree(content: Any) -> bool:
+    """Return whether nested dicts, lists and tuples have an end, and at most `_MAX_VALUES` values one by one.
+
+    A pickle of a few lines can hold a list of ten times a list of ten times another, and so on.
+    """
+    sizes: dict[int, int] = {}
+    open_parts: set[int] = set()
+    left = [(content, False)]
+    while left:
+        part, done = left.pop()
+        values = list(part.values()) if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else []
+        if done:
+            open_parts.remove(id(part))
+            sizes[id(part)] = 1 + sum(sizes.get(id(value), 1) for value in values)
+            if sizes[id(part)] > _MAX_VALUES:
+                return False
+        elif id(part) in open_parts:
+            return False
+        elif values and id(part) not in sizes:
+            open_parts.add(id(part))
+            left.append((part, True))
+            left += [(value, False) for value in values if isinstance(value, (dict, list, tuple))]
+    return True
 
 
 def _is_dense(tensor: Tensor) -> bool:
