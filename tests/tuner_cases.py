@@ -90,22 +90,21 @@ TUNERS = {
     ),
     "LoHa": lambda: peft.LoHaConfig(r=2, target_modules=ALL, init_weights=False, use_effective_conv2d=True),
     "LoKr": lambda: LoKrConfig(r=2, target_modules=ALL, init_weights=False),
+    "FourierFT": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=LINEAR, init_weights=False),
+    "C3A": lambda: peft.C3AConfig(block_size=4, target_modules=LINEAR, init_weights=False),
     "OFT": lambda: peft.OFTConfig(r=2, oft_block_size=0, target_modules=ALL, init_weights=False),
     "BOFT": lambda: peft.BOFTConfig(boft_block_size=2, target_modules=ALL, init_weights=False),
     "IA3": lambda: peft.IA3Config(
         target_modules=ALL, feedforward_modules=["second", "pointwise"], init_ia3_weights=False
     ),
     "HRA": lambda: peft.HRAConfig(r=2, target_modules=ALL, init_weights=False),
-    "FourierFT": lambda: peft.FourierFTConfig(n_frequency=10, target_modules=LINEAR, init_weights=False),
     "GLoRA": lambda: peft.GloraConfig(r=2, target_modules=LINEAR, init_weights=False),
     "OSF": lambda: peft.OSFConfig(effective_rank=4, init_weights=False),  # by itself it targets all that is linear
-    "C3A": lambda: peft.C3AConfig(block_size=4, target_modules=LINEAR, init_weights=False),
 }
 # Outputs in training depend on chance.
 RANDOM = {"PVeRA": lambda: peft.PveraConfig(r=4, target_modules=LINEAR, init_weights=False)}
-MERGED = set(RANDOM) | set(
-    list(TUNERS)[: list(TUNERS).index("LoKr")]
-)  # those that add a matrix of low rank, or to the bias
+# Those that add a matrix, of low rank or of few rows, or to the bias.
+MERGED = {*RANDOM, *list(TUNERS)[: list(TUNERS).index("OFT")]}
 
 
 def adapted(net: nn.Module, tuner: str) -> PeftModel:

@@ -22,6 +22,10 @@ _EXACT = 1e-6
 # Number of vectors that the range of a matrix is first looked for with.
 _FIRST = 16
 
+# Rank up to which factors are taken although the matrix itself may be smaller: that of layers with few inputs or
+# outputs, such as a model's first and last, beside which the others count.
+_SMALL = 64
+
 
 def why_not_foldable(layer: LoraLayer, name: str) -> str | None:
     """Why a variant of LoRA cannot be merged into packed weights, or None where it can.
@@ -111,12 +115,12 @@ def low_rank_factors(delta: Tensor) -> tuple[Tensor, Tensor] | None:
 
     Returns:
         Down fp32 [rank, in, ...] and up fp32 [out, rank, ...], as a branch takes them; None where they would have no
-        fewer elements than `delta`.
+        fewer elements than `delta`, and a rank of more than 64.
     """
     matrix = delta.detach().flatten(1).double()
     rows, columns = matrix.shape
     allowed = max(_EXACT, torch.finfo(delta.dtype).eps / 2) * torch.linalg.matrix_norm(matrix)
-    most, size = (rows * columns - 1) // (rows + columns), 0
+    most, size = min(rows, columns, max((rows * columns - 1) // (rows + columns), _SMALL)), 0
     generator = torch.Generator(matrix.device).manual_seed(0)
     while size < most:
         size = min(most, max(_FIRST, 4 * size))

@@ -8,11 +8,14 @@ import pickle
 import peft
 import pytest
 import torch
-from peft import LoraConfig, PeftMixedModel, get_peft_model
+from peft import LoKrConfig, LoraConfig, PeftMixedModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 from tuner_cases import LINEAR, MERGED, RANDOM, TUNERS, adapted, close, dequantized, images, packed_net
 
+from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.integrations.peft_folding import low_rank_factors
+from diffusers_bitsfusion.nn.conversion import pack_weight, packed_from_float
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -57,9 +60,11 @@ def test_merging_names_the_tuner_and_the_layer():
 
 
 def test_what_has_no_low_rank_or_no_bias_to_add_to_is_refused_with_the_reason():
-    for tuner, reason in (("LoKr", "no low rank"), ("FourierFT", "no low rank")):
-        with pytest.raises(ValueError, match=reason):
-            adapted(packed_net(), tuner).merge_adapter()
+    torch.manual_seed(0)
+    wide = nn.Sequential(nn.Linear(160, 150))
+    wide[0] = pack_weight(packed_from_float(wide[0], 4, torch.float32), wide[0].weight, Rounding(iterations=1))
+    with pytest.raises(ValueError, match="no low rank"):
+        get_peft_model(wide, LoKrConfig(r=99, target_modules=["0"], init_weights=False)).merge_adapter()
     for config in (peft.BeftConfig(target_modules=LINEAR), LoraConfig(target_modules=["second"], lora_bias=True)):
         with pytest.raises(ValueError, match=r"The adapter 'default' .*the layer has none"):
             get_peft_model(packed_net(), config).merge_adapter()
@@ -84,7 +89,10 @@ def test_adapters_of_half_precision_are_factored_to_their_precision():
         found_down, found_up = low_rank_factors(delta)
         assert found_down.shape == (3, 5, 3, 3) and found_up.shape == (40, 3, 1, 1)
         close(torch.einsum("or,rihw->oihw", found_up[:, :, 0, 0], found_down), delta.float(), tolerance)
-    assert low_rank_factors(torch.randn(40, 45)) is None
+    assert low_rank_factors(torch.randn(150, 160)) is None
+    few = torch.randn(4, 90)
+    found_down, found_up = low_rank_factors(few)
+    close(found_up @ found_down, few)
     assert low_rank_factors(torch.zeros(40, 45))[0].shape == (0, 45)
 
 
