@@ -234,7 +234,8 @@ def mutate_archive(content: bytes, random: random.Random) -> bytes:
 def _change_value(data: bytearray, start: int, stop: int, random: random.Random) -> None:
     place = start + random.randrange(stop - start) // 4 * 4
     value = random.choice((float("nan"), float("inf"), float("-inf"), 0.0, -0.0, -1.0, 3e38, 1e38, 1e-42))
-    new = random.choice((struct.pack("<f", value), struct.pack("<e", min(max(value, -1.0), 1.0)), random.randbytes(4)))
+    single, half = struct.pack("<f", value), struct.pack("<e", min(max(value, -1.0), 1.0))
+    new = random.choice((single, single[2:], half, random.randbytes(4)))  # The second one is the value in bf16.
     new = new[: stop - place]
     data[place : place + len(new)] = new
 

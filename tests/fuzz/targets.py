@@ -139,10 +139,11 @@ def _checkpoints(work: Path) -> list[Target]:
     for kind, bits, compression, shard in (
         ("table", 2, "zstd", "10GB"),
         ("cache", 6, None, "10GB"),  # Its codes take as many bytes as those of 4, 5 and 7 bits.
-        ("keep", 4, "zstd", "20KB"),
+        ("keep", 4, "zstd", "15KB"),
     ):
         folder = work / f"model-{kind}"
-        config = BitsFusionConfig(recipe=bits, time_embedding=kind, compression=compression)
+        scales = {"scale_dtype": "bfloat16"} if kind == "keep" else {}
+        config = BitsFusionConfig(recipe=bits, time_embedding=kind, compression=compression, **scales)
         attention = {} if kind == "table" else {"mid_block_type": None}
         unet = quantize_model(tiny_unet(**_UNET, **attention), config, progress=False)
         unet.save_pretrained(folder, max_shard_size=shard)
