@@ -58,6 +58,7 @@ TUNERS = {
     "PiSSA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="pissa"),
     "PiSSA, fast": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="pissa_niter_8"),
     "OLoRA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="olora"),
+    "OLoRA in capitals": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="OLoRA"),
     "orthogonal": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="orthogonal"),
     "KaSA": lambda: LoraConfig(r=2, target_modules=LINEAR, kasa_config=peft.KasaConfig(), init_lora_weights=False),
     "MiCA": lambda: LoraConfig(r=2, target_modules=LINEAR, init_lora_weights="mica"),

@@ -101,13 +101,13 @@ class PackedLoraLayer(MergesIntoBranch, SubstitutedBaseLayer):
         if not isinstance(base, PackedWeight) or not isinstance(init, str):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
-        if init.startswith(_REWRITING_INITS):
+        if init.lower().startswith(_REWRITING_INITS):
             raise ValueError(
                 f"init_lora_weights={init!r} changes the base weight, which packed weights cannot take. "
                 'Use True, "gaussian", "pissa" or "olora".'
             )
         # PEFT has no such initialisation for convolutions.
-        if not init.startswith(_SUBTRACTING_INITS) or isinstance(base, nn.Conv2d):
+        if not init.lower().startswith(_SUBTRACTING_INITS) or isinstance(base, nn.Conv2d):
             super().update_layer(adapter_name, *args, config=config, **kwargs)
             return
         self._refuse_merged(f"init_lora_weights={init!r}")
@@ -156,7 +156,7 @@ def reads_base_weight(config: LoraConfig) -> bool:
     """Return whether a LoRA reads the weight that it is added to, as DoRA and starts such as PiSSA do."""
     variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
     init = config.init_lora_weights
-    return any(getattr(config, name) for name in variants) or (isinstance(init, str) and init not in _PLAIN_INITS)
+    return any(getattr(config, name) for name in variants) or (isinstance(init, str) and init.lower() not in _PLAIN_INITS)
 
 
 class TimeProjectionLora(PackedLoraLayer, Linear):
