@@ -156,7 +156,8 @@ def reads_base_weight(config: LoraConfig) -> bool:
     """Return whether a LoRA reads the weight that it is added to, as DoRA and starts such as PiSSA do."""
     variants = [field.name for field in fields(config) if field.metadata.get("is_lora_variant")]
     init = config.init_lora_weights
-    return any(getattr(config, name) for name in variants) or (isinstance(init, str) and init.lower() not in _PLAIN_INITS)
+    starts_from_it = isinstance(init, str) and init.lower() not in _PLAIN_INITS
+    return starts_from_it or any(getattr(config, name) for name in variants)
 
 
 class TimeProjectionLora(PackedLoraLayer, Linear):
