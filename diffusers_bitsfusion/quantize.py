@@ -63,19 +63,15 @@ def quantize_model(
     settings = Calibration.of(config.calibration if calibration is None else calibration)
     if settings is not None:
         check_pipeline(model, tunes=settings.tuning_steps > 0)
-    if not isinstance(model, DiffusionPipeline):
-        _check_kind(model, "this")
-        _check_values(model, config)
-        with unchanged_on_error(model):
-            return _quantize(model, config, progress)
-    components = _requested_components(model, config)
-    for name, component in components.items():
-        _check_kind(component, name)
-        _check_values(component, config)
-    check_excluded(list(components.values()), config)
-    with unchanged_on_error(*components.values()):
-        for name, component in components.items():
-            _quantize(component, config, progress, model, _for_component(settings, name))
+    parts = _requested_components(model, config) if isinstance(model, DiffusionPipeline) else {"this": model}
+    for name, part in parts.items():
+        _check_kind(part, name)
+        _check_values(part, config)
+    if len(parts) > 1:
+        check_excluded(list(parts.values()), config)
+    with unchanged_on_error(*parts.values()):
+        for name, part in parts.items():
+            _quantize(part, config, progress, model, _for_component(settings, name))
     return model
 
 
@@ -102,12 +98,13 @@ def _quantize(
     model: ModelMixin | PreTrainedModel,
     config: BitsFusionConfig,
     progress: bool,
-    pipeline: DiffusionPipeline | None = None,
-    calibration: Calibration | None = None,
-) -> ModelMixin | PreTrainedModel:
+    pipeline: DiffusionPipeline,
+    calibration: Calibration | None,
+) -> None:
+    """Quantize one model, by the runs of its pipeline where it is calibrated."""
     if isinstance(model, PreTrainedModel):
         BitsFusionTextQuantizer(config, pre_quantized=False).pack(model, progress)
-        return model
+        return
     refuse_dispatched(model, "quantize")
     dtype = model.dtype
     exclude = DIFFUSERS_FP32.read(model) or []
@@ -132,7 +129,6 @@ def _quantize(
     warn_untrained(model, packed)
     if calibration is not None and calls:
         tune_packed(model, calls, calibration, timesteps, progress)
-    return model
 
 
 def _check_kind(model: Any, name: str) -> None:
