@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..nn.packed import PackedWeight
-from ..ops.dispatch import has_bf16
+from ..ops.kernels import has_bf16
 from .activation_memory import bounded_activations
 from .calls import Call, square_errors
 from .guidance import Guidance

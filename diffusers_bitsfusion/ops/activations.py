@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..native.arguments import AffineArguments, GegluArguments, RangeArguments, RescaleArguments, TokenArguments
 from ..native.library import NATIVE_DTYPES, Loop, NativeLibrary, native_library
-from .dispatch import ROUND_COMPILED
+from .kernels import ROUND_COMPILED
 
 # Smallest range of values that is not treated as zero; its reciprocal is finite.
 TINY = 1e-30

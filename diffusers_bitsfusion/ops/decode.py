@@ -10,7 +10,7 @@ from torch import Tensor
 from ..codec.radix import code_planes
 from ..native.arguments import DecodeArguments
 from ..native.library import NATIVE_DTYPES, native_library
-from .dispatch import DECODE_COMPILED, DECODE_TRITON, DECODING, select
+from .kernels import DECODE_COMPILED, DECODE_TRITON, DECODING, select
 
 _NATIVE_OUTPUTS = (torch.float32, torch.bfloat16, torch.int8)
 

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import geglu, quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
-from .dispatch import PREPACKED_BF16, fuses_decoding
+from .dispatch import fuses_decoding
+from .kernels import PREPACKED_BF16
 from .onednn_float_weights import PackedOperand, prepack_in_place
 from .products import int_mm
 

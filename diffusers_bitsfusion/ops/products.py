@@ -8,7 +8,7 @@ from torch import Tensor
 from ..native.arguments import ProductArguments
 from ..native.library import native_library
 from ..utils.private_names import TORCH_INT_MM
-from .dispatch import INTEGER_PRODUCTS, MULTIPLY_COMPILED, select
+from .kernels import INTEGER_PRODUCTS, MULTIPLY_COMPILED, select
 
 # Products that are worth another thread; a thread computes some 40 a nanosecond.
 _PRODUCTS_PER_THREAD = 1 << 22

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from diffusers_bitsfusion.ops import dispatch as select
+from diffusers_bitsfusion.ops import kernels
 from diffusers_bitsfusion.ops.dispatch import check_settings, fuses_decoding, select_for_layer, why_no_int8
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def test_this_machine_multiplies_integers(bits, linear):
 
 def test_the_selection_names_how_weights_are_decoded(monkeypatch):
     assert "compiled" in select_for_layer("exact", "packed", 2, CPU).weights
-    monkeypatch.setattr(select, "native_library", lambda: None)
+    monkeypatch.setattr(kernels, "native_library", lambda: None)
     assert "plain torch" in select_for_layer("exact", "packed", 2, CPU).weights
 
 
@@ -43,7 +43,7 @@ def test_linear_layers_stay_exact_where_integers_are_multiplied_slowly(monkeypat
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
     assert select_for_layer("int8", "packed", 2, CPU, linear=True).arithmetic == "int8"
     for library, reason in ((None, "no C compiler"), (SimpleNamespace(multiply=None), "neither VNNI nor AVX2")):
-        monkeypatch.setattr(select, "native_library", lambda library=library: library)
+        monkeypatch.setattr(kernels, "native_library", lambda library=library: library)
         selection = select_for_layer("int8", "int8", 2, CPU, linear=True)
         assert selection.arithmetic == "exact" and reason in selection.reason
         assert select_for_layer("int8", "int8", 2, CPU).arithmetic == "int8"  # a convolution
@@ -73,9 +73,9 @@ def test_a_gpu_needs_triton_and_tensor_cores(monkeypatch):
     gpu = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "an old one")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    monkeypatch.setattr(select, "has_triton", lambda: False)
+    monkeypatch.setattr(kernels, "has_triton", lambda: False)
     assert "Triton" in why_no_int8(gpu) and "plain torch" in select_for_layer("exact", "packed", 2, gpu).weights
-    monkeypatch.setattr(select, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
     assert "an old one" in why_no_int8(gpu) and "Triton" in select_for_layer("exact", "packed", 2, gpu).weights
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     assert select_for_layer("int8", "packed", 8, gpu).arithmetic == "int8"
@@ -85,7 +85,7 @@ def test_a_gpu_needs_triton_and_tensor_cores(monkeypatch):
 
 def test_few_tokens_on_a_gpu_are_multiplied_with_codes(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    monkeypatch.setattr(select, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
     gpu = torch.device("cuda")
     assert fuses_decoding(gpu, torch.float16, 1) and fuses_decoding(gpu, torch.bfloat16, 16)
     assert not fuses_decoding(gpu, torch.float16, 17) and not fuses_decoding(gpu, torch.float16, 0)
@@ -115,17 +115,17 @@ def test_settings_that_do_not_exist_or_fit_are_refused(compute, resident, messag
 
 
 def test_the_first_kernel_that_can_is_selected_and_the_others_say_why_not(monkeypatch):
-    assert select.select(select.DECODING, CPU) is select.DECODE_COMPILED
-    assert select.DECODE_TRITON.why_not(CPU) == 'Triton is not for the device type "cpu"'
-    monkeypatch.setattr(select, "native_library", lambda: None)
-    assert select.select(select.DECODING, CPU) is select.DECODE_TORCH
-    assert select.DECODE_COMPILED.why_not(CPU) == "there is no C compiler"
-    monkeypatch.setattr(select, "has_triton", lambda: True)
+    assert kernels.select(kernels.DECODING, CPU) is kernels.DECODE_COMPILED
+    assert kernels.DECODE_TRITON.why_not(CPU) == 'Triton is not for the device type "cpu"'
+    monkeypatch.setattr(kernels, "native_library", lambda: None)
+    assert kernels.select(kernels.DECODING, CPU) is kernels.DECODE_TORCH
+    assert kernels.DECODE_COMPILED.why_not(CPU) == "there is no C compiler"
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
     gpu = torch.device("cuda")
-    assert select.select(select.DECODING, gpu, torch.float16) is select.DECODE_TRITON
-    assert select.select(select.DECODING, gpu, torch.float64) is select.DECODE_TORCH
-    assert select.DECODE_TRITON.why_not(gpu, torch.float64) == "Triton is not for torch.float64"
-    assert select.MULTIPLY_COMPILED.why_not(CPU, bits=8) == "compiled C is for codes of up to 7 bits"
+    assert kernels.select(kernels.DECODING, gpu, torch.float16) is kernels.DECODE_TRITON
+    assert kernels.select(kernels.DECODING, gpu, torch.float64) is kernels.DECODE_TORCH
+    assert kernels.DECODE_TRITON.why_not(gpu, torch.float64) == "Triton is not for torch.float64"
+    assert kernels.MULTIPLY_COMPILED.why_not(CPU, bits=8) == "compiled C is for codes of up to 7 bits"
 
 
 GONE = """
@@ -163,4 +163,4 @@ def test_exact_computing_survives_renamed_names_of_torch(run_python):
 
 def test_onednn_is_given_no_weight_in_bf16_where_it_has_no_bf16(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert "oneDNN has no bf16" in select.PREPACKED_BF16.why_not(CPU)
+    assert "oneDNN has no bf16" in kernels.PREPACKED_BF16.why_not(CPU)

@@ -18,7 +18,7 @@ from diffusers_bitsfusion.ops import dispatch, onednn_float_weights
 from diffusers_bitsfusion.ops import linear as linear_module
 from diffusers_bitsfusion.ops.conv import conv2d
 from diffusers_bitsfusion.ops.decode import decode_weight
-from diffusers_bitsfusion.ops.dispatch import PREPACKED, select
+from diffusers_bitsfusion.ops.kernels import PREPACKED, select
 from diffusers_bitsfusion.ops.linear import linear
 from diffusers_bitsfusion.ops.onednn_float_weights import PackedOperand, prepack_in_place
 
