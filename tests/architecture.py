@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "diffusers_bitsfusion"
 PAGE = REPOSITORY / "docs" / "ARCHITECTURE.md"
+
+# Rooms of the classes of a config and of what it becomes.
+_ROOMS_OF_CONFIGS = ("config", "codec", "packing")
 
 Arrow = tuple[str, str]
 
@@ -122,6 +128,53 @@ def longest_file() -> tuple[int, str]:
     )
 
 
+def stops() -> tuple[list[str], int]:
+    """Follow a config from `quantize_model` to the packed layer of a model of one linear layer, while it runs.
+
+    Returns:
+        Functions of the package, in the order of their first call, that are called before `PackedWeight.from_float`
+        makes the layer, and of whose arguments one is the config or what it becomes: an object of a class of `config`,
+        `codec` or `packing`; and the number of all functions of the package that are called before.
+    """
+    from diffusers import ConfigMixin, ModelMixin
+    from diffusers.configuration_utils import register_to_config
+    from torch import nn
+
+    from diffusers_bitsfusion import BitsFusionConfig, quantize_model
+    from diffusers_bitsfusion.nn.packed import PackedWeight
+
+    class OneLayer(ModelMixin, ConfigMixin):
+        @register_to_config
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(16, 16)
+
+    called: dict[str, bool] = {}
+    last = PackedWeight.from_float.__func__.__code__
+
+    def follow(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event != "call" or PACKAGE not in Path(code.co_filename).parents or "<" in code.co_name:
+            return
+        if code is last:
+            sys.setprofile(None)
+            return
+        name = f"{Path(code.co_filename).relative_to(PACKAGE)}:{code.co_qualname}"
+        arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        called[name] = called.get(name, False) or any(_is_carrier(frame.f_locals.get(name)) for name in arguments)
+
+    def _is_carrier(value: Any) -> bool:
+        return type(value).__module__.startswith(tuple(f"{PACKAGE.name}.{room}." for room in _ROOMS_OF_CONFIGS))
+
+    model, config = OneLayer(), BitsFusionConfig(recipe=2)
+    sys.setprofile(follow)
+    try:
+        quantize_model(model, config, progress=False)
+    finally:
+        sys.setprofile(None)
+    return [name for name, carries in called.items() if carries], len(called)
+
+
 def main() -> None:
     """Print the figures of the structure, and every arrow that climbs."""
     found = arrows()
@@ -133,9 +186,14 @@ def main() -> None:
     print(f"files at the top  {len([file for file in PACKAGE.iterdir() if file.is_file()])}")
     print("longest function  {} lines, {}".format(*longest_function()))
     print("longest file      {} lines, {}".format(*longest_file()))
+    followed, called = stops()
+    print(f"stops             {len(followed)} of {called} functions called from quantize_model to the packed layer")
+    if "--stops" in sys.argv:
+        print("\n".join(followed))
     for source, goal in climbing():
         print(f"{source} -> {goal}: {', '.join(sorted(set(found[source, goal])))}")
 
 
 if __name__ == "__main__":
+    sys.path.insert(0, str(REPOSITORY))
     main()

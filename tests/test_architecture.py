@@ -35,6 +35,13 @@ def test_files_beside_the_folders():
     assert len(beside) <= 5, beside
 
 
+def test_a_config_is_followed_to_the_packed_layer_in_few_stops():
+    stops, called = architecture.stops()
+    assert stops[0] == "quantize.py:quantize_model" and stops[-1].startswith("packing/packer.py:ModelPacker.")
+    assert "packing/planning.py:make_plan" in stops and len(set(stops)) == len(stops) < called
+    assert len(stops) <= 25
+
+
 def test_the_page_names_every_file():
     page = architecture.PAGE.read_text(encoding="utf-8")
     missing = [
