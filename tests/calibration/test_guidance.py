@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -78,10 +79,12 @@ def test_predictions_that_shrink_it_come_to_keep_all(call):
 
 
 def test_a_tuned_model_keeps_more_of_it(make_pipeline, config, make_calibration):
+    pipeline = make_pipeline()
+    calls = Denoising(pipeline, pipeline.unet, make_calibration(batch_size=3)).record(0, 40)
+    rounded = quantize_model(pipeline, config, progress=False).unet
+
     def lost(keeps):
-        pipeline = make_pipeline()
-        calls = Denoising(pipeline, pipeline.unet, make_calibration(batch_size=3)).record(0, 40)
-        unet = quantize_model(pipeline, config, progress=False).unet
+        unet = copy.deepcopy(rounded)
         tuning.tune(unet, calls if keeps else [replace(call, guidance=None) for call in calls], 60, progress=False)
         with torch.no_grad():
             along = sum(float(((call.repeat(unet) - call.output) * call.guidance).sum()) for call in calls)
