@@ -8,6 +8,7 @@ nothing hidden. Where the save pushes as well, to a Hub on loopback, the Hub mus
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import shutil
@@ -33,6 +34,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
+from fresh_process import flush_nothing
 from hub_server import Hub, content
 from tiny import tiny_pipeline, tiny_unet
 
@@ -194,6 +196,8 @@ def _sharded(model: UNet2DConditionModel) -> Save:
 def main(every: int, only: str) -> None:
     """Print the outcomes of every scenario whose name contains `only`."""
     torch.set_num_threads(1)  # Forked children have no other threads.
+    flush_nothing()  # A flush is a step to be killed at, and otherwise nothing that the end of a process undoes.
+    gc.freeze()  # Each child would copy what it walks.
     logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     hub = Hub()

@@ -15,7 +15,7 @@ import torch
 import transformers
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
-from fresh_process import REPOSITORY, FreshProcess
+from fresh_process import REPOSITORY, FreshProcess, flush_nothing
 from hub_server import content
 from hypothesis import settings
 from tiny import tiny_pipeline, tiny_tokenizer, tiny_unet
@@ -35,6 +35,7 @@ TARGET_BITS = 2.6
 settings.register_profile("reproducible", derandomize=True)
 settings.load_profile("reproducible")
 
+flush_nothing()
 logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,7 +140,6 @@ def test_the_whole_of_it_on_the_shapes_and_again_from_what_is_done(tmp_path, mon
         assert name == "full" or model["unet_bytes"] < 1.5e6
     assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
     times = {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")}
-    command = [sys.executable, script.__file__, "--tiny", "--out", str(tmp_path)]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    again = FreshProcess([script.__file__, "--tiny", "--out", tmp_path]).result()
     assert again.returncode == 0 and again.stdout.count("done before") == len(script.STEPS)
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*.png")} == times
