@@ -7,6 +7,7 @@ that is imported. docs/ARCHITECTURE.md draws the floors; an arrow that leads to 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import sys
 from collections import defaultdict
@@ -57,6 +58,7 @@ def _module(file: Path) -> tuple[str, ...]:
     return here[:-1] if here[-1] == "__init__" and len(here) > 1 else here
 
 
+@functools.cache
 def _imported(file: Path) -> list[tuple[str, ...]]:
     """Return the modules of this package that a file imports, wherever in the file, as dotted names split."""
     package = file.relative_to(PACKAGE).parent.parts
