@@ -383,7 +383,8 @@ def test_a_damaged_branch_is_refused(fused_folder, change, message):
         (0, "from 1"),
         (-1, "from 1"),
         ("4", "from 1"),
-        (10**20, "from 1"),
+        (1 << 17, "from 1"),
+        (10**20, "21 digits"),
     ],
 )
 def test_a_branch_must_be_as_the_config_says(fused_folder, rank, message):
