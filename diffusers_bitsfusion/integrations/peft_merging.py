@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from ..nn import PackedWeight
 from ..nn.low_rank_branch import LowRankBranch
 from ..nn.packed import from_float_bits
+from ..utils.mixins import PutBefore, with_mixin
 from ..utils.private_names import PEFT_ADAPTERS
 from .peft_folding import by_rows, low_rank_factors
 
@@ -152,7 +152,7 @@ class MergesIntoBranch(_Base):
         return None
 
 
-class AddsDelta(MergesIntoBranch):
+class AddsDelta(PutBefore, MergesIntoBranch):
     """Mixin of PEFT's layers that add `get_delta_weight(adapter)` to the weight."""
 
     def _fold(self, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -169,24 +169,9 @@ class AddsDelta(MergesIntoBranch):
         return None
 
     def _changes(self, name: str) -> Iterator[Tensor]:
+        layer: Any = self  # PEFT's class has the method.
         with torch.no_grad():
-            yield self.get_delta_weight(name)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Return what pickles and copies need, since the module has only the plain class under this class's name."""
-        return _empty, (type(self).__bases__[1],), self.__dict__
-
-
-@functools.cache
-def _adding_class(plain: Any) -> Any:
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (AddsDelta, plain), names)
-
-
-def _empty(plain: Any) -> nn.Module:
-    kind = _adding_class(plain)
-    layer: nn.Module = kind.__new__(kind)
-    return layer
+            yield layer.get_delta_weight(name)
 
 
 def tuner_of(layer: BaseTunerLayer) -> str:
@@ -201,4 +186,4 @@ def let_merge(model: nn.Module) -> None:
             continue
         if tuner_of(module) in _ADDING and isinstance(module.get_base_layer(), PackedWeight):
             plain: Any = type(module)
-            module.__class__ = _adding_class(plain)
+            module.__class__ = with_mixin(AddsDelta, plain)

@@ -15,6 +15,7 @@ from ..codec.rounding import Rounding
 from ..codec.scales import round_scale
 from ..codec.schema import TENSOR_PREFIX, LayerSchema
 from ..ops.transforms import weight
+from ..utils.mixins import PutBefore, with_mixin
 from .lazy_weight import LazyWeight, refuse_assigning
 from .packed import HoldsCodes, float_bits
 
@@ -90,7 +91,7 @@ def _decode_rows(codes: Tensor, scale: Tensor, schema: LayerSchema, dtype: torch
     return rows.view(*indices.shape, schema.columns)
 
 
-class HoldsPackedTensors(nn.Module):
+class HoldsPackedTensors(PutBefore):
     """Mixin of a module some of whose parameters are packed: its own forward reads them as if they were there."""
 
     def __getattr__(self, name: str) -> Any:
@@ -103,22 +104,6 @@ class HoldsPackedTensors(nn.Module):
             refuse_assigning(packed, value)
             return
         super().__setattr__(name, value)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """Return what pickles and copies need, since the module has only the plain class under this class's name."""
-        return _empty_holder, (type(self).__mro__[2],), self.__dict__
-
-
-@functools.cache
-def _holder_class(plain: Any) -> Any:
-    names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-    return type(plain.__name__, (HoldsPackedTensors, plain), names)
-
-
-def _empty_holder(plain: Any) -> nn.Module:
-    kind = _holder_class(plain)
-    holder: nn.Module = kind.__new__(kind)
-    return holder
 
 
 def pack_tensor(schema: LayerSchema, value: Tensor, dtype: torch.dtype, rounding: Rounding) -> PackedTensor:
@@ -144,7 +129,7 @@ def hold(owner: nn.Module, parameter: str, packed: PackedTensor) -> None:
     """Put a packed tensor in the place of a parameter; the module keeps its class, hooks and everything else."""
     if not isinstance(owner, HoldsPackedTensors):
         plain: Any = type(owner)
-        owner.__class__ = _holder_class(plain)
+        owner.__class__ = with_mixin(HoldsPackedTensors, plain)
     del owner._parameters[parameter]
     owner.add_module(TENSOR_PREFIX + parameter, packed)
 
@@ -156,7 +141,7 @@ def restore_tensors(model: nn.Module) -> None:
             continue
         packed = [name for name, part in owner.named_children() if isinstance(part, PackedTensor)]
         values = {name: getattr(owner, name).decode() for name in packed}
-        owner.__class__ = type(owner).__mro__[2]
+        owner.__class__ = type(owner).__bases__[1]
         for name, value in values.items():
             delattr(owner, name)
             owner.register_parameter(name.removeprefix(TENSOR_PREFIX), nn.Parameter(value))
