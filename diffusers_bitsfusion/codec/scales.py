@@ -28,7 +28,7 @@ _TILE = 1 << 16
 def round_scale(scale: Tensor, dtype: str) -> Tensor:
     """Return scales fp32 rounded to what a file with scales of `dtype` holds, fp32 of the same shape.
 
-    A scale in bfloat16 is within 2^-9 of its own size: the error that this adds to a weight is a hundredth of that of
+    A scale in bfloat16 is within 2^-9 of its own size: the squared error that this adds is a hundredth of that of
     rounding to 8 bits, and less of fewer bits.
 
     Args:

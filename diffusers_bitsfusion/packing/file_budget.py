@@ -13,11 +13,14 @@ from ..allocation.data_free import GAUSSIAN_ERROR
 from ..allocation.file_bytes import GAUSSIAN_ENTROPY, allocate_rates, grid_of_rate
 from ..allocation.knapsack import knapsack
 from ..codec.checksums import ALGORITHM, METADATA_KEY
-from ..codec.radix import byte_width, dense_width
-from ..codec.schema import CheckpointSchema
+from ..codec.entropy import compress
+from ..codec.quantize_dense import quantize_to_dense
+from ..codec.radix import byte_width, bytes_from_dense, dense_width
+from ..codec.schema import CheckpointSchema, LayerSchema
 from ..codec.state_dict import encode_state_dict
 from ..codec.time_table import packed_rows
 from ..config.bitsfusion import BitsFusionConfig
+from ..nn.packed_tensor import pack_tensor
 from ..nn.time_path import TimePath
 from ..utils.private_names import DIFFUSERS_FP32
 from .plan import Plan
@@ -114,9 +117,22 @@ def _codes_and_scales(plan: Plan, model: ModelMixin, in_memory: bool) -> Iterato
         elif name not in plan.decided and plan.compression is None:
             codes = layer.rows * byte_width(layer.columns, layer.bits)
         elif name not in plan.decided:
-            codes = round(layer.num_weights * GAUSSIAN_ENTROPY[layer.bits - 1] / 8)
+            codes = _frame_bytes(plan, model, name, layer)
         yield f"{name}.codes", (layer.num_weights,), codes
         yield f"{name}.scale", (layer.rows,), layer.rows * (4 if in_memory else layer.scale_bytes)
+
+
+def _frame_bytes(plan: Plan, model: ModelMixin, name: str, layer: LayerSchema) -> int:
+    """Return the bytes of a layer's codes in the file; those of Gaussian weights where its own are not there."""
+    place = plan.tensors.get(name)
+    weight = model.get_parameter(f"{name}.weight" if place is None else place.full_parameter).detach()
+    if weight.is_meta:
+        return round(layer.num_weights * GAUSSIAN_ENTROPY[layer.bits - 1] / 8)
+    if place is None:
+        codes, _ = quantize_to_dense(weight.flatten(1), layer.bits, plan.rounding)
+    else:
+        codes = pack_tensor(layer, weight, weight.dtype, plan.rounding).codes
+    return compress(bytes_from_dense(codes.cpu(), layer.bits, layer.columns)).numel()
 
 
 def time_tensors(plan: Plan, in_memory: bool = False) -> list[TensorSize]:
