@@ -4,17 +4,21 @@
 
 Decoding is compared with a `copy_` that writes the same bytes, layers with torch's own on float weights. All variants
 of one shape take turns, so that the machine's drift cancels; medians are shown. On a GPU a variant is a CUDA graph of
-many calls, so that what is timed is the device's work and not the launches.
+many calls, so that what is timed is the device's work and not the launches. On a CPU without instructions for bf16,
+which would take several times as long as fp32, layers are timed in fp32 alone; where it lacks VNNI as well, integer
+products of this package's loops are compared with oneDNN's.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import math
 import statistics
 import time
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +28,8 @@ from diffusers_bitsfusion.codec.radix import pack_dense
 from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn.conversion import packed_from_float
 from diffusers_bitsfusion.ops.decode import decode, decode_channels_last
+from diffusers_bitsfusion.ops.kernels import has_bf16
+from diffusers_bitsfusion.ops.products import multiplies_blocks
 
 # (rows, channels, positions) of weights: a transformer's, and the two most common of the wide convolutions.
 DECODED = [(1280, 1280, 1), (640, 640, 9), (1280, 1280, 9)]
@@ -132,15 +138,34 @@ def layer_variants(
     layer = layer.to(device).requires_grad_(False)
     halved = copy.deepcopy(layer).to(half)
     x_half, packed = x.to(half), packed_layer(layer, bits, device)
-    variants: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x), "half": lambda: halved(x_half)}
+    variants: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x)}
+    if has_bf16(x.device):
+        variants["half"] = lambda: halved(x_half)
+
+    def computing(compute: str, resident: str) -> PackedWeight:
+        made = packed_from_float(layer, bits, torch.float32)
+        made.set_codes(packed.codes.data, packed.scale_bits.view(torch.float32))
+        made.set_compute(compute, resident)
+        return made
+
     for compute, resident in (("exact", "packed"), ("int8", "packed"), ("int8", "int8")):
-        computing = packed_from_float(layer, bits, torch.float32)
-        computing.set_codes(packed.codes.data, packed.scale_bits.view(torch.float32))
-        computing.set_compute(compute, resident)
+        made = computing(compute, resident)
         name = f"{compute} {'resident' if resident == 'int8' else ''}".strip()
-        variants[f"{name} fp32"] = lambda computing=computing: computing(x)
-        variants[f"{name} half"] = lambda computing=computing: computing(x_half)
+        variants[f"{name} fp32"] = lambda made=made: made(x)
+        if has_bf16(x.device):
+            variants[f"{name} half"] = lambda made=made: made(x_half)
+    if isinstance(layer, nn.Conv2d) and multiplies_blocks(x.device, bits):
+        with by_onednn():
+            laid_out = computing("int8", "int8")
+        variants["int8 resident fp32, by oneDNN"] = by_onednn()(lambda: laid_out(x))
     return variants
+
+
+@contextlib.contextmanager
+def by_onednn() -> Iterator[None]:
+    """Convolve in integers by oneDNN, as on a processor with VNNI."""
+    with unittest.mock.patch.object(torch.cpu, "_is_vnni_supported", return_value=True):
+        yield
 
 
 def print_layers(

@@ -192,8 +192,7 @@ def decodes(monkeypatch) -> dict[str, int]:
     for module, name, kind in (
         (packed, "decode_weight", "read"),
         (transforms, "decode_weight", "read"),
-        (linear, "decode_to_scratch", "call"),
-        (conv, "decode_to_scratch", "call"),
+        *[(module, name, "call") for module in (linear, conv) for name in ("decode_to_scratch", "block_codes")],
     ):
         function = getattr(module, name)
 

@@ -110,7 +110,16 @@ class DecodeBlockedArguments(Arguments):
 class ProductArguments(Arguments):
     """Arguments of the loop in `products.c`."""
 
-    _fields_ = [*_pointers("tokens", "weight", "sums"), *_integers("columns", "out", "bits"), *_FAILED]
+    _fields_ = [
+        *_pointers("image", "weight", "sums"),
+        *_integers("first", "count", "flip", "zero_point"),
+        *_integers("height", "width", "inputs", "out_height", "out_width", "outputs"),
+        *_integers(
+            "kernel_height", "kernel_width", "stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"
+        ),
+        *_integers("bits", "groups"),
+        *_FAILED,
+    ]
 
 
 class Strides(ctypes.Structure):

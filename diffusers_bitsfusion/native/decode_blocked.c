@@ -1,20 +1,22 @@
-/* Packed weights of convolutions to the order in which oneDNN reads them; why: ops/onednn_float_weights.py.
+/* Packed weights in blocks of outputs: as oneDNN reads them (ops/onednn_float_weights.py), and codes for products.c.
  *
- * The values that belong to four bytes of a layout (two of bf16, one of fp32) are those of neighbouring inputs. Rows
- * are decoded, and 16 of them at a time transposed: for bf16 in words of four bytes, of which the layout's own are put
- * together. Loads and stores are of whole vectors throughout. */
+ * The values that belong to four bytes of a layout (four codes, two of bf16, one of fp32) are those of neighbouring
+ * inputs. Rows are decoded, and 16 of them at a time transposed: for bf16 in words of four bytes, of which the layout's
+ * own are put together. Loads and stores are of whole vectors throughout. */
 #include "decode.h"
 #include "transpose.h"
 
 #include <stdlib.h>
 
-enum { LANES = TILE, HALF = LANES / 2, WORDS = TILE }; /* outputs of a row of the loop; words of a tile of rows */
+/* Outputs of a row of the loop; words of a tile of rows; codes of a word. */
+enum { LANES = TILE, HALF = LANES / 2, WORDS = TILE, QUAD = 4 };
 
 typedef struct {
     const uint8_t *dense; /* [outputs, row_bytes_in] */
     const float *scale;   /* [outputs] */
-    void *blocked;        /* [ceil(outputs / block), taps, ceil(inputs / pack), block, pack] of `kind` (fp32 or bf16),
-                           * where `pack` values take four bytes */
+    void *blocked;        /* [ceil(outputs / block), taps, ceil(inputs / pack), block, pack] of `kind` (fp32, bf16 or
+                           * int8, the codes), where `pack` values take four bytes; after codes minus the sum of each
+                           * output's, int32 [ceil(outputs / block) * block] */
     int64_t outputs, inputs, taps, row_bytes_in, bits, kind;
     int64_t block; /* a multiple of 8 */
     int32_t failed;
@@ -90,16 +92,59 @@ INLINE void store_pairs(const DecodeBlockedArguments *a, int64_t first, const ch
     }
 }
 
+/* Rows of codes, four inputs to a word. `turned` has room for the columns of 16 inputs. */
+INLINE void store_codes(const DecodeBlockedArguments *a, int64_t first, const int8_t *rows, int8_t (*turned)[TILE],
+                        Lanes to) {
+    const int64_t taps = a->taps, inputs = a->inputs, columns = inputs * taps, quads = ceil_div(inputs, QUAD);
+    const int64_t lanes = min64(LANES, a->outputs - first), quad_bytes = a->block * QUAD;
+    for (int64_t input = 0; input < inputs; input += TILE) {
+        const int64_t count = min64(TILE, inputs - input), filled = ceil_div(count, QUAD) * QUAD;
+        for (int64_t column = 0; column < count * taps; column += TILE)
+            transpose_bytes(rows + input * taps + column, columns, lanes, min64(TILE, count * taps - column),
+                            turned + column);
+        memset(turned + count * taps, 0, (size_t)((filled - count) * taps * TILE));
+        for (int64_t q = 0; q < filled / QUAD; q++)
+            for (int64_t tap = 0; tap < taps; tap++) {
+                uint32_t words[LANES];
+                interleave_bytes((const int8_t(*)[TILE])turned + q * QUAD * taps + tap, taps, words);
+                store_lanes(to, (tap * quads + input / QUAD + q) * quad_bytes, words);
+            }
+    }
+}
+
+/* Minus the sums of rows of codes. */
+INLINE void store_sums(const DecodeBlockedArguments *a, int64_t first, const int8_t *rows) {
+    const int64_t columns = a->inputs * a->taps, lanes = min64(LANES, a->outputs - first);
+    const int64_t filled = ceil_div(a->outputs, a->block) * a->block;
+    const int64_t row_bytes = a->taps * ceil_div(a->inputs, QUAD) * QUAD;
+    char *const sums = (char *)a->blocked + filled * row_bytes + first * (int64_t)sizeof(int32_t);
+    for (int64_t o = 0; o < lanes; o++) {
+        int32_t sum = 0;
+        for (int64_t c = 0; c < columns; c++) sum -= rows[o * columns + c];
+        memcpy(sums + o * (int64_t)sizeof sum, &sum, sizeof sum);
+    }
+}
+
+/* Bytes of a value of a decoded row: fp32 is made of codes on its way out. */
+INLINE int64_t bytes_of_value(int64_t kind) { return kind == BFLOAT16 ? 2 : 1; }
+
+/* Bytes of what is transposed before it is stored: the columns of 16 pairs of inputs, or of 16 inputs. */
+INLINE int64_t turned_bytes(const DecodeBlockedArguments *a) {
+    if (a->kind == BFLOAT16) return LANES * a->taps * LANES * 4;
+    return a->kind == INT8 ? (TILE * a->taps + TILE) * TILE : 0;
+}
+
 /* A row of this loop is 16 outputs. What fills up the last block beyond them is left as it is. */
 EXPORT void bitsfusion_decode_blocked(DecodeBlockedArguments *a, int64_t start, int64_t stop) {
-    const int floats = a->kind == FLOAT32;
-    const int64_t taps = a->taps, block = a->block, columns = a->inputs * taps;
-    const int64_t row_bytes = columns * (floats ? 1 : 2), groups = floats ? a->inputs : ceil_div(a->inputs, 2);
-    char *const rows = malloc((size_t)(LANES * (row_bytes + (floats ? 0 : LANES * taps * 4))));
+    const int64_t kind = a->kind, pack = kind == FLOAT32 ? 1 : kind == BFLOAT16 ? 2 : QUAD;
+    const int64_t taps = a->taps, block = a->block, columns = a->inputs * taps, groups = ceil_div(a->inputs, pack);
+    const int64_t row_bytes = columns * bytes_of_value(kind);
+    char *const rows = malloc((size_t)(LANES * row_bytes + turned_bytes(a)));
     if (!rows) {
         a->failed = 1;
         return;
     }
+    void *const turned = rows + LANES * row_bytes;
     for (int64_t first = start * LANES; first < min64(stop * LANES, a->outputs); first += LANES) {
         const int64_t lanes = min64(LANES, a->outputs - first);
         const DecodeArguments part = {.dense = a->dense + first * a->row_bytes_in,
@@ -108,13 +153,17 @@ EXPORT void bitsfusion_decode_blocked(DecodeBlockedArguments *a, int64_t start, 
                                       .columns = columns,
                                       .row_bytes_in = a->row_bytes_in,
                                       .bits = a->bits,
-                                      .kind = floats ? INT8 : a->kind};
+                                      .kind = kind == BFLOAT16 ? BFLOAT16 : INT8};
         bitsfusion_decode(&part, 0, lanes);
 #define LANE(OUTPUT) ((char *)a->blocked + ((OUTPUT) / block * block * taps * groups + (OUTPUT) % block) * 4)
         const Lanes to = {LANE(first), lanes > HALF ? LANE(first + HALF) : NULL};
 #undef LANE
-        if (floats) store_floats(a, first, (const int8_t *)rows, to);
-        else store_pairs(a, first, rows, (uint32_t(*)[LANES])(rows + LANES * row_bytes), to);
+        if (kind == BFLOAT16) store_pairs(a, first, rows, turned, to);
+        else if (kind == FLOAT32) store_floats(a, first, (const int8_t *)rows, to);
+        else {
+            store_codes(a, first, (const int8_t *)rows, turned, to);
+            store_sums(a, first, (const int8_t *)rows);
+        }
     }
     free(rows);
 }

@@ -97,6 +97,7 @@ class NativeLibrary:
     block_weight: Loop[BlockArguments]
     decode_blocked: Loop[DecodeBlockedArguments]
     multiply: Loop[ProductArguments] | None  # It is None without AVX2.
+    panel_positions: int  # This is the number of positions of a panel of `multiply`.
     attention: Loop[AttentionArguments] | None  # It is None without AVX-512 BF16.
     attention_queries: int  # This is the number of queries of a row of `attention`.
 
@@ -177,7 +178,7 @@ def _compare_sizes(library: ctypes.CDLL) -> None:
 
 def _loops_of(library: ctypes.CDLL) -> list[str]:
     """Return the loops that the library has for the instructions that it was compiled for."""
-    missing = set() if library.bitsfusion_multiplies() else {"multiply"}
+    missing = set() if library.bitsfusion_panel_positions() else {"multiply"}
     missing |= set() if library.bitsfusion_attention_queries() else {"attention"}
     return [name for name in ARGUMENTS if name not in missing]
 
@@ -190,7 +191,11 @@ def _bound(library: ctypes.CDLL) -> NativeLibrary:
     loops: dict[str, Any] = dict.fromkeys(ARGUMENTS)
     for name in _loops_of(library):
         loops[name] = Loop(_address_of(library[f"bitsfusion_{name}"]), run, parallel)
-    return NativeLibrary(**loops, attention_queries=library.bitsfusion_attention_queries())
+    return NativeLibrary(
+        **loops,
+        panel_positions=library.bitsfusion_panel_positions(),
+        attention_queries=library.bitsfusion_attention_queries(),
+    )
 
 
 def _parallel() -> int | None:

@@ -69,4 +69,22 @@ INLINE void transpose_bytes(const int8_t *from, int64_t stride, int64_t rows, in
 #endif
 }
 
+/* Four rows of bytes, `stride` rows apart, side by side: byte i of to[b] is byte b of row i. */
+INLINE void interleave_bytes(const int8_t (*rows)[TILE], int64_t stride, uint32_t to[TILE]) {
+#ifdef __SSE2__
+    __m128i row[4];
+    for (int i = 0; i < 4; i++) row[i] = _mm_loadu_si128((const __m128i *)rows[i * stride]);
+    const __m128i low = _mm_unpacklo_epi8(row[0], row[1]), next_low = _mm_unpacklo_epi8(row[2], row[3]);
+    const __m128i high = _mm_unpackhi_epi8(row[0], row[1]), next_high = _mm_unpackhi_epi8(row[2], row[3]);
+    __m128i *const out = (__m128i *)to;
+    _mm_storeu_si128(out, _mm_unpacklo_epi16(low, next_low));
+    _mm_storeu_si128(out + 1, _mm_unpackhi_epi16(low, next_low));
+    _mm_storeu_si128(out + 2, _mm_unpacklo_epi16(high, next_high));
+    _mm_storeu_si128(out + 3, _mm_unpackhi_epi16(high, next_high));
+#else
+    for (int b = 0; b < TILE; b++)
+        for (int i = 0; i < 4; i++) memcpy((int8_t *)(to + b) + i, rows[i * stride] + b, 1);
+#endif
+}
+
 #endif

@@ -15,15 +15,19 @@ from torch import Tensor
 from torch.nn.grad import conv2d_input
 from torch.utils.flop_counter import register_flop_formula
 
-from .activations import quantize_image
+from .activations import quantize_image, rescale
 from .decode import decode_channels_last, decode_to_scratch
 from .dispatch import takes_layout, wants_channels_last
 from .onednn_float_weights import PackedOperand
 from .onednn_float_weights import prepack_in_place as prepack_floats_in_place
 from .onednn_weights import is_current, prepack, prepack_in_place
+from .products import Windows, block_codes, multiplies_blocks, multiply_blocks
 
 # Stride, padding, dilation, all as pairs, and groups.
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
+
+# Number of int32 sums that are rescaled before the next are made, so that they stay in a processor's cache.
+_SUMS = 1 << 18
 
 
 @torch.library.custom_op(
@@ -77,11 +81,46 @@ def conv2d(
         )
     if x.numel() == 0:
         return _channels_last(F.conv2d(x, x.new_empty(shape), None, *geometry))
-    if int8_weight is None or not _is_current(int8_weight):
+    in_blocks = _takes_blocks(codes, bits, groups)
+    if int8_weight is None or not (in_blocks or _is_current(int8_weight)):
         int8_weight = int8_conv_weight(codes, scale, bits, shape, geometry, kept=False)
-    multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_on_cpu
-    y = multiply(x, int8_weight, scale.view(torch.float32), bias, shape, geometry)
+    weight_scale = scale.view(torch.float32)
+    if in_blocks:
+        y = _multiply_blocks(x, int8_weight, weight_scale, bias, bits, shape, geometry)
+    else:
+        multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_by_onednn
+        y = multiply(x, int8_weight, weight_scale, bias, shape, geometry)
     return _channels_last(y.to(x.dtype))
+
+
+def _takes_blocks(codes: Tensor, bits: int, groups: int) -> bool:
+    """Whether a convolution in integers is by the compiled loops for products, and not oneDNN's."""
+    return groups == 1 and multiplies_blocks(codes.device, bits)
+
+
+def _multiply_blocks(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    shape: Sequence[int],
+    geometry: Geometry,
+) -> Tensor:
+    stride, padding, dilation, _ = geometry
+    out = F.conv2d(x.to("meta"), x.new_empty(shape, device="meta"), None, *geometry)  # It is asked for its sizes.
+    windows = Windows(x.shape[2:], out.shape[2:], shape[2:], stride, padding, dilation)
+    image, image_scale, zero_point = quantize_image(_channels_last(x))
+    image = _channels_last(image).permute(0, 2, 3, 1)
+    y = torch.empty(out.numel() // shape[0], shape[0], dtype=x.dtype, device="cpu")
+    rows = max(1, min(len(y), _SUMS // shape[0]))
+    sums = torch.empty(rows, shape[0], dtype=torch.int32, device="cpu")
+    position_scale = image_scale.expand(rows).contiguous()
+    for first in range(0, len(y), rows):
+        part = y[first : first + rows]
+        multiply_blocks(image, int(zero_point), weight, bits, windows, first, sums[: len(part)])
+        rescale(sums[: len(part)], position_scale[: len(part)], scale, bias, part)
+    return y.view(len(x), *out.shape[2:], shape[0]).permute(0, 3, 1, 2)
 
 
 def _convolve(x: Tensor, packed: PackedOperand, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -110,7 +149,7 @@ def _is_current(int8_weight: Tensor) -> bool:
     return int8_weight.device.type == "cuda" or is_current(int8_weight)
 
 
-def _multiply_on_cpu(
+def _multiply_by_onednn(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, shape: Sequence[int], geometry: Geometry
 ) -> Tensor:
     image, image_scale, zero_point = quantize_image(x)
@@ -247,8 +286,11 @@ def int8_conv_weight(
     The arguments are those of `conv2d`.
 
     Returns:
-        int8; on a CPU in an opaque layout of oneDNN, on a GPU [out, kernel height * kernel width, in / groups].
+        int8; on a CPU in an opaque layout of oneDNN, or without VNNI and groups `products.block_codes`; on a GPU
+        [out, kernel height * kernel width, in / groups].
     """
+    if _takes_blocks(codes, bits, geometry[-1]):
+        return block_codes(codes, scale.view(torch.float32), bits, shape, kept)
     if codes.device.type == "cuda":
         weight = decode_channels_last(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
         return weight.permute(0, 2, 3, 1).flatten(1, 2)

@@ -104,6 +104,15 @@ def _has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return select(DECODING, device, dtype) is DECODE_TRITON
 
 
+def scratch(size: int) -> Tensor:
+    """Return `size` bytes on a CPU, uint8 [size], that the next call on this thread overwrites."""
+    buffer: Tensor | None = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        with torch.inference_mode(False):  # The buffer outlives an inference mode that this call may be under.
+            buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return buffer[:size]
+
+
 def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Decode as `decode_weight`, into a buffer that the next call on this thread overwrites.
 
@@ -114,10 +123,6 @@ def decode_to_scratch(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int,
     if codes.device.type != "cpu":
         return decode_weight(codes, scale, bits, shape, dtype)
     size = torch.Size(shape).numel() * dtype.itemsize
-    buffer = getattr(_scratch, "buffer", None)
-    if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):  # The buffer outlives an inference mode that this call may be under.
-            buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-    out = buffer[:size].view(dtype).view(shape)
+    out = scratch(size).view(dtype).view(shape)
     decode(codes, scale, bits, out[0].numel(), out.view(shape[0], -1))
     return out

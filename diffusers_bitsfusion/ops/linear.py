@@ -18,7 +18,7 @@ from .decode import decode_to_scratch, decode_weight
 from .dispatch import fuses_decoding
 from .kernels import PREPACKED_BF16
 from .onednn_float_weights import PackedOperand, prepack_in_place
-from .products import int_mm
+from .products import block_codes, int_mm, multiplies_blocks
 
 # Number of int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory
 # is used again. For few tokens at a time a product waits for its weight, which it reads anew.
@@ -72,7 +72,7 @@ def linear(
         y = _exact(x, PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape)), bias)
         return _shaped(y, y.shape)
     tokens = _tokens(x, shape)
-    weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
+    weight = _int8_weight(codes, scale, bits, shape, kept=False) if int8_weight is None else int8_weight
     float_scale = scale.view(torch.float32)
     if x.device.type == "cuda":
         y = _multiply_on_gpu(tokens, weight, float_scale, bias)
@@ -129,7 +129,7 @@ def linear_geglu(
         return hidden * F.gelu(gate)
     tokens = _tokens(x, shape)
     if int8:
-        weight = _scratch_weight(codes, scale, bits, shape, torch.int8) if int8_weight is None else int8_weight
+        weight = _int8_weight(codes, scale, bits, shape, kept=False) if int8_weight is None else int8_weight
         y = _multiply_on_cpu(tokens, weight, bits, scale.view(torch.float32), bias, geglu=True)
     else:
         y = _gated(tokens, PackedOperand(codes, scale.view(torch.float32), bits, tuple(shape)), bias)
@@ -182,10 +182,11 @@ def _multiply_on_cpu(
     x: Tensor, weight: Tensor, bits: int, scale: Tensor, bias: Tensor | None, geglu: bool = False
 ) -> Tensor:
     tokens, token_scale = quantize_tokens(x)
-    finish, columns = (rescale_geglu, len(weight) // 2) if geglu else (rescale, len(weight))
+    rows = len(scale)
+    finish, columns = (rescale_geglu, rows // 2) if geglu else (rescale, rows)
     out = torch.empty(len(tokens), columns, dtype=x.dtype)
-    block = max(_FEWEST_TOKENS, _SUMS // len(weight))
-    sums = torch.empty(min(block, len(tokens)), len(weight), dtype=torch.int32)
+    block = max(_FEWEST_TOKENS, _SUMS // rows)
+    sums = torch.empty(min(block, len(tokens)), rows, dtype=torch.int32)
     for start in range(0, len(tokens), block):
         part = slice(start, start + block)
         finish(int_mm(tokens[part], weight, bits, sums), token_scale[part], scale, bias, out[part])
@@ -265,8 +266,19 @@ def _(grad: torch.Size, codes: torch.Size, scale: torch.Size, bits: int, shape: 
 
 
 def int8_linear_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
-    """Return the codes as `linear` multiplies them, to be kept: int8 [out, in]; arguments as in `linear`."""
-    return decode_weight(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
+    """Return the codes as `linear` multiplies them, to be kept; arguments as in `linear`.
+
+    Returns:
+        int8 [out, in]; on a CPU without VNNI `products.block_codes`.
+    """
+    return _int8_weight(codes, scale, bits, shape, kept=True)
+
+
+def _int8_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], kept: bool) -> Tensor:
+    if multiplies_blocks(codes.device, bits):
+        return block_codes(codes, scale.view(torch.float32), bits, shape, kept)
+    decode = decode_weight if kept else decode_to_scratch
+    return decode(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)
 
 
 def _scratch_weight(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

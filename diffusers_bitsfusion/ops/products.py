@@ -1,17 +1,49 @@
-"""Integer products of tokens and codes on a CPU: a plain reference and the fast kernels."""
+"""Integer products of activations and codes on a CPU: a plain reference and the fast kernels.
+
+Without VNNI they are compiled loops, for tokens and for convolutions: codes of few bits leave room in 16 bits for many
+products before they are widened, which oneDNN, whose weights may be any bytes, does after every second one.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..native.arguments import ProductArguments
-from ..native.library import native_library
+from ..native.arguments import DecodeBlockedArguments, ProductArguments
+from ..native.library import NATIVE_DTYPES, NativeLibrary, native_library
 from ..utils.private_names import TORCH_INT_MM
+from .decode import scratch
 from .kernels import INTEGER_PRODUCTS, MULTIPLY_COMPILED, select
 
-# Products that are worth another thread; a thread computes some 40 a nanosecond.
-_PRODUCTS_PER_THREAD = 1 << 22
+# Outputs of a block of codes.
+_LANES = 16
+
+# Products that are worth another thread; a thread computes some 100 a nanosecond.
+_PRODUCTS_PER_THREAD = 1 << 23
+
+# Bytes of codes that are worth another thread.
+_BYTES_PER_THREAD = 1 << 16
+
+
+@dataclass(frozen=True)
+class Windows:
+    """What a convolution without groups sees, in pairs of height and width: that of a token is the token.
+
+    Attributes:
+        image: of the input.
+        out: of the output.
+        kernel, stride, padding, dilation: as in `torch.nn.functional.conv2d`.
+    """
+
+    image: Sequence[int]
+    out: Sequence[int]
+    kernel: Sequence[int] = (1, 1)
+    stride: Sequence[int] = (1, 1)
+    padding: Sequence[int] = (0, 0)
+    dilation: Sequence[int] = (1, 1)
 
 
 def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
@@ -30,21 +62,111 @@ def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     return product
 
 
-def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
-    """Multiply as `int_mm_reference` by the fastest kernel; `weight`: codes of `bits`, without VNNI at most 7."""
-    compiled = select(INTEGER_PRODUCTS, tokens.device, bits=bits) is MULTIPLY_COMPILED
-    native = native_library() if compiled else None
-    if native is None or native.multiply is None:
-        return int_mm_reference(tokens, weight, sums)
-    sums = sums[: len(tokens)]
-    rows, columns = weight.shape
+def multiplies_blocks(device: torch.device, bits: int) -> bool:
+    """Return whether products with codes of `bits` are by compiled loops, which take them in blocks of outputs."""
+    return select(INTEGER_PRODUCTS, device, bits=bits) is MULTIPLY_COMPILED
+
+
+def block_codes(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], kept: bool) -> Tensor:
+    """Decode codes into blocks of 16 outputs; unless `kept`, the next call on this thread may write them over.
+
+    Args:
+        codes: uint8 [out, dense_width(columns, bits)], the dense form of `codec.radix`.
+        scale: fp32 [out].
+        bits: 1 to 7.
+        shape: (out, in) or (out, in, kernel height, kernel width).
+        kept: whether the blocks are the caller's own.
+
+    Returns:
+        int8, one-dimensional: [ceil(out / 16), kernel height * kernel width, ceil(in / 4), 16, 4], then minus the sum
+        of each output's codes, four bytes each. Outputs and inputs beyond those that there are have any values.
+
+    Raises:
+        MemoryError: there is none for the loop to work in.
+    """
+    outputs, inputs, *kernel = shape
+    taps, blocks = torch.Size(kernel).numel(), -(-outputs // _LANES)
+    size = blocks * _LANES * (taps * -(-inputs // 4) * 4 + 4)
+    blocked = torch.empty(size, dtype=torch.int8, device="cpu") if kept else scratch(size).view(torch.int8)
+    codes, scale = codes.contiguous(), scale.contiguous()
+    arguments = DecodeBlockedArguments(
+        dense=codes.data_ptr(),
+        scale=scale.data_ptr(),
+        blocked=blocked.data_ptr(),
+        outputs=outputs,
+        inputs=inputs,
+        taps=taps,
+        row_bytes_in=codes.shape[1],
+        bits=bits,
+        kind=NATIVE_DTYPES[torch.int8],
+        block=_LANES,
+    )
+    _native().decode_blocked(blocks, _LANES * inputs * taps, arguments, per_thread=_BYTES_PER_THREAD)
+    return blocked
+
+
+def multiply_blocks(
+    image: Tensor, zero_point: int, weight: Tensor, bits: int, windows: Windows, first: int, sums: Tensor
+) -> Tensor:
+    """Convolve positions of an image, less what stands for zero, with codes.
+
+    Args:
+        image: uint8, or int8 whose zero is 0, [batch, height, width, in], contiguous.
+        zero_point: what stands for zero in an image of uint8, and in its padding.
+        weight: `block_codes` of the convolution.
+        bits: of the codes.
+        windows: of the convolution.
+        first: position, of all [batch, out height, out width] in their order, from which on are computed as many as
+            `sums` has rows.
+        sums: int32 [positions, out], contiguous; written and returned.
+
+    Raises:
+        MemoryError: there is none for the loop to work in.
+    """
+    native, signed = _native(), image.dtype == torch.int8
+    count, outputs = sums.shape
     arguments = ProductArguments(
-        tokens=tokens.data_ptr(),
+        image=image.data_ptr(),
         weight=weight.data_ptr(),
         sums=sums.data_ptr(),
-        columns=columns,
-        out=rows,
+        first=first,
+        count=count,
+        flip=128 if signed else 0,
+        zero_point=128 if signed else zero_point,
+        inputs=image.shape[3],
+        outputs=outputs,
         bits=bits,
     )
-    native.multiply(len(tokens), weight.numel(), arguments, per_thread=_PRODUCTS_PER_THREAD)
+    arguments.height, arguments.width = windows.image
+    arguments.out_height, arguments.out_width = windows.out
+    arguments.kernel_height, arguments.kernel_width = windows.kernel
+    arguments.stride_y, arguments.stride_x = windows.stride
+    arguments.pad_y, arguments.pad_x = windows.padding
+    arguments.dilation_y, arguments.dilation_x = windows.dilation
+    panels = -(-count // native.panel_positions)
+    arguments.groups = _groups(-(-outputs // _LANES), panels)
+    products = count * image.shape[3] * torch.Size(windows.kernel).numel() * outputs
+    parts = panels * arguments.groups
+    assert native.multiply is not None
+    native.multiply(parts, products // max(parts, 1), arguments, per_thread=_PRODUCTS_PER_THREAD)
     return sums
+
+
+def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
+    """Multiply as `int_mm_reference` by the fastest kernel; `weight` is a plain one, or `block_codes` of it."""
+    if weight.dim() == 2:
+        return int_mm_reference(tokens, weight, sums)
+    windows = Windows((1, len(tokens)), (1, len(tokens)))
+    return multiply_blocks(tokens[None, None], 0, weight, bits, windows, 0, sums[: len(tokens)])
+
+
+def _groups(blocks: int, panels: int) -> int:
+    """Return in how many parts blocks of outputs are shared out, so that threads have about as much to do."""
+    wanted = min(blocks, max(1, -(-4 * torch.get_num_threads() // max(panels, 1))))
+    return -(-blocks // -(-blocks // wanted))
+
+
+def _native() -> NativeLibrary:
+    native = native_library()
+    assert native is not None  # Who asks has looked: `multiplies_blocks`.
+    return native

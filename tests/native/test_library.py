@@ -22,9 +22,10 @@ from diffusers_bitsfusion.codec.repack import repack
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.codec.scales import quantize_rows
 from diffusers_bitsfusion.native import library as native
-from diffusers_bitsfusion.native.arguments import DecodeArguments, ProductArguments
+from diffusers_bitsfusion.native.arguments import DecodeArguments
 from diffusers_bitsfusion.native.compiler import compilers
 from diffusers_bitsfusion.ops.decode import decode, decode_reference, decode_weight
+from diffusers_bitsfusion.ops.products import block_codes, int_mm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -222,11 +223,12 @@ def test_loops_without_memory_to_work_in_say_so(quick_build, monkeypatch, tmp_pa
         quantize_to_dense(torch.randn(2, 7), 2)
     with pytest.raises(MemoryError):
         repack(torch.zeros(2, 3, dtype=torch.uint8), 2, 7)
-    if (multiply := native.native_library().multiply) is not None:
-        tokens, weight, sums = torch.ones(3, 3, 3, dtype=torch.int32)
+    with pytest.raises(MemoryError):
+        block_codes(torch.zeros(3, 4, dtype=torch.uint8), torch.ones(3), 8, (3, 4), kept=True)
+    if native.native_library().multiply is not None:
+        weight, sums = torch.zeros(16 * 8, dtype=torch.int8), torch.zeros(3, 3, dtype=torch.int32)
         with pytest.raises(MemoryError):
-            pointers = {"tokens": tokens.data_ptr(), "weight": weight.data_ptr(), "sums": sums.data_ptr()}
-            multiply(3, 3, ProductArguments(**pointers, columns=3, out=3, bits=2))
+            int_mm(torch.ones(3, 4, dtype=torch.int8), weight, 2, sums)
 
 
 def test_without_a_compiler_there_is_no_library(no_compiler):

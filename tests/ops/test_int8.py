@@ -14,7 +14,7 @@ from diffusers_bitsfusion.codec.radix import unpack_dense
 from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float
 from diffusers_bitsfusion.nn.packed import float_bits
-from diffusers_bitsfusion.ops import activations, decode
+from diffusers_bitsfusion.ops import activations, decode, kernels
 from diffusers_bitsfusion.ops import linear as linear_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -266,7 +266,7 @@ def test_without_a_compiler_the_outputs_are_the_same(monkeypatch, kind):
     layer = int8_layer(kind, *((40, 24) if kind is nn.Linear else (40, 24, 3)))
     x = torch.randn((3, 40) if kind is nn.Linear else (3, 40, 6, 6))
     expected = layer(x)
-    for module in (activations, decode):
+    for module in (activations, decode, kernels):
         monkeypatch.setattr(module, "native_library", lambda: None)
     torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
 

@@ -207,7 +207,8 @@ def assert_written_right(shape):
             assert torch.equal(found, expected)
 
 
-def test_kept_weights_are_decoded_anew_where_the_number_of_threads_has_changed(threads, decodes):
+def test_kept_weights_are_decoded_anew_where_the_number_of_threads_has_changed(threads, decodes, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)  # Else products are not oneDNN's.
     layer = BitsFusionConv2d.from_float(torch.nn.Conv2d(80, 96, 3), 2, torch.float32)
     layer.set_codes(*quantize_to_dense(torch.randn(96, 80 * 9), 2))
     threads(2)

@@ -22,6 +22,8 @@ from diffusers_bitsfusion.codec.quantize_dense import quantize_to_dense
 from diffusers_bitsfusion.nn.conv import BitsFusionConv2d
 from diffusers_bitsfusion.ops.activations import quantize_image_reference
 
+torch.cpu._is_vnni_supported = lambda: True  # Without VNNI convolutions are loops that have no such layout.
+
 # Outputs, inputs, kernel, stride, groups: blocks of every width, and the ends of blocks.
 SHAPES = [
     (80, 96, 3, 1, 1), (96, 80, 3, 1, 1), (64, 64, 3, 1, 1), (40, 24, 3, 2, 1), (48, 48, 1, 1, 1), (33, 5, 1, 1, 1),

@@ -166,7 +166,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
     x, settings = torch.randn(2, 8, 6, 7).to(dtype), ((2, 1), (1, 0), (1, 2), 2)
     on_cpu = torch.ops.onednn.qconv_prepack(plain, scale, 1.0, 1, *settings, None)
     on_gpu = plain.flatten(2).transpose(1, 2).contiguous()
-    expected = conv._multiply_on_cpu(x, on_cpu, scale, bias, plain.shape, settings).to(dtype)
+    expected = conv._multiply_by_onednn(x, on_cpu, scale, bias, plain.shape, settings).to(dtype)
     found = conv._multiply_on_gpu(x, on_gpu, scale, bias, plain.shape, settings)
     torch.testing.assert_close(found, expected, rtol=1e-2 if dtype == torch.bfloat16 else 2e-3, atol=1e-4)
 
