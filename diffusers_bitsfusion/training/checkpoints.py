@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import RNG_STATE_NAME, SAFE_WEIGHTS_NAME, load
+from accelerate.utils import OPTIMIZER_NAME, RNG_STATE_NAME, SAFE_WEIGHTS_NAME, load
 from diffusers import ModelMixin
 from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,9 @@ from .sharding import gathered, load_whole
 _RUN_FILE = "run.json"
 _STATE_FILE = "run.pt"
 _REMEDY = "Continue from an earlier checkpoint."
+
+# Moments of a parameter's shape: those of torch's AdamW, and of bitsandbytes' with 8 bits.
+_MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}
 _STAGE = re.compile(r"stage\d")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -218,6 +221,29 @@ def load_checkpoint(accelerator: Accelerator, path: Path, settings: dict[str, An
         problem = f"cannot be loaded ({type(error).__name__}: {shown(str(error))})"
         raise DamagedFileError(path, problem, _REMEDY) from error
     return step, state
+
+
+def check_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what a checkpoint gave an optimizer where its first step would fail.
+
+    Args:
+        path: the checkpoint.
+        optimizer: that of `make_optimizer`, after loading.
+
+    Raises:
+        DamagedFileError: moments of some parameters are missing, or have other shapes than these.
+    """
+    file = path / f"{OPTIMIZER_NAME}.bin"
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = [(parameter, optimizer.state[parameter]) for parameter in parameters if parameter in optimizer.state]
+    if len({frozenset(state) for _, state in states}) > 1:
+        raise DamagedFileError(file, "is damaged: some parameters have moments that others lack", _REMEDY)
+    for parameter, state in states:
+        for name in _MOMENTS & state.keys():
+            shape = getattr(state[name], "shape", None)
+            if shape != parameter.shape:
+                problem = f"is damaged: {name} of a parameter of shape {tuple(parameter.shape)} has shape {shape}"
+                raise DamagedFileError(file, problem, _REMEDY)
 
 
 def _check_files(path: Path) -> None:

@@ -20,7 +20,7 @@ from ..utils.errors import DamagedFileError
 from ..utils.files import naming_file, write_atomically
 from ..utils.json_files import is_count, parse_json
 from .batches import Batch, Batches
-from .checkpoints import checkpoints, load_checkpoint, read_settings, save_checkpoint
+from .checkpoints import check_moments, checkpoints, load_checkpoint, read_settings, save_checkpoint
 from .losses import Loss
 from .sharding import ReplicatedModel, ShardedModel, gathered, sliced_like
 
@@ -122,6 +122,7 @@ class TrainingLoop:
             )
         requested = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.step, state = load_checkpoint(self.accelerator, checkpoint, self.settings)
+        check_moments(checkpoint, self.optimizer)
         for group, options in zip(self.optimizer.param_groups, requested, strict=True):
             rate = group["lr"] / group["initial_lr"] * options["initial_lr"]  # The schedule's progress is kept.
             group.update(options | {"lr": rate})

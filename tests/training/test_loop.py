@@ -118,6 +118,26 @@ def test_an_overflow_in_fp16_is_skipped_and_its_scale_continued(make_loop, monke
     assert losses(again)[-2:] == losses(whole)[-2:]
 
 
+@pytest.mark.parametrize("kind", ["another shape", "a number", "a missing one"])
+def test_moments_that_do_not_fit_the_parameters_are_refused(make_loop, kind):
+    first = make_loop(steps=2)
+    first.train()
+    checkpoint = first.folder / "checkpoint-2"
+    saved = torch.load(checkpoint / "optimizer.bin")
+    state = next(state for state in saved["state"].values() if state["exp_avg"].dim() == 2)
+    if kind == "another shape":
+        state["exp_avg"] = torch.zeros(2, 3, 5)
+    elif kind == "a number":
+        state["exp_avg_sq"] = 1.0
+    else:
+        del state["exp_avg_sq"]
+    torch.save(saved, checkpoint / "optimizer.bin")
+    run = json.loads((checkpoint / "run.json").read_text())
+    (checkpoint / "run.json").write_text(json.dumps({name: run[name] for name in ("step", "settings")}))
+    with pytest.raises(ValueError, match=r"checkpoint-2/optimizer\.bin (is damaged|cannot be loaded).*earlier"):
+        make_loop().resume(checkpoint)
+
+
 def test_a_run_does_not_go_on_before_checkpoints_that_it_does_not_lead_to(make_loop):
     first = make_loop(steps=4)
     first.train()
