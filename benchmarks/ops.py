@@ -1,6 +1,6 @@
 """Rates of each operation at the shapes of Stable Diffusion 1.5, beside the ceiling measured in the same run.
 
-    python -m benchmarks.ops [decode] [linear] [conv] [--repeats 7] [--device cpu|cuda] [--batch 2]
+    python -m benchmarks.ops [decode] [linear] [conv] [norm] [--repeats 7] [--device cpu|cuda] [--batch 2]
 
 Decoding is compared with a `copy_` that writes the same bytes, layers with torch's own on float weights. All variants
 of one shape take turns, so that the machine's drift cancels; medians are shown. On a GPU a variant is a CUDA graph of
@@ -29,6 +29,7 @@ from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn.conversion import packed_from_float
 from diffusers_bitsfusion.ops.decode import decode, decode_channels_last
 from diffusers_bitsfusion.ops.kernels import has_bf16
+from diffusers_bitsfusion.ops.norms import group_norm, group_norm_reference
 from diffusers_bitsfusion.ops.products import multiplies_blocks
 
 # (rows, channels, positions) of weights: a transformer's, and the two most common of the wide convolutions.
@@ -51,6 +52,8 @@ CONVS = [
     (1280, 1280, 8, 3),
     (640, 320, 64, 1),
 ]
+# (channels, height and width of the image) of norms in residual blocks.
+NORMS = [(320, 64), (640, 32), (960, 64), (1280, 16), (1280, 32), (2560, 16), (1280, 8)]
 BATCH = 2
 GRAPH_CALLS = 20
 
@@ -186,9 +189,31 @@ def print_layers(
     print(f"\nGFLOP/s, half precision being {str(half).removeprefix('torch.')}; packed layers of 2 bits.\n")
 
 
+@torch.no_grad()
+def norms(repeats: int, device: str, batch: int) -> None:
+    """A table of the norm of a residual block with the sum before and the SiLU after it, by torch and by the loops."""
+    print("| image, fp32, channels last | torch, ms | compiled, ms | of torch |\n|---|---|---|---|")
+    for channels, size in NORMS:
+        x = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
+        weight, bias, shift = (torch.randn(shape, device=device) for shape in (channels, channels, (batch, channels)))
+        arguments = (x, 32, weight, bias, 1e-5, True, shift)
+        seconds = interleaved(
+            {
+                "torch": lambda arguments=arguments: group_norm_reference(*arguments),
+                "compiled": lambda arguments=arguments: group_norm(*arguments),
+            },
+            repeats,
+            device,
+        )
+        of_torch, compiled = seconds["torch"], seconds["compiled"]
+        row = f"{of_torch * 1e3:.2f} | {compiled * 1e3:.2f} | {compiled / of_torch:.2f}"
+        print(f"| {channels} channels at {size}×{size} | {row} |", flush=True)
+    print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    sections = ["decode", "linear", "conv"]
+    sections = ["decode", "linear", "conv", "norm"]
     parser.add_argument("sections", nargs="*", default=sections, help=f"of {', '.join(sections)}; default: all")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -220,6 +245,8 @@ def main() -> None:
             for inputs, outputs, size, kernel in CONVS
         }
         print_layers(cases, repeats, half)
+    if "norm" in arguments.sections:
+        norms(repeats, device, batch)
 
 
 if __name__ == "__main__":
