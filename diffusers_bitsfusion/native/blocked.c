@@ -1,5 +1,5 @@
 /* Codes of convolutions in the order that oneDNN's integer convolution reads them; why: ops/onednn_weights.py. */
-#include "common.h"
+#include "sums.h"
 
 #define LANES 16 /* outputs written side by side: a cache line */
 
@@ -42,9 +42,7 @@ EXPORT void bitsfusion_block_weight(const BlockArguments *a, int64_t first, int6
                         for (int64_t i = 0; i < count; i++) to[o * 4 + i] = from[o * columns + i * taps];
             }
         for (int64_t o = 0; o < lanes; o++) {
-            int32_t sum = 0;
-            for (int64_t i = 0; i < columns; i++) sum += rows[o * columns + i];
-            sum = -sum;
+            const int32_t sum = -sum_codes(rows + o * columns, columns);
             memcpy(sums + (start + o) * 4, &sum, 4);
         }
     }

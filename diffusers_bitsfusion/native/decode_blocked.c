@@ -4,6 +4,7 @@
  * inputs. Rows are decoded, and 16 of them at a time transposed: for bf16 in words of four bytes, of which the layout's
  * own are put together. Loads and stores are of whole vectors throughout. */
 #include "decode.h"
+#include "sums.h"
 #include "transpose.h"
 
 #include <stdlib.h>
@@ -119,8 +120,7 @@ INLINE void store_sums(const DecodeBlockedArguments *a, int64_t first, const int
     const int64_t row_bytes = a->taps * ceil_div(a->inputs, QUAD) * QUAD;
     char *const sums = (char *)a->blocked + filled * row_bytes + first * (int64_t)sizeof(int32_t);
     for (int64_t o = 0; o < lanes; o++) {
-        int32_t sum = 0;
-        for (int64_t c = 0; c < columns; c++) sum -= rows[o * columns + c];
+        const int32_t sum = -sum_codes(rows + o * columns, columns);
         memcpy(sums + o * (int64_t)sizeof sum, &sum, sizeof sum);
     }
 }

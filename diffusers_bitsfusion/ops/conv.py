@@ -112,15 +112,17 @@ def _multiply_blocks(
     windows = Windows(x.shape[2:], out.shape[2:], shape[2:], stride, padding, dilation)
     image, image_scale, zero_point = quantize_image(_channels_last(x))
     image = _channels_last(image).permute(0, 2, 3, 1)
-    y = torch.empty(out.numel() // shape[0], shape[0], dtype=x.dtype, device="cpu")
-    rows = max(1, min(len(y), _SUMS // shape[0]))
+    # No view of another tensor, which autograd would forbid changing in place.
+    y = torch.empty(out.shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
+    positions = y.permute(0, 2, 3, 1).view(-1, shape[0])
+    rows = max(1, min(len(positions), _SUMS // shape[0]))
     sums = torch.empty(rows, shape[0], dtype=torch.int32, device="cpu")
     position_scale = image_scale.expand(rows).contiguous()
-    for first in range(0, len(y), rows):
-        part = y[first : first + rows]
+    for first in range(0, len(positions), rows):
+        part = positions[first : first + rows]
         multiply_blocks(image, int(zero_point), weight, bits, windows, first, sums[: len(part)])
         rescale(sums[: len(part)], position_scale[: len(part)], scale, bias, part)
-    return y.view(len(x), *out.shape[2:], shape[0]).permute(0, 3, 1, 2)
+    return y
 
 
 def _convolve(x: Tensor, packed: PackedOperand, bias: Tensor | None, geometry: Geometry) -> Tensor:
