@@ -117,7 +117,7 @@ class ProductArguments(Arguments):
         *_integers(
             "kernel_height", "kernel_width", "stride_y", "stride_x", "pad_y", "pad_x", "dilation_y", "dilation_x"
         ),
-        *_integers("bits", "groups"),
+        *_integers("bits", "panels", "groups"),
         *_FAILED,
     ]
 

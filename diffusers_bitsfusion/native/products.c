@@ -27,7 +27,8 @@ typedef struct {
     int64_t zero_point; /* what stands for zero after that */
     int64_t height, width, inputs, out_height, out_width, outputs;
     int64_t kernel_height, kernel_width, stride_y, stride_x, pad_y, pad_x, dilation_y, dilation_x;
-    int64_t bits, groups; /* groups: parts that the blocks of outputs are shared out in */
+    int64_t bits;
+    int64_t panels, groups; /* parts of the positions, of up to PANEL each, and of the blocks of outputs */
     _Atomic int32_t failed;
 } ProductArguments;
 
@@ -140,6 +141,7 @@ INLINE void multiply_block(const ProductArguments *a, const uint8_t *panel, int6
 EXPORT void bitsfusion_multiply(ProductArguments *a, int64_t start, int64_t stop) {
     const int64_t columns = a->kernel_height * a->kernel_width * tap_columns(a);
     const int64_t blocks = ceil_div(a->outputs, LANES), share = ceil_div(blocks, a->groups);
+    const int64_t positions = ceil_div(ceil_div(a->count, a->panels), TILE_ROWS) * TILE_ROWS;
     /* 64 pairs of products of 1-bit codes, one of 7-bit codes. */
     const int64_t run = INT16_MAX / (2 * 255 * half_range((int)a->bits));
     uint8_t *const panel = malloc((size_t)PANEL * STRIDE);
@@ -148,7 +150,7 @@ EXPORT void bitsfusion_multiply(ProductArguments *a, int64_t start, int64_t stop
         return;
     }
     for (int64_t item = start; item < stop; item++) {
-        const int64_t first = item / a->groups * PANEL, count = min64(PANEL, a->count - first);
+        const int64_t first = item / a->groups * positions, count = min64(positions, a->count - first);
         const int64_t block = item % a->groups * share, end = min64(block + share, blocks);
         for (int64_t from = 0; from < columns; from += DEPTH) {
             const int64_t to = min64(from + DEPTH, columns);

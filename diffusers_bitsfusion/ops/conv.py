@@ -27,7 +27,7 @@ from .products import Windows, block_codes, multiplies_blocks, multiply_blocks
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
 
 # Number of int32 sums that are rescaled before the next are made, so that they stay in a processor's cache.
-_SUMS = 1 << 18
+_SUMS = 1 << 20
 
 
 @torch.library.custom_op(

@@ -143,12 +143,11 @@ def multiply_blocks(
     arguments.stride_y, arguments.stride_x = windows.stride
     arguments.pad_y, arguments.pad_x = windows.padding
     arguments.dilation_y, arguments.dilation_x = windows.dilation
-    panels = -(-count // native.panel_positions)
-    arguments.groups = _groups(-(-outputs // _LANES), panels)
+    arguments.panels, arguments.groups = _shares(count, native.panel_positions, -(-outputs // _LANES))
     products = count * image.shape[3] * torch.Size(windows.kernel).numel() * outputs
-    parts = panels * arguments.groups
+    parts = arguments.panels * arguments.groups
     assert native.multiply is not None
-    native.multiply(parts, products // max(parts, 1), arguments, per_thread=_PRODUCTS_PER_THREAD)
+    native.multiply(parts, products // parts, arguments, per_thread=_PRODUCTS_PER_THREAD)
     return sums
 
 
@@ -160,10 +159,12 @@ def int_mm(tokens: Tensor, weight: Tensor, bits: int, sums: Tensor) -> Tensor:
     return multiply_blocks(tokens[None, None], 0, weight, bits, windows, 0, sums[: len(tokens)])
 
 
-def _groups(blocks: int, panels: int) -> int:
-    """Return in how many parts blocks of outputs are shared out, so that threads have about as much to do."""
-    wanted = min(blocks, max(1, -(-4 * torch.get_num_threads() // max(panels, 1))))
-    return -(-blocks // -(-blocks // wanted))
+def _shares(positions: int, largest: int, blocks: int) -> tuple[int, int]:
+    """Return in how many parts positions and blocks of outputs are shared out, so that threads have as much to do."""
+    threads, panels = torch.get_num_threads(), max(1, -(-positions // largest))
+    if panels >= threads:
+        return -(-panels // threads) * threads, 1
+    return panels, min(blocks, -(-4 * threads // panels))
 
 
 def _native() -> NativeLibrary:
