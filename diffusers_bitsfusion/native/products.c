@@ -128,9 +128,10 @@ INLINE void multiply_block(const ProductArguments *a, const uint8_t *panel, int6
                            int64_t to, int64_t run, int32_t *sums) {
     const int64_t quads = a->kernel_height * a->kernel_width * tap_columns(a) / 4;
     const int64_t blocks = ceil_div(a->outputs, LANES), outputs = min64(LANES, a->outputs - block * LANES);
-    int32_t start[LANES];
-    memcpy(start, a->weight + (blocks * quads * QUAD + block * (int64_t)sizeof start), sizeof start);
-    for (int o = 0; o < LANES; o++) start[o] *= (int32_t)a->zero_point;
+    int32_t start[LANES] = {0};
+    copy_sums(start, (const int32_t *)(a->weight + blocks * quads * QUAD) + block * LANES, outputs);
+    /* A byte, unless the image is not finite, whose scale is then NaN. */
+    for (int o = 0; o < LANES; o++) start[o] *= (uint8_t)a->zero_point;
     const int8_t *const columns = a->weight + block * quads * QUAD + from * LANES;
     for (int64_t row = 0; row < count; row += TILE_ROWS)
         multiply_tile(panel + row * STRIDE, min64(TILE_ROWS, count - row), columns, (to - from) / 4, run,
