@@ -236,7 +236,7 @@ def check_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
     file = path / f"{OPTIMIZER_NAME}.bin"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     states = [(parameter, optimizer.state[parameter]) for parameter in parameters if parameter in optimizer.state]
-    if len({frozenset(state) for _, state in states}) > 1:
+    if len({frozenset(_MOMENTS & state.keys()) for _, state in states}) > 1:
         raise DamagedFileError(file, "is damaged: some parameters have moments that others lack", _REMEDY)
     for parameter, state in states:
         for name in _MOMENTS & state.keys():
