@@ -28,9 +28,9 @@ from diffusers_bitsfusion.codec.radix import pack_dense
 from diffusers_bitsfusion.nn import PackedWeight
 from diffusers_bitsfusion.nn.conversion import packed_from_float
 from diffusers_bitsfusion.ops.decode import decode, decode_channels_last
+from diffusers_bitsfusion.ops.dispatch import multiplies_blocks
 from diffusers_bitsfusion.ops.kernels import has_bf16
 from diffusers_bitsfusion.ops.norms import group_norm, group_norm_reference
-from diffusers_bitsfusion.ops.products import multiplies_blocks
 
 # (rows, channels, positions) of weights: a transformer's, and the two most common of the wide convolutions.
 DECODED = [(1280, 1280, 1), (640, 640, 9), (1280, 1280, 9)]
@@ -139,11 +139,12 @@ def layer_variants(
     """Calls of a float layer in both dtypes, and of its packed layers in every arithmetic."""
     device = x.device.type
     layer = layer.to(device).requires_grad_(False)
-    halved = copy.deepcopy(layer).to(half)
-    x_half, packed = x.to(half), packed_layer(layer, bits, device)
-    variants: dict[str, Callable[[], object]] = {"fp32": lambda: layer(x)}
-    if has_bf16(x.device):
-        variants["half"] = lambda: halved(x_half)
+    packed = packed_layer(layer, bits, device)
+    inputs = {"fp32": x, "half": x.to(half)} if has_bf16(x.device) else {"fp32": x}
+    variants: dict[str, Callable[[], object]] = {}
+    for dtype, given in inputs.items():
+        plain = copy.deepcopy(layer).to(given.dtype)
+        variants[dtype] = lambda plain=plain, given=given: plain(given)
 
     def computing(compute: str, resident: str) -> PackedWeight:
         made = packed_from_float(layer, bits, torch.float32)
@@ -154,9 +155,8 @@ def layer_variants(
     for compute, resident in (("exact", "packed"), ("int8", "packed"), ("int8", "int8")):
         made = computing(compute, resident)
         name = f"{compute} {'resident' if resident == 'int8' else ''}".strip()
-        variants[f"{name} fp32"] = lambda made=made: made(x)
-        if has_bf16(x.device):
-            variants[f"{name} half"] = lambda made=made: made(x_half)
+        for dtype, given in inputs.items():
+            variants[f"{name} {dtype}"] = lambda made=made, given=given: made(given)
     if isinstance(layer, nn.Conv2d) and multiplies_blocks(x.device, bits):
         with by_onednn():
             laid_out = computing("int8", "int8")
@@ -186,16 +186,18 @@ def print_layers(
             f"| {name} | " + " | ".join(f"{operations / taken / 1e9:.0f}" for taken in seconds.values()) + " |",
             flush=True,
         )
-    print(f"\nGFLOP/s, half precision being {str(half).removeprefix('torch.')}; packed layers of 2 bits.\n")
+    print(
+        f"\nGFLOP/s; packed layers of 2 bits; half precision, where it is timed, {str(half).removeprefix('torch.')}.\n"
+    )
 
 
 @torch.no_grad()
-def norms(repeats: int, device: str, batch: int) -> None:
+def norms(repeats: int, batch: int) -> None:
     """A table of the norm of a residual block with the sum before and the SiLU after it, by torch and by the loops."""
     print("| image, fp32, channels last | torch, ms | compiled, ms | of torch |\n|---|---|---|---|")
     for channels, size in NORMS:
-        x = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
-        weight, bias, shift = (torch.randn(shape, device=device) for shape in (channels, channels, (batch, channels)))
+        x = torch.randn(batch, channels, size, size).to(memory_format=torch.channels_last)
+        weight, bias, shift = (torch.randn(shape) for shape in (channels, channels, (batch, channels)))
         arguments = (x, 32, weight, bias, 1e-5, True, shift)
         seconds = interleaved(
             {
@@ -203,7 +205,7 @@ def norms(repeats: int, device: str, batch: int) -> None:
                 "compiled": lambda arguments=arguments: group_norm(*arguments),
             },
             repeats,
-            device,
+            "cpu",
         )
         of_torch, compiled = seconds["torch"], seconds["compiled"]
         row = f"{of_torch * 1e3:.2f} | {compiled * 1e3:.2f} | {compiled / of_torch:.2f}"
@@ -214,7 +216,9 @@ def norms(repeats: int, device: str, batch: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     sections = ["decode", "linear", "conv", "norm"]
-    parser.add_argument("sections", nargs="*", default=sections, help=f"of {', '.join(sections)}; default: all")
+    parser.add_argument(
+        "sections", nargs="*", default=sections, help=f"of {', '.join(sections)}, norms on a CPU alone; default: all"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--batch", type=int, default=BATCH)
@@ -245,8 +249,8 @@ def main() -> None:
             for inputs, outputs, size, kernel in CONVS
         }
         print_layers(cases, repeats, half)
-    if "norm" in arguments.sections:
-        norms(repeats, device, batch)
+    if "norm" in arguments.sections and device == "cpu":
+        norms(repeats, batch)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@
 
 /* Positions and outputs of a tile of sums; bytes of a row of a block, which are four columns; positions of a panel,
  * which are gathered together; columns of a panel; bytes between its rows, which would else share a cache's sets. */
-enum { TILE_ROWS = 6, LANES = 16, QUAD = 4 * LANES, PANEL = 96, DEPTH = 1024, STRIDE = DEPTH + 64 };
+enum { TILE_ROWS = 6, LANES = 16, BLOCK_ROW = 4 * LANES, PANEL = 96, DEPTH = 1024, STRIDE = DEPTH + 64 };
 
 /* Positions of a panel; 0 without the instructions. */
 EXPORT int bitsfusion_panel_positions(void) { return PANEL; }
@@ -87,8 +87,8 @@ INLINE void add_products(const uint8_t *const rows[TILE_ROWS], const int8_t *blo
     }
     FOR_ROWS(DECLARE)
     for (int64_t q = 0; q < quads; q++) {
-        __m256i low = _mm256_loadu_si256((const __m256i *)(block + q * QUAD));
-        __m256i high = _mm256_loadu_si256((const __m256i *)(block + q * QUAD) + 1);
+        __m256i low = _mm256_loadu_si256((const __m256i *)(block + q * BLOCK_ROW));
+        __m256i high = _mm256_loadu_si256((const __m256i *)(block + q * BLOCK_ROW) + 1);
         IN_REGISTER(low);
         IN_REGISTER(high);
         FOR_ROWS(MULTIPLY)
@@ -118,7 +118,7 @@ INLINE void multiply_tile(const uint8_t *panel, int64_t rows, const int8_t *bloc
     for (int64_t first = 0; first < quads; first += run) {
         const uint8_t *tokens[TILE_ROWS];
         for (int r = 0; r < TILE_ROWS; r++) tokens[r] = at[r] + 4 * first;
-        add_products(tokens, block + first * QUAD, min64(run, quads - first), sums);
+        add_products(tokens, block + first * BLOCK_ROW, min64(run, quads - first), sums);
     }
     for (int64_t r = 0; r < rows; r++) copy_sums(to + r * stride, sums[r], outputs);
 }
@@ -129,10 +129,10 @@ INLINE void multiply_block(const ProductArguments *a, const uint8_t *panel, int6
     const int64_t quads = a->kernel_height * a->kernel_width * tap_columns(a) / 4;
     const int64_t blocks = ceil_div(a->outputs, LANES), outputs = min64(LANES, a->outputs - block * LANES);
     int32_t start[LANES] = {0};
-    copy_sums(start, (const int32_t *)(a->weight + blocks * quads * QUAD) + block * LANES, outputs);
+    copy_sums(start, (const int32_t *)(a->weight + blocks * quads * BLOCK_ROW) + block * LANES, outputs);
     /* A byte, unless the image is not finite, whose scale is then NaN. */
     for (int o = 0; o < LANES; o++) start[o] *= (uint8_t)a->zero_point;
-    const int8_t *const columns = a->weight + block * quads * QUAD + from * LANES;
+    const int8_t *const columns = a->weight + block * quads * BLOCK_ROW + from * LANES;
     for (int64_t row = 0; row < count; row += TILE_ROWS)
         multiply_tile(panel + row * STRIDE, min64(TILE_ROWS, count - row), columns, (to - from) / 4, run,
                       from ? NULL : start, sums + row * a->outputs + block * LANES, a->outputs, outputs);

@@ -17,17 +17,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import quantize_image, rescale
 from .decode import decode_channels_last, decode_to_scratch
-from .dispatch import takes_layout, wants_channels_last
+from .dispatch import multiplies_blocks, takes_layout, wants_channels_last
 from .onednn_float_weights import PackedOperand
 from .onednn_float_weights import prepack_in_place as prepack_floats_in_place
 from .onednn_weights import is_current, prepack, prepack_in_place
-from .products import Windows, block_codes, multiplies_blocks, multiply_blocks
+from .products import MAX_SUMS, Windows, block_codes, multiply_blocks
 
 # Stride, padding, dilation, all as pairs, and groups.
 Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]
-
-# Number of int32 sums that are rescaled before the next are made, so that they stay in a processor's cache.
-_SUMS = 1 << 20
 
 
 @torch.library.custom_op(
@@ -81,7 +78,7 @@ def conv2d(
         )
     if x.numel() == 0:
         return _channels_last(F.conv2d(x, x.new_empty(shape), None, *geometry))
-    in_blocks = _takes_blocks(codes, bits, groups)
+    in_blocks = multiplies_blocks(codes.device, bits, groups)
     if int8_weight is None or not (in_blocks or _is_current(int8_weight)):
         int8_weight = int8_conv_weight(codes, scale, bits, shape, geometry, kept=False)
     weight_scale = scale.view(torch.float32)
@@ -91,11 +88,6 @@ def conv2d(
         multiply = _multiply_on_gpu if x.device.type == "cuda" else _multiply_by_onednn
         y = multiply(x, int8_weight, weight_scale, bias, shape, geometry)
     return _channels_last(y.to(x.dtype))
-
-
-def _takes_blocks(codes: Tensor, bits: int, groups: int) -> bool:
-    """Whether a convolution in integers is by the compiled loops for products, and not oneDNN's."""
-    return groups == 1 and multiplies_blocks(codes.device, bits)
 
 
 def _multiply_blocks(
@@ -115,7 +107,7 @@ def _multiply_blocks(
     # No view of another tensor, which autograd would forbid changing in place.
     y = torch.empty(out.shape, dtype=x.dtype, device="cpu", memory_format=torch.channels_last)
     positions = y.permute(0, 2, 3, 1).view(-1, shape[0])
-    rows = max(1, min(len(positions), _SUMS // shape[0]))
+    rows = max(1, min(len(positions), MAX_SUMS // shape[0]))
     sums = torch.empty(rows, shape[0], dtype=torch.int32, device="cpu")
     position_scale = image_scale.expand(rows).contiguous()
     for first in range(0, len(positions), rows):
@@ -291,7 +283,7 @@ def int8_conv_weight(
         int8; on a CPU in an opaque layout of oneDNN, or without VNNI and groups `products.block_codes`; on a GPU
         [out, kernel height * kernel width, in / groups].
     """
-    if _takes_blocks(codes, bits, geometry[-1]):
+    if multiplies_blocks(codes.device, bits, geometry[-1]):
         return block_codes(codes, scale.view(torch.float32), bits, shape, kept)
     if codes.device.type == "cuda":
         weight = decode_channels_last(codes, scale.view(torch.float32), bits, tuple(shape), torch.int8)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..codec.radix import code_planes
-from ..native.arguments import DecodeArguments
+from ..native.arguments import DecodeArguments, DecodeBlockedArguments
 from ..native.library import NATIVE_DTYPES, native_library
 from .kernels import DECODE_COMPILED, DECODE_TRITON, DECODING, select
 
@@ -19,6 +20,9 @@ _PLAIN_BLOCK = 1 << 20
 
 # Bytes that compiled loops write in the time that another thread takes to start.
 _BYTES_PER_THREAD = 1 << 16
+
+# Outputs that the loop which writes blocks of them decodes at a time.
+_LANES = 16
 
 _scratch = threading.local()
 
@@ -76,6 +80,43 @@ def _decode_in_blocks(codes: Tensor, scale: Tensor, bits: int, columns: int, out
         part = slice(start, start + rows)
         decode_reference(codes[part], scale[part], bits, columns, out[part])
     return out
+
+
+def decode_into_blocks(
+    codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], dtype: torch.dtype, block: int, address: int
+) -> None:
+    """Decode a weight in blocks of outputs, by the compiled loop, without which it must not be called.
+
+    Args:
+        codes, scale, bits: as in `decode_reference`, contiguous.
+        shape: (out, in) or (out, in, kernel height, kernel width).
+        dtype: fp32, bf16, or int8 for the codes.
+        block: outputs of a block, a multiple of 8.
+        address: of the memory that is written: [ceil(out / block), kernel height * kernel width, ceil(in / pack),
+            block, pack], where `pack` values take four bytes; after codes minus the sum of each output's, int32. What
+            fills up the last block is left as it is.
+
+    Raises:
+        MemoryError: there is none for the loop to work in.
+    """
+    outputs, inputs, *kernel = shape
+    taps = torch.Size(kernel).numel()
+    arguments = DecodeBlockedArguments(
+        dense=codes.data_ptr(),
+        scale=scale.data_ptr(),
+        blocked=address,
+        outputs=outputs,
+        inputs=inputs,
+        taps=taps,
+        row_bytes_in=codes.shape[1],
+        bits=bits,
+        kind=NATIVE_DTYPES[dtype],
+        block=block,
+    )
+    native = native_library()
+    assert native is not None
+    row_bytes = _LANES * inputs * taps * dtype.itemsize
+    native.decode_blocked(-(-outputs // _LANES), row_bytes, arguments, per_thread=_BYTES_PER_THREAD)
 
 
 def decode_weight(codes: Tensor, scale: Tensor, bits: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

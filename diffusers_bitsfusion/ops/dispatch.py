@@ -112,10 +112,21 @@ def check_device(compute: str, device: torch.device) -> None:
 
 
 def _why_slow_integers(bits: int, device: torch.device, linear: bool) -> str | None:
-    """Return why a layer on a CPU gains nothing from integers, or None where it does; oneDNN does convolutions."""
+    """Return why a layer on a CPU gains nothing from integers, or None where it does.
+
+    Convolutions need no compiler: without one they are oneDNN's.
+    """
     if bits > MULTIPLY_COMPILED.max_bits and not has_vnni():
         return f"codes of {bits} bits would overflow int8 products on this processor, which lacks VNNI"
     return why_no_int_mm() if linear else None
+
+
+def multiplies_blocks(device: torch.device, bits: int, groups: int = 1) -> bool:
+    """Return whether integer products are by loops of this package, which take codes in blocks of outputs.
+
+    They are so on a CPU without VNNI. Convolutions with groups are oneDNN's everywhere.
+    """
+    return groups == 1 and select(INTEGER_PRODUCTS, device, bits=bits) is MULTIPLY_COMPILED
 
 
 def why_no_int_mm() -> str | None:

@@ -15,14 +15,12 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .activations import geglu, quantize_tokens, rescale, rescale_geglu
 from .decode import decode_to_scratch, decode_weight
-from .dispatch import fuses_decoding
+from .dispatch import fuses_decoding, multiplies_blocks
 from .kernels import PREPACKED_BF16
 from .onednn_float_weights import PackedOperand, prepack_in_place
-from .products import block_codes, int_mm, multiplies_blocks
+from .products import MAX_SUMS, block_codes, int_mm
 
-# Number of int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory
-# is used again. For few tokens at a time a product waits for its weight, which it reads anew.
-_SUMS = 1 << 20
+# Tokens that are multiplied at a time at least: with fewer a product waits for its weight, which it reads anew.
 _FEWEST_TOKENS = 256
 
 # Tokens for which decoding into oneDNN's layout, which takes longer than into a plain one, costs less than oneDNN's.
@@ -161,7 +159,7 @@ def _gated(tokens: Tensor, packed: PackedOperand, bias: Tensor | None) -> Tensor
     """`linear_geglu` in the dtype of the tokens."""
     rows = packed.shape[0]
     out = torch.empty(len(tokens), rows // 2, dtype=tokens.dtype)
-    block = max(_FEWEST_TOKENS, _SUMS // rows)
+    block = max(_FEWEST_TOKENS, MAX_SUMS // rows)
     weight = prepack_in_place(packed, tokens[:block]) if _takes_layout(tokens, packed) else None
     multiply = _multiply_prepacked if weight is not None else F.linear
     if weight is None:
@@ -185,7 +183,7 @@ def _multiply_on_cpu(
     rows = len(scale)
     finish, columns = (rescale_geglu, rows // 2) if geglu else (rescale, rows)
     out = torch.empty(len(tokens), columns, dtype=x.dtype)
-    block = max(_FEWEST_TOKENS, _SUMS // rows)
+    block = max(_FEWEST_TOKENS, MAX_SUMS // rows)
     sums = torch.empty(min(block, len(tokens)), rows, dtype=torch.int32)
     for start in range(0, len(tokens), block):
         part = slice(start, start + block)

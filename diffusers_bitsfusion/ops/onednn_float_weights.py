@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native.arguments import DecodeBlockedArguments
-from ..native.library import NATIVE_DTYPES, native_library
+from .decode import decode_into_blocks
 from .onednn_weights import current_settings
 
-# Outputs of a block, of which oneDNN chooses, and those that the loop decodes at a time.
+# Outputs of a block, of which oneDNN chooses.
 _BLOCKS = (64, 48, 32, 24, 16, 8)
-_LANES = 16
-
-# Bytes that compiled loops write in the time that another thread takes to begin.
-_BYTES_PER_THREAD = 1 << 16
 
 # Number of random codes of a probe, which repeats them: a prime, which no layout's strides share.
 _PERIOD = 65521
@@ -131,21 +126,4 @@ def _size(shape: tuple[int, ...], dtype: torch.dtype, block: int) -> int:
 
 
 def _write(packed: PackedOperand, dtype: torch.dtype, address: int, block: int) -> None:
-    outputs, inputs, *kernel = packed.shape
-    taps = torch.Size(kernel).numel()
-    arguments = DecodeBlockedArguments(
-        dense=packed.codes.data_ptr(),
-        scale=packed.scale.data_ptr(),
-        blocked=address,
-        outputs=outputs,
-        inputs=inputs,
-        taps=taps,
-        row_bytes_in=packed.codes.shape[1],
-        bits=packed.bits,
-        kind=NATIVE_DTYPES[dtype],
-        block=block,
-    )
-    native = native_library()
-    assert native is not None
-    row_bytes = _LANES * inputs * taps * dtype.itemsize
-    native.decode_blocked(-(-outputs // _LANES), row_bytes, arguments, per_thread=_BYTES_PER_THREAD)
+    decode_into_blocks(packed.codes, packed.scale, packed.bits, packed.shape, dtype, block, address)

@@ -1,7 +1,8 @@
 """Integer products of activations and codes on a CPU: a plain reference and the fast kernels.
 
 Without VNNI they are compiled loops, for tokens and for convolutions: codes of few bits leave room in 16 bits for many
-products before they are widened, which oneDNN, whose weights may be any bytes, does after every second one.
+products before they are widened, which oneDNN, whose weights may be any bytes, does after every second one. Which
+layers take them, `dispatch.multiplies_blocks` says.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..native.arguments import DecodeBlockedArguments, ProductArguments
-from ..native.library import NATIVE_DTYPES, NativeLibrary, native_library
+from ..native.arguments import ProductArguments
+from ..native.library import native_library
 from ..utils.private_names import TORCH_INT_MM
-from .decode import scratch
-from .kernels import INTEGER_PRODUCTS, MULTIPLY_COMPILED, select
+from .decode import decode_into_blocks, scratch
 
-# Outputs of a block of codes.
-_LANES = 16
+# Number of int32 sums that are rescaled before the next are made: they stay in a processor's cache, and their memory
+# is used again.
+MAX_SUMS = 1 << 20
+
+# Outputs of a block of codes, which `products.c` reads.
+_BLOCK = 16
 
 # Products that are worth another thread; a thread computes some 100 a nanosecond.
 _PRODUCTS_PER_THREAD = 1 << 23
-
-# Bytes of codes that are worth another thread.
-_BYTES_PER_THREAD = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,6 @@ def int_mm_reference(tokens: Tensor, weight: Tensor, sums: Tensor) -> Tensor:
     return product
 
 
-def multiplies_blocks(device: torch.device, bits: int) -> bool:
-    """Return whether products with codes of `bits` are by compiled loops, which take them in blocks of outputs."""
-    return select(INTEGER_PRODUCTS, device, bits=bits) is MULTIPLY_COMPILED
-
-
 def block_codes(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], kept: bool) -> Tensor:
     """Decode codes into blocks of 16 outputs; unless `kept`, the next call on this thread may write them over.
 
@@ -85,23 +81,9 @@ def block_codes(codes: Tensor, scale: Tensor, bits: int, shape: Sequence[int], k
         MemoryError: there is none for the loop to work in.
     """
     outputs, inputs, *kernel = shape
-    taps, blocks = torch.Size(kernel).numel(), -(-outputs // _LANES)
-    size = blocks * _LANES * (taps * -(-inputs // 4) * 4 + 4)
+    size = -(-outputs // _BLOCK) * _BLOCK * (torch.Size(kernel).numel() * -(-inputs // 4) * 4 + 4)
     blocked = torch.empty(size, dtype=torch.int8, device="cpu") if kept else scratch(size).view(torch.int8)
-    codes, scale = codes.contiguous(), scale.contiguous()
-    arguments = DecodeBlockedArguments(
-        dense=codes.data_ptr(),
-        scale=scale.data_ptr(),
-        blocked=blocked.data_ptr(),
-        outputs=outputs,
-        inputs=inputs,
-        taps=taps,
-        row_bytes_in=codes.shape[1],
-        bits=bits,
-        kind=NATIVE_DTYPES[torch.int8],
-        block=_LANES,
-    )
-    _native().decode_blocked(blocks, _LANES * inputs * taps, arguments, per_thread=_BYTES_PER_THREAD)
+    decode_into_blocks(codes.contiguous(), scale.contiguous(), bits, shape, torch.int8, _BLOCK, blocked.data_ptr())
     return blocked
 
 
@@ -123,7 +105,9 @@ def multiply_blocks(
     Raises:
         MemoryError: there is none for the loop to work in.
     """
-    native, signed = _native(), image.dtype == torch.int8
+    native, signed = native_library(), image.dtype == torch.int8
+    assert native is not None  # `dispatch.multiplies_blocks` has looked.
+    assert native.multiply is not None
     count, outputs = sums.shape
     arguments = ProductArguments(
         image=image.data_ptr(),
@@ -143,10 +127,9 @@ def multiply_blocks(
     arguments.stride_y, arguments.stride_x = windows.stride
     arguments.pad_y, arguments.pad_x = windows.padding
     arguments.dilation_y, arguments.dilation_x = windows.dilation
-    arguments.panels, arguments.groups = _shares(count, native.panel_positions, -(-outputs // _LANES))
+    arguments.panels, arguments.groups = _shares(count, native.panel_positions, -(-outputs // _BLOCK))
     products = count * image.shape[3] * torch.Size(windows.kernel).numel() * outputs
     parts = arguments.panels * arguments.groups
-    assert native.multiply is not None
     native.multiply(parts, products // parts, arguments, per_thread=_PRODUCTS_PER_THREAD)
     return sums
 
@@ -165,9 +148,3 @@ def _shares(positions: int, largest: int, blocks: int) -> tuple[int, int]:
     if panels >= threads:
         return -(-panels // threads) * threads, 1
     return panels, min(blocks, -(-4 * threads // panels))
-
-
-def _native() -> NativeLibrary:
-    native = native_library()
-    assert native is not None  # Who asks has looked: `multiplies_blocks`.
-    return native

@@ -33,11 +33,11 @@ from .sharding import gathered, load_whole
 _RUN_FILE = "run.json"
 _STATE_FILE = "run.pt"
 _REMEDY = "Continue from an earlier checkpoint."
-
-# Moments of a parameter's shape: those of torch's AdamW, and of bitsandbytes' with 8 bits.
-_MOMENTS = {"exp_avg", "exp_avg_sq", "state1", "state2"}
 _STAGE = re.compile(r"stage\d")
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+# Moments of a parameter's shape: those of torch's AdamW, and of bitsandbytes' with 8 bits.
+_MOMENTS = ({"exp_avg", "exp_avg_sq"}, {"state1", "state2"})
 
 
 def fingerprint(student: ModelMixin) -> str:
@@ -231,19 +231,18 @@ def check_moments(path: Path, optimizer: torch.optim.Optimizer) -> None:
         optimizer: that of `make_optimizer`, after loading.
 
     Raises:
-        DamagedFileError: moments of some parameters are missing, or have other shapes than these.
+        DamagedFileError: moments of a parameter are missing, or have another shape than it.
     """
     file = path / f"{OPTIMIZER_NAME}.bin"
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = [(parameter, optimizer.state[parameter]) for parameter in parameters if parameter in optimizer.state]
-    if len({frozenset(_MOMENTS & state.keys()) for _, state in states}) > 1:
-        raise DamagedFileError(file, "is damaged: some parameters have moments that others lack", _REMEDY)
-    for parameter, state in states:
-        for name in _MOMENTS & state.keys():
-            shape = getattr(state[name], "shape", None)
-            if shape != parameter.shape:
-                problem = f"is damaged: {name} of a parameter of shape {tuple(parameter.shape)} has shape {shape}"
-                raise DamagedFileError(file, problem, _REMEDY)
+    for parameter in parameters:
+        if parameter not in optimizer.state:  # It has had no gradient yet.
+            continue
+        state = optimizer.state[parameter]
+        moments = next((names for names in _MOMENTS if names <= state.keys()), set())
+        if not moments or any(getattr(state[name], "shape", None) != parameter.shape for name in moments):
+            problem = f"is damaged: a parameter of shape {tuple(parameter.shape)} has no moments of that shape"
+            raise DamagedFileError(file, problem, _REMEDY)
 
 
 def _check_files(path: Path) -> None:

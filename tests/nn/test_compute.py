@@ -16,7 +16,7 @@ from torch import nn
 
 from diffusers_bitsfusion import BitsFusionConfig, quantize_model, set_compute, size_report
 from diffusers_bitsfusion.nn import attention as nn_attention
-from diffusers_bitsfusion.ops.products import multiplies_blocks
+from diffusers_bitsfusion.ops.dispatch import multiplies_blocks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

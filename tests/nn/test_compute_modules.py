@@ -156,7 +156,7 @@ def test_a_hook_on_the_projection_of_a_gate_sees_what_it_alone_gives(packed_unet
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gate_is_its_projections_halves(packed_unet, monkeypatch, dtype, bias, tokens, compute):
     monkeypatch.setattr(linear_module, "_FEWEST_TOKENS", 64)
-    monkeypatch.setattr(linear_module, "_SUMS", 1)
+    monkeypatch.setattr(linear_module, "MAX_SUMS", 1)
     set_compute(packed_unet, compute)
     gate = gates(packed_unet)[0]
     gate.proj.bias = gate.proj.bias if bias else None

@@ -15,6 +15,7 @@ from diffusers_bitsfusion.codec.rounding import Rounding
 from diffusers_bitsfusion.nn.conversion import float_from_packed, pack_weight, packed_from_float
 from diffusers_bitsfusion.nn.packed import float_bits
 from diffusers_bitsfusion.ops import activations, decode, kernels
+from diffusers_bitsfusion.ops import conv as conv_module
 from diffusers_bitsfusion.ops import linear as linear_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,8 +119,18 @@ def test_sums_of_many_tokens_are_made_in_blocks(resident, sizes, monkeypatch):
     x = torch.randn(23, sizes[0])
     with torch.no_grad():
         expected = layer(x)
-        monkeypatch.setattr(linear_module, "_SUMS", 4 * sizes[1])
+        monkeypatch.setattr(linear_module, "MAX_SUMS", 4 * sizes[1])
         monkeypatch.setattr(linear_module, "_FEWEST_TOKENS", 3)
+        assert torch.equal(layer(x), expected)
+
+
+@residents
+def test_sums_of_many_positions_are_made_in_blocks(resident, monkeypatch):
+    layer = int8_layer(nn.Conv2d, 5, 7, 3, padding=1, resident=resident)
+    x = torch.randn(2, 5, 9, 4)
+    with torch.no_grad():
+        expected = layer(x)
+        monkeypatch.setattr(conv_module, "MAX_SUMS", 10 * 7)  # 72 positions, ten at a time
         assert torch.equal(layer(x), expected)
 
 

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from diffusers_bitsfusion.codec.grid import code_range
 from diffusers_bitsfusion.codec.radix import pack_dense
 from diffusers_bitsfusion.native import library as native
-from diffusers_bitsfusion.ops.dispatch import why_no_int_mm
+from diffusers_bitsfusion.ops.dispatch import multiplies_blocks, why_no_int_mm
 from diffusers_bitsfusion.ops.products import (
     Windows,
     block_codes,
     int_mm,
     int_mm_reference,
-    multiplies_blocks,
     multiply_blocks,
 )
 

@@ -134,7 +134,7 @@ def test_moments_that_do_not_fit_the_parameters_are_refused(make_loop, kind):
     torch.save(saved, checkpoint / "optimizer.bin")
     run = json.loads((checkpoint / "run.json").read_text())
     (checkpoint / "run.json").write_text(json.dumps({name: run[name] for name in ("step", "settings")}))
-    with pytest.raises(ValueError, match=r"checkpoint-2/optimizer\.bin (is damaged|cannot be loaded).*earlier"):
+    with pytest.raises(ValueError, match=r"checkpoint-2/optimizer\.bin is damaged: a parameter .*earlier"):
         make_loop().resume(checkpoint)
 
 
